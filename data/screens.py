@@ -1,0 +1,249 @@
+"""Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons.
+
+Domains (DOMAINS):
+    source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
+    settings   two columns of rows, a name at the left and a switch at the right; the right click is the *switch*
+    dark       the source task in a dark palette
+    blueprint  the source task as white outlines on blue, which nothing in pretraining has seen
+
+`python -m data.screens` draws a contact sheet of them to look at.
+"""
+
+import argparse
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data import SPLITS, split_id
+
+SIZE = 128  # pixels, width and height of a screen
+BINS = 16  # coordinate tokens per axis
+BIN = SIZE // BINS  # pixels per coordinate token
+LABELS = ("wifi", "sound", "light", "sync", "lock", "mail", "maps", "news")
+LABELS += ("photo", "clock", "files", "music", "games", "notes", "home", "help")
+ICONS = ("circle", "square", "triangle", "star", "heart", "plus", "moon", "arrow")
+VERBS = ("click", "tap", "press", "select")
+LIGHT = {"red": "#dc2828", "yellow": "#e6b40a", "green": "#28a046", "blue": "#2864e6", "purple": "#9637c8"}
+LIGHT["brown"] = "#8c5528"
+DARK = {"red": "#ff6e64", "yellow": "#ffe16e", "green": "#78e68c", "blue": "#78aaff", "purple": "#d28cff"}
+DARK["brown"] = "#c8966e"
+COLOURS = tuple(LIGHT)
+
+
+@dataclass(frozen=True)
+class Palette:
+    background: str
+    button: str
+    text: str
+    icons: dict[str, str]
+    outline: bool = False  # icons as outlines without their fill
+
+
+PALETTES = {
+    "source": Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT),
+    "settings": Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT),
+    "dark": Palette("#14171c", "#303743", "#eef1f6", DARK),
+    "blueprint": Palette("#1f4fa0", "#2d62bb", "#ffffff", dict.fromkeys(COLOURS, "#ffffff") | DARK, outline=True),
+}
+DOMAINS = tuple(PALETTES)
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of a screen. Boxes are (left, top, right, bottom) in pixels, right and bottom exclusive."""
+
+    name: str  # a word of LABELS or ICONS, or "switch"
+    colour: str  # of an icon, else ""
+    data_type: str  # "text" | "icon"
+    bbox: tuple[int, int, int, int]  # where it is drawn
+    click: tuple[int, int, int, int] | None  # where a click on it belongs; None for what is never asked for
+
+
+@dataclass(frozen=True)
+class Screen:
+    image: np.ndarray  # [SIZE, SIZE, 3] uint8
+    elements: tuple[Element, ...]
+    img_filename: str  # domain/split/seed-index: a name only, screens are drawn when they are needed
+
+    def targets(self) -> list[Element]:
+        return [e for e in self.elements if e.click]
+
+
+def _icon_outline(name: str) -> list[tuple[float, float]]:
+    """Corners of an icon on the unit square."""
+    if name == "square":
+        return [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)]
+    if name == "triangle":
+        return [(0.5, 0.03), (1, 0.95), (0, 0.95)]
+    if name == "plus":
+        a, b = 0.34, 0.66
+        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+    if name == "arrow":
+        return [(0, 0.34), (0.5, 0.34), (0.5, 0.04), (1, 0.5), (0.5, 0.96), (0.5, 0.66), (0, 0.66)]
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    if name == "circle":
+        x, y = np.sin(t), np.cos(t)
+    elif name == "star":
+        t = np.linspace(0, 2 * np.pi, 10, endpoint=False)
+        radius = np.where(np.arange(10) % 2, 0.42, 1.0)
+        x, y = radius * np.sin(t), radius * np.cos(t)
+    elif name == "heart":
+        x, y = np.sin(t) ** 3, (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 15 + 0.1
+    else:  # moon: an outer arc and back along an inner one
+        outer, inner = np.linspace(-2.5, 2.5, 32), np.linspace(1.9, -1.9, 32)
+        x = np.concatenate([-np.cos(outer), 0.45 - 0.85 * np.cos(inner)])
+        y = np.concatenate([np.sin(outer), 0.66 * np.sin(inner)])
+    return list(zip((0.5 + 0.5 * x).tolist(), (0.5 - 0.5 * y).tolist()))
+
+
+@cache
+def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.Image:
+    """An element as an RGBA picture, drawn once at 4 times its size and averaged down (anti-aliasing)."""
+    palette, k = PALETTES[domain], 4
+    if kind == "text":
+        font = ImageFont.load_default(size * k)
+        width, height = round(font.getlength(name) / k) + 8, size + 5
+        sprite = Image.new("RGBA", (width * k, height * k))
+        draw = ImageDraw.Draw(sprite)
+        draw.rounded_rectangle((0, 0, width * k - 1, height * k - 1), 3 * k, fill=palette.button)
+        draw.text((width * k / 2, height * k / 2), name, fill=palette.text, font=font, anchor="mm")
+    elif kind == "switch":
+        width, height = 16, 10
+        sprite = Image.new("RGBA", (width * k, height * k))
+        draw = ImageDraw.Draw(sprite)
+        on = name == "on"
+        track = "#3c4657" if on else "#b4bac4"
+        draw.rounded_rectangle((0, 0, width * k - 1, height * k - 1), height * k // 2, fill=track)
+        x = (width - height) * k if on else 0
+        draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
+    else:
+        width = height = size
+        sprite = Image.new("RGBA", (size * k, size * k))
+        corners = [(x * (size * k - 1), y * (size * k - 1)) for x, y in _icon_outline(name)]
+        fill, line = palette.icons[colour], palette.icons[colour]
+        ImageDraw.Draw(sprite).polygon(corners, None if palette.outline else fill, line, width=6)
+    return sprite.resize((width, height), Image.Resampling.BOX)
+
+
+def _contents(rng: np.random.Generator, count: int) -> list[tuple[str, str, str, int]]:
+    """`count` (kind, name, colour, size), half of them text; names are unique, icons at least together with colour."""
+    texts = rng.choice(len(LABELS), count // 2, replace=False)
+    kinds = rng.choice(len(ICONS), 2, replace=False)  # few kinds a screen, so that names alone are often ambiguous
+    pairs = rng.choice(len(kinds) * len(COLOURS), count - count // 2, replace=False)
+    items = [("text", LABELS[i], "", int(rng.integers(11, 13))) for i in texts]
+    for kind, colour in (divmod(int(p), len(COLOURS)) for p in pairs):
+        items.append(("icon", ICONS[kinds[kind]], COLOURS[colour], int(rng.choice((14, 18, 22)))))
+    return items
+
+
+def _place_freely(rng, sizes: list[tuple[int, int]], margin: int = 3) -> list[tuple[int, int, int, int]] | None:
+    """Random boxes that do not overlap, or None after too many attempts."""
+    boxes = []
+    for width, height in sizes:
+        for _ in range(40):
+            x, y = int(rng.integers(1, SIZE - width)), int(rng.integers(1, SIZE - height))
+            box = (x, y, x + width, y + height)
+            if all(
+                box[2] + margin <= o[0] or o[2] + margin <= box[0] or box[3] + margin <= o[1] or o[3] + margin <= box[1]
+                for o in boxes
+            ):
+                boxes.append(box)
+                break
+        else:
+            return None
+    return boxes
+
+
+def draw_screen(domain: str, split: str, index: int, seed: int = 0) -> Screen:
+    """The screen number `index` of a split; the same arguments give the same screen. Raises ValueError on unknown ones."""
+    if domain not in PALETTES:
+        raise ValueError(f"unknown domain {domain!r}; expected one of {', '.join(DOMAINS)}")
+    rng = np.random.default_rng([split_id(split), DOMAINS.index(domain), index, seed])
+    image = Image.new("RGB", (SIZE, SIZE), PALETTES[domain].background)
+    elements = []
+
+    def put(sprite, x, y):
+        image.paste(sprite, (x, y), sprite)
+        return (x, y, x + sprite.width, y + sprite.height)
+
+    boxes = None
+    while boxes is None:
+        items = _contents(rng, int(rng.integers(5, 8)))
+        sprites = [_sprite(*item, domain) for item in items]
+        boxes = [()] * len(items) if domain == "settings" else _place_freely(rng, [s.size for s in sprites])
+    if domain == "settings":  # 2 columns x 4 rows; each used cell holds a name at the left and its switch at the right
+        cells = rng.permutation(8)[: len(items)]
+        for (kind, name, colour, _), sprite, cell in zip(items, sprites, cells.tolist()):
+            left, middle = cell % 2 * 64, cell // 2 * 32 + 16 + int(rng.integers(-4, 5))
+            switch = _sprite("switch", str(rng.choice(("on", "off"))), "", 0, domain)
+            target = put(switch, left + 46 + int(rng.integers(-1, 2)), middle - switch.height // 2)
+            free = 44 - sprite.width
+            box = put(sprite, left + 1 + int(rng.integers(0, max(free, 1))), middle - sprite.height // 2)
+            elements += [Element(name, colour, kind, box, target), Element("switch", "", "icon", target, None)]
+    else:
+        for (kind, name, colour, _), sprite, (x, y, _, _) in zip(items, sprites, boxes):
+            box = put(sprite, x, y)
+            elements.append(Element(name, colour, kind, box, box))
+    return Screen(np.asarray(image), tuple(elements), f"{domain}/{split}/{seed}-{index}")
+
+
+def describe(screen: Screen, element: Element) -> str:
+    """What to call an element: its text, its icon, or colour + icon where the icon alone is ambiguous."""
+    same = sum(e.name == element.name for e in screen.targets())
+    return f"{element.colour} {element.name}" if same > 1 else element.name
+
+
+def centre_bins(bbox: tuple[int, int, int, int]) -> tuple[int, int]:
+    """The (x, y) coordinate bins of a box's centre."""
+    return int((bbox[0] + bbox[2]) / 2 / BIN), int((bbox[1] + bbox[3]) / 2 / BIN)
+
+
+def grounding(screen: Screen, element: Element, rng: np.random.Generator) -> dict:
+    """A ScreenSpot sample (img_filename, bbox, instruction, data_type, data_source) and the `answer` to train on."""
+    x, y = centre_bins(element.click)
+    return {
+        "img_filename": screen.img_filename,
+        "bbox": element.click,
+        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {describe(screen, element)}",
+        "data_type": element.data_type,
+        "data_source": screen.img_filename.split("/")[0],
+        "answer": f"<x{x}> <y{y}>",
+    }
+
+
+def referring(screen: Screen, element: Element) -> dict:
+    """The question the other way round: a point is given, what is drawn there is asked."""
+    x, y = centre_bins(element.bbox)
+    return {"instruction": f"what is at <x{x}> <y{y}>", "answer": f"{element.colour} {element.name}".strip()}
+
+
+def is_hit(point: tuple[float, float] | None, bbox: tuple[int, int, int, int]) -> bool:
+    """ScreenSpot's rule: a point inside the target box, edges included; None (an unparsable answer) is a miss."""
+    return point is not None and bbox[0] <= point[0] <= bbox[2] and bbox[1] <= point[1] <= bbox[3]
+
+
+def contact_sheet(per_domain: int = 6, split: str = "train", seed: int = 0, zoom: int = 2) -> Image.Image:
+    """A row of screens per domain, target boxes of the first element outlined."""
+    gap = 6
+    step = SIZE * zoom + gap
+    sheet = Image.new("RGB", (per_domain * step + gap, len(DOMAINS) * step + gap), "#8a8f98")
+    for row, domain in enumerate(DOMAINS):
+        for column in range(per_domain):
+            screen = draw_screen(domain, split, column, seed)
+            picture = Image.fromarray(screen.image).resize((SIZE * zoom,) * 2, Image.Resampling.LANCZOS)
+            box = [v * zoom for v in screen.targets()[0].click]
+            ImageDraw.Draw(picture).rectangle(box, outline="#ff00a0", width=2)
+            sheet.paste(picture, (gap + column * step, gap + row * step))
+    return sheet
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw a contact sheet: one row of screens per domain.")
+    parser.add_argument("--out", default="screens.png")
+    parser.add_argument("--split", default="train", choices=SPLITS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    contact_sheet(split=args.split, seed=args.seed).save(args.out)
+    print(f"{args.out}: rows are {', '.join(DOMAINS)}; the first target's click box is outlined")

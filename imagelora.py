@@ -1,0 +1,526 @@
+"""Image-LoRA: low-rank updates of the attention values of visual tokens, in selected heads (arXiv 2512.19219).
+
+    V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for the heads h in S          (section 3)
+
+M keeps the rows of visual tokens. Queries, keys, text tokens and all other heads stay the base model's, so with no
+image in the context the model is the base model bit for bit. Three calls are the whole use:
+
+    scores = score_heads(model, batches)                       # which value heads carry the image into the answer
+    adapter = attach(model, heads=select_heads(scores, 16))    # freezes the model; adapter.parameters() are trainable
+    adapter.save("adapter.pt"); load(model, "adapter.pt")      # after training
+
+A worked example: three tokens of two features, of which the second is visual; two heads of one feature. Rank 1,
+alpha = 1, gamma = 1 and S = {1}, so every factor is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B = 0.1 makes 1.1, added
+to the visual token's value in head 1 and nowhere else:
+
+    >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_heads=2, heads=[1], r=1, lora_alpha=1)
+    >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]])), adapter.B.data.fill_(0.1)
+    >>> x = torch.tensor([[[1.0, 1.0], [3.0, 4.0], [5.0, 5.0]]])    # [B=1, T=3, D=2]
+    >>> value = torch.zeros(1, 3, 2)                                # what v_proj made of x: [B, T, H * d_h]
+    >>> adapter.add_update(x, value, rows=torch.tensor([1])).tolist()
+    [[[0.0, 0.0], [0.0, 1.100000023841858], [0.0, 0.0]]]
+
+Shapes:  B batch · T tokens · N visual tokens in the batch · D hidden size · H value heads of a layer (the KV heads under
+grouped-query attention) · d_h head size · r rank · S selected heads of a layer · L layers
+"""
+
+import argparse
+import math
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Heads = dict[int, list[int]]  # {layer: [value head, ...]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter of one layer
+
+
+class ValueAdapter(nn.Module):
+    """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
+
+    A [D, r] is shared by the layer's heads, B [S, r, d_h] has a block for each and starts at zero: the model starts as
+    the base. A starts as in LoRA, and gamma at 1, so that the first steps are those of LoRA at the same learning rate;
+    started near 0, gamma would scale the gradients of B down with it.
+    """
+
+    def __init__(self, hidden_size, head_dim, num_heads, heads, r, lora_alpha, normalize=True, device=None):
+        super().__init__()
+        self.num_heads, self.heads = num_heads, heads
+        self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
+        self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))
+        self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))
+        self.gamma = nn.Parameter(torch.ones((), device=device))
+        nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))
+
+    def forward(self, x_vis: Tensor) -> Tensor:
+        """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, S * d_h]."""
+        z = self.gamma * self.scaling * (x_vis @ self.A)  # [N, r]
+        return z @ self.B.transpose(0, 1).flatten(1)  # [N, r] @ [r, S * d_h]
+
+    def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+        """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values.
+
+        M X is a gather and M^T a scatter: no product is computed for a text token. Zero rows change nothing, and still
+        give every parameter a gradient (of zero), which data-parallel training needs.
+        """
+        if not len(rows) and not torch.is_grad_enabled():
+            return value
+        x_vis = x.flatten(0, -2)[rows]  # M X                                        [N, D]
+        delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # (M X) A B(h), scaled   [N, S * d_h]
+        if len(self.heads) < self.num_heads:
+            update = delta.new_zeros(len(rows), self.num_heads, self.B.shape[2])  # zero in the heads not in S
+            update[:, self.heads] = delta.unflatten(1, (len(self.heads), -1))
+            delta = update.flatten(1)  #                                               [N, H * d_h]
+        return value.flatten(0, -2).index_add(0, rows, delta).view_as(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokens are visual
+
+
+class VisualRows:
+    """The visual tokens of the forward pass in progress, as row indices of the flattened [B * T] batch.
+
+    Computed once a forward from `input_ids`, shared by all layers, never reused by a later forward. They are kept only
+    for gradient checkpointing, which runs the layers again during the backward pass.
+    """
+
+    def __init__(self, image_token_ids: list[int]):
+        self.image_token_ids = image_token_ids
+        self.enabled = True
+        self.mask = None  # [B, T] bool, given by visual_mask()
+        self.thread = None  # that runs the forward in progress
+        self.rows = self.shape = None  # of the forward in progress, then of the last one with gradients
+        self.awaits_backward = self.ambiguous = False  # a checkpointed backward could meet rows that are not its own
+
+    def begin(self, module, args, kwargs):
+        """Forward pre-hook of the top-level model: input_ids [B, T] -> rows [N]."""
+        if self.thread is not None:
+            raise RuntimeError("the adapted model is running in another thread; call it from one thread at a time")
+        rows = None
+        if self.enabled:
+            mask, ids = self.mask, kwargs.get("input_ids", args[0] if args else None)
+            if ids is not None:
+                mask = sum((ids == i for i in self.image_token_ids), torch.zeros_like(ids, dtype=torch.bool))
+            if mask is None:
+                raise ValueError(
+                    "without input_ids the visual tokens are unknown; call inside adapter.visual_mask(mask)"
+                )
+            self.shape, rows = mask.shape, mask.flatten().nonzero().squeeze(1)  # the one host-device synchronisation
+        if torch.is_grad_enabled():
+            same = rows is self.rows or (None not in (rows, self.rows) and torch.equal(rows, self.rows))
+            self.ambiguous = self.awaits_backward and (self.ambiguous or not same)
+            self.awaits_backward = True
+        self.rows, self.thread = rows, threading.get_ident()
+
+    def end(self, module, args, output):
+        """Forward hook of the top-level model, called after an exception too."""
+        self.thread = None
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """The visual rows of a v_proj input [B, T, D]; None while disabled. Raises rather than use rows of another call."""
+        if self.thread is None and torch._C._current_graph_task_id() != -1:  # a checkpoint's second run, in backward
+            if self.ambiguous:
+                raise RuntimeError("two forwards with different images before one backward cannot be checkpointed")
+            self.awaits_backward = False
+        elif self.thread is None:
+            raise RuntimeError("the language model was called by itself; call the model that attach() was given")
+        if self.rows is not None and x.shape[:-1] != self.shape:
+            raise RuntimeError(f"v_proj got tokens {list(x.shape[:-1])} where input_ids are {list(self.shape)}")
+        return self.rows if self.rows is None else self.rows.to(x.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attaching to a model
+
+
+def _value_projections(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The v_proj of every decoder layer with its head size, in order. Raises ValueError where the method does not apply."""
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "layers" and isinstance(module, nn.ModuleList) and len(module)
+        if not any(part.startswith(("vision", "visual", "audio")) for part in name.split("."))
+    ]
+    if len(stacks) != 1:
+        found = ", ".join(name for name, _ in stacks) or "none"
+        raise ValueError(f"expected one stack of decoder layers besides the vision tower, found {found}")
+    name, layers = stacks[0]
+    config = getattr(model, "config", None)
+    if getattr(getattr(config, "text_config", None), "num_kv_shared_layers", 0):
+        raise ValueError("layers that share their values with other layers (num_kv_shared_layers) cannot be adapted")
+    projections = []
+    for i, layer in enumerate(layers):
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            raise ValueError(
+                f"{name}.{i} has no self_attn (cross-attention to image features?); visual tokens must be in it"
+            )
+        v_proj, head_dim = getattr(attention, "v_proj", None), getattr(attention, "head_dim", None)
+        if v_proj is None:
+            raise ValueError(f"{name}.{i}.self_attn has no v_proj; a fused qkv projection has no value slice to adapt")
+        if not head_dim or v_proj.out_features % head_dim:
+            raise ValueError(f"{name}.{i}.self_attn.head_dim is {head_dim}, v_proj has {v_proj.out_features} features")
+        projections.append((v_proj, head_dim))
+    return projections
+
+
+def _image_token_ids(model: nn.Module) -> list[int]:
+    config = getattr(model, "config", None)
+    names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
+    ids = sorted({getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)})
+    if not ids:
+        raise ValueError("model.config has no image_token_id, so visual tokens cannot be told from text tokens")
+    return ids
+
+
+def _adapt_value(visual: VisualRows, adapter: ValueAdapter, v_proj, inputs, value: Tensor) -> Tensor | None:
+    """Forward hook of a v_proj: X W_V -> V~, or None to leave it as it is."""
+    rows = visual.of(inputs[0])
+    return None if rows is None else adapter.add_update(inputs[0], value, rows)
+
+
+def _checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
+    """Sorted layers and heads, without empty layers; None means all. Raises ValueError on what the model does not have."""
+    if heads is None:
+        return {layer: list(range(count)) for layer, count in enumerate(head_counts)}
+    for layer, selected in heads.items():
+        if type(layer) is not int or not 0 <= layer < len(head_counts):
+            raise ValueError(f"layer {layer!r} is not one of the model's layers 0..{len(head_counts) - 1}")
+        if any(type(h) is not int or not 0 <= h < head_counts[layer] for h in selected):
+            raise ValueError(f"heads of layer {layer} must be integers in 0..{head_counts[layer] - 1}, got {selected}")
+        if len(set(selected)) != len(selected):
+            raise ValueError(f"layer {layer} names a head twice: {selected}")
+    heads = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
+    if not heads:
+        raise ValueError("no head is selected; name at least one")
+    return heads
+
+
+class ImageLoRA(nn.Module):
+    """The adapters of a model, made by `attach` or `load`; `.parameters()` are exactly the trainable A, B and gamma.
+
+    It is registered as `model.image_lora`: it moves with the model, and `model.state_dict()` holds it.
+    """
+
+    def __init__(self, model: nn.Module, r: int, lora_alpha: float, heads: Heads | None, normalize: bool):
+        super().__init__()
+        if hasattr(model, "image_lora"):
+            raise ValueError("the model already has an Image-LoRA; call its detach() first")
+        projections = _value_projections(model)
+        if type(r) is not int or r < 1:
+            raise ValueError(f"r must be an integer of at least 1, got {r!r}")
+        if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        head_counts = [v_proj.out_features // head_dim for v_proj, head_dim in projections]
+        self.heads = _checked_heads(heads, head_counts)
+        self.r, self.lora_alpha, self.normalize, self.head_counts = r, lora_alpha, normalize, head_counts
+        self.visual = VisualRows(_image_token_ids(model))
+        self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self.layers = nn.ModuleDict()
+        for layer, selected in self.heads.items():
+            v_proj, head_dim = projections[layer]
+            device = next((t.device for t in [*v_proj.parameters(), *v_proj.buffers()]), None)
+            self.layers[str(layer)] = ValueAdapter(
+                v_proj.in_features, head_dim, head_counts[layer], selected, r, lora_alpha, normalize, device
+            )
+        # From here on the model is changed, and nothing can fail.
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        self._handles = [
+            model.register_forward_pre_hook(self.visual.begin, with_kwargs=True),
+            model.register_forward_hook(self.visual.end, always_call=True),
+            *(
+                projections[int(layer)][0].register_forward_hook(partial(_adapt_value, self.visual, adapter))
+                for layer, adapter in self.layers.items()
+            ),
+        ]
+        self._model = (model,)  # in a tuple, so that the model is not a submodule of its own submodule
+        model.image_lora = self
+
+    @contextmanager
+    def disabled(self):
+        """Within it the model is the base model."""
+        before, self.visual.enabled = self.visual.enabled, False
+        try:
+            yield
+        finally:
+            self.visual.enabled = before
+
+    @contextmanager
+    def visual_mask(self, mask: Tensor):
+        """Within it calls that pass `inputs_embeds` [B, T, D] take this mask [B, T], True at visual tokens."""
+        if mask.dtype != torch.bool or mask.ndim != 2:
+            raise ValueError(f"the visual mask must be a bool tensor [B, T], got {mask.dtype} {list(mask.shape)}")
+        before, self.visual.mask = self.visual.mask, mask
+        try:
+            yield
+        finally:
+            self.visual.mask = before
+
+    def detach(self) -> nn.Module:
+        """Restore the original model (hooks, requires_grad) and return it. Raises RuntimeError when called twice."""
+        if not self._handles:
+            raise RuntimeError("this Image-LoRA is already detached")
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        model = self._model[0]
+        del model.image_lora
+        self._handles, self._frozen, self._model = [], [], ()
+        return model
+
+    def flops(self, num_visual_tokens: int) -> int:
+        """FLOPs of the adapter in one training step (forward and backward) over so many visual tokens."""
+        first = next(iter(self.layers.values()))
+        hidden_size, head_dim = first.A.shape[0], first.B.shape[2]
+        return image_lora_flops(num_visual_tokens, hidden_size, head_dim, self.heads, self.r)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the adapter in the layout of the authors' release, atomically. Raises ValueError for NaN or infinity."""
+        state = {k: v.detach().cpu().clone() for k, v in self.state_dict().items()}
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite; the adapter is not saved")
+        payload = {
+            "model_name": self.model_name,
+            "r": self.r,
+            "alpha": float(self.lora_alpha),
+            "kv_indices": {str(layer): list(heads) for layer, heads in self.heads.items()},
+            "layers": {k: {n: state[f"layers.{k}.{n}"] for n in ("A", "B", "gamma")} for k in self.layers},
+        }
+        if not self.normalize:
+            payload["normalize"] = False  # a key of ours, absent by default
+        with atomic_write(path) as temporary:
+            torch.save(payload, temporary)
+
+    def extra_repr(self) -> str:
+        chosen, total = sum(map(len, self.heads.values())), sum(self.head_counts)
+        count = sum(p.numel() for p in self.parameters())
+        return f"{chosen} of {total} heads {self.heads}, r={self.r}, lora_alpha={self.lora_alpha}, {count:,} parameters"
+
+
+def attach(model, r: int = 8, lora_alpha: float = 16, heads: Heads | None = None, normalize: bool = True) -> ImageLoRA:
+    """Freeze `model` and adapt the values of its visual tokens.
+
+    heads: {layer: [value head, ...]}; None means all heads of all layers; a layer not named gets no adapter.
+    normalize: the factor 1/sqrt|S|.
+    Raises ValueError, and leaves the model as it was, where the model or the arguments do not allow it.
+    """
+    return ImageLoRA(model, r, lora_alpha, heads, normalize)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Head influence and selection
+
+
+def score_heads(
+    model: nn.Module,
+    batches: Iterable,
+    loss_fn: Callable[[nn.Module, dict], Tensor] | None = None,
+    probe: str = "rank1",
+    seed: int = 0,
+) -> Tensor:
+    """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
+
+    probe="rank1": ||dL/dB_l(h)||^2 of a rank-1 Image-LoRA in every head, A ~ N(0, 1) and B = 0: the model's output is
+    unchanged while it is probed. probe="exact": ||X_vis^T G_l(h)||^2, the squared gradient of the full W_V(h) over
+    visual tokens, where G is the gradient at the value output. As dL/dB = A^T X_vis^T G and E[A A^T] = I, the rank-1
+    score is the exact one on average over A.
+
+    loss_fn(model, batch) -> scalar, default `model(**batch).loss`. The gradient of each batch's loss is squared, and
+    the mean over batches returned: batches of one example square per example, and can rank heads differently.
+    Heads that a layer does not have score 0. The model is left as it was. Raises ValueError without visual tokens.
+    """
+    if probe not in ("rank1", "exact"):
+        raise ValueError(f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
+    loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
+    adapter = attach(model, r=1, lora_alpha=1, normalize=False)
+    try:
+        generator = torch.Generator().manual_seed(seed)
+        for a in adapter.layers.values():
+            a.A.data.copy_(torch.randn(a.A.shape, generator=generator))
+        scores = torch.zeros(len(adapter.head_counts), max(adapter.head_counts))
+
+        def add_exact(layer, a, inputs, delta):  # inputs: X_vis [N, D]; delta: [N, H * d_h], whose gradient is G
+            def at_backward(G):
+                product = (inputs[0].T @ G).unflatten(1, (a.num_heads, -1))  # X_vis^T G   [D, H, d_h]
+                scores[layer, : a.num_heads] += product.float().square().sum((0, 2)).cpu()
+
+            delta.register_hook(at_backward)
+
+        if probe == "exact":
+            for layer, a in adapter.layers.items():
+                a.register_forward_hook(partial(add_exact, int(layer)))
+        count = visual_tokens = 0
+        for batch in batches:
+            loss = loss_fn(model, batch)
+            if not loss.isfinite():
+                raise ValueError(f"the loss of probe batch {count} is {loss.item()}")
+            adapter.zero_grad()
+            loss.backward()
+            if probe == "rank1":
+                for layer, a in adapter.layers.items():
+                    scores[int(layer), : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()  # ||dL/dB(h)||^2
+            count, visual_tokens = count + 1, visual_tokens + len(adapter.visual.rows)
+    finally:
+        adapter.detach()
+    if not visual_tokens:
+        raise ValueError(f"the {count} probe batches hold no visual token")
+    return scores / count
+
+
+def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
+    """The `num_heads` heads to adapt, exactly: layer l gets k_l ~ (sum_h I(l, h))^tau of them, its most influential.
+
+    scores [L, H], as from `score_heads`. tau=0 spreads the budget evenly, tau=1 in proportion to influence. Fractions
+    go to the largest remainders, what exceeds a layer's H heads to the other layers. Raises ValueError on bad input.
+    """
+    if scores.ndim != 2 or not scores.isfinite().all() or (scores < 0).any():
+        raise ValueError(f"scores must be finite, not negative and [layers, heads], got {list(scores.shape)}")
+    layers, heads = scores.shape
+    if type(num_heads) is not int or not 1 <= num_heads <= layers * heads:
+        raise ValueError(f"num_heads must be an integer in 1..{layers * heads}, got {num_heads!r}")
+    if not math.isfinite(tau) or tau < 0:
+        raise ValueError(f"tau must be finite and not negative, got {tau!r}")
+    weights = (scores.double().sum(1) ** tau).tolist()
+    quota, open_layers = [0.0] * layers, set(range(layers))
+    while open_layers:  # share what is left among the layers that are not full; those that overflow become full
+        left = num_heads - sum(quota[layer] for layer in range(layers) if layer not in open_layers)
+        total = sum(weights[layer] for layer in open_layers)
+        for layer in open_layers:
+            quota[layer] = left * (weights[layer] / total if total > 0 else 1 / len(open_layers))
+        full = {layer for layer in open_layers if quota[layer] > heads}
+        if not full:
+            break
+        open_layers -= full
+        for layer in full:
+            quota[layer] = float(heads)
+    budget = [min(heads, math.floor(q + 1e-9)) for q in quota]
+    by_remainder = sorted(
+        (layer for layer in range(layers) if budget[layer] < heads), key=lambda i: budget[i] - quota[i]
+    )
+    for layer in by_remainder[: num_heads - sum(budget)]:
+        budget[layer] += 1
+    order = scores.argsort(dim=1, descending=True, stable=True).tolist()
+    return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget) if k}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training FLOPs, counting 2 m n k for a product [m, k] [k, n]
+
+
+def lora_flops(num_tokens: int, in_features: int, out_features: int, r: int, input_grad: bool = True) -> int:
+    """Training FLOPs of LoRA on one Linear: z = x A, y = z B forward; dB, dz, dA and dx backward.
+
+    input_grad=False leaves dx out: nothing below the lowest adapted layer needs a gradient.
+    """
+    forward = 2 * num_tokens * r * (in_features + out_features)
+    dB = dz = 2 * num_tokens * r * out_features
+    dA = dx = 2 * num_tokens * r * in_features
+    return forward + dB + dz + dA + (dx if input_grad else 0)
+
+
+def image_lora_flops(
+    num_visual_tokens: int, hidden_size: int, head_dim: int, heads: Heads, r: int, input_grad: bool = False
+) -> int:
+    """Training FLOPs of a whole Image-LoRA: LoRA from D to |S| d_h features, over visual tokens, summed over layers.
+
+    input_grad: whether the input of the lowest adapted layer needs a gradient too; that of the others always does.
+    """
+    layers = sorted(layer for layer in heads if heads[layer])
+    return sum(
+        lora_flops(num_visual_tokens, hidden_size, len(heads[layer]) * head_dim, r, input_grad or layer != layers[0])
+        for layer in layers
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike):
+    """Yields a temporary path beside `path`, which replaces it on success; `path` is never half-written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def safe_load(path: str | os.PathLike) -> dict:
+    """`torch.load` without executing anything, checksums verified. Raises ValueError naming a missing or damaged file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load would not notice a flipped bit in a tensor
+                raise ValueError("a checksum does not match")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not a PyTorch file ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where a dict was expected")
+    return content
+
+
+def read_heads(content: dict, path: str | os.PathLike) -> Heads:
+    """The head selection {layer: [head, ...]} of an adapter file or of the authors' head-selection JSON, parsed."""
+    indices = content.get("kv_indices") if isinstance(content, dict) else None
+    if not isinstance(indices, dict) or not all(
+        isinstance(k, str) and k.isdecimal() and str(int(k)) == k and isinstance(v, list) for k, v in indices.items()
+    ):
+        raise ValueError(f"{path}: kv_indices must map layer numbers (as strings) to lists of heads")
+    return {int(layer): heads for layer, heads in indices.items()}
+
+
+def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
+    """Attach the adapter in `path`, ours or the authors'. Raises ValueError, and leaves the model as it was, on a damaged
+    file or one that does not fit the model (layers, heads, hidden and head size)."""
+    content = safe_load(path)
+    heads, layers = read_heads(content, path), content.get("layers")
+    if not isinstance(layers, dict) or set(layers) != {str(layer) for layer in heads if heads[layer]}:
+        raise ValueError(f"{path}: layers must be those of kv_indices")
+    normalize = content.get("normalize", True)
+    if type(normalize) is not bool:
+        raise ValueError(f"{path}: normalize must be True or False, got {normalize!r}")
+    try:
+        adapter = attach(model, content.get("r"), content.get("alpha"), heads, normalize)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
+        for layer, a in adapter.layers.items():
+            for name, parameter in a.named_parameters():
+                _copy_checked(parameter, layers[layer], heads[int(layer)], name, f"{path}: layer {layer}")
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def _copy_checked(parameter: Tensor, saved, heads: list[int], name: str, where: str) -> None:
+    tensor = saved.get(name) if isinstance(saved, dict) and set(saved) == {"A", "B", "gamma"} else None
+    if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape or not tensor.dtype.is_floating_point:
+        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"{type(tensor).__name__}"
+        raise ValueError(f"{where}: {name} must be a float tensor {list(parameter.shape)} for this model, got {got}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{where}: {name} is not finite")
+    if name == "B":
+        tensor = tensor[sorted(range(len(heads)), key=heads.__getitem__)]  # blocks are in the file's order of heads
+    parameter.data.copy_(tensor)
