@@ -20,11 +20,12 @@ to the visual token's value in head 1 and nowhere else:
     >>> adapter.add_update(x, value, rows=torch.tensor([1])).tolist()
     [[[0.0, 0.0], [0.0, 1.100000023841858], [0.0, 0.0]]]
 
-Shapes:  B batch · T tokens · N visual tokens in the batch · D hidden size · H value heads of a layer (the KV heads under
-grouped-query attention) · d_h head size · r rank · S selected heads of a layer · L layers
+Shapes:  B batch · T tokens · N visual tokens in the batch · D hidden size · H value heads of a layer (the KV heads
+under grouped-query attention) · d_h head size · r rank · S selected heads of a layer · L layers
 """
 
 import argparse
+import io
 import math
 import os
 import threading
@@ -58,7 +59,8 @@ class ValueAdapter(nn.Module):
         self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
         self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))
         self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))
-        self.gamma = nn.Parameter(torch.ones((), device=device))
+        self.gamma = nn.Parameter(torch.ones(1, device=device))  # of one element: FSDP shards no scalars
+        self.register_buffer("head_index", torch.tensor(heads, device=device), persistent=False)
         nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))
 
     def forward(self, x_vis: Tensor) -> Tensor:
@@ -74,12 +76,12 @@ class ValueAdapter(nn.Module):
         """
         if not len(rows) and not torch.is_grad_enabled():
             return value
-        x_vis = x.flatten(0, -2)[rows]  # M X                                        [N, D]
+        x_vis = x.flatten(0, -2).index_select(0, rows)  # M X                        [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # (M X) A B(h), scaled   [N, S * d_h]
         if len(self.heads) < self.num_heads:
-            update = delta.new_zeros(len(rows), self.num_heads, self.B.shape[2])  # zero in the heads not in S
-            update[:, self.heads] = delta.unflatten(1, (len(self.heads), -1))
-            delta = update.flatten(1)  #                                               [N, H * d_h]
+            delta = delta.unflatten(1, (len(self.heads), -1))  #                       [N, S, d_h]
+            update = delta.new_zeros(len(rows), self.num_heads, delta.shape[2])  # zero in the heads not in S
+            delta = update.index_copy(1, self.head_index, delta).flatten(1)  #         [N, H * d_h]
         return value.flatten(0, -2).index_add(0, rows, delta).view_as(value)
 
 
@@ -90,23 +92,21 @@ class ValueAdapter(nn.Module):
 class VisualRows:
     """The visual tokens of the forward pass in progress, as row indices of the flattened [B * T] batch.
 
-    Computed once a forward from `input_ids`, shared by all layers, never reused by a later forward. They are kept only
-    for gradient checkpointing, which runs the layers again during the backward pass.
+    Computed once a forward from `input_ids`, shared by all layers, never reused by a later forward. Those of the last
+    forward with gradients are kept for gradient checkpointing, which runs the layers again in the backward pass.
     """
 
     def __init__(self, image_token_ids: list[int]):
         self.image_token_ids = image_token_ids
         self.enabled = True
         self.mask = None  # [B, T] bool, given by visual_mask()
-        self.thread = None  # that runs the forward in progress
-        self.rows = self.shape = None  # of the forward in progress, then of the last one with gradients
+        self.running = {}  # {thread: (rows, shape)} of the forwards in progress; rows are None while disabled
+        self.last = (None, None)  # of the last forward with gradients
         self.awaits_backward = self.ambiguous = False  # a checkpointed backward could meet rows that are not its own
 
     def begin(self, module, args, kwargs):
         """Forward pre-hook of the top-level model: input_ids [B, T] -> rows [N]."""
-        if self.thread is not None:
-            raise RuntimeError("the adapted model is running in another thread; call it from one thread at a time")
-        rows = None
+        rows = shape = None
         if self.enabled:
             mask, ids = self.mask, kwargs.get("input_ids", args[0] if args else None)
             if ids is not None:
@@ -115,28 +115,34 @@ class VisualRows:
                 raise ValueError(
                     "without input_ids the visual tokens are unknown; call inside adapter.visual_mask(mask)"
                 )
-            self.shape, rows = mask.shape, mask.flatten().nonzero().squeeze(1)  # the one host-device synchronisation
-        if torch.is_grad_enabled():
-            same = rows is self.rows or (None not in (rows, self.rows) and torch.equal(rows, self.rows))
-            self.ambiguous = self.awaits_backward and (self.ambiguous or not same)
-            self.awaits_backward = True
-        self.rows, self.thread = rows, threading.get_ident()
+            shape, rows = mask.shape, mask.flatten().nonzero().squeeze(1)  # the one host-device synchronisation
+        self.running[threading.get_ident()] = rows, shape
 
     def end(self, module, args, output):
-        """Forward hook of the top-level model, called after an exception too."""
-        self.thread = None
+        """Forward hook of the top-level model, called after an exception too, with no output."""
+        rows, shape = self.running.pop(threading.get_ident(), (None, None))
+        if output is not None and torch.is_grad_enabled():
+            last = self.last[0]
+            same = rows is last or (None not in (rows, last) and torch.equal(rows, last))
+            self.ambiguous = self.awaits_backward and (self.ambiguous or not same)
+            self.awaits_backward, self.last = True, (rows, shape)
+
+    def backward_done(self, grad):
+        """Gradient hook of the lowest adapter's gamma, the last to be reached."""
+        self.awaits_backward = False
 
     def of(self, x: Tensor) -> Tensor | None:
-        """The visual rows of a v_proj input [B, T, D]; None while disabled. Raises rather than use rows of another call."""
-        if self.thread is None and torch._C._current_graph_task_id() != -1:  # a checkpoint's second run, in backward
+        """The visual rows of a v_proj input [B, T, D]; None while disabled. Raises rather than use another call's."""
+        rows, shape = self.running.get(threading.get_ident(), self.last)
+        if threading.get_ident() not in self.running:
+            if torch._C._current_graph_task_id() == -1:  # else it is a checkpoint's second run, in backward
+                raise RuntimeError("the language model was called by itself; call the model that attach() was given")
+            self.awaits_backward = False  # the next forward starts anew, whatever becomes of this backward
             if self.ambiguous:
                 raise RuntimeError("two forwards with different images before one backward cannot be checkpointed")
-            self.awaits_backward = False
-        elif self.thread is None:
-            raise RuntimeError("the language model was called by itself; call the model that attach() was given")
-        if self.rows is not None and x.shape[:-1] != self.shape:
-            raise RuntimeError(f"v_proj got tokens {list(x.shape[:-1])} where input_ids are {list(self.shape)}")
-        return self.rows if self.rows is None else self.rows.to(x.device)
+        if rows is not None and x.shape[:-1] != shape:
+            raise RuntimeError(f"v_proj got tokens {list(x.shape[:-1])} where input_ids are {list(shape)}")
+        return rows if rows is None else rows.to(x.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,19 +150,19 @@ class VisualRows:
 
 
 def _value_projections(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The v_proj of every decoder layer with its head size, in order. Raises ValueError where the method does not apply."""
+    """The v_proj of every decoder layer with its head size. Raises ValueError where the method does not apply."""
     stacks = [
         (name, module)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "layers" and isinstance(module, nn.ModuleList) and len(module)
-        if not any(part.startswith(("vision", "visual", "audio")) for part in name.split("."))
+        if not any(part.startswith(("vision", "visual", "audio", "img")) for part in name.split("."))
     ]
     if len(stacks) != 1:
         found = ", ".join(name for name, _ in stacks) or "none"
         raise ValueError(f"expected one stack of decoder layers besides the vision tower, found {found}")
     name, layers = stacks[0]
     config = getattr(model, "config", None)
-    if getattr(getattr(config, "text_config", None), "num_kv_shared_layers", 0):
+    if getattr(getattr(config, "text_config", config), "num_kv_shared_layers", 0):
         raise ValueError("layers that share their values with other layers (num_kv_shared_layers) cannot be adapted")
     projections = []
     for i, layer in enumerate(layers):
@@ -190,7 +196,7 @@ def _adapt_value(visual: VisualRows, adapter: ValueAdapter, v_proj, inputs, valu
 
 
 def _checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
-    """Sorted layers and heads, without empty layers; None means all. Raises ValueError on what the model does not have."""
+    """Sorted, without empty layers; None means all heads. Raises ValueError on what the model does not have."""
     if heads is None:
         return {layer: list(range(count)) for layer, count in enumerate(head_counts)}
     for layer, selected in heads.items():
@@ -214,13 +220,15 @@ class ImageLoRA(nn.Module):
 
     def __init__(self, model: nn.Module, r: int, lora_alpha: float, heads: Heads | None, normalize: bool):
         super().__init__()
-        if hasattr(model, "image_lora"):
-            raise ValueError("the model already has an Image-LoRA; call its detach() first")
         projections = _value_projections(model)
-        if type(r) is not int or r < 1:
-            raise ValueError(f"r must be an integer of at least 1, got {r!r}")
-        if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        hooks = [hook for v_proj, _ in projections for hook in v_proj._forward_hooks.values()]
+        if any(getattr(hook, "func", None) is _adapt_value for hook in hooks):  # of this model, or one in or around it
+            raise ValueError("the model already has an Image-LoRA; call its detach() first")
+        hidden_size = min(v_proj.in_features for v_proj, _ in projections)
+        if type(r) is not int or not 1 <= r <= hidden_size:
+            raise ValueError(f"r must be an integer in 1..{hidden_size}, got {r!r}")
+        if type(lora_alpha) not in (int, float) or not 0 < lora_alpha <= 1e9:
+            raise ValueError(f"lora_alpha must be a number above 0 and up to 1e9, got {lora_alpha!r}")
         head_counts = [v_proj.out_features // head_dim for v_proj, head_dim in projections]
         self.heads = _checked_heads(heads, head_counts)
         self.r, self.lora_alpha, self.normalize, self.head_counts = r, lora_alpha, normalize, head_counts
@@ -230,6 +238,7 @@ class ImageLoRA(nn.Module):
         for layer, selected in self.heads.items():
             v_proj, head_dim = projections[layer]
             device = next((t.device for t in [*v_proj.parameters(), *v_proj.buffers()]), None)
+            device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
             self.layers[str(layer)] = ValueAdapter(
                 v_proj.in_features, head_dim, head_counts[layer], selected, r, lora_alpha, normalize, device
             )
@@ -244,6 +253,7 @@ class ImageLoRA(nn.Module):
                 projections[int(layer)][0].register_forward_hook(partial(_adapt_value, self.visual, adapter))
                 for layer, adapter in self.layers.items()
             ),
+            next(iter(self.layers.values())).gamma.register_hook(self.visual.backward_done),
         ]
         self._model = (model,)  # in a tuple, so that the model is not a submodule of its own submodule
         model.image_lora = self
@@ -288,8 +298,8 @@ class ImageLoRA(nn.Module):
         return image_lora_flops(num_visual_tokens, hidden_size, head_dim, self.heads, self.r)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the adapter in the layout of the authors' release, atomically. Raises ValueError for NaN or infinity."""
-        state = {k: v.detach().cpu().clone() for k, v in self.state_dict().items()}
+        """Write the adapter in the layout of the authors' release, atomically. Raises ValueError on NaN."""
+        state = {k: getattr(v, "full_tensor", lambda v=v: v)().detach().cpu() for k, v in self.state_dict().items()}
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite; the adapter is not saved")
@@ -298,12 +308,14 @@ class ImageLoRA(nn.Module):
             "r": self.r,
             "alpha": float(self.lora_alpha),
             "kv_indices": {str(layer): list(heads) for layer, heads in self.heads.items()},
-            "layers": {k: {n: state[f"layers.{k}.{n}"] for n in ("A", "B", "gamma")} for k in self.layers},
+            "layers": {
+                k: {"A": state[f"layers.{k}.A"], "B": state[f"layers.{k}.B"], "gamma": state[f"layers.{k}.gamma"][0]}
+                for k in self.layers
+            },
         }
         if not self.normalize:
             payload["normalize"] = False  # a key of ours, absent by default
-        with atomic_write(path) as temporary:
-            torch.save(payload, temporary)
+        safe_save(payload, path)
 
     def extra_repr(self) -> str:
         chosen, total = sum(map(len, self.heads.values())), sum(self.head_counts)
@@ -373,7 +385,7 @@ def score_heads(
             if probe == "rank1":
                 for layer, a in adapter.layers.items():
                     scores[int(layer), : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()  # ||dL/dB(h)||^2
-            count, visual_tokens = count + 1, visual_tokens + len(adapter.visual.rows)
+            count, visual_tokens = count + 1, visual_tokens + len(adapter.visual.last[0])
     finally:
         adapter.detach()
     if not visual_tokens:
@@ -392,9 +404,10 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     layers, heads = scores.shape
     if type(num_heads) is not int or not 1 <= num_heads <= layers * heads:
         raise ValueError(f"num_heads must be an integer in 1..{layers * heads}, got {num_heads!r}")
-    if not math.isfinite(tau) or tau < 0:
-        raise ValueError(f"tau must be finite and not negative, got {tau!r}")
-    weights = (scores.double().sum(1) ** tau).tolist()
+    if type(tau) not in (int, float) or not 0 <= tau <= 1e9:
+        raise ValueError(f"tau must be a number in 0..1e9, got {tau!r}")
+    influence = scores.double().sum(1)  # of each layer; below, relative to the largest, so that no power overflows
+    weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()
     quota, open_layers = [0.0] * layers, set(range(layers))
     while open_layers:  # share what is left among the layers that are not full; those that overflow become full
         left = num_heads - sum(quota[layer] for layer in range(layers) if layer not in open_layers)
@@ -464,8 +477,16 @@ def atomic_write(path: str | os.PathLike):
         temporary.unlink(missing_ok=True)
 
 
+def safe_save(content: dict, path: str | os.PathLike) -> None:
+    """`torch.save`, atomic. Raises OSError where the file cannot be written (torch.save itself: RuntimeError)."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
 def safe_load(path: str | os.PathLike) -> dict:
-    """`torch.load` without executing anything, checksums verified. Raises ValueError naming a missing or damaged file."""
+    """`torch.load` without executing anything, checksums verified. Raises ValueError on a missing or damaged file."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch.load would not notice a flipped bit in a tensor
@@ -474,7 +495,8 @@ def safe_load(path: str | os.PathLike) -> dict:
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except Exception as error:
-        raise ValueError(f"{path} is damaged or not a PyTorch file ({str(error).splitlines()[0][:100]})") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise ValueError(f"{path} is damaged or not a PyTorch file ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where a dict was expected")
     return content
@@ -491,19 +513,21 @@ def read_heads(content: dict, path: str | os.PathLike) -> Heads:
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
-    """Attach the adapter in `path`, ours or the authors'. Raises ValueError, and leaves the model as it was, on a damaged
-    file or one that does not fit the model (layers, heads, hidden and head size)."""
+    """Attach the adapter in `path`, ours or the authors'.
+
+    Raises ValueError, and leaves the model as it was, on a damaged file or one that does not fit the model (layers,
+    heads, hidden and head size)."""
     content = safe_load(path)
     heads, layers = read_heads(content, path), content.get("layers")
     if not isinstance(layers, dict) or set(layers) != {str(layer) for layer in heads if heads[layer]}:
         raise ValueError(f"{path}: layers must be those of kv_indices")
     normalize = content.get("normalize", True)
     if type(normalize) is not bool:
-        raise ValueError(f"{path}: normalize must be True or False, got {normalize!r}")
+        raise ValueError(f"{path}: normalize must be True or False")
     try:
         adapter = attach(model, content.get("r"), content.get("alpha"), heads, normalize)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None  # a tensor prints on many lines
     try:
         for layer, a in adapter.layers.items():
             for name, parameter in a.named_parameters():
@@ -516,11 +540,79 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
 
 def _copy_checked(parameter: Tensor, saved, heads: list[int], name: str, where: str) -> None:
     tensor = saved.get(name) if isinstance(saved, dict) and set(saved) == {"A", "B", "gamma"} else None
-    if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape or not tensor.dtype.is_floating_point:
+    shape = parameter.shape if name != "gamma" else ()
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.dtype.is_floating_point:
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"{type(tensor).__name__}"
-        raise ValueError(f"{where}: {name} must be a float tensor {list(parameter.shape)} for this model, got {got}")
+        raise ValueError(f"{where}: {name} must be a float tensor {list(shape)} for this model, got {got}")
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise ValueError(f"{where}: {name} must be a dense tensor with values")
+    tensor = tensor.to(parameter.dtype)
     if not tensor.isfinite().all():
-        raise ValueError(f"{where}: {name} is not finite")
+        raise ValueError(f"{where}: {name} is not finite in {parameter.dtype}")
     if name == "B":
         tensor = tensor[sorted(range(len(heads)), key=heads.__getitem__)]  # blocks are in the file's order of heads
     parameter.data.copy_(tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python imagelora.py: parameters and FLOPs at the scale of real models, without their weights
+
+SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size
+    "qwen2.5-vl-7b": (28, 3584, 28, 4, 128),
+    "qwen2.5-vl-72b": (80, 8192, 64, 8, 128),
+}
+
+
+def print_costs(layers, hidden_size, query_heads, kv_heads, head_dim, visual, text, r, num_heads) -> None:
+    """Standard LoRA (q, k, v, o, all tokens) against Image-LoRA, and the saving as a product of its three causes."""
+    heads = select_heads(torch.ones(layers, kv_heads), num_heads, tau=0)
+    q, kv = query_heads * head_dim, kv_heads * head_dim
+    linears = [(hidden_size, q), (hidden_size, kv), (hidden_size, kv), (q, hidden_size)]
+    first = [False, False, False, True]  # in the lowest layer only o_proj's input needs a gradient
+
+    def lora(tokens, which):  # training FLOPs of LoRA on these of q, k, v, o in every layer
+        below = sum(lora_flops(tokens, *linears[i], r, first[i]) for i in which)
+        return below + (layers - 1) * sum(lora_flops(tokens, *linears[i], r) for i in which)
+
+    parameters = layers * r * sum(a + b for a, b in linears)
+    ours = len(heads) * (hidden_size * r + 1) + num_heads * r * head_dim
+    flops = [lora(visual + text, range(4)), lora(visual, range(4)), lora(visual, [2])]
+    flops.append(image_lora_flops(visual, hidden_size, head_dim, heads, r))
+    print(f"{layers} layers, hidden size {hidden_size}, {query_heads} query and {kv_heads} value heads of {head_dim}")
+    print(f"{visual} visual and {text} text tokens, r = {r}, {num_heads} of {layers * kv_heads} value heads\n")
+    print(f"{'':34}{'LoRA':>14}{'Image-LoRA':>14}{'saved':>9}")
+    print(f"{'trainable parameters':34}{parameters:14,}{ours:14,}{1 - ours / parameters:9.1%}")
+    print(
+        f"{'adapter training GFLOP a sequence':34}{flops[0] / 1e9:14,.2f}{flops[3] / 1e9:14,.2f}"
+        f"{1 - flops[3] / flops[0]:9.1%}\n"
+    )
+    names = ("visual tokens only", "values only", "selected heads")
+    factors = [after / before for before, after in zip(flops, flops[1:])]
+    print(" x ".join(f"{name} {factor:.3f}" for name, factor in zip(names, factors)) + f" = {flops[3] / flops[0]:.3f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Trainable parameters and adapter training FLOPs, LoRA against Image-LoRA."
+    )
+    parser.add_argument("--model", default="qwen2.5-vl-7b", choices=SHAPES)
+    names = ("layers", "hidden-size", "query-heads", "kv-heads", "head-dim")
+    for name in names:
+        parser.add_argument(f"--{name}", type=int, help="instead of the model's")
+    parser.add_argument("--visual-tokens", type=int, default=1024)
+    parser.add_argument("--text-tokens", type=int, default=256)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--num-heads", type=int, help="selected value heads, default half of all")
+    args = parser.parse_args(arguments)
+    given = [getattr(args, name.replace("-", "_")) for name in names]
+    shape = [default if value is None else value for default, value in zip(SHAPES[args.model], given)]
+    total = shape[0] * shape[3]
+    num_heads = max(total // 2, 1) if args.num_heads is None else args.num_heads
+    least = [*shape, args.r, num_heads, args.visual_tokens + 1, args.text_tokens + 1]
+    if min(least) < 1 or num_heads > total:
+        parser.error(f"sizes must be positive, token counts not negative and --num-heads at most {total}")
+    print_costs(*shape, args.visual_tokens, args.text_tokens, args.r, num_heads)
+
+
+if __name__ == "__main__":
+    main()

@@ -218,7 +218,7 @@ def test_embeddings_alone_need_an_explicit_mask():
             self.language_model, self.config = inner.language_model, inner.config
 
         def forward(self, input_ids=None, inputs_embeds=None):
-            return self.language_model(inputs_embeds, None, None)[0]
+            return self.language_model(inputs_embeds, torch.arange(6)[None])[0]
 
     model = EmbeddingsOnly(tiny_vlm())
     x, mask = torch.randn(1, 6, D), torch.tensor([[False, True, True, False, False, False]])
@@ -230,7 +230,7 @@ def test_embeddings_alone_need_an_explicit_mask():
         changed = (model(inputs_embeds=x) != base).any(-1)
     assert changed[0].tolist() == [False, True, True, True, True, True]
     with pytest.raises(RuntimeError, match="call the model that attach"):
-        model.language_model(x, None, None)
+        model.language_model(x, torch.arange(6)[None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,13 +32,13 @@ class TinyVLMConfig:
     num_hidden_layers: int = 4
     num_attention_heads: int = 6
     num_key_value_heads: int = 6
-    max_position_embeddings: int = 512
+    rope_theta: int = 10000
 
     def __post_init__(self):
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name.endswith("_id") else 1
-            if type(value) is not int or value < least:
-                raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
+            if type(value) is not int or not least <= value <= 4096:
+                raise ValueError(f"{f.name} must be an integer in {least}..4096, got {value!r}")
         for whole, part in (
             ("image_size", "patch_size"),
             ("vision_hidden_size", "vision_num_attention_heads"),
@@ -62,10 +62,10 @@ class TinyVLMConfig:
 
 @dataclass
 class KVCache:
-    """Keys and values of all tokens so far, a pair [B, H_kv, T, d] per layer, and the text tokens counted so far [B]."""
+    """Keys and values of all tokens so far, a pair [B, H_kv, T, d] per layer, and the text tokens so far [B]."""
 
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    text_length: Tensor | int = 0
+    text_length: Tensor | None = None
 
 
 @dataclass
@@ -73,6 +73,13 @@ class TinyVLMOutput:
     logits: Tensor  # [B, T, V]
     loss: Tensor | None = None  # scalar
     past_key_values: KVCache | None = None
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary position embedding: each pair (x_i, x_{i + d/2}) of x [B, H, T, d] turned by its angle [B, 1, T, d/2]."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(nn.Module):
@@ -86,11 +93,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, past=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, angles=None, mask=None, causal=False, past=None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or H_kv, T, d]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         groups = q.shape[1] // k.shape[1]  # query heads that share a key/value head
@@ -112,8 +123,8 @@ class Block(nn.Module):
             nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, present = self.self_attn(self.input_layernorm(x), mask, self.causal, past)
+    def forward(self, x: Tensor, angles=None, mask=None, past=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, present = self.self_attn(self.input_layernorm(x), angles, mask, self.causal, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
@@ -146,20 +157,22 @@ class VisionTransformer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """GPT over embeddings [B, T, D] -> normalized hidden states [B, T, D]."""
+    """GPT over embeddings [B, T, D] and their positions [B, T] -> normalized hidden states [B, T, D]."""
 
     def __init__(self, config: TinyVLMConfig):
         super().__init__()
         d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.embed_tokens = nn.Embedding(config.vocab_size, d)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, d)
+        half = d // heads // 2
+        self.register_buffer("frequencies", config.rope_theta ** -(torch.arange(half) / half), persistent=False)
         self.layers = nn.ModuleList(Block(d, heads, kv_heads, causal=True) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
-    def forward(self, x: Tensor, mask: Tensor | None, past: KVCache | None) -> tuple[Tensor, list]:
+    def forward(self, x: Tensor, positions: Tensor, mask=None, past: KVCache | None = None) -> tuple[Tensor, list]:
+        angles = (positions[..., None] * self.frequencies)[:, None]  # [B, 1, T, d/2]
         presents = []
         for i, layer in enumerate(self.layers):
-            x, present = layer(x, mask, past.layers[i] if past else None)
+            x, present = layer(x, angles, mask, past.layers[i] if past else None)
             presents.append(present)
         return self.norm(x), presents
 
@@ -176,7 +189,7 @@ class TinyVLM(nn.Module):
         self.multi_modal_projector = nn.Linear(config.vision_hidden_size, config.hidden_size)
         self.language_model = LanguageModel(config)
         for name, parameter in self.named_parameters():
-            if name.endswith(("embed_tokens.weight", "embed_positions.weight")):
+            if name.endswith("embed_tokens.weight"):
                 nn.init.normal_(parameter, std=0.3)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -205,17 +218,15 @@ class TinyVLM(nn.Module):
         labels [B, T], -100 where nothing is to be predicted: `loss` is the mean cross-entropy of next tokens.
         attention_mask [B, T_past + T], 0 for padding on either side; default: no padding.
         past_key_values: the KVCache of the tokens before these.
-        Raises ValueError where placeholders and images do not match or the text is too long.
+        Raises ValueError where placeholders and images do not match.
         """
         visual = input_ids == self.config.image_token_id  # [B, T]
         text = ~visual if attention_mask is None else ~visual & attention_mask[:, -input_ids.shape[1] :].bool()
         # Positions count text tokens only: a question's positions do not depend on the images before it.
-        seen = past_key_values.text_length if past_key_values else 0
-        positions = (text.cumsum(1) - 1).clamp(min=0) + (seen if isinstance(seen, int) else seen[:, None])
-        if positions.numel() and positions.max() >= self.config.max_position_embeddings:
-            raise ValueError(f"{int(positions.max()) + 1} text tokens, at most {self.config.max_position_embeddings}")
+        seen = past_key_values.text_length if past_key_values else text.new_zeros(len(text), dtype=torch.long)  # [B]
+        positions = (seen[:, None] + text.cumsum(1) - 1).clamp(min=0)  # [B, T]
         lm = self.language_model
-        x = lm.embed_tokens(input_ids) + lm.embed_positions(positions)  # [B, T, D]
+        x = lm.embed_tokens(input_ids)  # [B, T, D]
 
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)  # [N, P, D]
@@ -228,7 +239,8 @@ class TinyVLM(nn.Module):
         if given:
             x = x.masked_scatter(visual[..., None], image_features.to(x.dtype))
 
-        x, presents = lm(x, self._attention_mask(attention_mask, past_key_values, input_ids), past_key_values)
+        mask = self._attention_mask(attention_mask, past_key_values, input_ids)
+        x, presents = lm(x, positions, mask, past_key_values)
         logits = x @ lm.embed_tokens.weight.T * self.logit_scale  # [B, T, V]
         loss = None
         if labels is not None:
@@ -257,7 +269,7 @@ class TinyVLM(nn.Module):
         use_cache: bool = True,
         image_features: Tensor | None = None,
     ) -> Tensor:
-        """Greedy decoding: input_ids [B, T] (padded on the left, if at all) -> [B, T + new], filled with pad after <eos>.
+        """Greedy decoding: input_ids [B, T] (padded on the left, if at all) -> [B, T + new], pad after <eos>.
 
         Raises ValueError on right padding, whose last token would not be the prompt's.
         """

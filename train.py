@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch every claim of the paper happen.
 
-    python train.py                        before -> probe -> select -> train -> after -> cost; ~1 minute on a laptop CPU
+    python train.py                        before, probe, select, train, after, cost; a minute on a laptop CPU
     python train.py --method lora          the same with standard LoRA (q, k, v, o of every layer, all tokens)
     python train.py --pretrain             make the base model, data/tiny_vlm.pt, from nothing
     python train.py --compare              all methods, prompts, budgets and seeds: the tables and figures of README
@@ -12,13 +12,15 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +70,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lora_alpha", "tau", "lr", "history", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
 
 
@@ -94,10 +96,10 @@ def pixels(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def packed_batch(screens: list[S.Screen], questions: int, history: int, refer: float, rng, patches: int, first: int):
+def packed_batch(screens, questions: int, history: int, rng, patches: int, first: int, refer=0.0, by_colour=0.0):
     """One sequence a screen: `history` word problems (numbered from `first`), the image, `questions` about it.
 
-    Returns (model inputs, boxes [B, questions] of the clicks, None for referring questions, a share `refer` of them).
+    Returns ({input_ids, labels}, boxes [B, questions] of the clicks, None where a point is given).
     """
     ids, labels, boxes = [], [], []
     for i, screen in enumerate(screens):
@@ -107,13 +109,12 @@ def packed_batch(screens: list[S.Screen], questions: int, history: int, refer: f
         boxes.append([])
         for _ in range(questions):
             element = targets[rng.integers(len(targets))]
-            click = rng.random() >= refer
-            turns.append(turn(S.grounding(screen, element, rng) if click else S.referring(screen, element)))
+            click, colour = rng.random() >= refer, rng.random() < by_colour
+            turns.append(turn(S.grounding(screen, element, rng, colour) if click else S.referring(screen, element)))
             boxes[-1].append(element.click if click else None)
         ids.append([ID[BOS]] + [t for tokens, _ in turns for t in tokens])
         labels.append([-100] + [t for _, tokens in turns for t in tokens])
-    batch = {"input_ids": pad(ids, ID[PAD]), "labels": pad(labels, -100)}
-    return batch | {"pixel_values": pixels([s.image for s in screens])}, boxes
+    return {"input_ids": pad(ids, ID[PAD]), "labels": pad(labels, -100)}, boxes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,14 +222,13 @@ class LoRA(nn.Module):
         )
 
     def save(self, path) -> None:
-        with imagelora.atomic_write(path) as temporary:
-            torch.save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, temporary)
+        imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
 
 
-def attach(model: TinyVLM, method: str, r: int, lora_alpha: float, heads: dict | None) -> nn.Module | None:
+def attach(model, method: str, r: int, lora_alpha: float, heads: dict | None, normalize=True) -> nn.Module | None:
     """The adapter of a method of METHODS on the model."""
     if method == "image_lora":
-        return imagelora.attach(model, r, lora_alpha, heads)
+        return imagelora.attach(model, r, lora_alpha, heads, normalize)
     if method == "none":
         model.requires_grad_(False)
         return None
@@ -271,6 +271,18 @@ class Diverged(Exception):
     """The loss is NaN or infinite."""
 
 
+def same_form(a, b) -> bool:
+    """Whether a has the keys, types and shapes of b, and only finite tensors."""
+    if isinstance(b, Tensor):
+        form = [(t.shape, t.dtype, t.layout, t.is_meta) for t in (a, b) if isinstance(t, Tensor)]
+        return len(form) == 2 and form[0] == form[1] and bool(a.isfinite().all())
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(same_form(a[k], b[k]) for k in b)
+    if isinstance(b, list):
+        return isinstance(a, list) and len(a) == len(b) and all(map(same_form, a, b))
+    return type(a) is type(b)
+
+
 class Stop:
     """Turns Ctrl-C and SIGTERM into a flag that the training loop reads after each step."""
 
@@ -300,31 +312,44 @@ def train_loop(
     """
     start, rank0 = 0, not bar.disable
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+    def content(step):
+        states = [o.state_dict()["state"] for o in optimizers]
+        return {"signature": signature, "step": step, "module": module.state_dict(), "optimizers": states}
+
     if resume and checkpoint.exists():
         saved = imagelora.safe_load(checkpoint)
         if saved.get("signature") != signature:
-            raise ValueError(f"{checkpoint} is of a run with other settings: {saved.get('signature')}")
+            raise ValueError(f"{checkpoint} is of a run with other settings than {signature}")
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in optimizers:
+            optimizer.step()  # fills its state, to compare the saved one with
+        if not same_form(saved, content(0)) or not 0 <= saved["step"] <= steps:
+            raise ValueError(f"{checkpoint} does not fit this run; delete it to start again")
         module.load_state_dict(saved["module"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         start = saved["step"]
         bar.update(start)
 
     def save(step):
         if checkpoint and rank0:
-            content = {"signature": signature, "step": step, "module": module.state_dict()}
-            with imagelora.atomic_write(checkpoint) as temporary:
-                torch.save(content | {"optimizers": [o.state_dict() for o in optimizers]}, temporary)
+            imagelora.safe_save(content(step), checkpoint)
 
+    good = [p.detach().clone() for p in parameters]  # the last with which the loss was finite
     with Stop() as stop:
         for step in range(start, steps):
             for group in (group for o in optimizers for group in o.param_groups):
                 group["lr"] = group["initial_lr"] * schedule(step / steps)
             loss, text = loss_of(step)
             if not loss.isfinite():
+                for parameter, last in zip(parameters, good):
+                    parameter.data.copy_(last)
                 raise Diverged(
                     f"the loss is {loss.item()} at step {step}; try a smaller --lr than {group['initial_lr']}"
                 )
+            good = [p.detach().clone() for p in parameters]
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -333,7 +358,7 @@ def train_loop(
                 optimizer.step()
             bar.set_postfix_str(text, refresh=False)
             bar.update()
-            if stop.requested or (step + 1) % every == 0:
+            if stop.requested or (step + 1) % every == 0 or step + 1 == steps:
                 save(step + 1)
             if stop.requested:
                 raise Interrupted(f"stopped after step {step + 1} of {steps}")
@@ -359,13 +384,20 @@ class PretrainConfig:
     screens: int = 16  # source screens with questions a step
     questions: int = 6  # a screen
     refer: float = 0.25  # share of questions that give the point and ask what is there
+    by_colour: float = 0.3  # share of questions that name an icon by its colour alone, where that is enough
     settings_screens: int = 4  # a step, seen by the vision loss only
-    dark_screens: int = 1  # likewise, and without the elements' places
-    muon_lr: float = 0.03  # peak learning rate of Muon for matrices
+    dark_every: int = 2  # steps from one dark screen to the next, seen by the vision loss only, for what is there
+    muon_lr: float = 0.02  # peak learning rate of Muon for matrices
     lr: float = 2e-3  # peak learning rate of AdamW for embeddings, norms and biases
     seed: int = 0
     out: str = str(BASE)
     resume: bool = False
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.name in ("steps", "screens", "questions")
+            if not isinstance(value, str) and not least <= value < 2**63:
+                raise ValueError(f"{f.name} must be finite and at least {int(least)}, got {value}")
 
 
 def lens_targets(screen: S.Screen, patch: int, where: bool) -> np.ndarray:
@@ -418,9 +450,9 @@ def pretrain(cfg: PretrainConfig) -> None:
         first = step * cfg.screens
         shown = [S.draw_screen("source", "train", first + i, cfg.seed) for i in range(cfg.screens)]
         history = int(rng.choice((0, 1, 2, 3, 12), p=(0.4, 0.2, 0.15, 0.15, 0.1)))
-        batch, _ = packed_batch(shown, cfg.questions, history, cfg.refer, rng, patches, first)
+        batch, _ = packed_batch(shown, cfg.questions, history, rng, patches, first, cfg.refer, cfg.by_colour)
         targets = [lens_targets(screen, patch, where=True) for screen in shown]
-        for domain, count in (("settings", cfg.settings_screens), ("dark", cfg.dark_screens)):
+        for domain, count in (("settings", cfg.settings_screens), ("dark", int(step % cfg.dark_every == 0))):
             seen = range(step * count, (step + 1) * count)
             extra = [S.draw_screen(domain, "train", i, cfg.seed) for i in seen]
             shown, targets = shown + extra, targets + [lens_targets(e, patch, domain != "dark") for e in extra]
@@ -429,18 +461,18 @@ def pretrain(cfg: PretrainConfig) -> None:
         lens = lens_loss(model, features, torch.from_numpy(np.stack(targets)), model.log_lens_scale.exp())
         return answers + lens, f"answers {answers.item():.3f}  lens {lens.item():.3f}"
 
-    def schedule(done):  # warm-up over 100 steps, linear decay over the last two thirds
-        return min(1.0, (done * cfg.steps + 1) / 100, (1 - done) * 1.5)
+    def schedule(done):  # warm-up over 100 steps, linear decay over the last 60 %
+        return min(1.0, (done * cfg.steps + 1) / 100, (1 - done) / 0.6)
 
     out = Path(cfg.out)
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails now, rather than after training
     checkpoint, settings = out.with_suffix(".checkpoint.pt"), {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     signature = json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume")})
     with progress(cfg.steps, "pretrain") as bar:
         train_loop(model, optimizers, cfg.steps, schedule, loss_of, bar, checkpoint, signature, cfg.resume, every=250)
     del model.log_lens_scale
-    with imagelora.atomic_write(out) as temporary:
-        state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-        torch.save({"config": model.config.to_dict(), "state": state}, temporary)
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    imagelora.safe_save({"config": model.config.to_dict(), "state": state}, out)
     model = load_base(out)  # as it is used: rounded to 16 bits
     metrics = {domain: evaluate(model, domain, "test", 400)[0] for domain in S.DOMAINS}
     metrics |= {"word_problem_acc": evaluate_word_problems(model, "test"), "seconds": round(time.time() - start)}
@@ -453,19 +485,20 @@ def pretrain(cfg: PretrainConfig) -> None:
 
 
 def load_base(path: str | os.PathLike) -> TinyVLM:
-    """The tiny VLM in a base file, float32, in evaluation mode. Raises ValueError on a missing, damaged or foreign file."""
+    """The tiny VLM in a base file, float32, in evaluation mode. ValueError on a missing, damaged or foreign file."""
     content = imagelora.safe_load(path)
     try:
         config = TinyVLMConfig(**content["config"])
         if config.vocab_size != len(VOCABULARY) or config.image_size != S.SIZE:
             raise ValueError(f"made for {config.vocab_size} words and {config.image_size} px screens")
-        model = TinyVLM(config)
-        model.load_state_dict(content["state"])
+        with torch.device("meta"):  # so that shapes are compared before any memory is taken
+            model = TinyVLM(config)
+        model.load_state_dict({name: t.float() for name, t in content["state"].items()}, assign=True)
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("it holds values that are not finite")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ValueError(f"{path} is not a base model of this project ({reason}); make one: --pretrain") from None
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"{path} holds values that are not finite; make a new one: --pretrain")
     return model.eval()
 
 
@@ -479,7 +512,8 @@ def write_json(path: Path, content) -> None:
 
 
 def accuracy_line(m: dict) -> str:
-    return f"{m['action_acc']:6.1%}  (text {m['text_acc']:.1%}  icon {m['icon_acc']:.1%})"
+    line = f"{m['action_acc']:6.1%}  (text {m['text_acc']:.1%}  icon {m['icon_acc']:.1%})"
+    return line + (f"    word problems {m['word_problem_acc']:.1%}" if "word_problem_acc" in m else "")
 
 
 def bars(scores: Tensor, heads: dict) -> str:
@@ -567,11 +601,12 @@ def main_job(cfg: Config) -> None:
     )
     if cfg.method == "image_lora" and cfg.num_heads > heads_total:
         raise ValueError(f"num_heads must be at most the base's {heads_total} value heads, got {cfg.num_heads}")
+    if cfg.r > model.config.hidden_size:
+        raise ValueError(f"r must be at most the base's hidden size {model.config.hidden_size}, got {cfg.r}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        with imagelora.atomic_write(out / "metrics.json") as temporary:  # fails now, rather than after training
-            temporary.write_text("{}")
-        (out / "metrics.json").unlink()
+        tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
+        (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -581,25 +616,22 @@ def main_job(cfg: Config) -> None:
     before, base_points = evaluate(model, cfg.domain, "test", 200, cfg.history)
     before["word_problem_acc"] = evaluate_word_problems(model, "test")
     base_text = text_logits(model)
-    say(
-        f"before   click accuracy on {cfg.domain} screens {accuracy_line(before)}    word problems {before['word_problem_acc']:.1%}"
-    )
+    say(f"before   click accuracy on {cfg.domain} screens {accuracy_line(before)}")
 
     def batch_of(step: int) -> tuple[dict, list]:
         """This process's share of the screens of a step; steps below 0 are for the probe."""
         mine = range(rank * cfg.screens // world, (rank + 1) * cfg.screens // world)
         drawn = [S.draw_screen(cfg.domain, "train", (step + 2) * cfg.screens + i, cfg.seed) for i in mine]
         rng = np.random.default_rng([cfg.seed, step + 2, rank])
-        batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, 0.0, rng, patches, (step + 2) * cfg.screens)
+        batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, rng, patches, (step + 2) * cfg.screens)
+        batch["pixel_values"] = pixels([screen.image for screen in drawn])
         return {name: tensor.to(device) for name, tensor in batch.items()}, boxes
 
     heads = None
     if cfg.method == "image_lora":
         scores = imagelora.score_heads(model, [batch_of(-2)[0], batch_of(-1)[0]], seed=cfg.seed)
         heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-        say(
-            f"probe    rank-1 influence of {scores.numel()} value heads, {2 * cfg.screens} screens   {bars(scores, heads)}"
-        )
+        say(f"probe    rank-1 influence of {scores.numel()} heads, {2 * cfg.screens} screens:  {bars(scores, heads)}")
         chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
         say(f"select   {cfg.num_heads} of {scores.numel()} heads: {chosen}")
 
@@ -607,20 +639,22 @@ def main_job(cfg: Config) -> None:
     adapter = attach(model, cfg.method, cfg.r, cfg.lora_alpha, heads)
     after, tuned_points, difference, cost = before, base_points, 0.0, {}
     if adapter is not None:
-        cost = train_adapter(cfg, model, adapter, batch_of, out, world, quiet=rank > 0)
+        try:
+            cost = train_adapter(cfg, model, adapter, batch_of, out, world, quiet=rank > 0)
+        except Diverged as error:
+            adapter.save(out / "adapter.pt")
+            raise Diverged(f"{error}; {out / 'adapter.pt'} is the last good adapter") from None
         after, tuned_points = evaluate(model, cfg.domain, "test", 200, cfg.history)
         after["word_problem_acc"] = evaluate_word_problems(model, "test")
         difference = (text_logits(model) - base_text).abs().max().item()
-    say(
-        f"after    click accuracy on {cfg.domain} screens {accuracy_line(after)}    word problems {after['word_problem_acc']:.1%}"
-    )
+    say(f"after    click accuracy on {cfg.domain} screens {accuracy_line(after)}")
     verdict = "identical" if difference == 0 else "changed"
     say(f"text     logits of {len(base_text)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
     if cost:
         parameters, flops = cost["trainable_parameters"], cost["adapter_flops_per_screen"]
         say(
-            f"cost     {parameters:,} trainable parameters ({parameters / cost['lora_trainable_parameters']:.0%} of LoRA's)"
-            f" · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / cost['lora_flops_per_screen']:.0%} of LoRA's),"
+            f"cost     {parameters:,} parameters ({parameters / cost['lora_trainable_parameters']:.0%} of LoRA)"
+            f" · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / cost['lora_flops_per_screen']:.0%} of LoRA),"
             f" {'counted = computed' if cost['counted'] else 'counted differs from computed'}"
         )
     if rank == 0:
@@ -656,16 +690,13 @@ def train_adapter(cfg: Config, model, adapter, batch_of, out: Path, world: int, 
         clicks.extend(S.is_hit(point, box) for point, box in zip(given, asked))
         return result.loss, f"loss {result.loss.item():.3f}  click {np.mean(clicks):.0%}"
 
-    def schedule(done):  # warm-up over 20 steps, then linear decay
-        return min(1.0, (done * cfg.steps + 1) / 20, 1 - done)
-
     settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in ("device", "out", "resume")}
     with progress(cfg.steps, "train", quiet) as bar:
         train_loop(
             adapter,
             [optimizer],
             cfg.steps,
-            schedule,
+            warmup_and_decay(cfg.steps),
             loss_of,
             bar,
             out / "checkpoint.pt",
@@ -691,6 +722,456 @@ def train_adapter(cfg: Config, model, adapter, batch_of, out: Path, world: int, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The comparison: a row of compare.json is one fine-tuning run
+
+REGIMES = {"image-heavy": 0, "balanced": 3, "text-heavy": 15}  # word problems before the image
+ROWS = {  # name in the table -> (method, which heads, normalize)
+    "frozen": ("none", None, True),
+    "LoRA q k v o, all tokens": ("lora", None, True),
+    "LoRA v, all tokens": ("lora_value", None, True),
+    "visual tokens, all heads": ("image_lora", None, True),
+    "Image-LoRA": ("image_lora", "top", True),
+    "random heads": ("image_lora", "random", True),
+    "least influential heads": ("image_lora", "least", True),
+    "without 1/sqrt|S|": ("image_lora", "top", False),
+}
+COMPARED = ("settings", "dark", "blueprint")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The comparison's settings; each field is a command-line option of the same name (after --compare)."""
+
+    quick: bool = False  # one seed, one learning rate, the main table only
+    seeds: int = 5
+    steps: int = 300
+    screens: int = 16  # a step, two questions each
+    num_heads: int = 6
+    r: int = 8
+    tau: float = 0.5
+    workers: int = 2  # processes, one thread each
+    out: str = "runs/compare"
+
+
+def spread_heads(which: str, scores: Tensor, num_heads: int, tau: float, seed: int) -> dict:
+    """The budget's most influential, random or least influential heads of all."""
+    if which == "top":
+        return imagelora.select_heads(scores, num_heads, tau)
+    heads_a_layer = scores.shape[1]
+    order = scores.flatten().argsort().tolist()
+    if which == "random":
+        order = np.random.default_rng(seed).permutation(scores.numel()).tolist()
+    chosen = sorted(divmod(i, heads_a_layer) for i in order[:num_heads])
+    return {layer: [h for other, h in chosen if other == layer] for layer, _ in chosen}
+
+
+@cache
+def feature_bank(domain: str, count: int = 2048) -> tuple[list[S.Screen], Tensor]:
+    """Training screens and what the frozen vision encoder makes of them [count, P, D], computed once a process."""
+    drawn = [S.draw_screen(domain, "train", i) for i in range(count)]
+    model = load_base(BASE)
+    with torch.no_grad():
+        parts = [model.get_image_features(pixels([s.image for s in drawn[i : i + 64]])) for i in range(0, count, 64)]
+    return drawn, torch.cat(parts)
+
+
+def finetune(job: dict) -> dict:
+    """One run of the comparison: the job's fields and what was measured."""
+    torch.set_num_threads(1)
+    start, model = time.time(), load_base(BASE)
+    method, which, normalize = ROWS[job["method"]]
+    history, seed, patches = REGIMES[job["regime"]], job["seed"], model.config.num_patches
+    shown, features = feature_bank(job["domain"])
+
+    def batch_of(step: int) -> dict:
+        rng = np.random.default_rng([seed, step])
+        picks = rng.choice(len(shown), job["screens"], replace=False)
+        batch, _ = packed_batch([shown[i] for i in picks], 2, history, rng, patches, step * job["screens"])
+        return batch | {"image_features": features[torch.from_numpy(picks)]}
+
+    heads = job.get("only")
+    if heads is not None:
+        heads = {int(layer): h for layer, h in heads.items()}
+    elif which:
+        scores = imagelora.score_heads(model, [batch_of(i) for i in range(2)], seed=seed)
+        heads = spread_heads(which, scores, job["num_heads"], job["tau"], seed)
+    torch.manual_seed(seed)
+    base_text = text_logits(model, 128)
+    adapter = attach(model, method, job["r"], 2.0 * job["r"], heads, normalize)
+    result = {"heads": heads, "trainable_parameters": 0, "adapter_flops_per_step": 0, "counted_flops_per_step": 0}
+    batch = batch_of(2)
+    tokens, visual = batch["input_ids"].numel(), int((batch["input_ids"] == ID[IMAGE]).sum())
+    if adapter is not None:
+        parameters = list(adapter.parameters())
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": job["lr"], "initial_lr": job["lr"]}], weight_decay=0
+        )
+        with progress(job["steps"], "run", quiet=True) as bar:
+            train_loop(
+                adapter, [optimizer], job["steps"], warmup_and_decay(job["steps"]),
+                lambda step: (model(**batch_of(step + 2)).loss, ""), bar,
+            )  # fmt: skip
+        result["trainable_parameters"] = sum(p.numel() for p in parameters)
+        result["adapter_flops_per_step"] = adapter.flops(tokens if isinstance(adapter, LoRA) else visual)
+        result["counted_flops_per_step"] = count_training_flops(model, adapter, batch)
+        if method == "image_lora":
+            result["update_norms"] = update_norms(model, adapter, batch)
+    result |= evaluate(model, job["domain"], job["split"], 100, history)[0]
+    if job["part"] != "tuning":
+        result["source_acc"] = evaluate(model, "source", "test", 50, history)[0]["action_acc"]
+        result["word_problem_acc"] = evaluate_word_problems(model, "test", 256)
+        result["text_logits_max_abs_diff"] = (text_logits(model, 128) - base_text).abs().max().item()
+    return job | result | {"visual_fraction": visual / tokens, "seconds": round(time.time() - start, 1)}
+
+
+@torch.no_grad()
+def update_norms(model: TinyVLM, adapter, batch: dict) -> dict[str, float]:
+    """Root mean square over visual tokens of ||Delta V_l||, layer by layer."""
+    norms = {}
+    hooks = [
+        a.register_forward_hook(
+            lambda m, x, y, layer=layer: norms.update({layer: y.square().sum(1).mean().sqrt().item()})
+        )
+        for layer, a in adapter.layers.items()
+    ]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return norms
+
+
+def warmup_and_decay(steps: int, warmup: int = 20):
+    """Linear warm-up, then linear decay to zero, as a function of the share of steps done."""
+    return lambda done: min(1.0, (done * steps + 1) / warmup, 1 - done)
+
+
+JOB = ("part", "method", "domain", "regime", "seed", "lr", "num_heads", "only", "split", "steps", "screens", "r", "tau")
+
+
+def job_key(row: dict) -> str:
+    return json.dumps([row[name] for name in JOB])
+
+
+def run_jobs(jobs: list[dict], rows: list[dict], pool, path: Path, bar) -> list[dict]:
+    """The rows of these jobs, run where `rows` does not hold them yet; every finished row is written at once."""
+    done = {job_key(row): row for row in rows}
+    missing = [job for job in jobs if job_key(job) not in done]
+    bar.update(len(jobs) - len(missing))
+    for row in pool.imap_unordered(finetune, missing):
+        rows.append(json.loads(json.dumps(row)))
+        write_json(path, rows)
+        done[job_key(row)] = rows[-1]
+        bar.set_postfix_str(f"{row['part']} {row['domain']} {row['method']} {row['action_acc']:.0%}", refresh=False)
+        bar.update()
+    return [done[job_key(job)] for job in jobs]
+
+
+def compare(cfg: CompareConfig) -> None:
+    """Run (or go on with) the comparison, print its tables, draw its figures. Ctrl-C loses only the runs under way."""
+    out = Path(cfg.out + ("-quick" if cfg.quick else ""))
+    out.mkdir(parents=True, exist_ok=True)
+    path, seeds = out / "compare.json", range(1 if cfg.quick else cfg.seeds)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    model = load_base(BASE)
+    heads_a_layer = model.config.num_key_value_heads
+    total = heads_a_layer * model.config.num_hidden_layers
+    grid = (5e-3,) if cfg.quick else (2.5e-3, 5e-3, 1e-2)
+    budgets = sorted({1, 2, 4, cfg.num_heads, 12, total})
+    trained = [name for name in ROWS if name != "frozen"]
+    domains = COMPARED[:2]
+
+    def job(part, method, domain, seed, lr, regime="image-heavy", num_heads=cfg.num_heads, only=None, split="test"):
+        given = (part, method, domain, regime, seed, lr, num_heads, only, split, cfg.steps, cfg.screens, cfg.r, cfg.tau)
+        return dict(zip(JOB, given))
+
+    tuning = [job("tuning", m, d, 0, lr, split="validation") for m in trained for d in COMPARED for lr in grid]
+    best_lr = {("frozen", d): 0.0 for d in COMPARED}
+
+    def later_jobs():
+        def runs(part, methods, domain, **options):
+            return [job(part, m, domain, s, best_lr[m, domain], **options) for m in methods for s in seeds]
+
+        jobs = [j for d in domains for j in runs("methods", ROWS, d)]
+        if cfg.quick:
+            return jobs
+        jobs += runs(
+            "limit", ("frozen", "LoRA q k v o, all tokens", "visual tokens, all heads", "Image-LoRA"), "blueprint"
+        )
+        four = ("frozen", "LoRA q k v o, all tokens", "LoRA v, all tokens", "Image-LoRA")
+        jobs += [j for regime in ("balanced", "text-heavy") for j in runs("regimes", four, "settings", regime=regime)]
+        chosen = ("Image-LoRA", "random heads", "least influential heads")
+        jobs += [j for k in budgets for j in runs("budget", chosen[: 1 if k == total else 3], "settings", num_heads=k)]
+        lr = best_lr["Image-LoRA", "settings"]
+        singles = [divmod(i, heads_a_layer) for i in range(total)]
+        jobs += [job("single", "Image-LoRA", "settings", 0, lr, only={str(layer): [h]}) for layer, h in singles]
+        normalized = [
+            (m, k, lr) for m in ("Image-LoRA", "without 1/sqrt|S|") for k in (2, cfg.num_heads, total) for lr in grid
+        ]
+        return jobs + [
+            job("normalization", m, "settings", 0, lr, num_heads=k, split="validation") for m, k, lr in normalized
+        ]
+
+    best_lr |= {(m, d): grid[0] for m in trained for d in COMPARED}
+    jobs_total = len(later_jobs()) + (0 if cfg.quick else len(tuning))
+    with torch.multiprocessing.get_context("spawn").Pool(cfg.workers) as pool, progress(jobs_total, "compare") as bar:
+        if not cfg.quick:
+            for row in sorted(run_jobs(tuning, rows, pool, path, bar), key=lambda row: row["action_acc"]):
+                best_lr[row["method"], row["domain"]] = row["lr"]  # the best comes last
+        finished = run_jobs(later_jobs(), rows, pool, path, bar)
+    report(finished, cfg)
+    print(f"\nsaved {path}")
+
+
+def spread(rows: list[dict], name: str, percent: bool = True) -> str:
+    """Mean and standard deviation over seeds."""
+    if not rows:
+        return ""
+    values = np.array([row[name] for row in rows]) * (100 if percent else 1)
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+
+
+def groups(rows: list[dict], part: str, *names: str) -> dict[tuple, list[dict]]:
+    """The rows of one part of the comparison, grouped by the values of some fields, in order of appearance."""
+    grouped = {}
+    for row in rows:
+        if row["part"] == part:
+            grouped.setdefault(tuple(row[name] for name in names), []).append(row)
+    return grouped
+
+
+def rank_correlation(a, b) -> float:
+    """Spearman's rho of two sequences without ties to speak of."""
+    ranks = [np.argsort(np.argsort(np.asarray(v, dtype=float), kind="stable"), kind="stable") for v in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def step_time_ratios(names: list[str], cfg: CompareConfig, repetitions: int = 25) -> dict[str, float]:
+    """Median time of a training step over that of the same backbone with a constant added to its values."""
+    torch.set_num_threads(1)
+    times = {name: [] for name in ["floor", *names]}
+    shown, features = feature_bank("settings", 64)
+    batch, _ = packed_batch(shown[: cfg.screens], 2, 0, np.random.default_rng(0), features.shape[1], 0)
+    batch["image_features"] = features[: cfg.screens]
+    for repetition in range(repetitions + 2):
+        for name in times:
+            model = load_base(BASE)
+            config = model.config
+            if name == "floor":
+                model.requires_grad_(False)
+                constant = torch.zeros((), requires_grad=True)
+                for layer in model.language_model.layers:
+                    layer.self_attn.v_proj.register_forward_hook(lambda m, x, y, constant=constant: y + constant)
+            else:
+                method, which, normalize = ROWS[name]
+                scores = torch.rand(
+                    config.num_hidden_layers, config.num_key_value_heads, generator=torch.Generator().manual_seed(0)
+                )
+                heads = spread_heads(which, scores, cfg.num_heads, cfg.tau, 0) if which else None
+                attach(model, method, cfg.r, 2.0 * cfg.r, heads, normalize)
+            start = time.perf_counter()
+            model(**batch).loss.backward()
+            if repetition >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(np.array(times[name]) / np.array(times["floor"]))) for name in names}
+
+
+def print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
+    print(f"\n**{title}**\n")
+    for line in [header, ["---"] * len(header), *lines]:
+        print("| " + " | ".join(line) + " |")
+
+
+def report(rows: list[dict], cfg: CompareConfig) -> None:
+    """Print every table of the comparison from its rows, as Markdown; draw the figures unless it was --quick."""
+    ratios = step_time_ratios([name for name in ROWS if name != "frozen"], cfg)
+    header = [
+        "method",
+        "click %",
+        "text %",
+        "icon %",
+        "source screens %",
+        "word problems %",
+        "text logits max abs diff",
+    ]
+    header += ["parameters", "adapter MFLOP a step (counted)", "step time"]
+    for domain in COMPARED:
+        grouped = groups(rows, "limit" if domain == "blueprint" else "methods", "domain", "method")
+        lines = []
+        for (_, method), group in ((key, g) for key, g in grouped.items() if key[0] == domain):
+            flops, counted = (
+                np.mean([r[f"{kind}_flops_per_step"] for r in group]) / 1e6 for kind in ("adapter", "counted")
+            )
+            equal = all(r["adapter_flops_per_step"] == r["counted_flops_per_step"] for r in group)
+            lines.append([method, *(spread(group, f"{kind}_acc") for kind in ("action", "text", "icon", "source"))])
+            lines[-1] += [spread(group, "word_problem_acc"), f"{max(r['text_logits_max_abs_diff'] for r in group):.2g}"]
+            lines[-1] += [f"{np.mean([r['trainable_parameters'] for r in group]):,.0f}"]
+            lines[-1] += [f"{flops:.1f} ({'=' if equal else '≠'} {counted:.1f})", f"{ratios.get(method, 1):.2f}"]
+        if lines:
+            print_table(domain, header, lines)
+
+    regimes = {
+        **groups(rows, "methods", "domain", "method", "regime"),
+        **groups(rows, "regimes", "domain", "method", "regime"),
+    }
+    methods = [m for domain, m, regime in regimes if domain == "settings" and regime == "balanced"]
+    if methods:
+        lines = [[m, *(cell_of_regime(regimes["settings", m, regime]) for regime in REGIMES)] for m in methods]
+        print_table("from image-heavy to text-heavy prompts (settings)", ["method", *REGIMES], lines)
+
+    if budget := groups(rows, "budget", "num_heads", "method"):
+        chosen = ("Image-LoRA", "random heads", "least influential heads")
+        budgets = dict.fromkeys(k for k, _ in budget)
+        lines = [[str(k), *(spread(budget.get((k, m), []), "action_acc") for m in chosen)] for k in budgets]
+        print_table(
+            "head budget, click % (settings)", ["heads", "most influential", "random", "least influential"], lines
+        )
+
+    if singles := [row for row in rows if row["part"] == "single"]:
+        scores = {probe: probe_scores(probe) for probe in ("rank1", "exact")}
+        places = [(int(layer), heads[0]) for row in singles for layer, heads in row["heads"].items()]
+        ranked = {name: [s[place].item() for place in places] for name, s in scores.items()}
+        ranked["gain"] = [row["action_acc"] for row in singles]
+        pairs = (("rank1", "exact"), ("rank1", "gain"), ("exact", "gain"))
+        lines = [[f"{a} and {b}", f"{rank_correlation(ranked[a], ranked[b]):.2f}"] for a, b in pairs]
+        print_table("a head's score and the click accuracy it gains alone (settings)", ["", "Spearman's rho"], lines)
+        draw_accuracy_figure(rows)
+        draw_influence_figure(scores["rank1"], imagelora.select_heads(scores["rank1"], cfg.num_heads, cfg.tau))
+
+    if normalized := groups(rows, "normalization", "num_heads", "method"):
+        lines = []
+        for (k, method), group in normalized.items():
+            norms = [max(r["update_norms"].values()) / min(r["update_norms"].values()) for r in group]
+            accuracies = " · ".join(f"{row['lr']:g}: {row['action_acc']:.1%}" for row in group)
+            lines.append([str(k), method, accuracies, f"{np.median(norms):.1f}"])
+        header = ["heads", "method", "click % per learning rate", "layers' update norm, largest / smallest"]
+        print_table("normalization (settings, validation screens, one seed)", header, lines)
+
+
+def cell_of_regime(group: list[dict]) -> str:
+    flops = np.mean([row["adapter_flops_per_step"] for row in group]) / 1e6
+    fraction = np.mean([row["visual_fraction"] for row in group])
+    return f"{spread(group, 'action_acc')} · {flops:.0f} MFLOP · visual {fraction:.2f}"
+
+
+def probe_scores(probe: str, batches: int = 8) -> Tensor:
+    """Head scores [L, H] on `settings` screens."""
+    shown, features = feature_bank("settings")
+    given = []
+    for i in range(batches):
+        batch, _ = packed_batch(shown[16 * i : 16 * i + 16], 2, 0, np.random.default_rng(i), features.shape[1], 0)
+        given.append(batch | {"image_features": features[16 * i : 16 * i + 16]})
+    return imagelora.score_heads(load_base(BASE), given, probe=probe)
+
+
+FIGURES = BASE.parent / "figures"
+MARKS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+    "#999999",
+)  # Okabe and Ito, colour-blind safe
+
+
+def draw_accuracy_figure(rows: list[dict]) -> None:
+    """Click accuracy against adapter FLOPs, one mark per method with its standard deviation, a panel per domain."""
+    width, height, left, top, k = 860, 560, 90, 60, 2
+    image = Image.new("RGB", (width * k, 560 * k + 150 * k), "white")
+    draw = ImageDraw.Draw(image)
+
+    def text(x, y, words, size=17, anchor="lm", fill="#222222"):
+        draw.text((x * k, y * k), words, fill, ImageFont.load_default(size * k), anchor=anchor)
+
+    methods = [name for name in ROWS if name != "frozen"]
+    panel = (width - left - 30) // 2
+    grouped = groups(rows, "methods", "domain", "method")
+    flops = {m: np.mean([r["adapter_flops_per_step"] for r in grouped["settings", m]]) for m in methods}
+    low, high = math.log10(min(flops.values())) - 0.15, math.log10(max(flops.values())) + 0.15
+    for p, domain in enumerate(COMPARED[:2]):
+        x0, x1, y0, y1 = left + p * (panel + 20), left + p * (panel + 20) + panel - 20, height - 60, top
+        accuracies = [100 * r["action_acc"] for m in methods for r in grouped[domain, m]]
+        bottom, ceiling = math.floor(min(accuracies) / 5) * 5, math.ceil(max(accuracies) / 5) * 5
+        text((x0 + x1) / 2, 30, f"{domain} screens", 20, "mm")
+        for tick in range(bottom, ceiling + 1, max(5, (ceiling - bottom) // 25 * 5)):
+            y = y0 + (y1 - y0) * (tick - bottom) / (ceiling - bottom)
+            draw.line((x0 * k, y * k, x1 * k, y * k), "#dddddd", k)
+            text(x0 - 8, y, f"{tick} %", 15, "rm")
+        for value in (2, 5, 10, 20, 50, 100, 200, 500):
+            x = x0 + (x1 - x0) * (math.log10(value * 1e6) - low) / (high - low)
+            if x0 <= x <= x1:
+                draw.line((x * k, y0 * k, x * k, (y0 + 6) * k), "#222222", k)
+                text(x, y0 + 18, str(value), 15, "mm")
+        draw.line((x0 * k, y0 * k, x1 * k, y0 * k), "#222222", 2 * k)
+        text((x0 + x1) / 2, y0 + 42, "adapter MFLOP a training step (log)", 15, "mm")
+        for i, m in enumerate(methods):
+            values = np.array([100 * r["action_acc"] for r in grouped[domain, m]])
+            deviation = values.std(ddof=1) if len(values) > 1 else 0
+            x = x0 + (x1 - x0) * (math.log10(flops[m]) - low) / (high - low)
+            middle, up, down = (
+                y0 + (y1 - y0) * (v - bottom) / (ceiling - bottom)
+                for v in (values.mean(), values.mean() + deviation, values.mean() - deviation)
+            )
+            draw.line((x * k, up * k, x * k, down * k), MARKS[i], 3 * k)
+            mark(draw, x * k, middle * k, 9 * k, i)
+    for i, m in enumerate(methods):
+        x, y = left + i % 2 * 400, height + 15 + i // 2 * 32
+        mark(draw, x * k, y * k, 9 * k, i)
+        text(x + 20, y, m, 17)
+    save_figure(image, "accuracy.png")
+
+
+def mark(draw, x: float, y: float, size: float, i: int) -> None:
+    """Mark number i: its own colour and its own shape, with a white rim."""
+    box = (x - size, y - size, x + size, y + size)
+    if i % 3 == 0:
+        draw.ellipse(box, MARKS[i], "white", 2)
+    elif i % 3 == 1:
+        draw.rectangle(box, MARKS[i], "white", 2)
+    else:
+        draw.polygon(
+            [(x, y - size * 1.2), (x + size * 1.2, y), (x, y + size * 1.2), (x - size * 1.2, y)], MARKS[i], "white"
+        )
+
+
+def draw_influence_figure(scores: Tensor, heads: dict) -> None:
+    """The head-influence map: layers x heads, darker is more influential, the selected heads outlined."""
+    cell, k = 76, 2
+    layers, count = scores.shape
+    image = Image.new("RGB", ((count * cell + 150) * k, (layers * cell + 110) * k), "white")
+    draw = ImageDraw.Draw(image)
+    share = (scores / scores.max()).tolist()
+    for layer in range(layers):
+        y = 20 + layer * cell
+        draw.text(
+            (16 * k, (y + cell / 2) * k), f"layer {layer}", "#222222", ImageFont.load_default(18 * k), anchor="lm"
+        )
+        for head in range(count):
+            x, v = 110 + head * cell, share[layer][head]
+            shade = tuple(round(a + (b - a) * v**0.5) for a, b in zip((247, 251, 255), (8, 48, 107)))
+            draw.rectangle([c * k for c in (x + 4, y + 4, x + cell - 4, y + cell - 4)], shade, "#bbbbbb")
+            if head in heads.get(layer, []):
+                draw.rectangle([c * k for c in (x + 2, y + 2, x + cell - 2, y + cell - 2)], None, "#d55e00", 4 * k)
+            ink = "white" if v > 0.25 else "#222222"
+            draw.text(
+                ((x + cell / 2) * k, (y + cell / 2) * k), f"{v:.2f}", ink, ImageFont.load_default(17 * k), anchor="mm"
+            )
+    for head in range(count):
+        x = (110 + head * cell + cell / 2) * k
+        draw.text((x, (layers * cell + 38) * k), f"head {head}", "#222222", ImageFont.load_default(16 * k), anchor="mm")
+    caption = "influence of value heads on settings screens, largest = 1; outlined: selected"
+    draw.text((16 * k, (layers * cell + 78) * k), caption, "#222222", ImageFont.load_default(15 * k), anchor="lm")
+    save_figure(image, "influence.png")
+
+
+def save_figure(image: Image.Image, name: str) -> None:
+    FIGURES.mkdir(exist_ok=True)
+    with imagelora.atomic_write(FIGURES / name) as temporary:
+        image.save(temporary, "PNG", optimize=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -710,13 +1191,17 @@ def parse(config_class, arguments: list[str]):
 
 def main(arguments: list[str]) -> int:
     """Runs a job; returns the exit status: 0, 1 diverged, 2 bad input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if "--pretrain" in arguments:
             pretrain(parse(PretrainConfig, [a for a in arguments if a != "--pretrain"]))
+        elif "--compare" in arguments:
+            compare(parse(CompareConfig, [a for a in arguments if a != "--compare"]))
         else:
             main_job(parse(Config, arguments))
-    except Interrupted as stopped:
-        print(f"{stopped}; go on with: python train.py {' '.join(a for a in arguments if a != '--resume')} --resume")
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        again = shlex.join([a for a in arguments if a != "--resume"] + ["--resume"])
+        print(f"\n{str(stopped) or 'stopped'}; go on with: python train.py {again}")
         return 130
     except Diverged as error:
         print(error, file=sys.stderr)

@@ -130,7 +130,7 @@ def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.
 def _contents(rng: np.random.Generator, count: int) -> list[tuple[str, str, str, int]]:
     """`count` (kind, name, colour, size), half of them text; names are unique, icons at least together with colour."""
     texts = rng.choice(len(LABELS), count // 2, replace=False)
-    kinds = rng.choice(len(ICONS), 2, replace=False)  # few kinds a screen, so that names alone are often ambiguous
+    kinds = rng.choice(len(ICONS), 3, replace=False)  # few, so often ambiguous
     pairs = rng.choice(len(kinds) * len(COLOURS), count - count // 2, replace=False)
     items = [("text", LABELS[i], "", int(rng.integers(11, 13))) for i in texts]
     for kind, colour in (divmod(int(p), len(COLOURS)) for p in pairs):
@@ -157,7 +157,7 @@ def _place_freely(rng, sizes: list[tuple[int, int]], margin: int = 3) -> list[tu
 
 
 def draw_screen(domain: str, split: str, index: int, seed: int = 0) -> Screen:
-    """The screen number `index` of a split; the same arguments give the same screen. Raises ValueError on unknown ones."""
+    """Screen number `index` of a split; the same arguments give the same screen. ValueError on unknown names."""
     if domain not in PALETTES:
         raise ValueError(f"unknown domain {domain!r}; expected one of {', '.join(DOMAINS)}")
     rng = np.random.default_rng([split_id(split), DOMAINS.index(domain), index, seed])
@@ -189,8 +189,12 @@ def draw_screen(domain: str, split: str, index: int, seed: int = 0) -> Screen:
     return Screen(np.asarray(image), tuple(elements), f"{domain}/{split}/{seed}-{index}")
 
 
-def describe(screen: Screen, element: Element) -> str:
-    """What to call an element: its text, its icon, or colour + icon where the icon alone is ambiguous."""
+def describe(screen: Screen, element: Element, by_colour: bool = False) -> str:
+    """What to call an element: its text, its icon, or colour + icon where the icon alone is ambiguous.
+
+    by_colour: its colour alone, where no other element has it."""
+    if by_colour and element.colour and sum(e.colour == element.colour for e in screen.targets()) == 1:
+        return element.colour
     same = sum(e.name == element.name for e in screen.targets())
     return f"{element.colour} {element.name}" if same > 1 else element.name
 
@@ -200,13 +204,13 @@ def centre_bins(bbox: tuple[int, int, int, int]) -> tuple[int, int]:
     return int((bbox[0] + bbox[2]) / 2 / BIN), int((bbox[1] + bbox[3]) / 2 / BIN)
 
 
-def grounding(screen: Screen, element: Element, rng: np.random.Generator) -> dict:
+def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_colour: bool = False) -> dict:
     """A ScreenSpot sample (img_filename, bbox, instruction, data_type, data_source) and the `answer` to train on."""
     x, y = centre_bins(element.click)
     return {
         "img_filename": screen.img_filename,
         "bbox": element.click,
-        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {describe(screen, element)}",
+        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {describe(screen, element, by_colour)}",
         "data_type": element.data_type,
         "data_source": screen.img_filename.split("/")[0],
         "answer": f"<x{x}> <y{y}>",
