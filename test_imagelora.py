@@ -4,20 +4,33 @@
 `python test_imagelora.py --bench` prints the overhead of a training step.
 """
 
+import contextlib
+import copy
 import json
 import math
+import os
+import pickle
+import random
+import re
+import signal
+import statistics
+import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import imagelora
 import train
-from data import SPLITS, screens, word_problems
-from data.tokenizer import VOCABULARY, decode, encode, parse_point
+from data.tokenizer import VOCABULARY
 from imagelora import attach, image_lora_flops, load, lora_flops, score_heads, select_heads
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
@@ -76,7 +89,7 @@ def test_it_starts_as_the_base_model():
 
 @torch.no_grad()
 def test_text_only_output_is_the_base_models_bit_for_bit():
-    """When no image is in the context, a trained adapter changes nothing: logits, generation, a row of a mixed batch."""
+    """When no image is in the context, a trained adapter changes nothing: logits, answers, a row of a mixed batch."""
     model = tiny_vlm()
     ids = torch.tensor([TEXT])
     mixed = prompt(TEXT + AFTER + [2], BEFORE + IMAGE + AFTER)
@@ -210,7 +223,7 @@ def test_a_prompt_may_be_cut_anywhere():
 
 
 def test_embeddings_alone_need_an_explicit_mask():
-    """Where input_ids are not given the visual tokens are unknown: refused, or taken from visual_mask(), never guessed."""
+    """Without input_ids the visual tokens are unknown: refused, or taken from visual_mask(), never guessed."""
 
     class EmbeddingsOnly(nn.Module):
         def __init__(self, inner):
@@ -274,7 +287,7 @@ def test_a_text_only_step_gives_zero_gradients():
 
 
 def test_normalization_makes_the_update_independent_of_how_many_heads_are_selected():
-    """E||Delta V||^2 grows with |S|; the factor 1/sqrt|S| makes it constant, so one learning rate serves every budget."""
+    """E||Delta V||^2 grows with |S|; the factor 1/sqrt|S| makes it constant, and one learning rate serves all."""
     x, rows = torch.randn(1, 64, 32), torch.arange(64)
 
     def size(count, normalize):
@@ -487,3 +500,1306 @@ def test_attaching_twice_is_refused():
     attach(model)
     with pytest.raises(ValueError, match="already"):
         attach(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It keeps working, and loses nothing: files, misuse, interruption, bad input
+
+
+MICRO = TinyVLMConfig(
+    vocab_size=12, image_size=8, patch_size=4, vision_hidden_size=8, vision_num_hidden_layers=1,
+    vision_num_attention_heads=2, hidden_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
+IMAGE_FIRST, IMAGE_LAST = torch.tensor([[3, 3, 3, 3, 5, 6]]), torch.tensor([[5, 6, 3, 3, 3, 3]])
+PIXELS = torch.linspace(0, 1, 192).view(1, 3, 8, 8)
+
+
+def micro_model() -> TinyVLM:
+    torch.manual_seed(0)
+    return TinyVLM(MICRO).eval()
+
+
+def micro_adapter(model: TinyVLM) -> imagelora.ImageLoRA:
+    """Rank 2 in three of four heads, with an update that is not zero."""
+    adapter = imagelora.attach(model, r=2, heads={0: [1], 1: [0, 1]})
+    for p in adapter.parameters():
+        p.data.normal_(generator=torch.Generator().manual_seed(p.numel()))
+    return adapter
+
+
+@torch.no_grad()
+def micro_logits(model: TinyVLM, ids=IMAGE_FIRST) -> torch.Tensor:
+    return model(ids, PIXELS).logits
+
+
+def as_it_was(model: TinyVLM, logits: torch.Tensor) -> bool:
+    """No hook, no adapter, every parameter trainable, the same logits."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+    free = not hooks and not hasattr(model, "image_lora") and all(p.requires_grad for p in model.parameters())
+    return free and torch.equal(micro_logits(model), logits)
+
+
+def one_sentence(error: BaseException | str) -> bool:
+    text = str(error)
+    return 8 < len(text) < 1000 and "\n" not in text.strip() and "Traceback" not in text
+
+
+# Files
+
+
+class Exploit:
+    """Unpickled without weights_only, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def places(tree, at=()):
+    """The paths of all the values of nested dicts and lists."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield (*at, key)
+        yield from places(tree[key], (*at, key))
+
+
+ODD = [None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**400, 1e300, -2.5, float("nan"), float("inf"), "", "0", b"x"]
+ODD += [[], [0], [0, 0], [True], [-1], [1.0], [2**63], ["1"], {}, {"0": [0]}, {0: [0]}, {"99": [0]}, (1,)]
+ODD += [torch.tensor(3), torch.ones(2, 2), torch.tensor(float("nan")), torch.ones(8, 2, dtype=torch.complex64)]
+ODD += [torch.ones(8, 2).to_sparse(), torch.full((), 1e300, dtype=torch.float64), torch.ones((), device="meta")]
+
+
+def mutated(content: dict, rng: random.Random) -> dict:
+    """A copy with one field dropped, added, retyped, moved, duplicated, reshaped or made not finite."""
+    content = copy.deepcopy(content)
+    path = rng.choice(list(places(content)))
+    parent = content
+    for key in path[:-1]:
+        parent = parent[key]
+    key, value, kind = path[-1], parent[path[-1]], rng.randrange(6)
+    if kind == 0:
+        del parent[key]
+    elif kind == 1:
+        new = rng.choice(ODD[:17])
+        parent.update({new: value}) if isinstance(parent, dict) else parent.append(value)
+    elif kind == 2 and isinstance(value, torch.Tensor):
+        parent[key] = rng.choice([value[None], value.T, value.flatten()[:1], value.double() * 1e300, value * torch.nan])
+    elif kind == 3 and isinstance(parent, dict):
+        other = rng.choice(list(parent))
+        parent[key], parent[other] = parent[other], value
+    else:
+        parent[key] = rng.choice(ODD)
+    return content
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """The bytes of a file cut short, with bytes flipped, swapped, removed, repeated or put in front."""
+    a, b = sorted(rng.sample(range(len(data) + 1), 2))
+    kind = rng.randrange(8)
+    if kind == 0:
+        return data[:a]
+    if kind == 1:
+        return data[:a] + data[b:]
+    if kind == 2:
+        return data[:b] + data[a:]
+    if kind == 3:
+        return data[a:] + data[:a]
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 4, 64))):
+        at = rng.randrange(len(data))
+        changed[at] = rng.randrange(256) if kind < 6 else changed[at] ^ (1 << rng.randrange(8))
+    return bytes(changed)
+
+
+def fuzz(path: Path, content: dict, by_bytes: int, by_fields: int):
+    """Write to `path` one mutant after the other of a file of `content`; yields what it now holds, None for unknown."""
+    torch.save(content, path)
+    data = path.read_bytes()
+    for seed in range(by_bytes):
+        path.write_bytes(damaged(data, random.Random(seed)))
+        yield None
+    for seed in range(by_fields):
+        mutant = mutated(content, random.Random(seed))
+        torch.save(mutant, path)
+        yield mutant
+
+
+def test_a_damaged_adapter_file_is_refused_or_loads_exactly_what_was_saved(tmp_path):
+    """1,200 mutants of an adapter file each give one ValueError, the model untouched, or what was saved."""
+    model, path = micro_model(), tmp_path / "adapter.pt"
+    base = micro_logits(model)
+    adapter = micro_adapter(model)
+    adapter.save(path)
+    adapter.detach()
+    original, refused = torch.load(path), 0
+    for mutant in fuzz(path, original, by_bytes=700, by_fields=500):
+        try:
+            loaded = imagelora.load(model, path)
+        except ValueError as error:
+            refused += 1
+            assert one_sentence(error), error
+        else:
+            saved = mutant or original
+            assert (loaded.r, loaded.lora_alpha) == (saved["r"], saved["alpha"])
+            assert loaded.heads == {int(k): sorted(v) for k, v in saved["kv_indices"].items() if v}
+            for layer, a in loaded.layers.items():
+                blocks = [saved["kv_indices"][layer].index(h) for h in a.heads]  # the file's order of heads is its own
+                assert torch.equal(a.A, saved["layers"][layer]["A"].float())
+                assert torch.equal(a.B, saved["layers"][layer]["B"][blocks].float())
+                assert torch.equal(a.gamma, saved["layers"][layer]["gamma"].float())
+            loaded.detach()
+        assert as_it_was(model, base)
+    assert refused > 800
+
+
+def test_no_file_runs_code(tmp_path):
+    """A pickle that would run code, alone or inside a valid zip file, is refused and does not run."""
+    model, path, made = micro_model(), tmp_path / "adapter.pt", tmp_path / "made"
+    pickle.dumps(Exploit(made))
+    for write in (lambda p: p.write_bytes(pickle.dumps(Exploit(made))), lambda p: torch.save({"r": Exploit(made)}, p)):
+        write(path)
+        for read in (lambda p: imagelora.load(model, p), train.load_base):
+            with pytest.raises(ValueError, match=r"damaged or not a PyTorch file") as caught:
+                read(path)
+            assert one_sentence(caught.value) and not made.exists()
+    torch.load(path, weights_only=False)
+    assert made.exists()  # it would have run
+
+
+def base_content() -> dict:
+    torch.manual_seed(0)
+    config = TinyVLMConfig(
+        vocab_size=len(VOCABULARY), vision_hidden_size=8, vision_num_hidden_layers=1, vision_num_attention_heads=2,
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=6,
+    )  # fmt: skip
+    return {"config": config.to_dict(), "state": {k: v.half() for k, v in TinyVLM(config).state_dict().items()}}
+
+
+def test_a_damaged_base_is_refused_or_is_exactly_what_was_saved(tmp_path):
+    """350 mutants of a base file, sizes of terabytes among them, each give one ValueError or the file's weights."""
+    path, original, refused = tmp_path / "base.pt", base_content(), 0
+    for mutant in fuzz(path, original, by_bytes=150, by_fields=100):
+        try:
+            model = train.load_base(path)
+        except ValueError as error:
+            refused += 1
+            assert one_sentence(error), error
+        else:
+            state = (mutant or original)["state"]
+            assert all(torch.equal(tensor, state[name].float()) for name, tensor in model.state_dict().items())
+    for field in original["config"]:
+        for value in (0, -1, 12 if "layers" in field else 4096, 10**9, 10**30, 8.0, "8", None):
+            torch.save(original | {"config": original["config"] | {field: value}}, path)
+            try:
+                model = train.load_base(path)
+            except ValueError as error:
+                assert one_sentence(error), error
+                continue
+            sizes_kept = getattr(model.config, field) == original["config"][field]
+            assert sizes_kept or field.endswith(("_id", "_heads", "_theta"))
+    assert refused > 150
+
+
+class Bar:
+    """A progress bar that shows nothing."""
+
+    disable = False
+
+    def update(self, n=1): ...
+    def set_postfix_str(self, text, refresh): ...
+
+
+def small_run(path, steps: int, resume: bool = False, spoil: int | None = None, every: int = 2) -> nn.Linear:
+    """train.train_loop on a 2 x 2 linear regression; the loss of step `spoil` is NaN."""
+    torch.manual_seed(0)
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([{"params": list(module.parameters()), "lr": 0.1, "initial_lr": 0.1}])
+
+    def loss_of(step):
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(step))
+        return (module(x) - x).square().mean() * (torch.nan if step == spoil else 1), ""
+
+    train.train_loop(module, [optimizer], steps, lambda done: 1 - done, loss_of, Bar(), path, "me", resume, every)
+    return module
+
+
+def test_a_damaged_checkpoint_is_refused_or_goes_on_exactly(tmp_path):
+    """300 mutants of a checkpoint each give one ValueError, or resume to the very weights of the uninterrupted run."""
+    path, refused = tmp_path / "checkpoint.pt", 0
+    whole = small_run(tmp_path / "other.pt", 6).weight
+    with pytest.raises(train.Diverged):
+        small_run(path, 6, spoil=4)
+    original = imagelora.safe_load(path)
+    assert original["step"] == 4
+    for mutant in fuzz(path, original, by_bytes=150, by_fields=150):
+        try:
+            module = small_run(path, 6, resume=True)
+        except (ValueError, train.Diverged) as error:  # finite moments of the optimizer may still make NaN
+            refused += 1
+            assert one_sentence(error), error
+        else:  # a field that has its type, form and range is what was saved
+            assert mutant is not None or torch.equal(module.weight, whole)
+    assert refused > 180
+
+
+# Numbers
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(tmp_path):
+    """At a NaN loss training stops with the step and a hint, and the weights are those that last gave a finite loss."""
+    with pytest.raises(train.Diverged, match=r"nan at step 3; try a smaller --lr than 0\.1"):
+        small_run(tmp_path / "a.pt", 9, spoil=3, every=1)
+    saved = imagelora.safe_load(tmp_path / "a.pt")  # of the last step with a finite loss
+    assert saved["step"] == 3 and all(t.isfinite().all() for t in saved["module"].values())
+
+
+# Misuse
+
+
+def test_attaching_twice_anywhere_in_the_model_is_refused():
+    """A second adapter in, on or around an adapted model would double the update, so it is refused."""
+    model = micro_model()
+    outer = nn.Module()
+    outer.config, outer.model = model.config, model
+    for first, second in ((model, model), (model, outer), (outer, model)):
+        adapter = imagelora.attach(first, r=2, heads={1: [0]})
+        with pytest.raises(ValueError, match="already has an Image-LoRA"):
+            imagelora.attach(second, r=2, heads={0: [0]})
+        adapter.detach()
+    assert as_it_was(model, micro_logits(model))
+
+
+def test_models_the_method_does_not_apply_to_are_refused_untouched():
+    """No image_token_id, no decoder layers, no v_proj: one ValueError each, and the model is as it was."""
+    for breaks, reason in (
+        (lambda m: setattr(m, "config", object()), "image_token_id"),
+        (lambda m: delattr(m, "config"), "image_token_id"),
+        (lambda m: delattr(m, "language_model"), "decoder layers"),
+        (lambda m: delattr(m.language_model.layers[1], "self_attn"), "self_attn"),
+        (lambda m: delattr(m.language_model.layers[1].self_attn, "v_proj"), "v_proj"),
+        (lambda m: setattr(m.language_model.layers[1].self_attn, "head_dim", 3), "head_dim"),
+    ):
+        model = micro_model()
+        breaks(model)
+        with pytest.raises(ValueError, match=reason) as caught:
+            imagelora.attach(model, r=2)
+        assert one_sentence(caught.value) and all(p.requires_grad for p in model.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"r": r} for r in (0, -1, 9, 10**9, True, 2.0, "2", None)),
+        *({"lora_alpha": a} for a in (0, -1, float("nan"), float("inf"), 10**400, 1e300, True, "16", None)),
+        *({"heads": h} for h in ({}, {0: []}, {2: [0]}, {-1: [0]}, {True: [0]}, {"0": [0]}, {0.0: [0]})),
+        *({"heads": {0: h}} for h in ([2], [-1], [True], [0.0], ["0"], [None], [0, 0], [[0]])),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_attach_are_refused_in_one_sentence(arguments):
+    """A rank, scale or head that the model does not have is a ValueError that leaves the model as it was."""
+    model = micro_model()
+    base = micro_logits(model)
+    with pytest.raises(ValueError) as caught:
+        imagelora.attach(model, **{"r": 2} | arguments)
+    assert one_sentence(caught.value) and as_it_was(model, base)
+
+
+@pytest.mark.parametrize("num_heads", [0, -1, 5, True, 2.0, None])
+def test_impossible_budgets_are_refused(num_heads):
+    """K must be an integer between 1 and the number of heads."""
+    with pytest.raises(ValueError, match=r"in 1\.\.4"):
+        imagelora.select_heads(torch.ones(2, 2), num_heads)
+
+
+@pytest.mark.parametrize("tau", [-0.1, float("nan"), float("inf"), 10**400, True, "1", None])
+def test_impossible_layer_exponents_are_refused(tau):
+    """tau must be a finite number, not negative; a large one is a hard maximum and does not overflow."""
+    with pytest.raises(ValueError, match="tau"):
+        imagelora.select_heads(torch.ones(2, 2), 2, tau)
+    assert imagelora.select_heads(torch.tensor([[9e37, 1e37], [1e37, 0.0]]), 2, 1e6) == {0: [0, 1]}
+
+
+def test_detaching_twice_is_refused_and_saving_after_it_is_right(tmp_path):
+    """detach() gives the original model back once; the adapter keeps its weights and can still be saved and loaded."""
+    model = micro_model()
+    base = micro_logits(model)
+    adapter = micro_adapter(model)
+    adapted = micro_logits(model)
+    assert adapter.detach() is model and as_it_was(model, base) and not torch.equal(adapted, base)
+    with pytest.raises(RuntimeError, match="already detached"):
+        adapter.detach()
+    adapter.save(tmp_path / "a.pt")
+    imagelora.load(model, tmp_path / "a.pt")
+    assert torch.equal(micro_logits(model), adapted)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 16}, {"num_hidden_layers": 1}, {"num_key_value_heads": 1}], ids=str)
+def test_an_adapter_of_another_architecture_is_refused(change, tmp_path):
+    """An adapter is loaded only onto a model that has its layers, heads, hidden and head size."""
+    micro_adapter(micro_model()).save(tmp_path / "a.pt")
+    other = TinyVLM(TinyVLMConfig(**MICRO.to_dict() | change))
+    with pytest.raises(ValueError) as caught:
+        imagelora.load(other, tmp_path / "a.pt")
+    assert one_sentence(caught.value) and as_it_was(other, micro_logits(other))
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
+    """save() refuses NaN, and the file that was there stays."""
+    adapter = micro_adapter(micro_model())
+    adapter.save(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    adapter.layers["0"].A.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        adapter.save(tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_adapter_moves_with_the_model(dtype):
+    """model.to(dtype) after attach takes the adapter along, and the update stays the same up to rounding."""
+    model = micro_model()
+    micro_adapter(model)
+    expected = micro_logits(model)
+    model.to(dtype)
+    with torch.no_grad():
+        logits = model(IMAGE_FIRST, PIXELS.to(dtype)).logits
+    assert logits.dtype == dtype and all(p.dtype == dtype for p in model.image_lora.parameters())
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=1e-4 if dtype == torch.float64 else 0.3)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_adapted_model_is_its_own(duplicate):
+    """A deep copy or pickled copy computes the same, shares nothing with the original, and detaches by itself."""
+    model = micro_model()
+    base = micro_logits(model)
+    micro_adapter(model)
+    adapted = micro_logits(model)
+    twin = duplicate(model)
+    assert torch.equal(micro_logits(twin), adapted)
+    twin.image_lora.layers["0"].B.data.zero_()
+    twin.image_lora.layers["1"].B.data.zero_()
+    assert torch.equal(micro_logits(twin), base) and torch.equal(micro_logits(model), adapted)
+    with twin.image_lora.disabled():
+        assert torch.equal(micro_logits(model), adapted)
+    twin.image_lora.detach()
+    assert as_it_was(twin, base) and torch.equal(micro_logits(model), adapted)
+
+
+def test_threads_may_call_the_model_at_once():
+    """Each thread's forward uses the visual tokens of its own input."""
+    model, barrier, wrong = micro_model(), threading.Barrier(2), []
+    micro_adapter(model)
+    expected = [micro_logits(model, ids) for ids in (IMAGE_FIRST, IMAGE_LAST)]
+
+    def meet(module, inputs):  # amid the forward
+        barrier.wait(10)
+
+    def call(ids, right):
+        for _ in range(20):
+            try:
+                wrong.append(not torch.equal(micro_logits(model, ids), right))
+            except Exception:
+                barrier.abort()
+                raise
+
+    model.language_model.layers[0].register_forward_pre_hook(meet)
+    threads = [threading.Thread(target=call, args=pair) for pair in zip((IMAGE_FIRST, IMAGE_LAST), expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [False] * 40
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_interrupted_forward_leaves_no_stale_mask(error):
+    """A forward that raises half-way, by Ctrl-C too, changes nothing of the next, whose image is elsewhere."""
+    model = micro_model()
+    micro_adapter(model)
+    expected = micro_logits(model, IMAGE_LAST)
+
+    def fail(module, inputs):
+        raise error
+
+    for context in (torch.no_grad, torch.enable_grad):
+        handle = model.language_model.layers[1].register_forward_pre_hook(fail)
+        with context(), pytest.raises(error):
+            model(IMAGE_FIRST, PIXELS)
+        handle.remove()
+        assert torch.equal(micro_logits(model, IMAGE_LAST), expected)
+    with pytest.raises(RuntimeError, match="called by itself"):
+        model.language_model(torch.zeros(1, 6, 8), torch.arange(6)[None])
+
+
+def test_an_exception_inside_a_context_ends_it():
+    """disabled() and visual_mask() end with an exception as without one, also nested."""
+    model = micro_model()
+    adapter = micro_adapter(model)
+    expected = micro_logits(model)
+    with pytest.raises(ZeroDivisionError), adapter.disabled(), adapter.disabled():
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), adapter.visual_mask(IMAGE_LAST == 3):
+        raise ZeroDivisionError
+    assert torch.equal(micro_logits(model), expected) and adapter.visual.mask is None
+
+
+def checkpointed_gradient(between) -> torch.Tensor:
+    """dL/dA of the first layer under gradient checkpointing, with something done between forward and backward."""
+    model = micro_model()
+    adapter = micro_adapter(model)
+    for layer in model.language_model.layers:
+        run = layer.forward
+        layer.forward = lambda *inputs, run=run: gradient_checkpoint(run, *inputs, use_reentrant=False)
+    loss = model(IMAGE_FIRST, PIXELS, labels=IMAGE_FIRST).loss
+    between(model)
+    loss.backward()
+    return adapter.layers["0"].A.grad
+
+
+def test_a_call_without_gradients_before_backward_does_not_change_the_gradient():
+    """Gradient checkpointing runs the layers again with the visual tokens of their own forward, not of a later call."""
+
+    def evaluate(model):
+        micro_logits(model, IMAGE_LAST)
+
+    def fail(model):
+        with pytest.raises(ValueError, match="placeholder"):
+            model(IMAGE_LAST)
+
+    expected = checkpointed_gradient(lambda model: None)
+    assert expected.abs().sum() > 0
+    assert torch.equal(checkpointed_gradient(evaluate), expected)
+    assert torch.equal(checkpointed_gradient(fail), expected)
+    with pytest.raises(RuntimeError, match="cannot be checkpointed"):
+        checkpointed_gradient(lambda model: model(IMAGE_LAST, PIXELS))
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory) -> Path:
+    """A small base with random weights."""
+    path = tmp_path_factory.mktemp("base") / "base.pt"
+    torch.save(base_content(), path)
+    return path
+
+
+def run_main(arguments: list[str], capsys) -> tuple[int, str]:
+    """Exit status and last line of stderr of train.main."""
+    capsys.readouterr()
+    try:
+        status = train.main(arguments)
+    except SystemExit as stopped:  # of argparse, after its usage
+        status = stopped.code
+    error = capsys.readouterr().err.strip()
+    return status, error if status != 2 or not error.startswith("usage") else error.splitlines()[-1]
+
+
+@pytest.fixture
+def quick(monkeypatch, base_file, tmp_path):
+    """train.py on the small base, evaluated on little."""
+    evaluate, problems, text = train.evaluate, train.evaluate_word_problems, train.text_logits
+    monkeypatch.setattr(train, "BASE", base_file)
+    monkeypatch.setattr(train, "evaluate", lambda model, domain, split, n, *rest: evaluate(model, domain, split, 2))
+    monkeypatch.setattr(train, "evaluate_word_problems", lambda model, split: problems(model, split, 4))
+    monkeypatch.setattr(train, "text_logits", lambda model: text(model, 4))
+    monkeypatch.chdir(tmp_path)
+
+
+SHORT = ["--steps", "2", "--screens", "1", "--questions", "1", "--num-heads", "2", "--r", "2", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(["--domain", "marble"], ["--method", "magic"], ["--device", "abacus"], ["--what", "1"], ["--steps", "many"]),
+        *([name, "0"] for name in ("--r", "--num-heads", "--steps", "--screens", "--questions")),
+        *(["--num-heads", "13"], ["--r", "25"], ["--method", "lora", "--r", "1000000000000"], ["--seed", "-1"]),
+        *(["--seed", str(10**30)], ["--lr", "nan"], ["--lr", "-1"], ["--tau", "inf"], ["--lora-alpha", "inf"]),
+        *(["--out", "/dev/null/x"], ["--out", "a_file"]),
+        *(["--pretrain", "--steps", "0"], ["--pretrain", "--screens", "0"], ["--pretrain", "--lr", "nan"]),
+        *(["--pretrain", "--out", "/dev/null/x.pt"], ["--pretrain", "--out", "no_such_directory/x.pt"]),
+        *([["--device", "cuda"]] if not torch.cuda.is_available() else []),
+        *([["--device", "mps"]] if not torch.backends.mps.is_available() else []),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_on_the_command_line_is_one_sentence(bad, quick, capsys):
+    """What the command cannot do ends it with status 2 and one sentence on stderr, and no file."""
+    Path("a_file").touch()
+    status, error = run_main([*(SHORT if "--pretrain" not in bad else []), *bad], capsys)
+    assert status == 2 and one_sentence(error) and "error" in error, error
+    assert not [p for p in Path().rglob("*") if p.is_file() and p.name != "a_file"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "foreign", "directory", "text"])
+def test_a_base_that_is_none_is_one_sentence(kind, quick, base_file, monkeypatch, capsys):
+    """A missing, truncated or foreign base is status 2, a sentence that names the file, and no output."""
+    path = Path("base.pt")
+    if kind == "truncated":
+        path.write_bytes(base_file.read_bytes()[:-1000])
+    elif kind == "foreign":
+        torch.save({"config": MICRO.to_dict(), "state": micro_model().state_dict()}, path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("not a model\n")
+    monkeypatch.setattr(train, "BASE", path)
+    status, error = run_main([*SHORT, "--out", "out"], capsys)
+    assert status == 2 and one_sentence(error) and "base.pt" in error and not Path("out").exists()
+
+
+def test_a_run_that_diverges_exits_with_1_and_keeps_the_last_good_adapter(quick, capsys):
+    """A learning rate that blows up ends the command with status 1, the step, a hint, and an adapter that loads."""
+    status, error = run_main([*SHORT, "--steps", "40", "--lr", "1e18", "--out", "out"], capsys)
+    message = error.splitlines()[-1]  # below the progress bar
+    assert status == 1 and "step" in message and "smaller --lr" in message and "adapter.pt" in message, error
+    imagelora.load(train.load_base(train.BASE), "out/adapter.pt")
+    assert not Path("out/metrics.json").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(quick, capsys, tmp_path):
+    """A write that fails half-way ends the command with status 2 and leaves the old file whole and no temporary one."""
+    resource = pytest.importorskip("resource")
+    assert run_main([*SHORT, "--out", "out"], capsys)[0] == 0
+    before = Path("out/adapter.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes a file: what is longer fails half-way
+        status, error = run_main([*SHORT, "--out", "out"], capsys)
+        with pytest.raises(OSError):
+            imagelora.safe_save({"tensor": torch.zeros(1000)}, tmp_path / "out" / "adapter.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and one_sentence(error.splitlines()[-1]) and error.splitlines()[-1].startswith("error"), error
+    assert Path("out/adapter.pt").read_bytes() == before and not list(Path("out").glob(".*"))
+
+
+# Interruption: one process forks the runs, so that each is a real process and torch is imported once
+
+RUNS = """
+import functools, os, sys, torch, train
+base, out = sys.argv[1:3]
+torch.set_num_threads(1)
+evaluate, problems, text, loop = train.evaluate, train.evaluate_word_problems, train.text_logits, train.train_loop
+train.BASE = train.Path(base)
+train.evaluate = lambda model, domain, split, n, *rest: evaluate(model, domain, split, 2)
+train.evaluate_word_problems = lambda model, split: problems(model, split, 4)
+train.text_logits = lambda model: text(model, 4)
+train.train_loop = functools.partial(loop, every=1)  # a checkpoint after every step
+for line in sys.stdin:  # each line: the arguments of a run
+    open(os.path.join(out, "log"), "w").close()
+    pid = os.fork()
+    if pid == 0:
+        log = os.open(os.path.join(out, "log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        status = 99
+        try:
+            status = train.main(line.split())
+            sys.stdout.flush(), sys.stderr.flush()
+        finally:
+            os._exit(status)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(base_file, tmp_path_factory):
+    """start(arguments) -> (process id, a function that waits for its exit status); and the folder of `log`."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-c", RUNS, str(base_file), str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(train.__file__).parent}
+    process = subprocess.Popen(command, **pipes)
+
+    def start(*arguments):
+        process.stdin.write(" ".join(map(str, arguments)) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline()), lambda: int(process.stdout.readline())
+
+    yield start, folder
+    process.stdin.close()
+    assert process.wait(30) == 0
+
+
+LONG = [*"--steps 30 --screens 1 --questions 1 --num-heads 2 --r 2 --device cpu --out".split()]
+
+
+def metrics_of(out: Path) -> dict:
+    """metrics.json without what may differ between two runs of the same settings."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    return {name: value for name, value in metrics.items() if name not in ("seconds", "out", "resume")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs):
+    """(metrics, adapter, seconds) of a whole run."""
+    start, folder = runs
+    _, wait = start(*LONG, folder / "whole")
+    began = time.time()
+    assert wait() == 0, (folder / "log").read_text()
+    return metrics_of(folder / "whole"), imagelora.safe_load(folder / "whole" / "adapter.pt"), time.time() - began
+
+
+def kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, number)
+
+
+def same_adapter(path: Path, adapter: dict) -> bool:
+    saved = imagelora.safe_load(path)
+    return all(torch.equal(saved["layers"][k][n], t) for k, v in adapter["layers"].items() for n, t in v.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98], ids=["start", "middle", "end"])
+def test_ctrl_c_and_sigterm_stop_at_once_and_resume_to_the_same_metrics(number, share, runs, uninterrupted):
+    """A stopped run exits with 130 within two seconds, says how to go on, and --resume ends in the same last digit."""
+    (start, folder), (metrics, adapter, seconds) = runs, uninterrupted
+    out = folder / f"{number}-{share}"
+    pid, wait = start(*LONG, out)
+    if share == 0.5:  # amid training
+        while not (out / "checkpoint.pt").exists():
+            time.sleep(0.005)
+    else:
+        time.sleep(share * seconds)
+    kill(pid, number)
+    began, status = time.time(), wait()
+    log = (folder / "log").read_text()
+    assert time.time() - began < 2 and "Traceback" not in log
+    if status != 0 or share < 0.9:  # a run that had just ended could not be stopped
+        assert status == 130 and f"go on with: python train.py {' '.join(LONG)} {out} --resume" in log, log
+        assert share != 0.5 or 0 < imagelora.safe_load(out / "checkpoint.pt")["step"] <= 30
+        assert start(*LONG, out, "--resume")[1]() == 0, (folder / "log").read_text()
+    assert metrics_of(out) == metrics and same_adapter(out / "adapter.pt", adapter)
+    assert sorted(p.name for p in out.iterdir()) == ["adapter.pt", "metrics.json", "predictions.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_pretraining_stops_and_goes_on(runs):
+    """Ctrl-C in pretraining saves and says how to go on; --resume goes on from that step."""
+    start, folder = runs
+    out = folder / "base.pt"
+    arguments = [*"--pretrain --steps 1000 --screens 1 --questions 1 --settings-screens 1 --out".split(), out]
+    for resume in ([], ["--resume"]):
+        before = imagelora.safe_load(folder / "base.checkpoint.pt")["step"] if resume else 0
+        pid, wait = start(*arguments, *resume)
+        while "answers" not in (folder / "log").read_text():  # the first steps are made
+            time.sleep(0.02)
+        kill(pid, signal.SIGINT)
+        assert wait() == 130 and "go on with: python train.py --pretrain" in (folder / "log").read_text()
+        assert imagelora.safe_load(folder / "base.checkpoint.pt")["step"] > before and not out.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_any_moment_loses_nothing(runs, uninterrupted):
+    """After each of 24 kills at random moments every file is whole, and the run still ends in the same last digit."""
+    (start, folder), (metrics, adapter, seconds) = runs, uninterrupted
+    rng, kills, farthest = random.Random(0), 0, 0
+    out = folder / "killed"
+    while kills < 24:
+        pid, wait = start(*LONG, out, "--resume")
+        time.sleep(rng.uniform(0, 0.8 * seconds))
+        kill(pid, signal.SIGKILL)
+        status = wait()
+        kills += status == -signal.SIGKILL
+        if (out / "checkpoint.pt").exists():
+            step = imagelora.safe_load(out / "checkpoint.pt")["step"]
+            assert status == 0 or step >= farthest
+            farthest = step
+        if (out / "adapter.pt").exists():
+            assert same_adapter(out / "adapter.pt", adapter)
+        if (out / "predictions.png").exists():
+            train.Image.open(out / "predictions.png").load()
+        if (out / "metrics.json").exists():
+            assert metrics_of(out) == metrics
+            for path in out.iterdir():  # that one ended; begin another
+                path.unlink()
+            farthest = 0
+    assert start(*LONG, out, "--resume")[1]() == 0, (folder / "log").read_text()
+    assert metrics_of(out) == metrics and same_adapter(out / "adapter.pt", adapter)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same file on Hugging Face VLMs: tiny random models of every family, built offline
+
+
+IMAGE_TOKEN, VIDEO_TOKEN = 90, 91
+GENERATE = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+DECODER = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+VIT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VIT |= {"image_size": 8, "patch_size": 4}
+QWEN_VIT = {"depth": 1, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "hidden_size": 16}
+QWEN_VIT |= {"intermediate_size": 16, "out_hidden_size": 32, "spatial_merge_size": 2}
+
+
+def family_config(family):
+    """The arguments of `<family>Config` for a decoder of two layers of two value heads, and a small vision tower."""
+    text, vision, other = dict(DECODER), dict(VIT), {}
+    if family.startswith("Qwen"):
+        text |= {"rope_parameters": ROPE, "rope_scaling": ROPE}
+        vision = dict(QWEN_VIT)
+        other = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    if family == "Qwen2VL":
+        vision |= {"embed_dim": 16, "hidden_size": 32}
+    elif family == "Qwen2_5_VL":
+        vision |= {"window_size": 16, "fullatt_block_indexes": [0]}
+    elif family == "Qwen3VL":
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    elif family == "Llava":
+        text["model_type"], vision["model_type"] = "llama", "clip_vision_model"
+        other = {"vision_feature_layer": -1}
+    elif family == "LlavaOnevision":
+        text["model_type"], vision["model_type"] = "qwen2", "siglip_vision_model"
+        other = {"vision_feature_layer": -1, "image_grid_pinpoints": [[8, 8]], "video_token_id": VIDEO_TOKEN}
+    elif family == "PaliGemma":
+        text["model_type"], vision["model_type"] = "gemma", "siglip_vision_model"
+        vision["projection_dim"] = 32
+        other = {"projection_dim": 32}
+    elif family in ("Idefics3", "SmolVLM"):
+        text["model_type"] = "llama"
+        other = {"scale_factor": 1, "pad_token_id": 0}
+    elif family == "InternVL":
+        text["model_type"] = "qwen2"
+        vision |= {"image_size": [16, 16], "patch_size": [4, 4]}
+        other = {"image_seq_length": 4}
+    elif family == "Gemma3":
+        other = {"boi_token_index": 92, "eoi_token_index": 93, "mm_tokens_per_image": 4}
+    name = "image_token_index" if family in ("Llava", "LlavaOnevision", "PaliGemma", "Gemma3") else "image_token_id"
+    return {name: IMAGE_TOKEN, "text_config": text, "vision_config": vision, **other}
+
+
+FAMILIES = ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Llava", "LlavaOnevision", "PaliGemma", "Idefics3", "SmolVLM"]
+FAMILIES += ["InternVL", "Gemma3"]
+
+
+def tiny_hf_vlm(family="Qwen2_5_VL"):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**family_config(family))
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith("newline"):  # large enough that a change anywhere shows in every logit
+            parameter.data.normal_(0, 0.15)
+    return model
+
+
+def vlm_prompt(family="Qwen2_5_VL", starts=(3, 1), kind=IMAGE_TOKEN):
+    """A row per start: text, an image from that position on, and text up to one common length."""
+    N = 10 if family == "LlavaOnevision" else 4
+    T = N + 6
+    ids = torch.arange(10, 10 + T).repeat(len(starts), 1)
+    for row, start in enumerate(starts):
+        ids[row, start : start + N] = kind
+        if family.startswith("Qwen"):
+            ids[row, start - 1] = 92  # the start of vision
+    visual, images = (ids == kind).int(), len(starts)
+    pixels = torch.Generator().manual_seed(1)
+    if family.startswith("Qwen"):
+        name = "pixel_values" if kind == IMAGE_TOKEN else "pixel_values_videos"
+        batch = {name: torch.randn(16 * images, 3 * 2 * 16, generator=pixels)}
+        batch["image_grid_thw" if kind == IMAGE_TOKEN else "video_grid_thw"] = torch.tensor([[1, 4, 4]] * images)
+        if has_token_types():
+            batch["mm_token_type_ids"] = visual if kind == IMAGE_TOKEN else 2 * visual
+    else:
+        size = 16 if family == "InternVL" else 8
+        batch = {"pixel_values": torch.randn(images, 3, size, size, generator=pixels)}
+        if family in ("Idefics3", "SmolVLM"):
+            batch["pixel_values"] = batch["pixel_values"][:, None]
+        if family == "LlavaOnevision":  # the whole image and its one crop
+            batch["pixel_values"] = batch["pixel_values"][:, None].repeat(1, 2, 1, 1, 1)
+            batch["image_sizes"] = torch.tensor([[8, 8]] * images)
+        if family in ("PaliGemma", "Gemma3"):
+            batch["token_type_ids"] = visual
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **batch}
+
+
+def has_token_types():
+    """transformers 5 asks for `mm_token_type_ids`, 4 refuses to generate with it."""
+    return int(pytest.importorskip("transformers").__version__.partition(".")[0]) >= 5
+
+
+def randomized(adapter):
+    generator = torch.Generator().manual_seed(2)
+    for a in adapter.layers.values():
+        a.B.data.copy_(torch.randn(a.B.shape, generator=generator))
+    return adapter
+
+
+@torch.no_grad()
+def logits_of(model, batch):
+    return model(**batch).logits
+
+
+def adapter_gradients(model, adapter, *batches):
+    adapter.zero_grad()
+    sum(F.cross_entropy(model(**b).logits[:, -1].float(), b["input_ids"][:, 0]) for b in batches).backward()
+    return torch.cat([p.grad.flatten() for p in adapter.parameters()])
+
+
+def hooked_modules(model):
+    return {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    """One mechanism for all: values of visual tokens in the decoder, so what precedes the image is unchanged, what
+    follows is changed, the vision tower is not touched, and with no image in the context logits are the base's."""
+    model, batch, text = tiny_hf_vlm(family), vlm_prompt(family), {"input_ids": torch.arange(10, 22)[None]}
+    model.requires_grad_(False)  # torch chooses some kernels, and so their rounding, by it
+    base, base_text, before = logits_of(model, batch), logits_of(model, text), hooked_modules(model)
+    adapter = imagelora.attach(model, r=2)
+    projections = {name for name in hooked_modules(model) - before if name}
+    assert len(projections) == len(adapter.layers) == 2 and adapter.head_counts == [2, 2]
+    assert all(name.endswith("self_attn.v_proj") and "vision" not in name for name in projections)
+    assert torch.equal(logits_of(model, batch), base)  # B = 0
+    randomized(adapter)
+    assert torch.equal(logits_of(model, text), base_text)
+    change = (logits_of(model, batch) - base).abs().amax(-1)
+    for row, start in enumerate([3, 1]):
+        assert (change[row, start:] > 1e-4).all()
+        if family != "PaliGemma":  # there a prompt is not causal: text before the image attends to the image too
+            assert (change[row, :start] == 0).all()
+    adapter.detach()
+    assert torch.equal(logits_of(model, batch), base) and hooked_modules(model) == before
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_video_tokens_are_visual_tokens(family):
+    """A video is read through its value vectors like an image, so both kinds of placeholder are visual."""
+    model = tiny_hf_vlm(family)
+    batch = vlm_prompt(family, starts=[3], kind=VIDEO_TOKEN)
+    base = logits_of(model, batch)
+    randomized(imagelora.attach(model))
+    change = (logits_of(model, batch) - base).abs().amax(-1)[0]
+    assert (change[:3] == 0).all() and (change[3:] > 1e-4).all()
+
+
+REFUSED = {
+    "Mllama": (
+        {"text_config": DECODER | {"cross_attention_layers": [1], "rope_scaling": ROPE | {"rope_type": "default"}}},
+        "cross-attention",
+    ),
+    "Phi4Multimodal": (DECODER | {"vision_config": {}, "audio_config": {}}, "fused qkv"),
+    "Gemma3nText": (DECODER | {"num_kv_shared_layers": 1, "layer_types": None}, "share their values"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_work_is_refused(family):
+    """Without a value vector per visual token in each layer's own v_proj there is nothing to adapt, so attach says why
+    and leaves the model as it was."""
+    transformers = pytest.importorskip("transformers")
+    arguments, reason = REFUSED[family]
+    name = {"Mllama": "MllamaForConditionalGeneration", "Gemma3nText": "Gemma3nForCausalLM"}
+    architecture = getattr(transformers, name.get(family, f"{family}ForCausalLM"))
+    with torch.device("meta"):
+        model = architecture(getattr(transformers, f"{family}Config")(**arguments))
+    before = hooked_modules(model)
+    with pytest.raises(ValueError, match=reason):
+        imagelora.attach(model)
+    assert hooked_modules(model) == before and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_bases_keep_float32_adapters(dtype):
+    """The update is computed in float32 and rounded once, so a half-precision base trains as its float32 twin does."""
+    model = tiny_hf_vlm()
+    expected = adapter_gradients(model, randomized(imagelora.attach(model)), vlm_prompt())
+    model = tiny_hf_vlm().to(dtype)
+    base = logits_of(model, vlm_prompt())
+    adapter = imagelora.attach(model)
+    assert torch.equal(logits_of(model, vlm_prompt()), base) and base.dtype == dtype
+    got = adapter_gradients(model, randomized(adapter), vlm_prompt())
+    assert got.dtype == torch.float32
+    assert F.cosine_similarity(got, expected, dim=0) > 0.98
+
+
+def test_autocast():
+    """Autocast chooses the precision of products only, so gradients are those of float32 up to rounding."""
+    model = tiny_hf_vlm()
+    adapter = randomized(imagelora.attach(model))
+    expected = adapter_gradients(model, adapter, vlm_prompt())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = adapter_gradients(model, adapter, vlm_prompt())
+    assert got.dtype == torch.float32
+    assert F.cosine_similarity(got, expected, dim=0) > 0.98
+
+
+def checkpointing(model, use_reentrant):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()  # as always under re-entrant checkpointing of a frozen base
+    return model.train()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen3VL", "Llava", "Gemma3"])
+def test_gradient_checkpointing(family, use_reentrant):
+    """Layers run again in the backward pass with the visual tokens of their forward, so gradients do not change."""
+    model = tiny_hf_vlm(family)
+    adapter = randomized(imagelora.attach(model))
+    expected = adapter_gradients(model.train(), adapter, vlm_prompt(family))
+    checkpointing(model, use_reentrant)
+    assert torch.equal(adapter_gradients(model, adapter, vlm_prompt(family)), expected)
+    loss = F.cross_entropy(model(**vlm_prompt(family)).logits[:, -1], vlm_prompt(family)["input_ids"][:, 0])
+    logits_of(model, {"input_ids": torch.arange(10, 15)[None]})  # a forward without gradients leaves no trace
+    with adapter.disabled():
+        logits_of(model, vlm_prompt(family))
+    adapter.zero_grad()
+    loss.backward()
+    assert torch.equal(torch.cat([p.grad.flatten() for p in adapter.parameters()]), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_two_forwards_before_one_backward(use_reentrant):
+    """Each forward has its own visual tokens, so the gradient of a sum of losses is the sum of their gradients; where
+    checkpointing could not tell whose layers it runs again, it refuses, and the next step is right."""
+    model = tiny_hf_vlm().train()
+    adapter = randomized(imagelora.attach(model))
+    here, there = vlm_prompt(starts=[3]), vlm_prompt(starts=[1])
+    first, second = adapter_gradients(model, adapter, here), adapter_gradients(model, adapter, there)
+    assert not torch.allclose(first, second)
+    if use_reentrant is None:
+        torch.testing.assert_close(adapter_gradients(model, adapter, here, there), first + second)
+        return
+    checkpointing(model, use_reentrant)
+    torch.testing.assert_close(adapter_gradients(model, adapter, here, here), 2 * first)
+    with pytest.raises(RuntimeError, match="two forwards with different images"):
+        adapter_gradients(model, adapter, here, there)
+    torch.testing.assert_close(adapter_gradients(model, adapter, there), second)
+
+
+class PackedLinear(nn.Module):
+    """What a quantized linear looks like from outside: features, and a weight that is no [out, in] matrix."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8).flatten())
+
+    def forward(self, x):
+        return F.linear(x, self.scale.to(x.dtype) * self.weight.view(self.out_features, -1).to(x.dtype))
+
+
+def test_quantized_bases():
+    """Only the input and output of v_proj are used, so its weight may be packed in any way."""
+    model = tiny_hf_vlm()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.v_proj = PackedLinear(layer.self_attn.v_proj)
+    base = logits_of(model, vlm_prompt())
+    adapter = imagelora.attach(model)
+    assert torch.equal(logits_of(model, vlm_prompt()), base)
+    assert adapter_gradients(model, randomized(adapter), vlm_prompt()).count_nonzero()
+    assert not torch.equal(logits_of(model, vlm_prompt()), base)
+
+
+def test_training_moves_only_the_adapter():
+    """attach freezes the base, so an optimizer of adapter.parameters() lowers the loss and leaves every base weight."""
+    model = tiny_hf_vlm().train()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapter = imagelora.attach(model)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter.parameters()}
+    optimizer, batch = torch.optim.AdamW(adapter.parameters(), lr=1e-2), vlm_prompt()
+    losses = []
+    for _ in range(10):
+        loss = model(**batch, labels=batch["input_ids"].where(batch["input_ids"] != IMAGE_TOKEN, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    adapter.detach()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Idefics3"])
+def test_a_text_only_training_batch_has_gradients_of_zero(family):
+    """M X has no rows without an image, so A, B and gamma get gradients, and these are zero: data-parallel training
+    needs them to exist."""
+    model = tiny_hf_vlm(family).train()
+    adapter = randomized(imagelora.attach(model))
+    assert adapter_gradients(model, adapter, {"input_ids": torch.arange(10, 15)[None]}).count_nonzero() == 0
+
+
+GENERATION = {
+    "cache": {},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 3},
+}
+
+
+@pytest.mark.parametrize("mode", GENERATION)
+@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Llava", "SmolVLM"])
+def test_generation(family, mode):
+    """The adapted values of visual tokens lie in the cache and a decoded token is text, so every way to generate gives
+    the logits of whole forward passes without a cache."""
+    model, batch = tiny_hf_vlm(family), vlm_prompt(family)
+    base = model.generate(**batch, **GENERATE, output_logits=True, return_dict_in_generate=True).logits
+    randomized(imagelora.attach(model))
+    try:
+        out = model.generate(**batch, **GENERATE, **GENERATION[mode], output_logits=True, return_dict_in_generate=True)
+    except ValueError as error:
+        if mode != "chunked prefill" or has_token_types():
+            raise
+        pytest.skip(f"transformers 4 does not prefill an image in chunks: {error}")
+    whole = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    for step, got in enumerate(out.logits):
+        ids = out.sequences[:, : batch["input_ids"].shape[1] + step]
+        types = {"mm_token_type_ids": (ids == IMAGE_TOKEN).int()} if "mm_token_type_ids" in batch else {}
+        torch.testing.assert_close(got, logits_of(model, {"input_ids": ids, **whole, **types})[:, -1].float())
+    assert not torch.allclose(out.logits[0], base[0], atol=1e-3)
+
+
+def test_beams():
+    """Beams reorder the cache and repeat the prompt's rows, so they find what they find without a cache."""
+    model, batch = tiny_hf_vlm(), vlm_prompt()
+    randomized(imagelora.attach(model))
+    options = GENERATE | {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    cached, whole = (model.generate(**batch, **options, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(cached.sequences_scores, whole.sequences_scores)
+
+
+def test_on_visual_tokens_alone_it_is_peft_lora_on_v_proj():
+    """With every token visual M is the identity, so without 1/sqrt|S| the update is standard LoRA's on W_V: same
+    matrices, same output, same gradients as PEFT's."""
+    peft = pytest.importorskip("peft")
+    batch = vlm_prompt("Llava", starts=(0, 4))
+    batch["input_ids"] = torch.full((1, 8), IMAGE_TOKEN)
+    batch["attention_mask"] = torch.ones(1, 8)
+    ours, theirs = tiny_hf_vlm("Llava"), tiny_hf_vlm("Llava")
+    adapter = randomized(imagelora.attach(ours, r=4, lora_alpha=6, normalize=False))
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=r".*language_model.*v_proj")
+    theirs = peft.get_peft_model(theirs, config)
+    loras = [m for m in theirs.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    for a, lora in zip(adapter.layers.values(), loras, strict=True):
+        lora.lora_A["default"].weight.data.copy_(a.A.T)
+        lora.lora_B["default"].weight.data.copy_(a.B.transpose(0, 1).flatten(1).T)  # [S * d_h, r]
+    got, expected = ours(**batch).logits, theirs(**batch).logits
+    torch.testing.assert_close(got, expected)
+    got.square().mean().backward()
+    expected.square().mean().backward()
+    for a, lora in zip(adapter.layers.values(), loras, strict=True):
+        torch.testing.assert_close(a.A.grad.T, lora.lora_A["default"].weight.grad)
+        torch.testing.assert_close(a.B.grad.transpose(0, 1).flatten(1).T, lora.lora_B["default"].weight.grad)
+
+
+def test_adapter_files_of_the_authors(tmp_path):
+    """Their file holds A [D, r], B [S, r, d_h] and gamma for each layer: loaded, it gives the logits of their formula,
+    gamma * alpha / r / sqrt|S| * x A B(h) added to a slice of one row."""
+    generator = torch.Generator().manual_seed(3)
+    content = {"model_name": "tiny", "r": 4, "alpha": 6.0, "kv_indices": {"0": [1], "1": [1, 0]}, "layers": {}}
+    for layer, heads in content["kv_indices"].items():
+        A, B = torch.randn(32, 4, generator=generator), torch.randn(len(heads), 4, 8, generator=generator)
+        content["layers"][layer] = {"A": A, "B": B, "gamma": torch.tensor(0.7)}
+    torch.save(content, tmp_path / "theirs.pt")
+    model, batch = tiny_hf_vlm(), vlm_prompt(starts=[3])
+    handles = []
+    for layer, heads in content["kv_indices"].items():
+
+        def their_formula(module, inputs, value, saved=content["layers"][layer], heads=heads):
+            value = value.clone()
+            for B, head in zip(saved["B"], heads):
+                update = saved["gamma"] * 6 / 4 / len(heads) ** 0.5 * inputs[0][0, 3:7] @ saved["A"] @ B
+                value[0, 3:7, 8 * head : 8 * head + 8] += update
+            return value
+
+        v_proj = model.model.language_model.layers[int(layer)].self_attn.v_proj
+        handles.append(v_proj.register_forward_hook(their_formula))
+    expected = logits_of(model, batch)
+    for handle in handles:
+        handle.remove()
+    adapter = imagelora.load(model, tmp_path / "theirs.pt")
+    torch.testing.assert_close(logits_of(model, batch), expected)
+    adapter.save(tmp_path / "ours.pt")
+    again = torch.load(tmp_path / "ours.pt", weights_only=True)
+    assert set(again) == set(content) and again["kv_indices"] == {"0": [1], "1": [0, 1]}
+    assert torch.equal(again["layers"]["1"]["B"], content["layers"]["1"]["B"].flip(0))
+
+
+def test_head_selections_of_the_authors():
+    """Their selection is a JSON file with `kv_indices`, so it names the heads to attach."""
+    content = json.loads('{"kv_indices": {"1": [0]}, "scores": {"1": [0.3, 0.1]}}')
+    heads = imagelora.read_heads(content, "selection.json")
+    assert imagelora.attach(tiny_hf_vlm(), heads=heads).heads == {1: [0]}
+
+
+@contextmanager
+def one_process_mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fully_sharded_data_parallel(tmp_path):
+    """The adapter is a submodule of the model, so fully_shard of the layers and then of the model shards it too, and
+    gradients are those of the unsharded model."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    model = tiny_hf_vlm()
+    adapter = randomized(imagelora.attach(model))
+    expected = adapter_gradients(model, adapter, vlm_prompt())
+    adapter.save(tmp_path / "whole.pt")
+    with one_process_mesh() as mesh:
+        for layer in model.model.language_model.layers:
+            fsdp.fully_shard(layer, mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+        adapter.zero_grad()
+        F.cross_entropy(model(**vlm_prompt()).logits[:, -1], vlm_prompt()["input_ids"][:, 0]).backward()
+        got = torch.cat([p.grad.full_tensor().flatten() for p in adapter.parameters()])
+        torch.testing.assert_close(got, expected)
+        adapter.save(tmp_path / "gathered.pt")
+    whole, gathered = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "gathered.pt"))
+    assert str(whole) == str(gathered)
+
+
+def test_an_interrupted_forward_leaves_no_trace():
+    """A key press may stop a forward anywhere, so the next one starts anew."""
+    model, batch = tiny_hf_vlm(), vlm_prompt()
+    randomized(imagelora.attach(model))
+    expected = logits_of(model, batch)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    handle = model.model.language_model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(model, batch)
+    handle.remove()
+    assert torch.equal(logits_of(model, batch), expected)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_device_maps(offloaded, tmp_path):
+    """Rows move to the device of each layer's input, so a model that accelerate spread or offloaded is adapted too."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_hf_vlm()
+    adapter = randomized(imagelora.attach(model))
+    expected = logits_of(model, vlm_prompt())
+    adapter.detach()
+    if offloaded:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    adapter = randomized(imagelora.attach(model))
+    adapter.load_state_dict(randomized(imagelora.attach(tiny_hf_vlm())).state_dict())
+    assert torch.equal(logits_of(model, vlm_prompt()), expected)
+
+
+def test_the_readme_example_runs(monkeypatch, tmp_path):
+    """The README's example for Qwen2.5-VL is code, so it runs, here on a tiny random model."""
+    transformers = pytest.importorskip("transformers")
+    readme = Path(__file__).with_name("README.md").read_text()
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Qwen2_5_VL" in b]
+    model = tiny_hf_vlm()
+    monkeypatch.setattr(type(model), "from_pretrained", lambda *args, **kwargs: model)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda *args, **kwargs: model)
+    monkeypatch.chdir(tmp_path)
+    batch = vlm_prompt()
+    batch["labels"] = batch["input_ids"].where(batch["input_ids"] != IMAGE_TOKEN, -100)
+    assert len(blocks) == 1
+    names = {"batches": [batch] * 2}
+    exec(blocks[0], names)
+    assert names["adapter"].heads and (tmp_path / "adapter.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `python test_imagelora.py --bench`: the time of a training step over the same step without an adapter
+
+
+REPETITIONS = 25
+
+
+def bench_model():
+    """Qwen2.5-VL's decoder at hidden size 256 with 8 layers; the vision tower is not run."""
+    import transformers
+
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
+    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    text |= {"num_key_value_heads": 4, "vocab_size": 1024, "rope_parameters": rope, "rope_scaling": rope}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 256}
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=1000)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).train()
+
+
+class Scalar(nn.Module):
+    """v_proj with one trainable number added: the least that makes gradients flow as deep as an adapter needs them."""
+
+    def __init__(self, v_proj):
+        super().__init__()
+        self.v_proj, self.bias = v_proj, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.v_proj(x) + self.bias
+
+
+def no_adapter():
+    model = bench_model().requires_grad_(False)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.v_proj = Scalar(layer.self_attn.v_proj)
+    return model, None
+
+
+def image_lora(heads):
+    model = bench_model()
+    return model, imagelora.attach(model, heads={layer: list(range(heads)) for layer in range(8)})
+
+
+def peft_lora(projections):
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=rf".*language_model.*self_attn.({projections})")
+    return peft.get_peft_model(bench_model(), config), None
+
+
+def bench():
+    """Medians of interleaved repetitions, so that what else the machine does falls on every method alike."""
+    methods = {
+        "no adapter": no_adapter(),
+        "Image-LoRA, all heads": image_lora(4),
+        "Image-LoRA, half of the heads": image_lora(2),
+        "PEFT LoRA on v_proj": peft_lora("v_proj"),
+        "PEFT LoRA on q, k, v, o": peft_lora("[qkvo]_proj"),
+    }
+    print(f"training step over the step without an adapter, median of {REPETITIONS}, {torch.get_num_threads()} threads")
+    for visual, text in ((256, 64), (64, 256)):
+        ids = torch.randint(0, 1000, (1, visual + text))
+        ids[0, :visual] = 1000
+        embeds, position_ids = torch.randn(1, visual + text, 256), torch.arange(visual + text).expand(3, 1, -1)
+        times = {name: [] for name in methods}
+        for repetition in range(REPETITIONS + 3):
+            for name, (model, adapter) in methods.items():
+                trainable = [p for p in model.parameters() if p.requires_grad]
+                start = time.perf_counter()
+                inputs = {"inputs_embeds": embeds, "position_ids": position_ids, "labels": ids}
+                if adapter is None:
+                    loss = model(**inputs).loss
+                else:
+                    with adapter.visual_mask(ids == 1000):
+                        loss = model(**inputs).loss
+                loss.backward()
+                for parameter in trainable:
+                    parameter.grad = None
+                if repetition >= 3:  # the first ones warm up
+                    times[name].append(time.perf_counter() - start)
+        floor = statistics.median(times["no adapter"])
+        print(f"{visual} visual + {text} text tokens: no adapter {floor * 1000:.1f} ms")
+        for name in list(methods)[1:]:
+            ratio = statistics.median(t / f for t, f in zip(times[name], times["no adapter"]))
+            print(f"  {name:32}{ratio:.3f}")
+
+
+if __name__ == "__main__" and "--bench" in sys.argv:
+    bench()

@@ -37,8 +37,8 @@ class TinyVLMConfig:
     def __post_init__(self):
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name.endswith("_id") else 1
-            if type(value) is not int or not least <= value <= 4096:
-                raise ValueError(f"{f.name} must be an integer in {least}..4096, got {value!r}")
+            if type(value) is not int or not least <= value <= 16384:
+                raise ValueError(f"{f.name} must be an integer in {least}..16384, got {value!r}")
         for whole, part in (
             ("image_size", "patch_size"),
             ("vision_hidden_size", "vision_num_attention_heads"),

@@ -491,9 +491,10 @@ def load_base(path: str | os.PathLike) -> TinyVLM:
         config = TinyVLMConfig(**content["config"])
         if config.vocab_size != len(VOCABULARY) or config.image_size != S.SIZE:
             raise ValueError(f"made for {config.vocab_size} words and {config.image_size} px screens")
-        with torch.device("meta"):  # so that shapes are compared before any memory is taken
-            model = TinyVLM(config)
-        model.load_state_dict({name: t.float() for name, t in content["state"].items()}, assign=True)
+        with torch.device("meta"):  # shapes are compared before any memory is taken
+            TinyVLM(config).load_state_dict(content["state"], assign=True)
+        model = TinyVLM(config)
+        model.load_state_dict(content["state"])
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError("it holds values that are not finite")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
