@@ -21,6 +21,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import imagelora
 import train
-from data.tokenizer import VOCABULARY
+from data import SPLITS, screens, word_problems
+from data.tokenizer import VOCABULARY, decode, encode, parse_point
 from imagelora import attach, image_lora_flops, load, lora_flops, score_heads, select_heads
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
@@ -503,6 +505,180 @@ def test_attaching_twice_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 7. The tiny VLM, the data and the main job
+
+
+@torch.no_grad()
+def test_grouped_query_attention_is_attention_with_repeated_value_heads():
+    """A value head serves a group of query heads: the same as giving each query head its own copy of it."""
+    grouped, full = tiny_vlm(), tiny_vlm(num_key_value_heads=6)
+    state = grouped.state_dict()
+    for name in [n for n in state if n.startswith("language_model") and n.endswith(("k_proj.weight", "v_proj.weight"))]:
+        state[name] = state[name].unflatten(0, (H, D_H)).repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(state)
+    batch = prompt(BEFORE + IMAGE + AFTER)
+    torch.testing.assert_close(grouped(**batch).logits, full(**batch).logits)
+
+
+def test_placeholders_must_match_the_images():
+    """Each image needs as many placeholder tokens as it has patches, and the size that the model was made for."""
+    model = tiny_vlm()
+    for ids, images in (([1, *IMAGE, IMG], 1), ([1, *IMAGE], 2), ([1, *IMAGE], 0), ([1, 5], 1)):
+        with pytest.raises(ValueError, match="image placeholder tokens"):
+            model(**prompt(ids, images=images))
+    with pytest.raises(ValueError, match="pixel_values must have shape"):
+        model(torch.tensor([IMAGE]), torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(torch.tensor([[1, 5, 0]]), attention_mask=torch.tensor([[1, 1, 0]]))
+
+
+@pytest.mark.parametrize("domain", screens.DOMAINS)
+def test_every_screen_is_a_function_of_split_index_and_seed(domain):
+    """The same arguments draw the same screen, others another, and no two splits share one."""
+    drawn = {(s, i): screens.draw_screen(domain, s, i).image.tobytes() for s in SPLITS for i in range(30)}
+    assert len(set(drawn.values())) == len(drawn)
+    assert drawn["test", 3] == screens.draw_screen(domain, "test", 3, seed=0).image.tobytes()
+    assert drawn["test", 3] != screens.draw_screen(domain, "test", 3, seed=1).image.tobytes()
+
+
+@pytest.mark.parametrize("domain", screens.DOMAINS)
+def test_every_instruction_names_one_element_and_its_answer_is_a_hit(domain):
+    """The centre bins of the target are inside its box; no two elements of a screen are called the same."""
+    for i in range(50):
+        screen, rng = screens.draw_screen(domain, "train", i), np.random.default_rng(i)
+        names = [screens.describe(screen, element) for element in screen.targets()]
+        assert len(set(names)) == len(names) >= 5
+        for element in screen.targets():
+            sample = screens.grounding(screen, element, rng)
+            assert screens.is_hit(parse_point(decode(encode(sample["answer"]))), sample["bbox"])
+            assert {"img_filename", "bbox", "instruction", "data_type", "data_source"} <= set(sample)
+            referring = screens.referring(screen, element)
+            assert element.name in referring["answer"] and encode(referring["instruction"])
+    assert not screens.is_hit(None, (0, 0, 9, 9)) and screens.is_hit((0, 9), (0, 0, 9, 9))
+
+
+def test_settings_ask_for_the_switch_of_the_named_row():
+    """Where to look stays (the name), what to read there is new: the switch at the right of it."""
+    for element in screens.draw_screen("settings", "test", 0).targets():
+        left, top, right, bottom = element.click
+        assert left >= element.bbox[2] - 1 and top < (element.bbox[1] + element.bbox[3]) / 2 < bottom
+        assert (left // 64, right - left) == (element.bbox[0] // 64, 16)
+
+
+def test_test_word_problems_are_new_sentences_and_new_numbers():
+    """No pair of sentences and no triple of numbers of the test split occurs in training."""
+
+    def parts(split):
+        problems = [word_problems.word_problem(split, i) for i in range(1500)]
+        words = [p["instruction"].split(" then ") for p in problems]
+        pairs = {tuple(" ".join(w for w in part.split() if not w.isdecimal()) for part in w[1:]) for w in words}
+        numbers = {tuple(n for n in p["instruction"].split() if n.isdecimal()) for p in problems}
+        return pairs, {n for n in numbers if len(n) == 3}
+
+    (train_pairs, train_numbers), (test_pairs, test_numbers) = parts("train"), parts("test")
+    assert not train_pairs & test_pairs and not train_numbers & test_numbers and len(test_pairs) == 7
+    problem = word_problems.word_problem("test", 0)
+    assert int(problem["answer"].split()[-1]) <= word_problems.MAX_NUMBER
+    assert encode(problem["instruction"] + " " + problem["answer"])
+
+
+def test_the_base_model_is_what_its_record_says():
+    """data/tiny_vlm.json holds the test accuracies of the committed base; measured again they agree."""
+    record = json.loads(train.BASE.with_suffix(".json").read_text())
+    assert record["source"]["action_acc"] >= 0.97 and record["word_problem_acc"] >= 0.99 and record["seconds"] < 900
+    assert min(record["source"]["text_acc"], record["source"]["icon_acc"]) >= 0.95
+    assert 0.4 <= record["dark"]["action_acc"] <= 0.8 and record["settings"]["action_acc"] < 0.05
+    assert train.BASE.stat().st_size <= 4e6
+    model = train.load_base(train.BASE)
+    for domain in ("source", "settings", "dark"):
+        metrics, _ = train.evaluate(model, domain, "test", 40)
+        assert metrics["action_acc"] == pytest.approx(record[domain]["action_acc"], abs=0.08)
+    assert train.evaluate_word_problems(model, "test", 100) > 0.97
+
+
+def test_the_main_job_writes_what_it_says(tmp_path, capsys):
+    """before -> probe -> select -> train -> after -> cost -> saved; the adapter in the file is the one measured."""
+    options = ["--steps", "4", "--test-screens", "6", "--device", "cpu", "--out", str(tmp_path)]
+    assert train.main(options) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["base", "before", "probe", "select", "after", "text", "cost", "saved"]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["text_logits_max_abs_diff"] == 0 and metrics["counted"]
+    assert sum(map(len, metrics["heads"].values())) == train.Config().num_heads
+    assert metrics["trainable_parameters"] < metrics["lora_trainable_parameters"] / 4
+    assert metrics["adapter_flops_per_screen"] < metrics["lora_flops_per_screen"] / 4
+    model = train.load_base(train.BASE)
+    load(model, tmp_path / "adapter.pt")
+    assert train.evaluate(model, "settings", "test", 6)[0].items() <= metrics["after"].items()
+    assert (tmp_path / "predictions.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_value", "none"])
+def test_the_baselines_run_on_the_same_data(tmp_path, method):
+    """LoRA on q, k, v, o or on v alone, all tokens, changes text-only logits; no method at all changes nothing."""
+    options = ["--method", method, "--domain", "dark", "--steps", "3", "--test-screens", "6", "--device", "cpu"]
+    assert train.main([*options, "--out", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["text_logits_max_abs_diff"] == 0) == (method == "none")
+    assert metrics.get("counted", True) and (tmp_path / "adapter.pt").exists() == (method != "none")
+
+
+def test_the_same_seed_gives_the_same_metrics(tmp_path):
+    """Data, start, probe and order are functions of the seed: two runs agree to the last digit."""
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        options = f"--steps 3 --test-screens 4 --device cpu --seed {seed} --out {tmp_path / name}"
+        assert train.main(options.split()) == 0
+        runs.append(imagelora.safe_load(tmp_path / name / "adapter.pt"))
+    same = [json.dumps(r, default=lambda t: t.tolist()) for r in runs]
+    assert same[0] == same[1] != same[2]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Data-parallel training on two processes, each with half of the screens, gives the adapter of one process."""
+    options = ["--steps", "4", "--screens", "4", "--test-screens", "3", "--device", "cpu", "--out"]
+    assert train.main([*options, str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    folder = Path(__file__).parent
+    done = subprocess.run([*command, *options, str(tmp_path / "two")], cwd=folder, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert done.stdout.decode().count("saved") == 1  # rank 0 alone prints and writes
+    one, two = (imagelora.safe_load(tmp_path / name / "adapter.pt") for name in ("one", "two"))
+    assert one["kv_indices"] == two["kv_indices"]
+    for layer in one["layers"]:
+        for name in ("A", "B", "gamma"):
+            torch.testing.assert_close(one["layers"][layer][name], two["layers"][layer][name], rtol=1e-3, atol=1e-4)
+
+
+def _text_only_on_rank_1(rank: int, rendezvous: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    model = tiny_vlm()
+    adapter = attach_trained(model)
+    replica = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        batch = prompt(TEXT, images=0, labels=True) if rank else prompt(BEFORE + IMAGE + AFTER, labels=True)
+        replica(**batch).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters()) and adapter.layers["0"].B.grad.any()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_without_an_image_does_not_stop_the_others(tmp_path):
+    """A text-only batch on one rank still takes part in every gradient reduction, with zeros."""
+    torch.multiprocessing.spawn(_text_only_on_rank_1, (f"file://{tmp_path / 'rendezvous'}",), nprocs=2)
+
+
+def test_the_arithmetic_at_scale(capsys):
+    """`python imagelora.py` prints costs for real shapes from their sizes alone, and the three factors' product."""
+    imagelora.main(["--model", "qwen2.5-vl-72b", "--visual-tokens", "3000", "--text-tokens", "100"])
+    out = capsys.readouterr().out
+    factors = [float(x) for x in re.findall(r"(?:only|heads) ([0-9.]+)(?= x| =)", out)]
+    assert len(factors) == 3 and math.prod(factors) == pytest.approx(float(out.split("=")[-1]), abs=2e-3)
+    with pytest.raises(SystemExit, match="2"):
+        imagelora.main(["--num-heads", "100000"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # It keeps working, and loses nothing: files, misuse, interruption, bad input
 
 
@@ -584,7 +760,15 @@ def mutated(content: dict, rng: random.Random) -> dict:
         new = rng.choice(ODD[:17])
         parent.update({new: value}) if isinstance(parent, dict) else parent.append(value)
     elif kind == 2 and isinstance(value, torch.Tensor):
-        parent[key] = rng.choice([value[None], value.T, value.flatten()[:1], value.double() * 1e300, value * torch.nan])
+        parent[key] = rng.choice(
+            [
+                value[None],
+                value.mT if value.ndim > 1 else value[None],
+                value.flatten()[:1],
+                value.double() * 1e300,
+                value * torch.nan,
+            ]
+        )
     elif kind == 3 and isinstance(parent, dict):
         other = rng.choice(list(parent))
         parent[key], parent[other] = parent[other], value
@@ -647,7 +831,7 @@ def test_a_damaged_adapter_file_is_refused_or_loads_exactly_what_was_saved(tmp_p
                 blocks = [saved["kv_indices"][layer].index(h) for h in a.heads]  # the file's order of heads is its own
                 assert torch.equal(a.A, saved["layers"][layer]["A"].float())
                 assert torch.equal(a.B, saved["layers"][layer]["B"][blocks].float())
-                assert torch.equal(a.gamma, saved["layers"][layer]["gamma"].float())
+                assert torch.equal(a.gamma.flatten(), saved["layers"][layer]["gamma"].float().flatten())
             loaded.detach()
         assert as_it_was(model, base)
     assert refused > 800
@@ -696,8 +880,8 @@ def test_a_damaged_base_is_refused_or_is_exactly_what_was_saved(tmp_path):
             except ValueError as error:
                 assert one_sentence(error), error
                 continue
-            sizes_kept = getattr(model.config, field) == original["config"][field]
-            assert sizes_kept or field.endswith(("_id", "_heads", "_theta"))
+            size_kept = getattr(model.config, field) == original["config"][field]
+            assert size_kept or field.endswith(("_id", "_heads", "_theta"))
     assert refused > 150
 
 

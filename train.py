@@ -47,15 +47,16 @@ class Config:
 
     method: str = "image_lora"  # image_lora | lora (q, k, v, o, all tokens) | lora_value (v, all tokens) | none
     domain: str = "settings"  # settings | dark | blueprint | source
-    num_heads: int = 12  # value heads to adapt (image_lora)
+    num_heads: int = 8  # value heads to adapt (image_lora)
     r: int = 8  # rank
     lora_alpha: float = 16.0  # the update is scaled by lora_alpha / r
-    tau: float = 0.5  # layer budget ~ influence^tau: 0 even, 1 proportional
-    lr: float = 5e-3  # peak learning rate of AdamW
+    tau: float = 1.0  # layer budget ~ influence^tau: 0 even, 1 proportional
+    lr: float = 1e-2  # peak learning rate of AdamW
     steps: int = 400  # training steps
     screens: int = 16  # screens a step
     questions: int = 4  # questions a screen, packed into one sequence
     history: int = 0  # word problems told before each screen: longer text, same image
+    test_screens: int = 200  # screens that the accuracies are measured on
     seed: int = 0  # of the data, the adapter's start and the probe
     device: str = "auto"  # auto | cpu | cuda | mps
     out: str = ""  # output directory; default runs/DOMAIN
@@ -66,7 +67,7 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("num_heads", "r", "steps", "screens", "questions"):
+        for name in ("num_heads", "r", "steps", "screens", "questions", "test_screens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lora_alpha", "tau", "lr", "history", "seed"):
@@ -358,6 +359,10 @@ def train_loop(
                 optimizer.step()
             bar.set_postfix_str(text, refresh=False)
             bar.update()
+            if torch.distributed.is_initialized():  # all processes stop after the same step
+                flag = torch.tensor(float(stop.requested), device=parameters[0].device)
+                torch.distributed.all_reduce(flag)
+                stop.requested = flag.item() > 0
             if stop.requested or (step + 1) % every == 0 or step + 1 == steps:
                 save(step + 1)
             if stop.requested:
@@ -614,19 +619,21 @@ def main_job(cfg: Config) -> None:
     patches = model.config.num_patches
     size = sum(p.numel() for p in model.parameters())
     say(f"base     {BASE.name} · {size / 1e6:.2f} M parameters · {patches} visual tokens a screen · {device}")
-    before, base_points = evaluate(model, cfg.domain, "test", 200, cfg.history)
+    before, base_points = evaluate(model, cfg.domain, "test", cfg.test_screens, cfg.history)
     before["word_problem_acc"] = evaluate_word_problems(model, "test")
     base_text = text_logits(model)
     say(f"before   click accuracy on {cfg.domain} screens {accuracy_line(before)}")
 
     def batch_of(step: int) -> tuple[dict, list]:
-        """This process's share of the screens of a step; steps below 0 are for the probe."""
-        mine = range(rank * cfg.screens // world, (rank + 1) * cfg.screens // world)
-        drawn = [S.draw_screen(cfg.domain, "train", (step + 2) * cfg.screens + i, cfg.seed) for i in mine]
-        rng = np.random.default_rng([cfg.seed, step + 2, rank])
-        batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, rng, patches, (step + 2) * cfg.screens)
+        """This process's share of the screens of a step, all of them for the probe's steps below 0."""
+        first = (step + 2) * cfg.screens
+        drawn = [S.draw_screen(cfg.domain, "train", first + i, cfg.seed) for i in range(cfg.screens)]
+        rng = np.random.default_rng([cfg.seed, step + 2])
+        batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, rng, patches, first)
         batch["pixel_values"] = pixels([screen.image for screen in drawn])
-        return {name: tensor.to(device) for name, tensor in batch.items()}, boxes
+        share = cfg.screens // world
+        mine = slice(None) if step < 0 else slice(rank * share, (rank + 1) * share)
+        return {name: tensor[mine].to(device) for name, tensor in batch.items()}, boxes[mine]
 
     heads = None
     if cfg.method == "image_lora":
@@ -645,7 +652,7 @@ def main_job(cfg: Config) -> None:
         except Diverged as error:
             adapter.save(out / "adapter.pt")
             raise Diverged(f"{error}; {out / 'adapter.pt'} is the last good adapter") from None
-        after, tuned_points = evaluate(model, cfg.domain, "test", 200, cfg.history)
+        after, tuned_points = evaluate(model, cfg.domain, "test", cfg.test_screens, cfg.history)
         after["word_problem_acc"] = evaluate_word_problems(model, "test")
         difference = (text_logits(model) - base_text).abs().max().item()
     say(f"after    click accuracy on {cfg.domain} screens {accuracy_line(after)}")
@@ -668,6 +675,8 @@ def main_job(cfg: Config) -> None:
         write_json(out / "metrics.json", settings | run | result | cost)
         (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"saved    {out}/ {'adapter.pt ' if adapter is not None else ''}metrics.json predictions.png")
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def train_adapter(cfg: Config, model, adapter, batch_of, out: Path, world: int, quiet: bool) -> dict:
@@ -745,11 +754,11 @@ class CompareConfig:
 
     quick: bool = False  # one seed, one learning rate, the main table only
     seeds: int = 5
-    steps: int = 300
+    steps: int = 250
     screens: int = 16  # a step, two questions each
-    num_heads: int = 6
+    num_heads: int = 8
     r: int = 8
-    tau: float = 0.5
+    tau: float = 1.0
     workers: int = 2  # processes, one thread each
     out: str = "runs/compare"
 
@@ -876,8 +885,8 @@ def compare(cfg: CompareConfig) -> None:
     model = load_base(BASE)
     heads_a_layer = model.config.num_key_value_heads
     total = heads_a_layer * model.config.num_hidden_layers
-    grid = (5e-3,) if cfg.quick else (2.5e-3, 5e-3, 1e-2)
-    budgets = sorted({1, 2, 4, cfg.num_heads, 12, total})
+    grid = (1e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
+    budgets = sorted({1, 2, 4, total} - {cfg.num_heads})  # those of cfg.num_heads are in the main table
     trained = [name for name in ROWS if name != "frozen"]
     domains = COMPARED[:2]
 
@@ -885,7 +894,9 @@ def compare(cfg: CompareConfig) -> None:
         given = (part, method, domain, regime, seed, lr, num_heads, only, split, cfg.steps, cfg.screens, cfg.r, cfg.tau)
         return dict(zip(JOB, given))
 
-    tuning = [job("tuning", m, d, 0, lr, split="validation") for m in trained for d in COMPARED for lr in grid]
+    limited = ("frozen", "LoRA q k v o, all tokens", "visual tokens, all heads", "Image-LoRA")
+    tuned = [(m, d) for d in COMPARED for m in trained if d in domains or m in limited]
+    tuning = [job("tuning", m, d, 0, lr, split="validation") for m, d in tuned for lr in grid]
     best_lr = {("frozen", d): 0.0 for d in COMPARED}
 
     def later_jobs():
@@ -895,9 +906,7 @@ def compare(cfg: CompareConfig) -> None:
         jobs = [j for d in domains for j in runs("methods", ROWS, d)]
         if cfg.quick:
             return jobs
-        jobs += runs(
-            "limit", ("frozen", "LoRA q k v o, all tokens", "visual tokens, all heads", "Image-LoRA"), "blueprint"
-        )
+        jobs += runs("limit", limited, "blueprint")
         four = ("frozen", "LoRA q k v o, all tokens", "LoRA v, all tokens", "Image-LoRA")
         jobs += [j for regime in ("balanced", "text-heavy") for j in runs("regimes", four, "settings", regime=regime)]
         chosen = ("Image-LoRA", "random heads", "least influential heads")
@@ -1020,8 +1029,9 @@ def report(rows: list[dict], cfg: CompareConfig) -> None:
         print_table("from image-heavy to text-heavy prompts (settings)", ["method", *REGIMES], lines)
 
     if budget := groups(rows, "budget", "num_heads", "method"):
+        budget |= groups([r for r in rows if r["domain"] == "settings"], "methods", "num_heads", "method")
         chosen = ("Image-LoRA", "random heads", "least influential heads")
-        budgets = dict.fromkeys(k for k, _ in budget)
+        budgets = sorted({k for k, _ in budget})
         lines = [[str(k), *(spread(budget.get((k, m), []), "action_acc") for m in chosen)] for k in budgets]
         print_table(
             "head budget, click % (settings)", ["heads", "most influential", "random", "least influential"], lines
