@@ -481,7 +481,8 @@ def pretrain(cfg: PretrainConfig) -> None:
     model = load_base(out)  # as it is used: rounded to 16 bits
     metrics = {domain: evaluate(model, domain, "test", 400)[0] for domain in S.DOMAINS}
     metrics |= {"word_problem_acc": evaluate_word_problems(model, "test"), "seconds": round(time.time() - start)}
-    command = " ".join(["python train.py --pretrain", *(f"--{k} {v}" for k, v in json.loads(signature).items())])
+    given = (f"--{name.replace('_', '-')} {value}" for name, value in json.loads(signature).items())
+    command = " ".join(["python train.py --pretrain", *given])
     write_json(out.with_suffix(".json"), {"command": command, "torch": torch.__version__, **metrics})
     checkpoint.unlink(missing_ok=True)
     for domain in S.DOMAINS:
@@ -762,6 +763,11 @@ class CompareConfig:
     workers: int = 2  # processes, one thread each
     out: str = "runs/compare"
 
+    def __post_init__(self):
+        for name in ("seeds", "steps", "screens", "num_heads", "r", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 def spread_heads(which: str, scores: Tensor, num_heads: int, tau: float, seed: int) -> dict:
     """The budget's most influential, random or least influential heads of all."""
@@ -876,12 +882,23 @@ def run_jobs(jobs: list[dict], rows: list[dict], pool, path: Path, bar) -> list[
     return [done[job_key(job)] for job in jobs]
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The finished rows of a comparison. Raises ValueError where the file is not one."""
+    try:
+        rows = json.loads(path.read_text())
+        for row in rows:
+            job_key(row)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
+    return rows
+
+
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables, draw its figures. Ctrl-C loses only the runs under way."""
     out = Path(cfg.out + ("-quick" if cfg.quick else ""))
     out.mkdir(parents=True, exist_ok=True)
     path, seeds = out / "compare.json", range(1 if cfg.quick else cfg.seeds)
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_rows(path) if path.exists() else []
     model = load_base(BASE)
     heads_a_layer = model.config.num_key_value_heads
     total = heads_a_layer * model.config.num_hidden_layers
@@ -1211,7 +1228,8 @@ def main(arguments: list[str]) -> int:
         else:
             main_job(parse(Config, arguments))
     except (Interrupted, KeyboardInterrupt) as stopped:
-        again = shlex.join([a for a in arguments if a != "--resume"] + ["--resume"])
+        resume = [] if "--compare" in arguments else ["--resume"]  # a comparison always keeps its finished rows
+        again = shlex.join([a for a in arguments if a != "--resume"] + resume)
         print(f"\n{str(stopped) or 'stopped'}; go on with: python train.py {again}")
         return 130
     except Diverged as error:
