@@ -668,6 +668,17 @@ def test_a_rank_without_an_image_does_not_stop_the_others(tmp_path):
     torch.multiprocessing.spawn(_text_only_on_rank_1, (f"file://{tmp_path / 'rendezvous'}",), nprocs=2)
 
 
+def test_a_foreign_comparison_file_is_refused(tmp_path, capsys):
+    """The comparison goes on from its finished rows, and says so where a file holds something else."""
+    folder = tmp_path / "compare-quick"
+    folder.mkdir()
+    for content in ("{", '[{"method": "LoRA"}]', "3"):
+        (folder / "compare.json").write_text(content)
+        assert train.main(["--compare", "--quick", "--out", str(tmp_path / "compare")]) == 2
+        assert "is not a comparison of this project" in capsys.readouterr().err
+        assert (folder / "compare.json").read_text() == content
+
+
 def test_the_arithmetic_at_scale(capsys):
     """`python imagelora.py` prints costs for real shapes from their sizes alone, and the three factors' product."""
     imagelora.main(["--model", "qwen2.5-vl-72b", "--visual-tokens", "3000", "--text-tokens", "100"])
