@@ -2,8 +2,8 @@
 
     V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for the heads h in S          (section 3)
 
-M keeps the rows of visual tokens. Queries, keys, text tokens and all other heads stay the base model's, so with no
-image in the context the model is the base model bit for bit. Three calls are the whole use:
+M keeps the rows of visual tokens. The projections of queries, keys, text tokens and other heads are untouched, so with
+no image in the context the model is the base model bit for bit. The whole use:
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
     adapter = attach(model, heads=select_heads(scores, 16))    # freezes the model; adapter.parameters() are trainable
@@ -49,8 +49,8 @@ class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
     A [D, r] is shared by the layer's heads, B [S, r, d_h] has a block for each and starts at zero: the model starts as
-    the base. A starts as in LoRA, and gamma at 1, so that the first steps are those of LoRA at the same learning rate;
-    started near 0, gamma would scale the gradients of B down with it.
+    the base. A starts as in LoRA, and gamma at 1, so that learning rates known from LoRA serve here; with gamma near 0
+    the same step of B would be a much smaller update.
     """
 
     def __init__(self, hidden_size, head_dim, num_heads, heads, r, lora_alpha, normalize=True, device=None):
@@ -92,8 +92,8 @@ class ValueAdapter(nn.Module):
 class VisualRows:
     """The visual tokens of the forward pass in progress, as row indices of the flattened [B * T] batch.
 
-    Computed once a forward from `input_ids`, shared by all layers, never reused by a later forward. Those of the last
-    forward with gradients are kept for gradient checkpointing, which runs the layers again in the backward pass.
+    Computed once a forward from `input_ids`, shared by all layers, never reused by a later forward; only gradient
+    checkpointing, which runs the layers again in the backward pass, reads those of the last forward with gradients.
     """
 
     def __init__(self, image_token_ids: list[int]):
@@ -102,7 +102,8 @@ class VisualRows:
         self.mask = None  # [B, T] bool, given by visual_mask()
         self.running = {}  # {thread: (rows, shape)} of the forwards in progress; rows are None while disabled
         self.last = (None, None)  # of the last forward with gradients
-        self.awaits_backward = self.ambiguous = False  # a checkpointed backward could meet rows that are not its own
+        self.awaits_backward = False  # no backward has used `last` yet
+        self.ambiguous = False  # and a forward with other rows came before: whose rows would a checkpoint need?
 
     def begin(self, module, args, kwargs):
         """Forward pre-hook of the top-level model: input_ids [B, T] -> rows [N]."""
@@ -115,16 +116,18 @@ class VisualRows:
                 raise ValueError(
                     "without input_ids the visual tokens are unknown; call inside adapter.visual_mask(mask)"
                 )
-            shape, rows = mask.shape, mask.flatten().nonzero().squeeze(1)  # the one host-device synchronisation
+            shape, rows = mask.shape, mask.flatten().nonzero().squeeze(1)
         self.running[threading.get_ident()] = rows, shape
 
     def end(self, module, args, output):
         """Forward hook of the top-level model, called after an exception too, with no output."""
         rows, shape = self.running.pop(threading.get_ident(), (None, None))
         if output is not None and torch.is_grad_enabled():
-            last = self.last[0]
-            same = rows is last or (None not in (rows, last) and torch.equal(rows, last))
-            self.ambiguous = self.awaits_backward and (self.ambiguous or not same)
+            if not self.awaits_backward:
+                self.ambiguous = False
+            elif not self.ambiguous:
+                last = self.last[0]
+                self.ambiguous = rows is not last and (None in (rows, last) or not torch.equal(rows, last))
             self.awaits_backward, self.last = True, (rows, shape)
 
     def backward_done(self, grad):
@@ -269,7 +272,7 @@ class ImageLoRA(nn.Module):
 
     @contextmanager
     def visual_mask(self, mask: Tensor):
-        """Within it calls that pass `inputs_embeds` [B, T, D] take this mask [B, T], True at visual tokens."""
+        """Within it calls without `input_ids`, by `inputs_embeds` [B, T, D], take this mask [B, T], True if visual."""
         if mask.dtype != torch.bool or mask.ndim != 2:
             raise ValueError(f"the visual mask must be a bool tensor [B, T], got {mask.dtype} {list(mask.shape)}")
         before, self.visual.mask = self.visual.mask, mask
@@ -351,7 +354,8 @@ def score_heads(
     visual tokens, where G is the gradient at the value output. As dL/dB = A^T X_vis^T G and E[A A^T] = I, the rank-1
     score is the exact one on average over A.
 
-    loss_fn(model, batch) -> scalar, default `model(**batch).loss`. The gradient of each batch's loss is squared, and
+    loss_fn(model, batch) -> scalar, default `model(**batch).loss`; where it passes inputs_embeds it calls the model
+    inside `model.image_lora.visual_mask(mask)`. The gradient of each batch's loss is squared, and
     the mean over batches returned: batches of one example square per example, and can rank heads differently.
     Heads that a layer does not have score 0. The model is left as it was. Raises ValueError without visual tokens.
     """
@@ -367,10 +371,11 @@ def score_heads(
 
         def add_exact(layer, a, inputs, delta):  # inputs: X_vis [N, D]; delta: [N, H * d_h], whose gradient is G
             def at_backward(G):
-                product = (inputs[0].T @ G).unflatten(1, (a.num_heads, -1))  # X_vis^T G   [D, H, d_h]
-                scores[layer, : a.num_heads] += product.float().square().sum((0, 2)).cpu()
+                product = (inputs[0].float().T @ G.float()).unflatten(1, (a.num_heads, -1))  # X_vis^T G   [D, H, d_h]
+                scores[layer, : a.num_heads] += product.square().sum((0, 2)).cpu()
 
-            delta.register_hook(at_backward)
+            if delta.requires_grad:  # not in a checkpoint's first run
+                delta.register_hook(at_backward)
 
         if probe == "exact":
             for layer, a in adapter.layers.items():

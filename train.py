@@ -1,4 +1,4 @@
-"""Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch every claim of the paper happen.
+"""Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch what the paper says happen.
 
     python train.py                        before, probe, select, train, after, cost; a minute on a laptop CPU
     python train.py --method lora          the same with standard LoRA (q, k, v, o of every layer, all tokens)
@@ -97,7 +97,9 @@ def pixels(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def packed_batch(screens, questions: int, history: int, rng, patches: int, first: int, refer=0.0, by_colour=0.0):
+def packed_batch(
+    screens, questions: int, history: int, rng, patches: int, first: int, refer=0.0, by_colour=0.0, learn_history=False
+):
     """One sequence a screen: `history` word problems (numbered from `first`), the image, `questions` about it.
 
     Returns ({input_ids, labels}, boxes [B, questions] of the clicks, None where a point is given).
@@ -105,6 +107,8 @@ def packed_batch(screens, questions: int, history: int, rng, patches: int, first
     ids, labels, boxes = [], [], []
     for i, screen in enumerate(screens):
         turns = [turn(word_problem("train", (first + i) * max(history, 1) + j)) for j in range(history)]
+        if not learn_history:  # it is only read
+            turns = [(tokens, [-100] * len(tokens)) for tokens, _ in turns]
         turns.append(([ID[IMAGE]] * patches, [-100] * patches))
         targets = screen.targets()
         boxes.append([])
@@ -285,13 +289,13 @@ def same_form(a, b) -> bool:
 
 
 class Stop:
-    """Turns Ctrl-C and SIGTERM into a flag that the training loop reads after each step."""
+    """Turns Ctrl-C and SIGTERM into a flag that the training loop reads after each step, where it has a checkpoint."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, signals):
+        self.requested, self.signals = False, signals
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._request) for s in self.signals}
         return self
 
     def _request(self, number, frame):
@@ -339,7 +343,7 @@ def train_loop(
             imagelora.safe_save(content(step), checkpoint)
 
     good = [p.detach().clone() for p in parameters]  # the last with which the loss was finite
-    with Stop() as stop:
+    with Stop((signal.SIGINT, signal.SIGTERM) if checkpoint else ()) as stop:
         for step in range(start, steps):
             for group in (group for o in optimizers for group in o.param_groups):
                 group["lr"] = group["initial_lr"] * schedule(step / steps)
@@ -455,7 +459,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         first = step * cfg.screens
         shown = [S.draw_screen("source", "train", first + i, cfg.seed) for i in range(cfg.screens)]
         history = int(rng.choice((0, 1, 2, 3, 12), p=(0.4, 0.2, 0.15, 0.15, 0.1)))
-        batch, _ = packed_batch(shown, cfg.questions, history, rng, patches, first, cfg.refer, cfg.by_colour)
+        batch, _ = packed_batch(shown, cfg.questions, history, rng, patches, first, cfg.refer, cfg.by_colour, True)
         targets = [lens_targets(screen, patch, where=True) for screen in shown]
         for domain, count in (("settings", cfg.settings_screens), ("dark", int(step % cfg.dark_every == 0))):
             seen = range(step * count, (step + 1) * count)
@@ -940,7 +944,10 @@ def compare(cfg: CompareConfig) -> None:
 
     best_lr |= {(m, d): grid[0] for m in trained for d in COMPARED}
     jobs_total = len(later_jobs()) + (0 if cfg.quick else len(tuning))
-    with torch.multiprocessing.get_context("spawn").Pool(cfg.workers) as pool, progress(jobs_total, "compare") as bar:
+    workers = torch.multiprocessing.get_context("spawn").Pool(  # Ctrl-C is for the main process, which ends them
+        cfg.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
+    with workers as pool, progress(jobs_total, "compare") as bar:
         if not cfg.quick:
             for row in sorted(run_jobs(tuning, rows, pool, path, bar), key=lambda row: row["action_acc"]):
                 best_lr[row["method"], row["domain"]] = row["lr"]  # the best comes last
@@ -1133,7 +1140,7 @@ def draw_accuracy_figure(rows: list[dict]) -> None:
                 text(x, y0 + 18, str(value), 15, "mm")
         draw.line((x0 * k, y0 * k, x1 * k, y0 * k), "#222222", 2 * k)
         text((x0 + x1) / 2, y0 + 42, "adapter MFLOP a training step (log)", 15, "mm")
-        for i, m in enumerate(methods):
+        for i, m in sorted(enumerate(methods), key=lambda item: item[1] == "Image-LoRA"):  # drawn last, on top
             values = np.array([100 * r["action_acc"] for r in grouped[domain, m]])
             deviation = values.std(ddof=1) if len(values) > 1 else 0
             x = x0 + (x1 - x0) * (math.log10(flops[m]) - low) / (high - low)
