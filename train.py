@@ -374,7 +374,7 @@ def train_loop(
 
 
 def progress(total: int, name: str, quiet: bool = False) -> tqdm:
-    layout = "{desc:<9}|{bar:24}| {n_fmt}/{total_fmt}  {postfix}  {elapsed} < {remaining}"
+    layout = "{desc:<9}|{bar:24}| {n_fmt}/{total_fmt}{postfix}  {elapsed} < {remaining}"
     return tqdm(total=total, desc=name, bar_format=layout, disable=quiet)
 
 
