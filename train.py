@@ -681,6 +681,7 @@ def main_job(cfg: Config) -> None:
         (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"saved    {out}/ {'adapter.pt ' if adapter is not None else ''}metrics.json predictions.png")
     if world > 1:
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
