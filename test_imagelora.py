@@ -688,6 +688,31 @@ def test_a_foreign_comparison_file_is_refused(tmp_path, capsys):
         assert (folder / "compare.json").read_text() == content
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_ctrl_c_ends_a_comparison_and_keeps_its_finished_rows(tmp_path):
+    """Ctrl-C reaches the workers too, as in a terminal: all end, the finished rows stay, and the way on is said."""
+    command = [sys.executable, "train.py", "--compare", "--quick", "--steps", "1", "--workers", "1", "--out"]
+    folder, rows = Path(__file__).parent, tmp_path / "run-quick" / "compare.json"
+    with subprocess.Popen(
+        [*command, str(tmp_path / "run")],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        deadline = time.time() + 90
+        while not rows.exists() and time.time() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            out, _ = process.communicate(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and b"go on with: python train.py --compare" in out
+    assert 1 <= len(train.read_rows(rows)) < len(train.ROWS) * 2
+
+
 def test_the_arithmetic_at_scale(capsys):
     """`python imagelora.py` prints costs for real shapes from their sizes alone, and the three factors' product."""
     imagelora.main(["--model", "qwen2.5-vl-72b", "--visual-tokens", "3000", "--text-tokens", "100"])
