@@ -613,6 +613,14 @@ def test_the_main_job_writes_what_it_says(tmp_path, capsys):
     assert (tmp_path / "predictions.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_main_job_on_a_gpu(tmp_path):
+    """On cuda the steps run under bfloat16 autocast; text-only logits are the base model's all the same."""
+    assert train.main(["--steps", "4", "--test-screens", "6", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["device"].startswith("cuda") and metrics["text_logits_max_abs_diff"] == 0
+
+
 @pytest.mark.parametrize("method", ["lora", "lora_value", "none"])
 def test_the_baselines_run_on_the_same_data(tmp_path, method):
     """LoRA on q, k, v, o or on v alone, all tokens, changes text-only logits; no method at all changes nothing."""
