@@ -36,6 +36,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Heads = dict[int, list[int]]  # {layer: [value head, ...]}
@@ -65,8 +66,8 @@ class ValueAdapter(nn.Module):
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, S * d_h]."""
-        z = self.gamma * self.scaling * (x_vis @ self.A)  # [N, r]
-        return z @ self.B.transpose(0, 1).flatten(1)  # [N, r] @ [r, S * d_h]
+        z = F.linear(x_vis, self.A.T.contiguous())  # x A [N, r]; a BLAS is much faster with r as the outer dimension
+        return z @ (self.gamma * self.scaling * self.B).transpose(0, 1).flatten(1)  # [N, r] @ [r, S * d_h]
 
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values.
@@ -76,17 +77,20 @@ class ValueAdapter(nn.Module):
         """
         if not len(rows) and not torch.is_grad_enabled():
             return value
-        x_vis = x.flatten(0, -2).index_select(0, rows)  # M X                        [N, D]
+        x_vis = x.flatten(0, -2).index_select(0, rows)  # M X                          [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # (M X) A B(h), scaled   [N, S * d_h]
-        if len(self.heads) < self.num_heads:
-            delta = delta.unflatten(1, (len(self.heads), -1))  #                       [N, S, d_h]
-            update = delta.new_zeros(len(rows), self.num_heads, delta.shape[2])  # zero in the heads not in S
-            delta = update.index_copy(1, self.head_index, delta).flatten(1)  #         [N, H * d_h]
-        return value.flatten(0, -2).index_add(0, rows, delta).view_as(value)
+        if len(self.heads) < self.num_heads:  # head h of row n is row n * H + h of the values seen as [B * T * H, d_h]
+            rows = (rows[:, None] * self.num_heads + self.head_index).flatten()  #     [N * S]
+            delta = delta.view(len(rows), self.B.shape[2])  #                          [N * S, d_h]
+        return value.reshape(-1, delta.shape[1]).index_add(0, rows, delta).view_as(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tokens are visual
+
+
+def same_rows(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 class VisualRows:
@@ -101,9 +105,8 @@ class VisualRows:
         self.enabled = True
         self.mask = None  # [B, T] bool, given by visual_mask()
         self.running = {}  # {thread: (rows, shape)} of the forwards in progress; rows are None while disabled
-        self.last = (None, None)  # of the last forward with gradients
+        self.last = None  # (rows, shape) of the last forward with gradients; None where two differ
         self.awaits_backward = False  # no backward has used `last` yet
-        self.ambiguous = False  # and a forward with other rows came before: whose rows would a checkpoint need?
 
     def begin(self, module, args, kwargs):
         """Forward pre-hook of the top-level model: input_ids [B, T] -> rows [N]."""
@@ -123,12 +126,11 @@ class VisualRows:
         """Forward hook of the top-level model, called after an exception too, with no output."""
         rows, shape = self.running.pop(threading.get_ident(), (None, None))
         if output is not None and torch.is_grad_enabled():
-            if not self.awaits_backward:
-                self.ambiguous = False
-            elif not self.ambiguous:
-                last = self.last[0]
-                self.ambiguous = rows is not last and (None in (rows, last) or not torch.equal(rows, last))
-            self.awaits_backward, self.last = True, (rows, shape)
+            if self.awaits_backward and not (self.last and same_rows(rows, self.last[0])):
+                self.last = None
+            else:
+                self.last = rows, shape
+            self.awaits_backward = True
 
     def backward_done(self, grad):
         """Gradient hook of the lowest adapter's gamma, the last to be reached."""
@@ -136,13 +138,14 @@ class VisualRows:
 
     def of(self, x: Tensor) -> Tensor | None:
         """The visual rows of a v_proj input [B, T, D]; None while disabled. Raises rather than use another call's."""
-        rows, shape = self.running.get(threading.get_ident(), self.last)
-        if threading.get_ident() not in self.running:
+        forward = self.running.get(threading.get_ident())
+        if forward is None:
             if torch._C._current_graph_task_id() == -1:  # else it is a checkpoint's second run, in backward
                 raise RuntimeError("the language model was called by itself; call the model that attach() was given")
-            self.awaits_backward = False  # the next forward starts anew, whatever becomes of this backward
-            if self.ambiguous:
+            forward, self.awaits_backward = self.last, False  # the next forward starts anew, whatever becomes of this
+            if forward is None:
                 raise RuntimeError("two forwards with different images before one backward cannot be checkpointed")
+        rows, shape = forward
         if rows is not None and x.shape[:-1] != shape:
             raise RuntimeError(f"v_proj got tokens {list(x.shape[:-1])} where input_ids are {list(shape)}")
         return rows if rows is None else rows.to(x.device)
@@ -232,6 +235,8 @@ class ImageLoRA(nn.Module):
             raise ValueError(f"r must be an integer in 1..{hidden_size}, got {r!r}")
         if type(lora_alpha) not in (int, float) or not 0 < lora_alpha <= 1e9:
             raise ValueError(f"lora_alpha must be a number above 0 and up to 1e9, got {lora_alpha!r}")
+        if type(normalize) is not bool:
+            raise ValueError(f"normalize must be True or False, got {normalize!r}")
         head_counts = [v_proj.out_features // head_dim for v_proj, head_dim in projections]
         self.heads = _checked_heads(heads, head_counts)
         self.r, self.lora_alpha, self.normalize, self.head_counts = r, lora_alpha, normalize, head_counts
@@ -352,7 +357,7 @@ def score_heads(
     probe="rank1": ||dL/dB_l(h)||^2 of a rank-1 Image-LoRA in every head, A ~ N(0, 1) and B = 0: the model's output is
     unchanged while it is probed. probe="exact": ||X_vis^T G_l(h)||^2, the squared gradient of the full W_V(h) over
     visual tokens, where G is the gradient at the value output. As dL/dB = A^T X_vis^T G and E[A A^T] = I, the rank-1
-    score is the exact one on average over A.
+    score is the exact one on average over A. One draw is a rough sketch, so each batch has its own; give several.
 
     loss_fn(model, batch) -> scalar, default `model(**batch).loss`; where it passes inputs_embeds it calls the model
     inside `model.image_lora.visual_mask(mask)`. The gradient of each batch's loss is squared, and
@@ -365,8 +370,6 @@ def score_heads(
     adapter = attach(model, r=1, lora_alpha=1, normalize=False)
     try:
         generator = torch.Generator().manual_seed(seed)
-        for a in adapter.layers.values():
-            a.A.data.copy_(torch.randn(a.A.shape, generator=generator))
         scores = torch.zeros(len(adapter.head_counts), max(adapter.head_counts))
 
         def add_exact(layer, a, inputs, delta):  # inputs: X_vis [N, D]; delta: [N, H * d_h], whose gradient is G
@@ -380,8 +383,10 @@ def score_heads(
         if probe == "exact":
             for layer, a in adapter.layers.items():
                 a.register_forward_hook(partial(add_exact, int(layer)))
-        count = visual_tokens = 0
+        count = 0
         for batch in batches:
+            for a in adapter.layers.values():
+                a.A.data.copy_(torch.randn(a.A.shape, generator=generator))
             loss = loss_fn(model, batch)
             if not loss.isfinite():
                 raise ValueError(f"the loss of probe batch {count} is {loss.item()}")
@@ -390,19 +395,19 @@ def score_heads(
             if probe == "rank1":
                 for layer, a in adapter.layers.items():
                     scores[int(layer), : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()  # ||dL/dB(h)||^2
-            count, visual_tokens = count + 1, visual_tokens + len(adapter.visual.last[0])
+            count += 1
     finally:
         adapter.detach()
-    if not visual_tokens:
-        raise ValueError(f"the {count} probe batches hold no visual token")
+    if not scores.any():
+        raise ValueError(f"the {count} probe batches hold no visual token that their losses depend on")
     return scores / count
 
 
 def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     """The `num_heads` heads to adapt, exactly: layer l gets k_l ~ (sum_h I(l, h))^tau of them, its most influential.
 
-    scores [L, H], as from `score_heads`. tau=0 spreads the budget evenly, tau=1 in proportion to influence. Fractions
-    go to the largest remainders, what exceeds a layer's H heads to the other layers. Raises ValueError on bad input.
+    scores [L, H], as from `score_heads`. tau=0 spreads the budget evenly, tau=1 in proportion to influence; no layer
+    gets more than its H heads. Raises ValueError on bad input.
     """
     if scores.ndim != 2 or not scores.isfinite().all() or (scores < 0).any():
         raise ValueError(f"scores must be finite, not negative and [layers, heads], got {list(scores.shape)}")
@@ -411,26 +416,12 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
         raise ValueError(f"num_heads must be an integer in 1..{layers * heads}, got {num_heads!r}")
     if type(tau) not in (int, float) or not 0 <= tau <= 1e9:
         raise ValueError(f"tau must be a number in 0..1e9, got {tau!r}")
-    influence = scores.double().sum(1)  # of each layer; below, relative to the largest, so that no power overflows
-    weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()
-    quota, open_layers = [0.0] * layers, set(range(layers))
-    while open_layers:  # share what is left among the layers that are not full; those that overflow become full
-        left = num_heads - sum(quota[layer] for layer in range(layers) if layer not in open_layers)
-        total = sum(weights[layer] for layer in open_layers)
-        for layer in open_layers:
-            quota[layer] = left * (weights[layer] / total if total > 0 else 1 / len(open_layers))
-        full = {layer for layer in open_layers if quota[layer] > heads}
-        if not full:
-            break
-        open_layers -= full
-        for layer in full:
-            quota[layer] = float(heads)
-    budget = [min(heads, math.floor(q + 1e-9)) for q in quota]
-    by_remainder = sorted(
-        (layer for layer in range(layers) if budget[layer] < heads), key=lambda i: budget[i] - quota[i]
-    )
-    for layer in by_remainder[: num_heads - sum(budget)]:
-        budget[layer] += 1
+    influence = scores.double().sum(1)  # of each layer
+    weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()  # relative, so that no power overflows
+    budget = [0] * layers
+    for _ in range(num_heads):  # to the layer with most influence for each head it would have then (Sainte-Lague)
+        open_layers = (layer for layer in range(layers) if budget[layer] < heads)
+        budget[max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
     return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget) if k}
 
@@ -462,6 +453,19 @@ def image_lora_flops(
         lora_flops(num_visual_tokens, hidden_size, len(heads[layer]) * head_dim, r, input_grad or layer != layers[0])
         for layer in layers
     )
+
+
+def lora_costs(
+    layers: int, hidden_size: int, query_heads: int, kv_heads: int, head_dim: int, num_tokens: int, r: int, names="qkvo"
+) -> tuple[int, int]:
+    """(Parameters, training FLOPs over so many tokens) of standard LoRA on these projections of every layer."""
+    q, kv = query_heads * head_dim, kv_heads * head_dim
+    shapes = {"q": (hidden_size, q), "k": (hidden_size, kv), "v": (hidden_size, kv), "o": (q, hidden_size)}
+    flops = 0
+    for name in names:  # q, k and v of the lowest layer read the frozen embeddings
+        flops += lora_flops(num_tokens, *shapes[name], r, input_grad=name == "o")
+        flops += (layers - 1) * lora_flops(num_tokens, *shapes[name], r)
+    return layers * r * sum(sum(shapes[name]) for name in names), flops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,43 +524,26 @@ def read_heads(content: dict, path: str | os.PathLike) -> Heads:
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     """Attach the adapter in `path`, ours or the authors'.
 
-    Raises ValueError, and leaves the model as it was, on a damaged file or one that does not fit the model (layers,
-    heads, hidden and head size)."""
+    Raises ValueError, and leaves the model as it was, on a damaged file or one that does not fit the model.
+    """
     content = safe_load(path)
-    heads, layers = read_heads(content, path), content.get("layers")
-    if not isinstance(layers, dict) or set(layers) != {str(layer) for layer in heads if heads[layer]}:
-        raise ValueError(f"{path}: layers must be those of kv_indices")
-    normalize = content.get("normalize", True)
-    if type(normalize) is not bool:
-        raise ValueError(f"{path}: normalize must be True or False")
+    heads, adapter = read_heads(content, path), None
     try:
-        adapter = attach(model, content.get("r"), content.get("alpha"), heads, normalize)
-    except ValueError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None  # a tensor prints on many lines
-    try:
-        for layer, a in adapter.layers.items():
-            for name, parameter in a.named_parameters():
-                _copy_checked(parameter, layers[layer], heads[int(layer)], name, f"{path}: layer {layer}")
-    except BaseException:
-        adapter.detach()
-        raise
+        adapter = attach(model, content["r"], content["alpha"], heads, content.get("normalize", True))
+        saved = {f"layers.{layer}.{k}": t for layer, tensors in content["layers"].items() for k, t in tensors.items()}
+        if not all(tensor.is_floating_point() and tensor.layout is torch.strided for tensor in saved.values()):
+            raise ValueError("its tensors must be dense and of floating-point numbers")
+        adapter.load_state_dict({k: t.reshape(1) if k.endswith("gamma") else t for k, t in saved.items()})
+        if not all(parameter.isfinite().all() for parameter in adapter.parameters()):
+            raise ValueError("its tensors must be finite")
+        for layer, a in adapter.layers.items():  # B's blocks are in the file's order of heads
+            a.B.data = a.B.data[torch.tensor(heads[int(layer)]).argsort()]
+    except Exception as error:
+        if adapter is not None:
+            adapter.detach()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{path} does not fit this model ({reason})") from None
     return adapter
-
-
-def _copy_checked(parameter: Tensor, saved, heads: list[int], name: str, where: str) -> None:
-    tensor = saved.get(name) if isinstance(saved, dict) and set(saved) == {"A", "B", "gamma"} else None
-    shape = parameter.shape if name != "gamma" else ()
-    if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.dtype.is_floating_point:
-        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"{type(tensor).__name__}"
-        raise ValueError(f"{where}: {name} must be a float tensor {list(shape)} for this model, got {got}")
-    if tensor.is_meta or tensor.layout is not torch.strided:
-        raise ValueError(f"{where}: {name} must be a dense tensor with values")
-    tensor = tensor.to(parameter.dtype)
-    if not tensor.isfinite().all():
-        raise ValueError(f"{where}: {name} is not finite in {parameter.dtype}")
-    if name == "B":
-        tensor = tensor[sorted(range(len(heads)), key=heads.__getitem__)]  # blocks are in the file's order of heads
-    parameter.data.copy_(tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,55 +555,45 @@ SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size
 }
 
 
-def print_costs(layers, hidden_size, query_heads, kv_heads, head_dim, visual, text, r, num_heads) -> None:
+def print_costs(shape: tuple[int, int, int, int, int], visual: int, text: int, r: int, num_heads: int) -> None:
     """Standard LoRA (q, k, v, o, all tokens) against Image-LoRA, and the saving as a product of its three causes."""
+    layers, hidden_size, query_heads, kv_heads, head_dim = shape
     heads = select_heads(torch.ones(layers, kv_heads), num_heads, tau=0)
-    q, kv = query_heads * head_dim, kv_heads * head_dim
-    linears = [(hidden_size, q), (hidden_size, kv), (hidden_size, kv), (q, hidden_size)]
-    first = [False, False, False, True]  # in the lowest layer only o_proj's input needs a gradient
-
-    def lora(tokens, which):  # training FLOPs of LoRA on these of q, k, v, o in every layer
-        below = sum(lora_flops(tokens, *linears[i], r, first[i]) for i in which)
-        return below + (layers - 1) * sum(lora_flops(tokens, *linears[i], r) for i in which)
-
-    parameters = layers * r * sum(a + b for a, b in linears)
-    ours = len(heads) * (hidden_size * r + 1) + num_heads * r * head_dim
-    flops = [lora(visual + text, range(4)), lora(visual, range(4)), lora(visual, [2])]
-    flops.append(image_lora_flops(visual, hidden_size, head_dim, heads, r))
+    parameters, lora = lora_costs(*shape, visual + text, r)
+    _, lora_visual = lora_costs(*shape, visual, r)
+    _, lora_visual_values = lora_costs(*shape, visual, r, "v")
+    our_parameters = len(heads) * (hidden_size * r + 1) + num_heads * r * head_dim
+    ours = image_lora_flops(visual, hidden_size, head_dim, heads, r)
     print(f"{layers} layers, hidden size {hidden_size}, {query_heads} query and {kv_heads} value heads of {head_dim}")
     print(f"{visual} visual and {text} text tokens, r = {r}, {num_heads} of {layers * kv_heads} value heads\n")
     print(f"{'':34}{'LoRA':>14}{'Image-LoRA':>14}{'saved':>9}")
-    print(f"{'trainable parameters':34}{parameters:14,}{ours:14,}{1 - ours / parameters:9.1%}")
-    print(
-        f"{'adapter training GFLOP a sequence':34}{flops[0] / 1e9:14,.2f}{flops[3] / 1e9:14,.2f}"
-        f"{1 - flops[3] / flops[0]:9.1%}\n"
-    )
-    names = ("visual tokens only", "values only", "selected heads")
-    factors = [after / before for before, after in zip(flops, flops[1:])]
-    print(" x ".join(f"{name} {factor:.3f}" for name, factor in zip(names, factors)) + f" = {flops[3] / flops[0]:.3f}")
+    print(f"{'trainable parameters':34}{parameters:14,}{our_parameters:14,}{1 - our_parameters / parameters:9.1%}")
+    print(f"{'adapter training MFLOP a sequence':34}{lora / 1e6:14,.0f}{ours / 1e6:14,.0f}{1 - ours / lora:9.1%}\n")
+    factors = (lora_visual / lora, lora_visual_values / lora_visual, ours / lora_visual_values)
+    print("visual tokens only {:.3f} x values only {:.3f} x selected heads {:.3f}".format(*factors), end="")
+    print(f" = {ours / lora:.3f}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Trainable parameters and adapter training FLOPs, LoRA against Image-LoRA."
-    )
+    parser = argparse.ArgumentParser(description="Parameters and adapter training FLOPs, LoRA against Image-LoRA.")
     parser.add_argument("--model", default="qwen2.5-vl-7b", choices=SHAPES)
-    names = ("layers", "hidden-size", "query-heads", "kv-heads", "head-dim")
-    for name in names:
-        parser.add_argument(f"--{name}", type=int, help="instead of the model's")
+    fields = ("--layers", "--hidden-size", "--query-heads", "--kv-heads", "--head-dim")
+    for name in fields:
+        parser.add_argument(name, type=int, help="instead of the model's")
     parser.add_argument("--visual-tokens", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=256)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--num-heads", type=int, help="selected value heads, default half of all")
     args = parser.parse_args(arguments)
-    given = [getattr(args, name.replace("-", "_")) for name in names]
-    shape = [default if value is None else value for default, value in zip(SHAPES[args.model], given)]
+    given = [getattr(args, name[2:].replace("-", "_")) for name in fields]
+    shape = tuple(default if value is None else value for default, value in zip(SHAPES[args.model], given))
     total = shape[0] * shape[3]
     num_heads = max(total // 2, 1) if args.num_heads is None else args.num_heads
-    least = [*shape, args.r, num_heads, args.visual_tokens + 1, args.text_tokens + 1]
-    if min(least) < 1 or num_heads > total:
-        parser.error(f"sizes must be positive, token counts not negative and --num-heads at most {total}")
-    print_costs(*shape, args.visual_tokens, args.text_tokens, args.r, num_heads)
+    if min(*shape, args.r, num_heads, args.visual_tokens, args.text_tokens + 1) < 1 or num_heads > total:
+        parser.error(
+            f"sizes and --visual-tokens must be positive, --text-tokens not negative and --num-heads at most {total}"
+        )
+    print_costs(shape, args.visual_tokens, args.text_tokens, args.r, num_heads)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ import os
 import pickle
 import random
 import re
+import runpy
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+import types
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -585,9 +588,9 @@ def test_test_word_problems_are_new_sentences_and_new_numbers():
 def test_the_base_model_is_what_its_record_says():
     """data/tiny_vlm.json holds the test accuracies of the committed base; measured again they agree."""
     record = json.loads(train.BASE.with_suffix(".json").read_text())
-    assert record["source"]["action_acc"] >= 0.97 and record["word_problem_acc"] >= 0.99 and record["seconds"] < 900
+    assert record["source"]["action_acc"] >= 0.97 and record["word_problem_acc"] >= 0.99
     assert min(record["source"]["text_acc"], record["source"]["icon_acc"]) >= 0.95
-    assert 0.4 <= record["dark"]["action_acc"] <= 0.8 and record["settings"]["action_acc"] < 0.05
+    assert 0.4 <= record["dark"]["action_acc"] <= 0.9 and record["settings"]["action_acc"] < 0.05
     assert train.BASE.stat().st_size <= 4e6
     model = train.load_base(train.BASE)
     for domain in ("source", "settings", "dark"):
@@ -611,6 +614,23 @@ def test_the_main_job_writes_what_it_says(tmp_path, capsys):
     load(model, tmp_path / "adapter.pt")
     assert train.evaluate(model, "settings", "test", 6)[0].items() <= metrics["after"].items()
     assert (tmp_path / "predictions.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_guided_walk_shows_what_the_method_says(capsys):
+    """--explain: a step from B = 0 moves B alone, visual rows alone, no query or key, and no text-only logit."""
+    assert train.main(["--explain", "--screens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert [int(n) for n in re.findall(r"^(\d+) ", out, re.M)] == list(range(1, 12))
+    for fact in (
+        "logits as the base model's: True",
+        "gradient norms: A 0, B ",
+        "changed in rows 1 .. 64",
+        "queries changed by 0, keys by 0,",
+        "8 text-only prompts: max change 0\n",
+        "each step after it: [64, 0, 0]",
+    ):
+        assert fact in out, fact
+    assert float(re.search(r"with the image: max change ([0-9.]+)", out)[1]) > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -729,6 +749,49 @@ def test_the_arithmetic_at_scale(capsys):
     assert len(factors) == 3 and math.prod(factors) == pytest.approx(float(out.split("=")[-1]), abs=2e-3)
     with pytest.raises(SystemExit, match="2"):
         imagelora.main(["--num-heads", "100000"])
+
+
+README = Path(__file__).with_name("README.md").read_text()
+
+
+def test_the_tables_of_the_readme_are_those_of_the_comparison():
+    """Every table of README's results is what train.py makes of the rows in data/compare.json."""
+    rows = train.read_rows(train.BASE.with_name("compare.json"))
+    for table in train.tables(rows):
+        assert table in README, table
+    assert len({row["seed"] for row in rows if row["part"] == "methods"}) >= 5
+    assert all(row["adapter_flops_per_step"] == row["counted_flops_per_step"] for row in rows)
+    assert all(
+        row["text_logits_max_abs_diff"] == 0 for row in rows if "text_logits_max_abs_diff" in row and row["heads"]
+    )
+
+
+def test_the_figures_of_the_readme_are_those_of_the_record_and_the_arithmetic(capsys):
+    """README's table of the base is data/tiny_vlm.json, its costs are what `python imagelora.py` prints."""
+    record = json.loads(train.BASE.with_suffix(".json").read_text())
+    for domain in screens.DOMAINS:
+        values = " | ".join(f"{record[domain][name]:.1%}" for name in ("action_acc", "text_acc", "icon_acc"))
+        assert re.search(rf"\| {domain} \|.*\| {re.escape(values)} \|", README), (domain, values)
+    assert f"{record['seconds']} s" in README and f"{record['word_problem_acc']:.0%} of 512" in README
+    imagelora.main([])
+    assert capsys.readouterr().out.strip() in README
+
+
+def test_the_commands_and_names_of_the_readme_exist():
+    """Every option of a command in README is one of that command's, every `file: name` is in that file."""
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^(?:python|torchrun) .*$", README, re.M)]
+    assert len(commands) >= 10
+    for words in commands:
+        if "train.py" in words:
+            options = words[words.index("train.py") + 1 :]
+            mode = next((word for word in options if word in train.MODES), None)
+            config, _ = train.MODES.get(mode, (train.Config, None))
+            train.parse(config, [word for word in options if word != mode])
+    for name in re.findall(r"`(?:b imagelora\.)?((?:VisualRows|ValueAdapter)\.\w+|score_heads|select_heads)`", README):
+        owner = imagelora
+        for part in name.split("."):
+            owner = getattr(owner, part)
+    assert len(README.splitlines()) <= 250
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -951,7 +1014,7 @@ def small_run(path, steps: int, resume: bool = False, spoil: int | None = None, 
     """train.train_loop on a 2 x 2 linear regression; the loss of step `spoil` is NaN."""
     torch.manual_seed(0)
     module = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW([{"params": list(module.parameters()), "lr": 0.1, "initial_lr": 0.1}])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
 
     def loss_of(step):
         x = torch.randn(4, 2, generator=torch.Generator().manual_seed(step))
@@ -1937,8 +2000,7 @@ def test_device_maps(offloaded, tmp_path):
 def test_the_readme_example_runs(monkeypatch, tmp_path):
     """The README's example for Qwen2.5-VL is code, so it runs, here on a tiny random model."""
     transformers = pytest.importorskip("transformers")
-    readme = Path(__file__).with_name("README.md").read_text()
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Qwen2_5_VL" in b]
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Qwen2_5_VL" in b]
     model = tiny_hf_vlm()
     monkeypatch.setattr(type(model), "from_pretrained", lambda *args, **kwargs: model)
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda *args, **kwargs: model)
@@ -1991,7 +2053,7 @@ def no_adapter():
 
 def image_lora(heads):
     model = bench_model()
-    return model, imagelora.attach(model, heads={layer: list(range(heads)) for layer in range(8)})
+    return model, imagelora.attach(model, heads=heads)
 
 
 def peft_lora(projections):
@@ -2001,15 +2063,24 @@ def peft_lora(projections):
     return peft.get_peft_model(bench_model(), config), None
 
 
-def bench():
+def authors_release(script: str):
+    """The wrappers of the authors' imagelora_train_minimal.py, all heads, on the model; spans are set by bench()."""
+    sys.modules.setdefault("qwen_vl_utils", types.SimpleNamespace(process_vision_info=None))
+    release, model = runpy.run_path(script), bench_model().requires_grad_(False)
+    return model, (release["apply_imagelora"], release["build_imagelora_bank"](model, r=8, alpha=16))
+
+
+def bench(*scripts):
     """Medians of interleaved repetitions, so that what else the machine does falls on every method alike."""
     methods = {
         "no adapter": no_adapter(),
-        "Image-LoRA, all heads": image_lora(4),
-        "Image-LoRA, half of the heads": image_lora(2),
+        "Image-LoRA, all heads": image_lora({layer: [0, 1, 2, 3] for layer in range(8)}),
+        "Image-LoRA, half of the heads": image_lora({layer: [0, 1] for layer in range(8)}),
+        "Image-LoRA, all heads of half of the layers": image_lora({layer: [0, 1, 2, 3] for layer in range(4)}),
         "PEFT LoRA on v_proj": peft_lora("v_proj"),
         "PEFT LoRA on q, k, v, o": peft_lora("[qkvo]_proj"),
     }
+    methods |= {f"the authors' release, all heads ({Path(script).name})": authors_release(script) for script in scripts}
     print(f"training step over the step without an adapter, median of {REPETITIONS}, {torch.get_num_threads()} threads")
     for visual, text in ((256, 64), (64, 256)):
         ids = torch.randint(0, 1000, (1, visual + text))
@@ -2019,13 +2090,19 @@ def bench():
         for repetition in range(REPETITIONS + 3):
             for name, (model, adapter) in methods.items():
                 trainable = [p for p in model.parameters() if p.requires_grad]
+                if isinstance(adapter, tuple):
+                    trainable = [p for layer in adapter[1].values() for p in layer.parameters()]
                 start = time.perf_counter()
                 inputs = {"inputs_embeds": embeds, "position_ids": position_ids, "labels": ids}
                 if adapter is None:
-                    loss = model(**inputs).loss
+                    context = nullcontext()
+                elif isinstance(adapter, tuple):
+                    apply_imagelora, bank = adapter
+                    context = apply_imagelora(model, bank, -1, visual)  # visual tokens are 0 .. visual - 1
                 else:
-                    with adapter.visual_mask(ids == 1000):
-                        loss = model(**inputs).loss
+                    context = adapter.visual_mask(ids == 1000)
+                with context:
+                    loss = model(**inputs).loss
                 loss.backward()
                 for parameter in trainable:
                     parameter.grad = None
@@ -2035,8 +2112,8 @@ def bench():
         print(f"{visual} visual + {text} text tokens: no adapter {floor * 1000:.1f} ms")
         for name in list(methods)[1:]:
             ratio = statistics.median(t / f for t, f in zip(times[name], times["no adapter"]))
-            print(f"  {name:32}{ratio:.3f}")
+            print(f"  {name:64}{ratio:.3f}")
 
 
 if __name__ == "__main__" and "--bench" in sys.argv:
-    bench()
+    bench(*sys.argv[2:])  # optionally the path of imagelora_train_minimal.py of the authors' release

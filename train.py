@@ -2,6 +2,7 @@
 
     python train.py                        before, probe, select, train, after, cost; a minute on a laptop CPU
     python train.py --method lora          the same with standard LoRA (q, k, v, o of every layer, all tokens)
+    python train.py --explain              a guided walk: one question through every step, tensor by tensor
     python train.py --pretrain             make the base model, data/tiny_vlm.pt, from nothing
     python train.py --compare              all methods, prompts, budgets and seeds: the tables and figures of README
 
@@ -19,26 +20,29 @@ import tempfile
 import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import imagelora
+from data import figures
 from data import screens as S
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
 from data.word_problems import word_problem
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
+PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, the less noise
 METHODS = ("image_lora", "lora", "lora_value", "none")
 BASE = Path(__file__).parent / "data" / "tiny_vlm.pt"
+FIGURES = BASE.parent / "figures"
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,11 @@ class Config:
 
     method: str = "image_lora"  # image_lora | lora (q, k, v, o, all tokens) | lora_value (v, all tokens) | none
     domain: str = "settings"  # settings | dark | blueprint | source
-    num_heads: int = 8  # value heads to adapt (image_lora)
+    num_heads: int = 10  # value heads to adapt (image_lora)
     r: int = 8  # rank
     lora_alpha: float = 16.0  # the update is scaled by lora_alpha / r
-    tau: float = 1.0  # layer budget ~ influence^tau: 0 even, 1 proportional
-    lr: float = 1e-2  # peak learning rate of AdamW
+    tau: float = 4.0  # layer budget ~ influence^tau: 0 even, 1 proportional, above 1 in fewer layers
+    lr: float = 2e-2  # peak learning rate of AdamW
     steps: int = 400  # training steps
     screens: int = 16  # screens a step
     questions: int = 4  # questions a screen, packed into one sequence
@@ -191,14 +195,20 @@ def text_logits(model: TinyVLM, count: int = 512) -> Tensor:
 # The baseline: standard LoRA on whole Linear layers and all tokens
 
 
+def shape_of(config: TinyVLMConfig) -> tuple[int, int, int, int, int]:
+    """Layers, hidden size, query heads, value heads, head size: what `imagelora.lora_costs` takes."""
+    heads = config.num_attention_heads
+    return config.num_hidden_layers, config.hidden_size, heads, config.num_key_value_heads, config.hidden_size // heads
+
+
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on the named projections of every language layer; the rest of the model is frozen."""
 
     def __init__(self, model: TinyVLM, r: int, lora_alpha: float, targets=("q_proj", "k_proj", "v_proj", "o_proj")):
         super().__init__()
         self.r, self.scaling, self.enabled = r, lora_alpha / r, True
+        self.shape, self.names = shape_of(model.config), [t[0] for t in targets]
         self.linears = [getattr(layer.self_attn, t) for layer in model.language_model.layers for t in targets]
-        self.frozen_inputs = sum(t != "o_proj" for t in targets)  # in the first layer: these read the embeddings
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         for i, linear in enumerate(self.linears):
             self.A.append(nn.Parameter(torch.empty(linear.in_features, r, device=model.device)))
@@ -221,10 +231,7 @@ class LoRA(nn.Module):
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs in one training step (forward and backward) over so many tokens."""
-        return sum(
-            imagelora.lora_flops(num_tokens, m.in_features, m.out_features, self.r, input_grad=i >= self.frozen_inputs)
-            for i, m in enumerate(self.linears)
-        )
+        return imagelora.lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
 
     def save(self, path) -> None:
         imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
@@ -238,6 +245,18 @@ def attach(model, method: str, r: int, lora_alpha: float, heads: dict | None, no
         model.requires_grad_(False)
         return None
     return LoRA(model, r, lora_alpha, *([("v_proj",)] if method == "lora_value" else []))
+
+
+@contextmanager
+def constant_added(modules: list[nn.Module]):
+    """Within it the outputs of these modules need a gradient, as those of adapted ones do, at no cost to speak of."""
+    constant = torch.zeros((), device=next(modules[0].parameters()).device, requires_grad=True)
+    handles = [module.register_forward_hook(lambda module, inputs, y: y + constant) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def count_training_flops(model: TinyVLM, adapter: nn.Module, batch: dict) -> int:
@@ -254,12 +273,8 @@ def count_training_flops(model: TinyVLM, adapter: nn.Module, batch: dict) -> int
         return counter.get_total_flops()
 
     with_adapter = step()
-    constant = torch.zeros((), device=model.device, requires_grad=True)
-    handles = [m.register_forward_hook(lambda module, inputs, y: y + constant) for m in adapted]
-    with adapter.disabled():
+    with adapter.disabled(), constant_added(adapted):
         floor = step()
-    for handle in handles:
-        handle.remove()
     adapter.zero_grad()
     return with_adapter - floor
 
@@ -317,6 +332,7 @@ def train_loop(
     """
     start, rank0 = 0, not bar.disable
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    peak = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
     def content(step):
         states = [o.state_dict()["state"] for o in optimizers]
@@ -345,15 +361,14 @@ def train_loop(
     good = [p.detach().clone() for p in parameters]  # the last with which the loss was finite
     with Stop((signal.SIGINT, signal.SIGTERM) if checkpoint else ()) as stop:
         for step in range(start, steps):
-            for group in (group for o in optimizers for group in o.param_groups):
-                group["lr"] = group["initial_lr"] * schedule(step / steps)
+            for optimizer, rates in zip(optimizers, peak):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * schedule(step / steps)
             loss, text = loss_of(step)
             if not loss.isfinite():
                 for parameter, last in zip(parameters, good):
                     parameter.data.copy_(last)
-                raise Diverged(
-                    f"the loss is {loss.item()} at step {step}; try a smaller --lr than {group['initial_lr']}"
-                )
+                raise Diverged(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {peak[-1][-1]}")
             good = [p.detach().clone() for p in parameters]
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -389,13 +404,13 @@ LENS += [[f"<{axis}{i}>" for i in range(S.BINS)] for axis in "xy"]  # colour, an
 class PretrainConfig:
     """Pretraining settings; each field is a command-line option of the same name (after --pretrain)."""
 
-    steps: int = 4500
+    steps: int = 4000
     screens: int = 16  # source screens with questions a step
     questions: int = 6  # a screen
     refer: float = 0.25  # share of questions that give the point and ask what is there
     by_colour: float = 0.3  # share of questions that name an icon by its colour alone, where that is enough
     settings_screens: int = 4  # a step, seen by the vision loss only
-    dark_every: int = 2  # steps from one dark screen to the next, seen by the vision loss only, for what is there
+    dark_screens: int = 2  # a step, seen by the vision loss only, for what is there but not where
     muon_lr: float = 0.02  # peak learning rate of Muon for matrices
     lr: float = 2e-3  # peak learning rate of AdamW for embeddings, norms and biases
     seed: int = 0
@@ -440,6 +455,32 @@ def lens_loss(model: TinyVLM, features: Tensor, targets: Tensor, scale: Tensor) 
     return loss
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for matrices: momentum, of which each step takes the nearest orthogonal matrix.
+
+    As torch.optim.Muon, but in float32: that one's bfloat16 is ten times slower on CPUs without such instructions.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in {p.shape for p in group["params"]}:
+                matrices = [p for p in group["params"] if p.shape == shape]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
+                for p, momentum in zip(matrices, momenta):
+                    momentum.lerp_(p.grad, 0.05)
+                x = torch.stack([p.grad.lerp(m, 0.95) for p, m in zip(matrices, momenta)])  # Nesterov's [M, n, m]
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                tall = shape[0] > shape[1]
+                x = x.mT if tall else x  # so that the Gram matrices are the smaller ones
+                for _ in range(5):  # Newton-Schulz: singular values towards 1
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                for p, update in zip(matrices, x.mT if tall else x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+
+
 def pretrain(cfg: PretrainConfig) -> None:
     """Make the base model from nothing, test it and write it to cfg.out with its metrics beside it (.json)."""
     start = time.time()
@@ -449,8 +490,8 @@ def pretrain(cfg: PretrainConfig) -> None:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon([{"params": matrices, "lr": cfg.muon_lr, "initial_lr": cfg.muon_lr}], weight_decay=0.05),
-        torch.optim.AdamW([{"params": others, "lr": cfg.lr, "initial_lr": cfg.lr}], betas=(0.9, 0.98), weight_decay=0),
+        Muon(matrices, {"lr": cfg.muon_lr, "weight_decay": 0.05}),
+        torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     patch, patches = model.config.patch_size, model.config.num_patches
 
@@ -461,7 +502,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         history = int(rng.choice((0, 1, 2, 3, 12), p=(0.4, 0.2, 0.15, 0.15, 0.1)))
         batch, _ = packed_batch(shown, cfg.questions, history, rng, patches, first, cfg.refer, cfg.by_colour, True)
         targets = [lens_targets(screen, patch, where=True) for screen in shown]
-        for domain, count in (("settings", cfg.settings_screens), ("dark", int(step % cfg.dark_every == 0))):
+        for domain, count in (("settings", cfg.settings_screens), ("dark", cfg.dark_screens)):
             seen = range(step * count, (step + 1) * count)
             extra = [S.draw_screen(domain, "train", i, cfg.seed) for i in seen]
             shown, targets = shown + extra, targets + [lens_targets(e, patch, domain != "dark") for e in extra]
@@ -475,8 +516,8 @@ def pretrain(cfg: PretrainConfig) -> None:
 
     out = Path(cfg.out)
     tempfile.TemporaryFile(dir=out.parent).close()  # fails now, rather than after training
-    checkpoint, settings = out.with_suffix(".checkpoint.pt"), {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    signature = json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume")})
+    checkpoint = out.with_suffix(".checkpoint.pt")
+    signature = json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("out", "resume")})
     with progress(cfg.steps, "pretrain") as bar:
         train_loop(model, optimizers, cfg.steps, schedule, loss_of, bar, checkpoint, signature, cfg.resume, every=250)
     del model.log_lens_scale
@@ -539,44 +580,9 @@ def bars(scores: Tensor, heads: dict) -> str:
     return " · ".join(layers)
 
 
-def draw_predictions(path: Path, base: list, tuned: list, columns: int = 4, rows: int = 3) -> None:
-    """A grid of test screens: the target box, the base model's click and the tuned model's click."""
-    zoom, gap, caption = 2, 12, 22
-    width, height = S.SIZE * zoom + gap, S.SIZE * zoom + caption + gap
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + 34), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-
-    def marks(x, y, draw, point, colour, cross):
-        if point is None:
-            return
-        u, v = x + point[0] * zoom, y + point[1] * zoom
-        for line, w in (("white", 6), (colour, 3)):  # a white rim, to be seen on every screen
-            if cross:
-                draw.line((u - 6, v - 6, u + 6, v + 6), line, w)
-                draw.line((u - 6, v + 6, u + 6, v - 6), line, w)
-            else:
-                draw.ellipse((u - 8 - w / 2, v - 8 - w / 2, u + 8 + w / 2, v + 8 + w / 2), outline=line, width=w)
-
-    step = max(len(base) // (columns * rows), 1)
-    for i, ((screen, sample, before), (_, _, after)) in enumerate(list(zip(base, tuned))[::step][: columns * rows]):
-        x, y = gap + i % columns * width, 34 + i // columns * height
-        picture = Image.fromarray(screen.image).resize((S.SIZE * zoom,) * 2, Image.Resampling.LANCZOS)
-        sheet.paste(picture, (x, y))
-        left, top, right, bottom = (v * zoom for v in sample["bbox"])
-        draw.rectangle((x + left - 2, y + top - 2, x + right + 1, y + bottom + 1), outline="#000000", width=4)
-        draw.rectangle((x + left - 1, y + top - 1, x + right, y + bottom), outline="#ffffff", width=2)
-        marks(x, y, draw, before, "#d55e00", cross=True)
-        marks(x, y, draw, after, "#0072b2", cross=False)
-        verdict = "right" if S.is_hit(after, sample["bbox"]) else "wrong"
-        draw.text((x, y + S.SIZE * zoom + 2), f"{sample['instruction']}: {verdict}", "black", font)
-    draw.rectangle((gap, 10, gap + 16, 24), outline="black", width=3)
-    draw.text((gap + 24, 8), "target", "black", font)
-    marks(gap + 100, 16, draw, (0, 0), "#d55e00", cross=True)
-    draw.text((gap + 114, 8), "base model's click", "black", font)
-    marks(gap + 270, 16, draw, (0, 0), "#0072b2", cross=False)
-    draw.text((gap + 286, 8), "after fine-tuning", "black", font)
+def save_png(image: Image.Image, path: Path) -> None:
     with imagelora.atomic_write(path) as temporary:
-        sheet.save(temporary, "PNG")
+        image.save(temporary, "PNG", optimize=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -590,13 +596,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
-def lora_parameter_count(model: TinyVLM, r: int) -> int:
-    """Trainable parameters of standard LoRA: q, k, v, o of every language layer."""
-    attention = model.language_model.layers[0].self_attn
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return len(model.language_model.layers) * sum(r * (m.in_features + m.out_features) for m in linears)
-
-
 def main_job(cfg: Config) -> None:
     """before -> probe -> select -> train -> after -> cost -> saved. Under torchrun, data-parallel."""
     start = time.time()
@@ -607,9 +606,7 @@ def main_job(cfg: Config) -> None:
     say = print if rank == 0 else lambda *args: None
     out = Path(cfg.out or f"runs/{cfg.domain}")
     model = load_base(BASE).to(device)
-    heads_total = sum(
-        layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in model.language_model.layers
-    )
+    heads_total = model.config.num_hidden_layers * model.config.num_key_value_heads
     if cfg.method == "image_lora" and cfg.num_heads > heads_total:
         raise ValueError(f"num_heads must be at most the base's {heads_total} value heads, got {cfg.num_heads}")
     if cfg.r > model.config.hidden_size:
@@ -631,9 +628,9 @@ def main_job(cfg: Config) -> None:
 
     def batch_of(step: int) -> tuple[dict, list]:
         """This process's share of the screens of a step, all of them for the probe's steps below 0."""
-        first = (step + 2) * cfg.screens
+        first = (step + PROBE_BATCHES) * cfg.screens
         drawn = [S.draw_screen(cfg.domain, "train", first + i, cfg.seed) for i in range(cfg.screens)]
-        rng = np.random.default_rng([cfg.seed, step + 2])
+        rng = np.random.default_rng([cfg.seed, step + PROBE_BATCHES])
         batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, rng, patches, first)
         batch["pixel_values"] = pixels([screen.image for screen in drawn])
         share = cfg.screens // world
@@ -642,9 +639,10 @@ def main_job(cfg: Config) -> None:
 
     heads = None
     if cfg.method == "image_lora":
-        scores = imagelora.score_heads(model, [batch_of(-2)[0], batch_of(-1)[0]], seed=cfg.seed)
+        scores = imagelora.score_heads(model, (batch_of(i)[0] for i in range(-PROBE_BATCHES, 0)), seed=cfg.seed)
         heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-        say(f"probe    rank-1 influence of {scores.numel()} heads, {2 * cfg.screens} screens:  {bars(scores, heads)}")
+        screens = PROBE_BATCHES * cfg.screens
+        say(f"probe    rank-1 influence of {scores.numel()} heads, {screens} screens:  {bars(scores, heads)}")
         chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
         say(f"select   {cfg.num_heads} of {scores.numel()} heads: {chosen}")
 
@@ -673,11 +671,10 @@ def main_job(cfg: Config) -> None:
     if rank == 0:
         if adapter is not None:
             adapter.save(out / "adapter.pt")
-        draw_predictions(out / "predictions.png", base_points, tuned_points)
-        settings = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+        save_png(figures.predictions(base_points, tuned_points), out / "predictions.png")
         run = {"device": str(device), "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
         result = {"before": before, "after": after, "text_logits_max_abs_diff": difference, "heads": heads}
-        write_json(out / "metrics.json", settings | run | result | cost)
+        write_json(out / "metrics.json", asdict(cfg) | run | result | cost)
         (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"saved    {out}/ {'adapter.pt ' if adapter is not None else ''}metrics.json predictions.png")
     if world > 1:
@@ -688,7 +685,7 @@ def main_job(cfg: Config) -> None:
 def train_adapter(cfg: Config, model, adapter, batch_of, out: Path, world: int, quiet: bool) -> dict:
     """Train the adapter by `train_loop`; returns its costs."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": parameters, "lr": cfg.lr, "initial_lr": cfg.lr}], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     precision = torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
     clicks = deque(maxlen=16 * cfg.screens * cfg.questions)  # of the last 16 steps, the answers given teacher-forced
@@ -706,7 +703,7 @@ def train_adapter(cfg: Config, model, adapter, batch_of, out: Path, world: int, 
         clicks.extend(S.is_hit(point, box) for point, box in zip(given, asked))
         return result.loss, f"loss {result.loss.item():.3f}  click {np.mean(clicks):.0%}"
 
-    settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in ("device", "out", "resume")}
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("device", "out", "resume")}
     with progress(cfg.steps, "train", quiet) as bar:
         train_loop(
             adapter,
@@ -723,18 +720,110 @@ def train_adapter(cfg: Config, model, adapter, batch_of, out: Path, world: int, 
     patches, tokens = model.config.num_patches, batch["input_ids"].numel()
     screens = len(batch["input_ids"])
     computed = adapter.flops(tokens if isinstance(adapter, LoRA) else patches * screens)
-    attention = model.language_model.layers[0].self_attn
-    shapes = [(m.in_features, m.out_features) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    shapes = [(*s, i > 0) for i in range(len(model.language_model.layers)) for s in shapes]
-    shapes += [(attention.o_proj.in_features, attention.o_proj.out_features, True)] * len(model.language_model.layers)
-    lora = sum(imagelora.lora_flops(tokens, n_in, n_out, cfg.r, grad) for n_in, n_out, grad in shapes)
+    lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model.config), tokens, cfg.r)
     return {
         "trainable_parameters": sum(p.numel() for p in parameters),
-        "lora_trainable_parameters": lora_parameter_count(model, cfg.r),
+        "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": computed / screens,
-        "lora_flops_per_screen": lora / screens,
+        "lora_flops_per_screen": lora_flops / screens,
         "counted": count_training_flops(model, adapter, batch) == computed,
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A guided walk: one screen and one question through base, probe, selection, a training step and decoding
+
+
+@torch.no_grad()
+def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, Tensor]:
+    """What these modules put out in one forward pass, and the logits."""
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
+        for name, module in modules.items()
+    ]
+    seen["logits"] = model(**batch).logits
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def explain(cfg: Config) -> None:
+    """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
+    model, patches = load_base(BASE), TinyVLMConfig().num_patches
+    screen = S.draw_screen(cfg.domain, "test", 0)
+    sample = S.grounding(screen, screen.targets()[0], np.random.default_rng(cfg.seed))
+    question = encode(sample["instruction"])
+    ids = torch.tensor([[ID[BOS]] + [ID[IMAGE]] * patches + question])
+    one = {"input_ids": ids, "pixel_values": pixels([screen.image])}
+
+    def asked() -> str:
+        return decode(model.generate(**one, max_new_tokens=3)[0, ids.shape[1] :].tolist())
+
+    print(f"1 the prompt   input_ids {list(ids.shape)}: <bos>, <image> x {patches}, {sample['instruction']}")
+    print(f"               the right answer {sample['answer']}, the base model's {asked()}")
+    rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
+    print(f"2 M            the rows of visual tokens [{len(rows)}]: {rows[0]} .. {rows[-1]} of 0 .. {ids.numel() - 1}")
+
+    def batch_of(i: int) -> dict:
+        drawn = [S.draw_screen(cfg.domain, "train", i * cfg.screens + j, cfg.seed) for j in range(cfg.screens)]
+        batch, _ = packed_batch(drawn, cfg.questions, 0, np.random.default_rng([cfg.seed, i]), patches, 0)
+        return batch | {"pixel_values": pixels([screen.image for screen in drawn])}
+
+    scores = imagelora.score_heads(model, map(batch_of, range(PROBE_BATCHES)), seed=cfg.seed)
+    print(f"3 probe        I(l, h) = ||dL/dB_l(h)||^2, {PROBE_BATCHES} batches {list(scores.shape)}, the largest = 1")
+    for layer, row in enumerate((scores / scores.max()).tolist()):
+        print(f"               layer {layer}   " + "  ".join(f"{score:.2f}" for score in row))
+    heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
+    print(f"4 selection    S = {heads}: {cfg.num_heads} of {scores.numel()} heads")
+
+    torch.manual_seed(cfg.seed)
+    adapter = imagelora.attach(model, cfg.r, cfg.lora_alpha, heads)
+    layer, first = next(iter(heads)), next(iter(adapter.layers.values()))
+    attention = model.language_model.layers[layer].self_attn
+    parts = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "output": attention.o_proj}
+    print(f"5 attach       layer {layer}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0, gamma = 1")
+    with adapter.disabled():
+        base, base_text = watch(model, one, **parts), text_logits(model, 8)
+    print(f"               logits as the base model's: {torch.equal(watch(model, one)['logits'], base['logits'])}")
+
+    optimizer, batch = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=0.0), batch_of(PROBE_BATCHES)
+    loss = model(**batch).loss
+    loss.backward()
+    norms = {name: p.grad.norm().item() for name, p in first.named_parameters()}
+    optimizer.step()
+    print("6 a step       gradient norms: " + ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items()))
+    print(
+        f"               B = 0, so A and gamma wait for it; loss {loss.item():.3f} -> {model(**batch).loss.item():.3f}"
+    )
+
+    tuned = watch(model, one, **parts)
+    change = {name: (tuned[name] - base[name])[0] for name in base}  # [T, ...]
+    moved = change["v"].abs().sum(1).nonzero().squeeze(1)
+    by_head = change["v"].unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
+    print(f"7 values       X W_V + update {list(tuned['v'].shape)} changed in rows {moved[0]} .. {moved[-1]}; by head:")
+    print("               " + "  ".join(f"{norm:.3f}" for norm in by_head))
+    print(
+        f"8 attention    queries changed by {change['q'].abs().max():g}, keys by {change['k'].abs().max():g}, so where"
+    )
+    rest = torch.tensor([i for i in range(ids.numel()) if i not in rows.tolist()])
+    outputs = ", ".join(f"{n:.3f}" for n in change["output"][rest].norm(dim=1).tolist())
+    print(
+        f"               to look is unchanged; the output at the text tokens <bos> {sample['instruction']}: {outputs}"
+    )
+    print(f"9 logits       with the image: max change {change['logits'].abs().max():.3f}; the answer is now {asked()}")
+    print(f"               8 text-only prompts: max change {(text_logits(model, 8) - base_text).abs().max():g}")
+
+    gathered = []
+    hook = attention.v_proj.register_forward_hook(
+        lambda m, inputs, y: gathered.append(len(adapter.visual.of(inputs[0])))
+    )
+    asked()
+    hook.remove()
+    print(
+        f"10 decoding    visual rows adapted in prefill and in each step after it: {gathered}; the rest is in the cache"
+    )
+    print(f"11 cost        {adapter.flops(patches):,} FLOP a screen, forward and backward; {adapter.extra_repr()}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -749,9 +838,10 @@ ROWS = {  # name in the table -> (method, which heads, normalize)
     "Image-LoRA": ("image_lora", "top", True),
     "random heads": ("image_lora", "random", True),
     "least influential heads": ("image_lora", "least", True),
-    "without 1/sqrt|S|": ("image_lora", "top", False),
+    "without normalization": ("image_lora", "top", False),
 }
 COMPARED = ("settings", "dark", "blueprint")
+NORMALIZATION_LR = (0.01, 0.04, 0.16, 0.64)
 
 
 @dataclass(frozen=True)
@@ -760,11 +850,11 @@ class CompareConfig:
 
     quick: bool = False  # one seed, one learning rate, the main table only
     seeds: int = 5
-    steps: int = 250
-    screens: int = 16  # a step, two questions each
-    num_heads: int = 8
+    steps: int = 400
+    screens: int = 8  # a step, two questions each
+    num_heads: int = 10
     r: int = 8
-    tau: float = 1.0
+    tau: float = 4.0
     workers: int = 2  # processes, one thread each
     out: str = "runs/compare"
 
@@ -810,27 +900,26 @@ def finetune(job: dict) -> dict:
         batch, _ = packed_batch([shown[i] for i in picks], 2, history, rng, patches, step * job["screens"])
         return batch | {"image_features": features[torch.from_numpy(picks)]}
 
+    probe = 2 * PROBE_BATCHES  # of half the main job's size
     heads = job.get("only")
     if heads is not None:
         heads = {int(layer): h for layer, h in heads.items()}
     elif which:
-        scores = imagelora.score_heads(model, [batch_of(i) for i in range(2)], seed=seed)
+        scores = imagelora.score_heads(model, map(batch_of, range(probe)), seed=seed)
         heads = spread_heads(which, scores, job["num_heads"], job["tau"], seed)
     torch.manual_seed(seed)
     base_text = text_logits(model, 128)
     adapter = attach(model, method, job["r"], 2.0 * job["r"], heads, normalize)
     result = {"heads": heads, "trainable_parameters": 0, "adapter_flops_per_step": 0, "counted_flops_per_step": 0}
-    batch = batch_of(2)
+    batch = batch_of(probe)
     tokens, visual = batch["input_ids"].numel(), int((batch["input_ids"] == ID[IMAGE]).sum())
     if adapter is not None:
         parameters = list(adapter.parameters())
-        optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": job["lr"], "initial_lr": job["lr"]}], weight_decay=0
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=job["lr"], weight_decay=0.0)
         with progress(job["steps"], "run", quiet=True) as bar:
             train_loop(
                 adapter, [optimizer], job["steps"], warmup_and_decay(job["steps"]),
-                lambda step: (model(**batch_of(step + 2)).loss, ""), bar,
+                lambda step: (model(**batch_of(step + probe)).loss, ""), bar,
             )  # fmt: skip
         result["trainable_parameters"] = sum(p.numel() for p in parameters)
         result["adapter_flops_per_step"] = adapter.flops(tokens if isinstance(adapter, LoRA) else visual)
@@ -907,7 +996,7 @@ def compare(cfg: CompareConfig) -> None:
     model = load_base(BASE)
     heads_a_layer = model.config.num_key_value_heads
     total = heads_a_layer * model.config.num_hidden_layers
-    grid = (1e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
+    grid = (2e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
     budgets = sorted({1, 2, 4, total} - {cfg.num_heads})  # those of cfg.num_heads are in the main table
     trained = [name for name in ROWS if name != "frozen"]
     domains = COMPARED[:2]
@@ -936,12 +1025,10 @@ def compare(cfg: CompareConfig) -> None:
         lr = best_lr["Image-LoRA", "settings"]
         singles = [divmod(i, heads_a_layer) for i in range(total)]
         jobs += [job("single", "Image-LoRA", "settings", 0, lr, only={str(layer): [h]}) for layer, h in singles]
-        normalized = [
-            (m, k, lr) for m in ("Image-LoRA", "without 1/sqrt|S|") for k in (2, cfg.num_heads, total) for lr in grid
-        ]
-        return jobs + [
-            job("normalization", m, "settings", 0, lr, num_heads=k, split="validation") for m, k, lr in normalized
-        ]
+        for k in (1, total):  # at rates from good to too high
+            for m in ("Image-LoRA", "without normalization"):
+                jobs += [job("normalization", m, "settings", 0, lr, num_heads=k) for lr in NORMALIZATION_LR]
+        return jobs
 
     best_lr |= {(m, d): grid[0] for m in trained for d in COMPARED}
     jobs_total = len(later_jobs()) + (0 if cfg.quick else len(tuning))
@@ -957,21 +1044,80 @@ def compare(cfg: CompareConfig) -> None:
     print(f"\nsaved {path}")
 
 
-def spread(rows: list[dict], name: str, percent: bool = True) -> str:
-    """Mean and standard deviation over seeds."""
-    if not rows:
-        return ""
-    values = np.array([row[name] for row in rows]) * (100 if percent else 1)
-    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+def mean(rows: list[dict], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
 
 
-def groups(rows: list[dict], part: str, *names: str) -> dict[tuple, list[dict]]:
-    """The rows of one part of the comparison, grouped by the values of some fields, in order of appearance."""
-    grouped = {}
+def spread(rows: list[dict], name: str = "action_acc") -> str:
+    """Mean and standard deviation over seeds, in %."""
+    values = 100 * np.array([row[name] for row in rows])
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def flops_cell(rows: list[dict]) -> str:
+    """Computed adapter MFLOP a training step; marked where PyTorch counted another number."""
+    equal = all(row["adapter_flops_per_step"] == row["counted_flops_per_step"] for row in rows)
+    return f"{mean(rows, 'adapter_flops_per_step') / 1e6:.1f}{'' if equal else ' (COUNTED DIFFERENTLY)'}"
+
+
+def grouped(rows: list[dict], *names: str) -> dict:
+    """Rows by the value of this field, or by the values of these, in order of appearance."""
+    groups = {}
     for row in rows:
-        if row["part"] == part:
-            grouped.setdefault(tuple(row[name] for name in names), []).append(row)
-    return grouped
+        groups.setdefault(row[names[0]] if len(names) == 1 else tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def table(title: str, header: list, lines: list[list]) -> str:
+    """A Markdown table under its title."""
+    return "\n".join(
+        [f"**{title}**\n", *("| " + " | ".join(map(str, x)) + " |" for x in (header, ["---"] * len(header), *lines))]
+    )
+
+
+def pivot(title: str, rows: list[dict], index: str, column: str, cell=spread) -> str:
+    """A line for each value of the field `index`, a column for each of `column`; cell(rows of both) -> text."""
+    groups = grouped(rows, index, column)
+    lines, columns = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
+    body = [[line, *(cell(groups[line, c]) if (line, c) in groups else "" for c in columns)] for line in lines]
+    return table(title, [index.replace("num_", ""), *columns], body)
+
+
+def tables(rows: list[dict]) -> list[str]:
+    """What the rows of a comparison say, as Markdown tables."""
+    part = grouped(rows, "part")
+    cells = {
+        "click %": spread,
+        "text %": partial(spread, name="text_acc"),
+        "icon %": partial(spread, name="icon_acc"),
+        "source screens %": partial(spread, name="source_acc"),
+        "word problems %": partial(spread, name="word_problem_acc"),
+        "text logits, max change": lambda group: f"{max(row['text_logits_max_abs_diff'] for row in group):.2g}",
+        "parameters": lambda group: f"{mean(group, 'trainable_parameters'):,.0f}",
+        "adapter MFLOP": flops_cell,
+    }
+    found = []
+    for domain, of_domain in grouped(part["methods"] + part.get("limit", []), "domain").items():
+        lines = [[m, *(cell(group) for cell in cells.values())] for m, group in grouped(of_domain, "method").items()]
+        found.append(table(domain, ["method", *cells], lines))
+    settings = [row for row in part["methods"] if row["domain"] == "settings"]
+    if regimes := part.get("regimes"):
+        rows = [row for row in settings if row["method"] in grouped(regimes, "method")] + regimes
+        shares = [f"{regime} {mean(g, 'visual_fraction'):.2f}" for regime, g in grouped(rows, "regime").items()]
+        title = f"settings, click % · adapter MFLOP, by visual share of the tokens ({', '.join(shares)})"
+        found.append(pivot(title, rows, "method", "regime", lambda group: f"{spread(group)} · {flops_cell(group)}"))
+    if budget := part.get("budget"):
+        rows = budget + [row for row in settings if row["method"] in grouped(budget, "method")]
+        rows.sort(key=lambda row: row["num_heads"])
+        found.append(pivot("settings, click % by head budget", rows, "num_heads", "method"))
+    for heads, group in grouped(part.get("normalization", []), "num_heads").items():
+        title = f"settings, {heads} head(s): click % · norm of the largest layer's update, by learning rate"
+        found.append(pivot(title, group, "method", "lr", normalization_cell))
+    return found
+
+
+def normalization_cell(rows: list[dict]) -> str:
+    return f"{spread(rows)} · {np.mean([max(row['update_norms'].values()) for row in rows]):.2f}"
 
 
 def rank_correlation(a, b) -> float:
@@ -980,116 +1126,61 @@ def rank_correlation(a, b) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def step_time_ratios(names: list[str], cfg: CompareConfig, repetitions: int = 25) -> dict[str, float]:
-    """Median time of a training step over that of the same backbone with a constant added to its values."""
+def step_time_ratios(cfg: CompareConfig, repetitions: int = 25) -> list[list[str]]:
+    """Median time of a method's training step over that of the same backbone with a constant added to its values."""
     torch.set_num_threads(1)
+    names = [name for name in ROWS if name != "frozen"]
     times = {name: [] for name in ["floor", *names]}
     shown, features = feature_bank("settings", 64)
     batch, _ = packed_batch(shown[: cfg.screens], 2, 0, np.random.default_rng(0), features.shape[1], 0)
     batch["image_features"] = features[: cfg.screens]
+    scores = probe_scores("rank1", batches=1)
     for repetition in range(repetitions + 2):
         for name in times:
-            model = load_base(BASE)
-            config = model.config
-            if name == "floor":
-                model.requires_grad_(False)
-                constant = torch.zeros((), requires_grad=True)
-                for layer in model.language_model.layers:
-                    layer.self_attn.v_proj.register_forward_hook(lambda m, x, y, constant=constant: y + constant)
-            else:
+            model = load_base(BASE).requires_grad_(False)
+            values = [layer.self_attn.v_proj for layer in model.language_model.layers]
+            if name != "floor":
                 method, which, normalize = ROWS[name]
-                scores = torch.rand(
-                    config.num_hidden_layers, config.num_key_value_heads, generator=torch.Generator().manual_seed(0)
-                )
                 heads = spread_heads(which, scores, cfg.num_heads, cfg.tau, 0) if which else None
                 attach(model, method, cfg.r, 2.0 * cfg.r, heads, normalize)
-            start = time.perf_counter()
-            model(**batch).loss.backward()
+            with constant_added(values) if name == "floor" else nullcontext():
+                start = time.perf_counter()
+                model(**batch).loss.backward()
             if repetition >= 2:
                 times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(np.array(times[name]) / np.array(times["floor"]))) for name in names}
-
-
-def print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
-    print(f"\n**{title}**\n")
-    for line in [header, ["---"] * len(header), *lines]:
-        print("| " + " | ".join(line) + " |")
+    return [[name, f"{np.median(np.array(times[name]) / np.array(times['floor'])):.2f}"] for name in names]
 
 
 def report(rows: list[dict], cfg: CompareConfig) -> None:
-    """Print every table of the comparison from its rows, as Markdown; draw the figures unless it was --quick."""
-    ratios = step_time_ratios([name for name in ROWS if name != "frozen"], cfg)
-    header = [
-        "method",
-        "click %",
-        "text %",
-        "icon %",
-        "source screens %",
-        "word problems %",
-        "text logits max abs diff",
-    ]
-    header += ["parameters", "adapter MFLOP a step (counted)", "step time"]
-    for domain in COMPARED:
-        grouped = groups(rows, "limit" if domain == "blueprint" else "methods", "domain", "method")
-        lines = []
-        for (_, method), group in ((key, g) for key, g in grouped.items() if key[0] == domain):
-            flops, counted = (
-                np.mean([r[f"{kind}_flops_per_step"] for r in group]) / 1e6 for kind in ("adapter", "counted")
-            )
-            equal = all(r["adapter_flops_per_step"] == r["counted_flops_per_step"] for r in group)
-            lines.append([method, *(spread(group, f"{kind}_acc") for kind in ("action", "text", "icon", "source"))])
-            lines[-1] += [spread(group, "word_problem_acc"), f"{max(r['text_logits_max_abs_diff'] for r in group):.2g}"]
-            lines[-1] += [f"{np.mean([r['trainable_parameters'] for r in group]):,.0f}"]
-            lines[-1] += [f"{flops:.1f} ({'=' if equal else '≠'} {counted:.1f})", f"{ratios.get(method, 1):.2f}"]
-        if lines:
-            print_table(domain, header, lines)
-
-    regimes = {
-        **groups(rows, "methods", "domain", "method", "regime"),
-        **groups(rows, "regimes", "domain", "method", "regime"),
-    }
-    methods = [m for domain, m, regime in regimes if domain == "settings" and regime == "balanced"]
-    if methods:
-        lines = [[m, *(cell_of_regime(regimes["settings", m, regime]) for regime in REGIMES)] for m in methods]
-        print_table("from image-heavy to text-heavy prompts (settings)", ["method", *REGIMES], lines)
-
-    if budget := groups(rows, "budget", "num_heads", "method"):
-        budget |= groups([r for r in rows if r["domain"] == "settings"], "methods", "num_heads", "method")
-        chosen = ("Image-LoRA", "random heads", "least influential heads")
-        budgets = sorted({k for k, _ in budget})
-        lines = [[str(k), *(spread(budget.get((k, m), []), "action_acc") for m in chosen)] for k in budgets]
-        print_table(
-            "head budget, click % (settings)", ["heads", "most influential", "random", "least influential"], lines
-        )
-
-    if singles := [row for row in rows if row["part"] == "single"]:
-        scores = {probe: probe_scores(probe) for probe in ("rank1", "exact")}
-        places = [(int(layer), heads[0]) for row in singles for layer, heads in row["heads"].items()]
-        ranked = {name: [s[place].item() for place in places] for name, s in scores.items()}
-        ranked["gain"] = [row["action_acc"] for row in singles]
-        pairs = (("rank1", "exact"), ("rank1", "gain"), ("exact", "gain"))
-        lines = [[f"{a} and {b}", f"{rank_correlation(ranked[a], ranked[b]):.2f}"] for a, b in pairs]
-        print_table("a head's score and the click accuracy it gains alone (settings)", ["", "Spearman's rho"], lines)
-        draw_accuracy_figure(rows)
-        draw_influence_figure(scores["rank1"], imagelora.select_heads(scores["rank1"], cfg.num_heads, cfg.tau))
-
-    if normalized := groups(rows, "normalization", "num_heads", "method"):
-        lines = []
-        for (k, method), group in normalized.items():
-            norms = [max(r["update_norms"].values()) / min(r["update_norms"].values()) for r in group]
-            accuracies = " · ".join(f"{row['lr']:g}: {row['action_acc']:.1%}" for row in group)
-            lines.append([str(k), method, accuracies, f"{np.median(norms):.1f}"])
-        header = ["heads", "method", "click % per learning rate", "layers' update norm, largest / smallest"]
-        print_table("normalization (settings, validation screens, one seed)", header, lines)
+    """Print the tables of a comparison; unless it was --quick, rank correlations too, and draw the figures."""
+    print("\n" + "\n\n".join(tables(rows)))
+    print("\n" + table("time of a training step over the backbone's alone", ["method", "ratio"], step_time_ratios(cfg)))
+    if cfg.quick:
+        return
+    scores = {probe: probe_scores(probe) for probe in ("rank1", "exact")}
+    singles = [row for row in rows if row["part"] == "single"]
+    places = [(int(layer), heads[0]) for row in singles for layer, heads in row["heads"].items()]
+    ranked = {name: [s[place].item() for place in places] for name, s in scores.items()}
+    ranked["gain"] = [row["action_acc"] for row in singles]
+    pairs = (("rank1", "exact"), ("rank1", "gain"), ("exact", "gain"))
+    lines = [[f"{a} and {b}", f"{rank_correlation(ranked[a], ranked[b]):.2f}"] for a, b in pairs]
+    print(
+        "\n" + table("settings, a head's scores and the click accuracy it gains alone", ["", "Spearman's rho"], lines)
+    )
+    panels = {domain: {} for domain in COMPARED[:2]}
+    for (domain, method), group in grouped(rows, "domain", "method").items():
+        group = [row for row in group if row["part"] == "methods"]
+        if group and method != "frozen":
+            accuracies = 100 * np.array([row["action_acc"] for row in group])
+            flops = mean(group, "adapter_flops_per_step") / 1e6
+            panels[domain][method] = (flops, accuracies.mean(), accuracies.std(ddof=min(1, len(group) - 1)))
+    FIGURES.mkdir(exist_ok=True)
+    save_png(figures.accuracy_against_cost(panels), FIGURES / "accuracy.png")
+    heads = imagelora.select_heads(scores["rank1"], cfg.num_heads, cfg.tau)
+    save_png(figures.influence_map(scores["rank1"].tolist(), heads), FIGURES / "influence.png")
 
 
-def cell_of_regime(group: list[dict]) -> str:
-    flops = np.mean([row["adapter_flops_per_step"] for row in group]) / 1e6
-    fraction = np.mean([row["visual_fraction"] for row in group])
-    return f"{spread(group, 'action_acc')} · {flops:.0f} MFLOP · visual {fraction:.2f}"
-
-
-def probe_scores(probe: str, batches: int = 8) -> Tensor:
+def probe_scores(probe: str, batches: int = 2 * PROBE_BATCHES) -> Tensor:
     """Head scores [L, H] on `settings` screens."""
     shown, features = feature_bank("settings")
     given = []
@@ -1097,114 +1188,6 @@ def probe_scores(probe: str, batches: int = 8) -> Tensor:
         batch, _ = packed_batch(shown[16 * i : 16 * i + 16], 2, 0, np.random.default_rng(i), features.shape[1], 0)
         given.append(batch | {"image_features": features[16 * i : 16 * i + 16]})
     return imagelora.score_heads(load_base(BASE), given, probe=probe)
-
-
-FIGURES = BASE.parent / "figures"
-MARKS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#56b4e9",
-    "#999999",
-)  # Okabe and Ito, colour-blind safe
-
-
-def draw_accuracy_figure(rows: list[dict]) -> None:
-    """Click accuracy against adapter FLOPs, one mark per method with its standard deviation, a panel per domain."""
-    width, height, left, top, k = 860, 560, 90, 60, 2
-    image = Image.new("RGB", (width * k, 560 * k + 150 * k), "white")
-    draw = ImageDraw.Draw(image)
-
-    def text(x, y, words, size=17, anchor="lm", fill="#222222"):
-        draw.text((x * k, y * k), words, fill, ImageFont.load_default(size * k), anchor=anchor)
-
-    methods = [name for name in ROWS if name != "frozen"]
-    panel = (width - left - 30) // 2
-    grouped = groups(rows, "methods", "domain", "method")
-    flops = {m: np.mean([r["adapter_flops_per_step"] for r in grouped["settings", m]]) for m in methods}
-    low, high = math.log10(min(flops.values())) - 0.15, math.log10(max(flops.values())) + 0.15
-    for p, domain in enumerate(COMPARED[:2]):
-        x0, x1, y0, y1 = left + p * (panel + 20), left + p * (panel + 20) + panel - 20, height - 60, top
-        accuracies = [100 * r["action_acc"] for m in methods for r in grouped[domain, m]]
-        bottom, ceiling = math.floor(min(accuracies) / 5) * 5, math.ceil(max(accuracies) / 5) * 5
-        text((x0 + x1) / 2, 30, f"{domain} screens", 20, "mm")
-        for tick in range(bottom, ceiling + 1, max(5, (ceiling - bottom) // 25 * 5)):
-            y = y0 + (y1 - y0) * (tick - bottom) / (ceiling - bottom)
-            draw.line((x0 * k, y * k, x1 * k, y * k), "#dddddd", k)
-            text(x0 - 8, y, f"{tick} %", 15, "rm")
-        for value in (2, 5, 10, 20, 50, 100, 200, 500):
-            x = x0 + (x1 - x0) * (math.log10(value * 1e6) - low) / (high - low)
-            if x0 <= x <= x1:
-                draw.line((x * k, y0 * k, x * k, (y0 + 6) * k), "#222222", k)
-                text(x, y0 + 18, str(value), 15, "mm")
-        draw.line((x0 * k, y0 * k, x1 * k, y0 * k), "#222222", 2 * k)
-        text((x0 + x1) / 2, y0 + 42, "adapter MFLOP a training step (log)", 15, "mm")
-        for i, m in sorted(enumerate(methods), key=lambda item: item[1] == "Image-LoRA"):  # drawn last, on top
-            values = np.array([100 * r["action_acc"] for r in grouped[domain, m]])
-            deviation = values.std(ddof=1) if len(values) > 1 else 0
-            x = x0 + (x1 - x0) * (math.log10(flops[m]) - low) / (high - low)
-            middle, up, down = (
-                y0 + (y1 - y0) * (v - bottom) / (ceiling - bottom)
-                for v in (values.mean(), values.mean() + deviation, values.mean() - deviation)
-            )
-            draw.line((x * k, up * k, x * k, down * k), MARKS[i], 3 * k)
-            mark(draw, x * k, middle * k, 9 * k, i)
-    for i, m in enumerate(methods):
-        x, y = left + i % 2 * 400, height + 15 + i // 2 * 32
-        mark(draw, x * k, y * k, 9 * k, i)
-        text(x + 20, y, m, 17)
-    save_figure(image, "accuracy.png")
-
-
-def mark(draw, x: float, y: float, size: float, i: int) -> None:
-    """Mark number i: its own colour and its own shape, with a white rim."""
-    box = (x - size, y - size, x + size, y + size)
-    if i % 3 == 0:
-        draw.ellipse(box, MARKS[i], "white", 2)
-    elif i % 3 == 1:
-        draw.rectangle(box, MARKS[i], "white", 2)
-    else:
-        draw.polygon(
-            [(x, y - size * 1.2), (x + size * 1.2, y), (x, y + size * 1.2), (x - size * 1.2, y)], MARKS[i], "white"
-        )
-
-
-def draw_influence_figure(scores: Tensor, heads: dict) -> None:
-    """The head-influence map: layers x heads, darker is more influential, the selected heads outlined."""
-    cell, k = 76, 2
-    layers, count = scores.shape
-    image = Image.new("RGB", ((count * cell + 150) * k, (layers * cell + 110) * k), "white")
-    draw = ImageDraw.Draw(image)
-    share = (scores / scores.max()).tolist()
-    for layer in range(layers):
-        y = 20 + layer * cell
-        draw.text(
-            (16 * k, (y + cell / 2) * k), f"layer {layer}", "#222222", ImageFont.load_default(18 * k), anchor="lm"
-        )
-        for head in range(count):
-            x, v = 110 + head * cell, share[layer][head]
-            shade = tuple(round(a + (b - a) * v**0.5) for a, b in zip((247, 251, 255), (8, 48, 107)))
-            draw.rectangle([c * k for c in (x + 4, y + 4, x + cell - 4, y + cell - 4)], shade, "#bbbbbb")
-            if head in heads.get(layer, []):
-                draw.rectangle([c * k for c in (x + 2, y + 2, x + cell - 2, y + cell - 2)], None, "#d55e00", 4 * k)
-            ink = "white" if v > 0.25 else "#222222"
-            draw.text(
-                ((x + cell / 2) * k, (y + cell / 2) * k), f"{v:.2f}", ink, ImageFont.load_default(17 * k), anchor="mm"
-            )
-    for head in range(count):
-        x = (110 + head * cell + cell / 2) * k
-        draw.text((x, (layers * cell + 38) * k), f"head {head}", "#222222", ImageFont.load_default(16 * k), anchor="mm")
-    caption = "influence of value heads on settings screens, largest = 1; outlined: selected"
-    draw.text((16 * k, (layers * cell + 78) * k), caption, "#222222", ImageFont.load_default(15 * k), anchor="lm")
-    save_figure(image, "influence.png")
-
-
-def save_figure(image: Image.Image, name: str) -> None:
-    FIGURES.mkdir(exist_ok=True)
-    with imagelora.atomic_write(FIGURES / name) as temporary:
-        image.save(temporary, "PNG", optimize=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1225,16 +1208,20 @@ def parse(config_class, arguments: list[str]):
     return config_class(**vars(parser.parse_args(arguments)))
 
 
+MODES = {  # option -> (its settings, the job)
+    "--explain": (Config, explain),
+    "--pretrain": (PretrainConfig, pretrain),
+    "--compare": (CompareConfig, compare),
+}
+
+
 def main(arguments: list[str]) -> int:
     """Runs a job; returns the exit status: 0, 1 diverged, 2 bad input, 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        if "--pretrain" in arguments:
-            pretrain(parse(PretrainConfig, [a for a in arguments if a != "--pretrain"]))
-        elif "--compare" in arguments:
-            compare(parse(CompareConfig, [a for a in arguments if a != "--compare"]))
-        else:
-            main_job(parse(Config, arguments))
+        mode = next((argument for argument in arguments if argument in MODES), None)
+        config, job = MODES.get(mode, (Config, main_job))
+        job(parse(config, [argument for argument in arguments if argument != mode]))
     except (Interrupted, KeyboardInterrupt) as stopped:
         resume = [] if "--compare" in arguments else ["--resume"]  # a comparison always keeps its finished rows
         again = shlex.join([a for a in arguments if a != "--resume"] + resume)
