@@ -66,7 +66,9 @@ class ValueAdapter(nn.Module):
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, S * d_h]."""
-        z = F.linear(x_vis, self.A.T.contiguous())  # x A [N, r]; a BLAS is much faster with r as the outer dimension
+        # z = x A: what the selected heads share. A^T is made contiguous as BLAS is several times faster on [r, D].
+        z = F.linear(x_vis, self.A.T.contiguous())  # [N, r]
+        # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
         return z @ (self.gamma * self.scaling * self.B).transpose(0, 1).flatten(1)  # [N, r] @ [r, S * d_h]
 
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
@@ -77,11 +79,13 @@ class ValueAdapter(nn.Module):
         """
         if not len(rows) and not torch.is_grad_enabled():
             return value
-        x_vis = x.flatten(0, -2).index_select(0, rows)  # M X                          [N, D]
-        delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # (M X) A B(h), scaled   [N, S * d_h]
+        # M X
+        x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
+        delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, S * d_h]
         if len(self.heads) < self.num_heads:  # head h of row n is row n * H + h of the values seen as [B * T * H, d_h]
-            rows = (rows[:, None] * self.num_heads + self.head_index).flatten()  #     [N * S]
-            delta = delta.view(len(rows), self.B.shape[2])  #                          [N * S, d_h]
+            rows = (rows[:, None] * self.num_heads + self.head_index).flatten()  # [N * S]
+            delta = delta.view(len(rows), self.B.shape[2])  # [N * S, d_h]
+        # V~(h) = X W_V(h) + M^T delta(h)
         return value.reshape(-1, delta.shape[1]).index_add(0, rows, delta).view_as(value)
 
 
@@ -394,7 +398,8 @@ def score_heads(
             loss.backward()
             if probe == "rank1":
                 for layer, a in adapter.layers.items():
-                    scores[int(layer), : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()  # ||dL/dB(h)||^2
+                    # I(l, h) = ||dL/dB_l(h)||^2
+                    scores[int(layer), : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()
             count += 1
     finally:
         adapter.detach()
@@ -416,6 +421,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
         raise ValueError(f"num_heads must be an integer in 1..{layers * heads}, got {num_heads!r}")
     if type(tau) not in (int, float) or not 0 <= tau <= 1e9:
         raise ValueError(f"tau must be a number in 0..1e9, got {tau!r}")
+    # k_l ~ (sum_h I(l, h))^tau with sum k_l = K exactly
     influence = scores.double().sum(1)  # of each layer
     weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()  # relative, so that no power overflows
     budget = [0] * layers

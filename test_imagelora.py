@@ -335,10 +335,12 @@ def test_the_exact_probe_is_the_squared_gradient_of_the_value_weights_over_visua
 
 
 def test_the_rank_1_probe_is_an_unbiased_sketch_of_the_exact_one():
-    """dL/dB = A^T X_vis^T G with A ~ N(0, I), so over draws of A the mean of its square is the exact score."""
+    """dL/dB = A^T X_vis^T G with A ~ N(0, I), so over draws of A, one a batch, the mean of its square is the exact
+    score; a single draw is far from it."""
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + AFTER, labels=True)
-    mean = torch.stack([score_heads(model, [batch], seed=seed) for seed in range(300)]).mean(0)
-    torch.testing.assert_close(mean / score_heads(model, [batch], probe="exact"), torch.ones(L, H), rtol=0, atol=0.35)
+    exact = score_heads(model, [batch], probe="exact")
+    torch.testing.assert_close(score_heads(model, [batch] * 400) / exact, torch.ones(L, H), rtol=0, atol=0.3)
+    assert (score_heads(model, [batch]) / exact - 1).abs().max() > 0.3
 
 
 @pytest.mark.parametrize("probe", ["rank1", "exact"])

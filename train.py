@@ -55,7 +55,7 @@ class Config:
     r: int = 8  # rank
     lora_alpha: float = 16.0  # the update is scaled by lora_alpha / r
     tau: float = 4.0  # layer budget ~ influence^tau: 0 even, 1 proportional, above 1 in fewer layers
-    lr: float = 2e-2  # peak learning rate of AdamW
+    lr: float = 1e-2  # peak learning rate of AdamW
     steps: int = 400  # training steps
     screens: int = 16  # screens a step
     questions: int = 4  # questions a screen, packed into one sequence
@@ -996,7 +996,7 @@ def compare(cfg: CompareConfig) -> None:
     model = load_base(BASE)
     heads_a_layer = model.config.num_key_value_heads
     total = heads_a_layer * model.config.num_hidden_layers
-    grid = (2e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
+    grid = (1e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
     budgets = sorted({1, 2, 4, total} - {cfg.num_heads})  # those of cfg.num_heads are in the main table
     trained = [name for name in ROWS if name != "frozen"]
     domains = COMPARED[:2]
@@ -1085,7 +1085,13 @@ def pivot(title: str, rows: list[dict], index: str, column: str, cell=spread) ->
 
 def tables(rows: list[dict]) -> list[str]:
     """What the rows of a comparison say, as Markdown tables."""
-    part = grouped(rows, "part")
+
+    def place(row):  # rows stand in the order in which their runs ended
+        ranks = [list(known).index(row[name]) for name, known in order.items()]
+        return *ranks, row["num_heads"], row["lr"], row["seed"]
+
+    order = {"domain": COMPARED, "method": ROWS, "regime": REGIMES}
+    part = grouped(sorted(rows, key=place), "part")
     cells = {
         "click %": spread,
         "text %": partial(spread, name="text_acc"),
@@ -1108,8 +1114,7 @@ def tables(rows: list[dict]) -> list[str]:
         found.append(pivot(title, rows, "method", "regime", lambda group: f"{spread(group)} · {flops_cell(group)}"))
     if budget := part.get("budget"):
         rows = budget + [row for row in settings if row["method"] in grouped(budget, "method")]
-        rows.sort(key=lambda row: row["num_heads"])
-        found.append(pivot("settings, click % by head budget", rows, "num_heads", "method"))
+        found.append(pivot("settings, click % by head budget", sorted(rows, key=place), "num_heads", "method"))
     for heads, group in grouped(part.get("normalization", []), "num_heads").items():
         title = f"settings, {heads} head(s): click % · norm of the largest layer's update, by learning rate"
         found.append(pivot(title, group, "method", "lr", normalization_cell))
