@@ -1011,7 +1011,7 @@ def compare(cfg: CompareConfig) -> None:
     best_lr = {("frozen", d): 0.0 for d in COMPARED}
 
     def later_jobs():
-        def runs(part, methods, domain, **options):
+        def runs(part, methods, domain, seeds=seeds, **options):
             return [job(part, m, domain, s, best_lr[m, domain], **options) for m in methods for s in seeds]
 
         jobs = [j for d in domains for j in runs("methods", ROWS, d)]
@@ -1019,7 +1019,8 @@ def compare(cfg: CompareConfig) -> None:
             return jobs
         jobs += runs("limit", limited, "blueprint")
         four = ("frozen", "LoRA q k v o, all tokens", "LoRA v, all tokens", "Image-LoRA")
-        jobs += [j for regime in ("balanced", "text-heavy") for j in runs("regimes", four, "settings", regime=regime)]
+        for regime in ("balanced", "text-heavy"):  # long prompts take long: three seeds
+            jobs += runs("regimes", four, "settings", seeds[:3], regime=regime)
         chosen = ("Image-LoRA", "random heads", "least influential heads")
         jobs += [j for k in budgets for j in runs("budget", chosen[: 1 if k == total else 3], "settings", num_heads=k)]
         lr = best_lr["Image-LoRA", "settings"]
