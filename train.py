@@ -1001,9 +1001,10 @@ def compare(cfg: CompareConfig) -> None:
     trained = [name for name in ROWS if name != "frozen"]
     domains = COMPARED[:2]
 
-    def job(part, method, domain, seed, lr, regime="image-heavy", num_heads=cfg.num_heads, only=None, split="test"):
-        given = (part, method, domain, regime, seed, lr, num_heads, only, split, cfg.steps, cfg.screens, cfg.r, cfg.tau)
-        return dict(zip(JOB, given))
+    def job(part, method, domain, seed, lr, **options):
+        job = {"part": part, "method": method, "domain": domain, "regime": "image-heavy", "seed": seed, "lr": lr}
+        job |= {"num_heads": cfg.num_heads, "only": None, "split": "test"}
+        return job | {"steps": cfg.steps, "screens": cfg.screens, "r": cfg.r, "tau": cfg.tau} | options
 
     limited = ("frozen", "LoRA q k v o, all tokens", "visual tokens, all heads", "Image-LoRA")
     tuned = [(m, d) for d in COMPARED for m in trained if d in domains or m in limited]
@@ -1017,6 +1018,7 @@ def compare(cfg: CompareConfig) -> None:
         jobs = [j for d in domains for j in runs("methods", ROWS, d)]
         if cfg.quick:
             return jobs
+        jobs += runs("longer", ("LoRA q k v o, all tokens", "Image-LoRA"), "settings", steps=1000)
         jobs += runs("limit", limited, "blueprint")
         four = ("frozen", "LoRA q k v o, all tokens", "LoRA v, all tokens", "Image-LoRA")
         for regime in ("balanced", "text-heavy"):  # long prompts take long: three seeds
@@ -1108,6 +1110,9 @@ def tables(rows: list[dict]) -> list[str]:
         lines = [[m, *(cell(group) for cell in cells.values())] for m, group in grouped(of_domain, "method").items()]
         found.append(table(domain, ["method", *cells], lines))
     settings = [row for row in part["methods"] if row["domain"] == "settings"]
+    if longer := part.get("longer"):
+        rows = [row for row in settings if row["method"] in grouped(longer, "method")] + longer
+        found.append(pivot("settings, click % by training steps", rows, "method", "steps"))
     if regimes := part.get("regimes"):
         rows = [row for row in settings if row["method"] in grouped(regimes, "method")] + regimes
         shares = [f"{regime} {mean(g, 'visual_fraction'):.2f}" for regime, g in grouped(rows, "regime").items()]
