@@ -1121,9 +1121,10 @@ def tables(rows: list[dict]) -> list[str]:
     if budget := part.get("budget"):
         rows = budget + [row for row in settings if row["method"] in grouped(budget, "method")]
         found.append(pivot("settings, click % by head budget", sorted(rows, key=place), "num_heads", "method"))
-    for heads, group in grouped(part.get("normalization", []), "num_heads").items():
-        title = f"settings, {heads} head(s): click % · norm of the largest layer's update, by learning rate"
-        found.append(pivot(title, group, "method", "lr", normalization_cell))
+    if normalized := part.get("normalization"):
+        rows = [row | {"budget": f"{row['num_heads']} of 24 heads, {row['method']}"} for row in normalized]
+        title = "settings, click % · norm of the largest layer's update, by learning rate"
+        found.append(pivot(title, sorted(rows, key=lambda row: row["num_heads"]), "budget", "lr", normalization_cell))
     return found
 
 
