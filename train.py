@@ -841,7 +841,7 @@ ROWS = {  # name in the table -> (method, which heads, normalize)
     "without normalization": ("image_lora", "top", False),
 }
 COMPARED = ("settings", "dark", "blueprint")
-NORMALIZATION_LR = (0.01, 0.04, 0.16, 0.64)
+NORMALIZATION_LR = (0.01, 0.08, 0.64)
 
 
 @dataclass(frozen=True)
@@ -997,7 +997,7 @@ def compare(cfg: CompareConfig) -> None:
     heads_a_layer = model.config.num_key_value_heads
     total = heads_a_layer * model.config.num_hidden_layers
     grid = (1e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
-    budgets = sorted({1, 2, 4, total} - {cfg.num_heads})  # those of cfg.num_heads are in the main table
+    budgets = sorted({1, 4, total} - {cfg.num_heads})  # those of cfg.num_heads are in the main table
     trained = [name for name in ROWS if name != "frozen"]
     domains = COMPARED[:2]
 
