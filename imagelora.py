@@ -2,21 +2,23 @@
 
     V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for the heads h in S          (section 3)
 
-M keeps the rows of visual tokens. The projections of queries, keys, text tokens and other heads are untouched, so with
-no image in the context the model is the base model bit for bit. The whole use:
+in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes the rows of text tokens. The projections
+of queries, keys, text tokens and other heads are untouched, so with no image in the context the model is the (frozen)
+base model bit for bit. The whole use:
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
     adapter = attach(model, heads=select_heads(scores, 16))    # freezes the model; adapter.parameters() are trainable
-    adapter.save("adapter.pt"); load(model, "adapter.pt")      # after training
+    adapter.save("adapter.pt")                                 # after training
+    adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
 A worked example: three tokens of two features, of which the second is visual; two heads of one feature. Rank 1,
-alpha = 1, gamma = 1 and S = {1}, so every factor is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B = 0.1 makes 1.1, added
+alpha = 1, gamma = 1 and S = {1}, so every factor is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added
 to the visual token's value in head 1 and nowhere else:
 
     >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_heads=2, heads=[1], r=1, lora_alpha=1)
     >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]])), adapter.B.data.fill_(0.1)
-    >>> x = torch.tensor([[[1.0, 1.0], [3.0, 4.0], [5.0, 5.0]]])    # [B=1, T=3, D=2]
-    >>> value = torch.zeros(1, 3, 2)                                # what v_proj made of x: [B, T, H * d_h]
+    >>> x = torch.tensor([[[1.0, 1.0], [3.0, 4.0], [5.0, 5.0]]])    # one sequence, T = 3, D = 2
+    >>> value = torch.zeros(1, 3, 2)                                # what v_proj made of x: H * d_h = 2
     >>> adapter.add_update(x, value, rows=torch.tensor([1])).tolist()
     [[[0.0, 0.0], [0.0, 1.100000023841858], [0.0, 0.0]]]
 
@@ -74,27 +76,23 @@ class ValueAdapter(nn.Module):
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values.
 
-        M X is a gather and M^T a scatter: no product is computed for a text token. Zero rows change nothing, and still
-        give every parameter a gradient (of zero), which data-parallel training needs.
+        M X is a gather of rows, not a product with M: nothing is computed for a text token, nor for a decoded one. In
+        training zero rows still give every parameter a gradient (of zero), which data-parallel training needs.
         """
         if not len(rows) and not torch.is_grad_enabled():
             return value
-        # M X
+        # M X, without its zero rows
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, S * d_h]
         if len(self.heads) < self.num_heads:  # head h of row n is row n * H + h of the values seen as [B * T * H, d_h]
             rows = (rows[:, None] * self.num_heads + self.head_index).flatten()  # [N * S]
             delta = delta.view(len(rows), self.B.shape[2])  # [N * S, d_h]
-        # V~(h) = X W_V(h) + M^T delta(h)
+        # V~(h) = X W_V(h) + delta(h), put back into the rows it came from
         return value.reshape(-1, delta.shape[1]).index_add(0, rows, delta).view_as(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tokens are visual
-
-
-def same_rows(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 class VisualRows:
@@ -130,8 +128,10 @@ class VisualRows:
         """Forward hook of the top-level model, called after an exception too, with no output."""
         rows, shape = self.running.pop(threading.get_ident(), (None, None))
         if output is not None and torch.is_grad_enabled():
-            if self.awaits_backward and not (self.last and same_rows(rows, self.last[0])):
-                self.last = None
+            if self.awaits_backward:  # an earlier forward's backward is to come: a checkpoint could not tell them apart
+                known = self.last is not None and self.last[1] == shape
+                known = known and (rows is self.last[0] or (rows is not None and torch.equal(rows, self.last[0])))
+                self.last = self.last if known else None
             else:
                 self.last = rows, shape
             self.awaits_backward = True
@@ -148,7 +148,7 @@ class VisualRows:
                 raise RuntimeError("the language model was called by itself; call the model that attach() was given")
             forward, self.awaits_backward = self.last, False  # the next forward starts anew, whatever becomes of this
             if forward is None:
-                raise RuntimeError("two forwards with different images before one backward cannot be checkpointed")
+                raise RuntimeError("two forwards with different prompts before one backward cannot be checkpointed")
         rows, shape = forward
         if rows is not None and x.shape[:-1] != shape:
             raise RuntimeError(f"v_proj got tokens {list(x.shape[:-1])} where input_ids are {list(shape)}")
@@ -364,9 +364,9 @@ def score_heads(
     score is the exact one on average over A. One draw is a rough sketch, so each batch has its own; give several.
 
     loss_fn(model, batch) -> scalar, default `model(**batch).loss`; where it passes inputs_embeds it calls the model
-    inside `model.image_lora.visual_mask(mask)`. The gradient of each batch's loss is squared, and
-    the mean over batches returned: batches of one example square per example, and can rank heads differently.
-    Heads that a layer does not have score 0. The model is left as it was. Raises ValueError without visual tokens.
+    inside `model.image_lora.visual_mask(mask)`. The gradient of each batch's loss is squared, and the mean over batches
+    returned: batches of one example square per example, and can rank heads differently. Heads that a layer does not
+    have score 0. The model is left as it was. Raises ValueError without visual tokens.
     """
     if probe not in ("rank1", "exact"):
         raise ValueError(f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
@@ -411,8 +411,9 @@ def score_heads(
 def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     """The `num_heads` heads to adapt, exactly: layer l gets k_l ~ (sum_h I(l, h))^tau of them, its most influential.
 
-    scores [L, H], as from `score_heads`. tau=0 spreads the budget evenly, tau=1 in proportion to influence; no layer
-    gets more than its H heads. Raises ValueError on bad input.
+    scores [L, H], as from `score_heads`. tau=0 spreads the budget evenly, tau=1 in proportion to influence, a large tau
+    fills the most influential layers first; 0.5 is the authors' default. No layer gets more than H heads. Raises
+    ValueError on bad input.
     """
     if scores.ndim != 2 or not scores.isfinite().all() or (scores < 0).any():
         raise ValueError(f"scores must be finite, not negative and [layers, heads], got {list(scores.shape)}")
@@ -425,7 +426,9 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     influence = scores.double().sum(1)  # of each layer
     weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()  # relative, so that no power overflows
     budget = [0] * layers
-    for _ in range(num_heads):  # to the layer with most influence for each head it would have then (Sainte-Lague)
+    for _ in range(
+        num_heads
+    ):  # to the layer of the largest weight / (2 k + 1), k its heads so far: Sainte-Lague's rule
         open_layers = (layer for layer in range(layers) if budget[layer] < heads)
         budget[max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()

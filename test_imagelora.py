@@ -213,8 +213,8 @@ def test_decoding_with_a_cache_equals_decoding_without_and_costs_nothing():
 
 
 @torch.no_grad()
-def test_a_prompt_may_be_cut_anywhere():
-    """A chunk that begins inside the image is adapted, a later text chunk longer than the image is not."""
+def test_a_prompt_may_be_cut_in_chunks():
+    """Between the images the rest of the prompt is adapted, after them a text chunk longer than an image is not."""
     ids, images = [1, 5, *IMAGE, *IMAGE, 6, 7, 8, 9, 10, 11, 12], pictures(2)
     model = tiny_vlm()
     attach_trained(model)
@@ -427,7 +427,7 @@ def test_the_three_savings_multiply():
     ours = image_lora_flops(visual, 64, 8, {layer: list(range(heads)) for layer in range(layers)}, 8, input_grad=True)
     assert ours / lora == pytest.approx(0.6 * (1 / 4))
     half = image_lora_flops(visual, 64, 8, {layer: list(range(4)) for layer in range(layers)}, 8, input_grad=True)
-    assert half / ours == pytest.approx((64 * 3 + 32 * 3) / (64 * 6), rel=0.01) or half / ours == pytest.approx(0.75)
+    assert half / ours == pytest.approx(0.75)  # not 1/2: A is shared, so half of a layer's heads cost more than half
 
 
 def test_no_value_weight_reproduces_the_adapter_on_mixed_tokens():
@@ -1774,7 +1774,7 @@ def test_two_forwards_before_one_backward(use_reentrant):
         return
     checkpointing(model, use_reentrant)
     torch.testing.assert_close(adapter_gradients(model, adapter, here, here), 2 * first)
-    with pytest.raises(RuntimeError, match="two forwards with different images"):
+    with pytest.raises(RuntimeError, match="two forwards with different prompts"):
         adapter_gradients(model, adapter, here, there)
     torch.testing.assert_close(adapter_gradients(model, adapter, there), second)
 

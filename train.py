@@ -10,9 +10,11 @@ Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D h
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -775,7 +777,7 @@ def explain(cfg: Config) -> None:
     for layer, row in enumerate((scores / scores.max()).tolist()):
         print(f"               layer {layer}   " + "  ".join(f"{score:.2f}" for score in row))
     heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-    print(f"4 selection    S = {heads}: {cfg.num_heads} of {scores.numel()} heads")
+    print(f"4 selection    heads {heads}: {cfg.num_heads} of {scores.numel()} heads")
 
     torch.manual_seed(cfg.seed)
     adapter = imagelora.attach(model, cfg.r, cfg.lora_alpha, heads)
@@ -864,8 +866,8 @@ class CompareConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def spread_heads(which: str, scores: Tensor, num_heads: int, tau: float, seed: int) -> dict:
-    """The budget's most influential, random or least influential heads of all."""
+def choose_heads(which: str, scores: Tensor, num_heads: int, tau: float, seed: int) -> dict:
+    """Heads by select_heads ("top"), or at random or the least influential of all, without a budget of layers."""
     if which == "top":
         return imagelora.select_heads(scores, num_heads, tau)
     heads_a_layer = scores.shape[1]
@@ -900,13 +902,13 @@ def finetune(job: dict) -> dict:
         batch, _ = packed_batch([shown[i] for i in picks], 2, history, rng, patches, step * job["screens"])
         return batch | {"image_features": features[torch.from_numpy(picks)]}
 
-    probe = 2 * PROBE_BATCHES  # of half the main job's size
-    heads = job.get("only")
+    probe = 2 * PROBE_BATCHES  # batches, smaller than the main job's
+    heads = job.get("only")  # given, instead of chosen
     if heads is not None:
         heads = {int(layer): h for layer, h in heads.items()}
     elif which:
         scores = imagelora.score_heads(model, map(batch_of, range(probe)), seed=seed)
-        heads = spread_heads(which, scores, job["num_heads"], job["tau"], seed)
+        heads = choose_heads(which, scores, job["num_heads"], job["tau"], seed)
     torch.manual_seed(seed)
     base_text = text_logits(model, 128)
     adapter = attach(model, method, job["r"], 2.0 * job["r"], heads, normalize)
@@ -1153,7 +1155,7 @@ def step_time_ratios(cfg: CompareConfig, repetitions: int = 25) -> list[list[str
             values = [layer.self_attn.v_proj for layer in model.language_model.layers]
             if name != "floor":
                 method, which, normalize = ROWS[name]
-                heads = spread_heads(which, scores, cfg.num_heads, cfg.tau, 0) if which else None
+                heads = choose_heads(which, scores, cfg.num_heads, cfg.tau, 0) if which else None
                 attach(model, method, cfg.r, 2.0 * cfg.r, heads, normalize)
             with constant_added(values) if name == "floor" else nullcontext():
                 start = time.perf_counter()
@@ -1207,16 +1209,18 @@ def probe_scores(probe: str, batches: int = 2 * PROBE_BATCHES) -> Tensor:
 
 
 def parse(config_class, arguments: list[str]):
-    """The config from arguments: an option per field."""
+    """The config from arguments: an option per field, its comment in the class as the help text."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     for f in fields(config_class):
         name = f"--{f.name.replace('_', '-')}"
         if f.type is bool or f.type == "bool":
-            parser.add_argument(name, action="store_true")
+            parser.add_argument(name, action="store_true", help=comments.get(f.name))
         else:
-            parser.add_argument(name, type=type(f.default), default=f.default, help=f"default {f.default!r}")
+            text = f"{comments.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
+            parser.add_argument(name, type=type(f.default), default=f.default, help=text)
     return config_class(**vars(parser.parse_args(arguments)))
 
 
