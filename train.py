@@ -843,6 +843,7 @@ ROWS = {  # name in the table -> (method, which heads, normalize)
     "without normalization": ("image_lora", "top", False),
 }
 COMPARED = ("settings", "dark", "blueprint")
+LONGER = 1000  # steps, of the runs that show what training longer brings
 NORMALIZATION_LR = (0.01, 0.08, 0.64)
 
 
@@ -1011,23 +1012,28 @@ def compare(cfg: CompareConfig) -> None:
     limited = ("frozen", "LoRA q k v o, all tokens", "visual tokens, all heads", "Image-LoRA")
     tuned = [(m, d) for d in COMPARED for m in trained if d in domains or m in limited]
     tuning = [job("tuning", m, d, 0, lr, split="validation") for m, d in tuned for lr in grid]
-    best_lr = {("frozen", d): 0.0 for d in COMPARED}
+    longer = {"methods": ("LoRA q k v o, all tokens", "Image-LoRA"), "domain": "settings", "steps": LONGER}
+    tuning += [
+        job("tuning", m, "settings", 0, x, split="validation", steps=LONGER) for m in longer["methods"] for x in grid
+    ]
+    best_lr = {("frozen", d, cfg.steps): 0.0 for d in COMPARED}
 
     def later_jobs():
-        def runs(part, methods, domain, seeds=seeds, **options):
-            return [job(part, m, domain, s, best_lr[m, domain], **options) for m in methods for s in seeds]
+        def runs(part, methods, domain, seeds=seeds, steps=cfg.steps, **options):
+            rates = {m: best_lr[m, domain, steps] for m in methods}
+            return [job(part, m, domain, s, rates[m], steps=steps, **options) for m in methods for s in seeds]
 
         jobs = [j for d in domains for j in runs("methods", ROWS, d)]
         if cfg.quick:
             return jobs
-        jobs += runs("longer", ("LoRA q k v o, all tokens", "Image-LoRA"), "settings", steps=1000)
+        jobs += runs("longer", **longer)
         jobs += runs("limit", limited, "blueprint")
         four = ("frozen", "LoRA q k v o, all tokens", "LoRA v, all tokens", "Image-LoRA")
-        for regime in ("balanced", "text-heavy"):  # long prompts take long: three seeds
-            jobs += runs("regimes", four, "settings", seeds[:3], regime=regime)
+        for regime in ("balanced", "text-heavy"):  # long prompts take long: two seeds
+            jobs += runs("regimes", four, "settings", seeds[:2], regime=regime)
         chosen = ("Image-LoRA", "random heads", "least influential heads")
         jobs += [j for k in budgets for j in runs("budget", chosen[: 1 if k == total else 3], "settings", num_heads=k)]
-        lr = best_lr["Image-LoRA", "settings"]
+        lr = best_lr["Image-LoRA", "settings", cfg.steps]
         singles = [divmod(i, heads_a_layer) for i in range(total)]
         jobs += [job("single", "Image-LoRA", "settings", 0, lr, only={str(layer): [h]}) for layer, h in singles]
         for k in (1, total):  # at rates from good to too high
@@ -1035,7 +1041,7 @@ def compare(cfg: CompareConfig) -> None:
                 jobs += [job("normalization", m, "settings", 0, lr, num_heads=k) for lr in NORMALIZATION_LR]
         return jobs
 
-    best_lr |= {(m, d): grid[0] for m in trained for d in COMPARED}
+    best_lr |= {(m, d, steps): grid[0] for m in trained for d in COMPARED for steps in (cfg.steps, LONGER)}
     jobs_total = len(later_jobs()) + (0 if cfg.quick else len(tuning))
     workers = torch.multiprocessing.get_context("spawn").Pool(  # Ctrl-C is for the main process, which ends them
         cfg.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
@@ -1043,7 +1049,7 @@ def compare(cfg: CompareConfig) -> None:
     with workers as pool, progress(jobs_total, "compare") as bar:
         if not cfg.quick:
             for row in sorted(run_jobs(tuning, rows, pool, path, bar), key=lambda row: row["action_acc"]):
-                best_lr[row["method"], row["domain"]] = row["lr"]  # the best comes last
+                best_lr[row["method"], row["domain"], row["steps"]] = row["lr"]  # the best comes last
         finished = run_jobs(later_jobs(), rows, pool, path, bar)
     report(finished, cfg)
     print(f"\nsaved {path}")
