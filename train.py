@@ -844,6 +844,7 @@ ROWS = {  # name in the table -> (method, which heads, normalize)
 }
 COMPARED = ("settings", "dark", "blueprint")
 LONGER = 1000  # steps, of the runs that show what training longer brings
+BRIEF = 200  # steps, of the runs of single heads and at many learning rates
 NORMALIZATION_LR = (0.01, 0.08, 0.64)
 
 
@@ -1000,7 +1001,7 @@ def compare(cfg: CompareConfig) -> None:
     heads_a_layer = model.config.num_key_value_heads
     total = heads_a_layer * model.config.num_hidden_layers
     grid = (1e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
-    budgets = sorted({1, 4, total} - {cfg.num_heads})  # those of cfg.num_heads are in the main table
+    budgets = sorted({1, 4} - {cfg.num_heads})  # those of cfg.num_heads and of all heads are in the main table
     trained = [name for name in ROWS if name != "frozen"]
     domains = COMPARED[:2]
 
@@ -1032,13 +1033,14 @@ def compare(cfg: CompareConfig) -> None:
         for regime in ("balanced", "text-heavy"):  # long prompts take long: two seeds
             jobs += runs("regimes", four, "settings", seeds[:2], regime=regime)
         chosen = ("Image-LoRA", "random heads", "least influential heads")
-        jobs += [j for k in budgets for j in runs("budget", chosen[: 1 if k == total else 3], "settings", num_heads=k)]
+        jobs += [j for k in budgets for j in runs("budget", chosen, "settings", num_heads=k)]
+        brief = {"domain": "settings", "seed": 0, "steps": BRIEF}
         lr = best_lr["Image-LoRA", "settings", cfg.steps]
-        singles = [divmod(i, heads_a_layer) for i in range(total)]
-        jobs += [job("single", "Image-LoRA", "settings", 0, lr, only={str(layer): [h]}) for layer, h in singles]
+        for layer, head in (divmod(i, heads_a_layer) for i in range(total)):
+            jobs.append(job("single", "Image-LoRA", lr=lr, only={str(layer): [head]}, **brief))
         for k in (1, total):  # at rates from good to too high
             for m in ("Image-LoRA", "without normalization"):
-                jobs += [job("normalization", m, "settings", 0, lr, num_heads=k) for lr in NORMALIZATION_LR]
+                jobs += [job("normalization", m, lr=lr, num_heads=k, **brief) for lr in NORMALIZATION_LR]
         return jobs
 
     best_lr |= {(m, d, steps): grid[0] for m in trained for d in COMPARED for steps in (cfg.steps, LONGER)}
@@ -1128,7 +1130,9 @@ def tables(rows: list[dict]) -> list[str]:
         found.append(pivot(title, rows, "method", "regime", lambda group: f"{spread(group)} · {flops_cell(group)}"))
     if budget := part.get("budget"):
         rows = budget + [row for row in settings if row["method"] in grouped(budget, "method")]
-        found.append(pivot("settings, click % by head budget", sorted(rows, key=place), "num_heads", "method"))
+        every = [row for row in settings if row["method"] == "visual tokens, all heads"]
+        rows += [row | {"method": "Image-LoRA", "num_heads": "all"} for row in every]
+        found.append(pivot("settings, click % by head budget", rows, "num_heads", "method"))
     if normalized := part.get("normalization"):
         rows = [row | {"budget": f"{row['num_heads']} of 24 heads, {row['method']}"} for row in normalized]
         title = "settings, click % · norm of the largest layer's update, by learning rate"
