@@ -98,7 +98,7 @@ def accuracy_against_cost(panels: dict[str, dict[str, tuple[float, float, float]
             return x, y0 + (y1 - y0) * (accuracy - bottom) / (top - bottom)
 
         text((x0 + x1) / 2, 30, f"{title} screens: click accuracy", 19, "mm")
-        for tick in range(bottom, top + 1, 5):
+        for tick in range(bottom, top + 1, 1 if top - bottom <= 10 else 5):
             y = at(10, tick)[1]
             line(x0, y, x1, y, GRID)
             text(x0 - 8, y, f"{tick} %", 15, "rm")
@@ -109,7 +109,7 @@ def accuracy_against_cost(panels: dict[str, dict[str, tuple[float, float, float]
                 text(x, y0 + 18, str(tick), 15, "mm")
         line(x0, y0, x1, y0, INK, 2)
         text((x0 + x1) / 2, y0 + 42, "adapter MFLOP a training step (log axis)", 15, "mm")
-        for method, (cost, mean, deviation) in results.items():
+        for method, (cost, mean, deviation) in reversed(results.items()):  # the first ones end on top
             i = methods.index(method)
             (x, above), (_, below) = at(cost, mean + deviation), at(cost, mean - deviation)
             line(x, above, x, below, COLOURS[i], 3)
