@@ -428,7 +428,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     budget = [0] * layers
     for _ in range(
         num_heads
-    ):  # to the layer of the largest weight / (2 k + 1), k its heads so far: Sainte-Lague's rule
+    ):  # Sainte-Lague's rule: to the layer of the largest weight / (2 k + 1), k its heads so far
         open_layers = (layer for layer in range(layers) if budget[layer] < heads)
         budget[max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
@@ -547,9 +547,11 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
             raise ValueError("its tensors must be finite")
         for layer, a in adapter.layers.items():  # B's blocks are in the file's order of heads
             a.B.data = a.B.data[torch.tensor(heads[int(layer)]).argsort()]
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too leaves the model as it was
         if adapter is not None:
             adapter.detach()
+        if not isinstance(error, Exception):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{path} does not fit this model ({reason})") from None
     return adapter
