@@ -426,9 +426,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     influence = scores.double().sum(1)  # of each layer
     weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()  # relative, so that no power overflows
     budget = [0] * layers
-    for _ in range(
-        num_heads
-    ):  # Sainte-Lague's rule: to the layer of the largest weight / (2 k + 1), k its heads so far
+    for _ in range(num_heads):  # Sainte-Lague: to the layer of the largest weight / (2 k + 1), k its heads so far
         open_layers = (layer for layer in range(layers) if budget[layer] < heads)
         budget[max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
