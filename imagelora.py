@@ -129,9 +129,8 @@ class VisualRows:
         rows, shape = self.running.pop(threading.get_ident(), (None, None))
         if output is not None and torch.is_grad_enabled():
             if self.awaits_backward:  # an earlier forward's backward is to come: a checkpoint could not tell them apart
-                known = self.last is not None and self.last[1] == shape
-                known = known and (rows is self.last[0] or (rows is not None and torch.equal(rows, self.last[0])))
-                self.last = self.last if known else None
+                same = self.last and self.last[1] == shape and (rows is None or torch.equal(rows, self.last[0]))
+                self.last = self.last if same else None
             else:
                 self.last = rows, shape
             self.awaits_backward = True
@@ -358,10 +357,11 @@ def score_heads(
 ) -> Tensor:
     """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
 
-    probe="rank1": ||dL/dB_l(h)||^2 of a rank-1 Image-LoRA in every head, A ~ N(0, 1) and B = 0: the model's output is
-    unchanged while it is probed. probe="exact": ||X_vis^T G_l(h)||^2, the squared gradient of the full W_V(h) over
-    visual tokens, where G is the gradient at the value output. As dL/dB = A^T X_vis^T G and E[A A^T] = I, the rank-1
-    score is the exact one on average over A. One draw is a rough sketch, so each batch has its own; give several.
+    An Image-LoRA with B = 0 is put on every head, so that the model's output is unchanged while it is probed, and
+    I(l, h) = ||dL/dB_l(h)||^2, where dL/dB = A^T X_vis^T G and G is the gradient at the value output.
+    probe="rank1": r = 1 and A ~ N(0, 1). probe="exact": r = D and A = I, so it is the squared gradient of the whole
+    W_V(h) over visual tokens; it takes 4 L D^2 bytes. As E[A A^T] = I, rank-1 is exact on average over A. One draw is a
+    rough sketch, so each batch has its own; give several.
 
     loss_fn(model, batch) -> scalar, default `model(**batch).loss`; where it passes inputs_embeds it calls the model
     inside `model.image_lora.visual_mask(mask)`. The gradient of each batch's loss is squared, and the mean over batches
@@ -371,35 +371,26 @@ def score_heads(
     if probe not in ("rank1", "exact"):
         raise ValueError(f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
-    adapter = attach(model, r=1, lora_alpha=1, normalize=False)
+    r = 1 if probe == "rank1" else _value_projections(model)[0][0].in_features
+    adapter = attach(model, r, lora_alpha=r, normalize=False)
     try:
+        adapters, count = list(adapter.layers.values()), 0
+        scores = torch.zeros(len(adapters), max(adapter.head_counts))
         generator = torch.Generator().manual_seed(seed)
-        scores = torch.zeros(len(adapter.head_counts), max(adapter.head_counts))
-
-        def add_exact(layer, a, inputs, delta):  # inputs: X_vis [N, D]; delta: [N, H * d_h], whose gradient is G
-            def at_backward(G):
-                product = (inputs[0].float().T @ G.float()).unflatten(1, (a.num_heads, -1))  # X_vis^T G   [D, H, d_h]
-                scores[layer, : a.num_heads] += product.square().sum((0, 2)).cpu()
-
-            if delta.requires_grad:  # not in a checkpoint's first run
-                delta.register_hook(at_backward)
-
-        if probe == "exact":
-            for layer, a in adapter.layers.items():
-                a.register_forward_hook(partial(add_exact, int(layer)))
-        count = 0
+        for a in adapters:
+            nn.init.eye_(a.A.requires_grad_(False))
         for batch in batches:
-            for a in adapter.layers.values():
-                a.A.data.copy_(torch.randn(a.A.shape, generator=generator))
+            if probe == "rank1":
+                for a in adapters:
+                    a.A.copy_(torch.randn(a.A.shape, generator=generator))
             loss = loss_fn(model, batch)
             if not loss.isfinite():
                 raise ValueError(f"the loss of probe batch {count} is {loss.item()}")
             adapter.zero_grad()
             loss.backward()
-            if probe == "rank1":
-                for layer, a in adapter.layers.items():
-                    # I(l, h) = ||dL/dB_l(h)||^2
-                    scores[int(layer), : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()
+            for layer, a in enumerate(adapters):
+                # I(l, h) = ||dL/dB_l(h)||^2
+                scores[layer, : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()
             count += 1
     finally:
         adapter.detach()
@@ -586,21 +577,19 @@ def print_costs(shape: tuple[int, int, int, int, int], visual: int, text: int, r
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Parameters and adapter training FLOPs, LoRA against Image-LoRA.")
     parser.add_argument("--model", default="qwen2.5-vl-7b", choices=SHAPES)
-    fields = ("--layers", "--hidden-size", "--query-heads", "--kv-heads", "--head-dim")
-    for name in fields:
-        parser.add_argument(name, type=int, help="instead of the model's")
+    sizes = ("LAYERS", "HIDDEN_SIZE", "QUERY_HEADS", "VALUE_HEADS", "HEAD_SIZE")
+    parser.add_argument("--shape", type=int, nargs=5, metavar=sizes, help="another model's, instead of --model")
     parser.add_argument("--visual-tokens", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=256)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--num-heads", type=int, help="selected value heads, default half of all")
     args = parser.parse_args(arguments)
-    given = [getattr(args, name[2:].replace("-", "_")) for name in fields]
-    shape = tuple(default if value is None else value for default, value in zip(SHAPES[args.model], given))
+    shape = args.shape or SHAPES[args.model]
     total = shape[0] * shape[3]
     num_heads = max(total // 2, 1) if args.num_heads is None else args.num_heads
-    if min(*shape, args.r, num_heads, args.visual_tokens, args.text_tokens + 1) < 1 or num_heads > total:
+    if min(*shape, args.r, args.visual_tokens, args.text_tokens + 1) < 1 or not 1 <= num_heads <= total:
         parser.error(
-            f"sizes and --visual-tokens must be positive, --text-tokens not negative and --num-heads at most {total}"
+            f"sizes, --r and --visual-tokens must be positive, --text-tokens not negative, --num-heads in 1..{total}"
         )
     print_costs(shape, args.visual_tokens, args.text_tokens, args.r, num_heads)
 

@@ -21,9 +21,12 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
+from itertools import chain, product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,13 @@ PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, 
 METHODS = ("image_lora", "lora", "lora_value", "none")
 BASE = Path(__file__).parent / "data" / "tiny_vlm.pt"
 FIGURES = BASE.parent / "figures"
+
+
+def require(config, least: int, *names: str) -> None:
+    """Raise ValueError where one of these fields is below `least`, not finite or too large."""
+    for name in names:
+        if not least <= getattr(config, name) < 2**63:
+            raise ValueError(f"{name} must be finite and at least {least}, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,8 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("num_heads", "r", "steps", "screens", "questions", "test_screens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lora_alpha", "tau", "lr", "history", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        require(self, 1, "num_heads", "r", "steps", "screens", "questions", "test_screens")
+        require(self, 0, "lora_alpha", "tau", "lr", "history", "seed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,91 +200,239 @@ def text_logits(model: TinyVLM, count: int = 512) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The baseline: standard LoRA on whole Linear layers and all tokens
+# The main job
 
 
-def shape_of(config: TinyVLMConfig) -> tuple[int, int, int, int, int]:
-    """Layers, hidden size, query heads, value heads, head size: what `imagelora.lora_costs` takes."""
-    heads = config.num_attention_heads
-    return config.num_hidden_layers, config.hidden_size, heads, config.num_key_value_heads, config.hidden_size // heads
+def main_job(cfg: Config) -> None:
+    """before -> probe -> select -> train -> after -> cost -> saved. Under torchrun, data-parallel."""
+    start = time.time()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(cfg.device)
+    if cfg.screens % world:
+        raise ValueError(f"screens must be a multiple of the {world} processes, got {cfg.screens}")
+    say = print if rank == 0 else lambda *args: None
+    out = Path(cfg.out or f"runs/{cfg.domain}")
+    model = load_base(BASE).to(device)
+    heads_total = model.config.num_hidden_layers * model.config.num_key_value_heads
+    if cfg.method == "image_lora" and cfg.num_heads > heads_total:
+        raise ValueError(f"num_heads must be at most the base's {heads_total} value heads, got {cfg.num_heads}")
+    if cfg.r > model.config.hidden_size:
+        raise ValueError(f"r must be at most the base's hidden size {model.config.hidden_size}, got {cfg.r}")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
+        (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
+    def measure() -> tuple[dict, list]:
+        metrics, points = evaluate(model, cfg.domain, "test", cfg.test_screens, cfg.history)
+        return metrics | {"word_problem_acc": evaluate_word_problems(model, "test")}, points
 
-class LoRA(nn.Module):
-    """y + (alpha / r) x A B on the named projections of every language layer; the rest of the model is frozen."""
+    patches, size = model.config.num_patches, sum(p.numel() for p in model.parameters())
+    say(f"base     {BASE.name} · {size / 1e6:.2f} M parameters · {patches} visual tokens a screen · {device}")
+    before, base_points = measure()
+    base_text = text_logits(model)
+    say(f"before   click accuracy on {cfg.domain} screens {accuracy_line(before)}")
 
-    def __init__(self, model: TinyVLM, r: int, lora_alpha: float, targets=("q_proj", "k_proj", "v_proj", "o_proj")):
-        super().__init__()
-        self.r, self.scaling, self.enabled = r, lora_alpha / r, True
-        self.shape, self.names = shape_of(model.config), [t[0] for t in targets]
-        self.linears = [getattr(layer.self_attn, t) for layer in model.language_model.layers for t in targets]
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        for i, linear in enumerate(self.linears):
-            self.A.append(nn.Parameter(torch.empty(linear.in_features, r, device=model.device)))
-            self.B.append(nn.Parameter(torch.zeros(r, linear.out_features, device=model.device)))
-            nn.init.kaiming_uniform_(self.A[i].T, a=math.sqrt(5))
-        self._handles = [m.register_forward_hook(partial(self._add, i)) for i, m in enumerate(self.linears)]
-        model.requires_grad_(False)
-        model.lora = self
+    heads = None
+    if cfg.method == "image_lora":
+        probed = (training_batch(cfg, model, step)[0] for step in range(-PROBE_BATCHES, 0))
+        scores = imagelora.score_heads(model, probed, seed=cfg.seed)
+        heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
+        screens = PROBE_BATCHES * cfg.screens
+        say(f"probe    rank-1 influence of {scores.numel()} heads, {screens} screens:  {bars(scores, heads)}")
+        chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
+        say(f"select   {cfg.num_heads} of {scores.numel()} heads: {chosen}")
 
-    def _add(self, i: int, linear, inputs, y: Tensor) -> Tensor:
-        return y + (self.scaling * (inputs[0] @ self.A[i])) @ self.B[i] if self.enabled else y
-
-    @contextmanager
-    def disabled(self):
-        self.enabled = False
+    torch.manual_seed(cfg.seed)
+    adapter = attach(model, cfg.method, cfg.r, cfg.lora_alpha, heads)
+    after, tuned_points, difference, cost = before, base_points, 0.0, {}
+    if adapter is not None:
         try:
-            yield
-        finally:
-            self.enabled = True
-
-    def flops(self, num_tokens: int) -> int:
-        """FLOPs in one training step (forward and backward) over so many tokens."""
-        return imagelora.lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
-
-    def save(self, path) -> None:
-        imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
-
-
-def attach(model, method: str, r: int, lora_alpha: float, heads: dict | None, normalize=True) -> nn.Module | None:
-    """The adapter of a method of METHODS on the model."""
-    if method == "image_lora":
-        return imagelora.attach(model, r, lora_alpha, heads, normalize)
-    if method == "none":
-        model.requires_grad_(False)
-        return None
-    return LoRA(model, r, lora_alpha, *([("v_proj",)] if method == "lora_value" else []))
-
-
-@contextmanager
-def constant_added(modules: list[nn.Module]):
-    """Within it the outputs of these modules need a gradient, as those of adapted ones do, at no cost to speak of."""
-    constant = torch.zeros((), device=next(modules[0].parameters()).device, requires_grad=True)
-    handles = [module.register_forward_hook(lambda module, inputs, y: y + constant) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            cost = train_adapter(cfg, model, adapter, out, rank, world)
+        except Diverged as error:
+            adapter.save(out / "adapter.pt")
+            raise Diverged(f"{error}; {out / 'adapter.pt'} is the last good adapter") from None
+        after, tuned_points = measure()
+        difference = (text_logits(model) - base_text).abs().max().item()
+    say(f"after    click accuracy on {cfg.domain} screens {accuracy_line(after)}")
+    verdict = "identical" if difference == 0 else "changed"
+    say(f"text     logits of {len(base_text)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
+    if cost:
+        parameters, flops = cost["trainable_parameters"], cost["adapter_flops_per_screen"]
+        say(
+            f"cost     {parameters:,} parameters ({parameters / cost['lora_trainable_parameters']:.0%} of LoRA)"
+            f" · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / cost['lora_flops_per_screen']:.0%} of LoRA),"
+            f" {'counted = computed' if cost['counted'] else 'counted differs from computed'}"
+        )
+    if rank == 0:
+        if adapter is not None:
+            adapter.save(out / "adapter.pt")
+        save_png(figures.predictions(base_points, tuned_points), out / "predictions.png")
+        run = {"device": str(device), "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
+        result = {"before": before, "after": after, "text_logits_max_abs_diff": difference, "heads": heads}
+        write_json(out / "metrics.json", asdict(cfg) | run | result | cost)
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        say(f"saved    {out}/ {'adapter.pt ' if adapter is not None else ''}metrics.json predictions.png")
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
-def count_training_flops(model: TinyVLM, adapter: nn.Module, batch: dict) -> int:
-    """The adapter's FLOPs in one training step as PyTorch counts them: with the adapter, less the same step with only
-    a constant added to the adapted projections, which makes the backbone's backward pass the same."""
-    if isinstance(adapter, LoRA):
-        adapted = adapter.linears
-    else:
-        adapted = [model.language_model.layers[layer].self_attn.v_proj for layer in adapter.heads]
+def training_batch(cfg: Config, model: TinyVLM, step: int, mine: slice = slice(None)) -> tuple[dict, list]:
+    """A training step's screens, the probe's where the step is below 0, and the boxes of their clicks."""
+    number = step + PROBE_BATCHES
+    first, rng = number * cfg.screens, np.random.default_rng([cfg.seed, number])
+    drawn = [S.draw_screen(cfg.domain, "train", first + i, cfg.seed) for i in range(cfg.screens)]
+    batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, rng, model.config.num_patches, first)
+    batch["pixel_values"] = pixels([screen.image for screen in drawn])
+    return {name: tensor[mine].to(model.device) for name, tensor in batch.items()}, boxes[mine]
 
-    def step() -> int:
-        with FlopCounterMode(display=False) as counter:
-            model(**batch).loss.backward()
-        return counter.get_total_flops()
 
-    with_adapter = step()
-    with adapter.disabled(), constant_added(adapted):
-        floor = step()
-    adapter.zero_grad()
-    return with_adapter - floor
+def train_adapter(cfg: Config, model: TinyVLM, adapter: nn.Module, out: Path, rank: int, world: int) -> dict:
+    """Train the adapter, this process on its share of each step's screens; returns its costs."""
+    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    precision = torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
+    share = cfg.screens // world
+    mine = slice(rank * share, (rank + 1) * share)
+    clicks = deque(maxlen=16 * cfg.screens * cfg.questions)  # of the last 16 steps, the answers given teacher-forced
+
+    def loss_of(step):
+        batch, boxes = training_batch(cfg, model, step, mine)
+        with precision:
+            result = replica(**batch)
+        answers = batch["labels"][:, 1:] >= 0  # each is x, y, <eos>
+        words = [VOCABULARY[i] for i in result.logits[:, :-1][answers].argmax(-1).tolist()]
+        given = [parse_point(f"{x} {y}") for x, y in zip(words[::3], words[1::3])]
+        clicks.extend(S.is_hit(point, box) for point, box in zip(given, chain.from_iterable(boxes)))
+        return result.loss, f"loss {result.loss.item():.3f}  click {np.mean(clicks):.0%}"
+
+    settings = json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("device", "out", "resume")})
+    files = {"checkpoint": out / "checkpoint.pt", "signature": settings, "resume": cfg.resume}
+    with progress(cfg.steps, "train", quiet=rank > 0) as bar:
+        tune(adapter, cfg.lr, cfg.steps, loss_of, bar, **files)
+    batch, _ = training_batch(cfg, model, 0, mine)
+    parameters, computed, counted = costs(model, adapter, batch)
+    lora_parameters, lora = imagelora.lora_costs(*shape_of(model.config), batch["input_ids"].numel(), cfg.r)
+    return {
+        "trainable_parameters": parameters,
+        "lora_trainable_parameters": lora_parameters,
+        "adapter_flops_per_screen": computed / share,
+        "lora_flops_per_screen": lora / share,
+        "counted": counted == computed,
+    }
+
+
+def accuracy_line(m: dict) -> str:
+    line = f"{m['action_acc']:6.1%}  (text {m['text_acc']:.1%}  icon {m['icon_acc']:.1%})"
+    return line + (f"    word problems {m['word_problem_acc']:.1%}" if "word_problem_acc" in m else "")
+
+
+def bars(scores: Tensor, heads: dict) -> str:
+    """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
+    height = (scores / scores.max().clamp(min=1e-30) * 8).ceil().int().tolist()
+    layers = [
+        "".join(
+            f"[{' ▁▂▃▄▅▆▇█'[v]}]" if h in heads.get(layer, []) else f" {' ▁▂▃▄▅▆▇█'[v]} " for h, v in enumerate(row)
+        )
+        for layer, row in enumerate(height)
+    ]
+    return " · ".join(layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A guided walk: one screen and one question through base, probe, selection, a training step and decoding
+
+
+@torch.no_grad()
+def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, Tensor]:
+    """What these modules put out in one forward pass, and the logits."""
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
+        for name, module in modules.items()
+    ]
+    seen["logits"] = model(**batch).logits
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """The walk's settings; all others are those of the main job."""
+
+    domain: str = "settings"  # settings | dark | blueprint | source
+    seed: int = 0
+
+
+def explain(given: ExplainConfig) -> None:
+    """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
+    cfg, model = Config(**asdict(given)), load_base(BASE)
+    patches = model.config.num_patches
+    screen = S.draw_screen(cfg.domain, "test", 0)
+    sample = S.grounding(screen, screen.targets()[0], np.random.default_rng(cfg.seed))
+    question = encode(sample["instruction"])
+    ids = torch.tensor([[ID[BOS]] + [ID[IMAGE]] * patches + question])
+    one = {"input_ids": ids, "pixel_values": pixels([screen.image])}
+
+    def asked() -> str:
+        return decode(model.generate(**one, max_new_tokens=3)[0, ids.shape[1] :].tolist())
+
+    def show(station: str, text: str) -> None:
+        print(f"{station:15}{text}")
+
+    show("1 the prompt", f"input_ids {list(ids.shape)}: <bos>, <image> x {patches}, {sample['instruction']}")
+    show("", f"the right answer {sample['answer']}, the base model's {asked()}")
+    rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
+    show("2 M", f"the rows of visual tokens [{len(rows)}]: {rows[0]} .. {rows[-1]} of 0 .. {ids.numel() - 1}")
+
+    batches = [training_batch(cfg, model, step)[0] for step in range(-PROBE_BATCHES, 1)]
+    scores = imagelora.score_heads(model, batches[:-1], seed=cfg.seed)
+    show("3 probe", f"I(l, h) = ||dL/dB_l(h)||^2, {PROBE_BATCHES} batches {list(scores.shape)}, the largest = 1")
+    for layer, row in enumerate((scores / scores.max()).tolist()):
+        show("", f"layer {layer}   " + "  ".join(f"{score:.2f}" for score in row))
+    heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
+    show("4 selection", f"heads {heads}: {cfg.num_heads} of {scores.numel()} heads")
+
+    torch.manual_seed(cfg.seed)
+    adapter = imagelora.attach(model, cfg.r, cfg.lora_alpha, heads)
+    layer, first = next(iter(heads)), next(iter(adapter.layers.values()))
+    attention = model.language_model.layers[layer].self_attn
+    parts = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "output": attention.o_proj}
+    with adapter.disabled():
+        base, base_text = watch(model, one, **parts), text_logits(model, 8)
+    show("5 attach", f"layer {layer}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0, gamma = 1")
+    show("", f"logits as the base model's: {torch.equal(watch(model, one)['logits'], base['logits'])}")
+
+    optimizer, batch = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=0.0), batches[-1]
+    loss = model(**batch).loss
+    loss.backward()
+    norms = ", ".join(f"{name} {p.grad.norm().item():.2g}" for name, p in first.named_parameters())
+    optimizer.step()
+    show("6 a step", f"gradient norms: {norms}; as B = 0, A and gamma wait for it")
+    show("", f"loss {loss.item():.3f} -> {model(**batch).loss.item():.3f}")
+
+    tuned = watch(model, one, **parts)
+    change = {name: (tuned[name] - base[name])[0] for name in base}  # [T, ...]
+    moved = change["v"].abs().sum(1).nonzero().squeeze(1)
+    by_head = change["v"].unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
+    show("7 values", f"X W_V + update {list(tuned['v'].shape)} changed in rows {moved[0]} .. {moved[-1]}; by head:")
+    show("", "  ".join(f"{norm:.3f}" for norm in by_head))
+    queries, keys = (change[name].abs().max() for name in "qk")
+    text = change["output"][(ids[0] != model.config.image_token_id)].norm(dim=1).tolist()
+    show("8 attention", f"queries changed by {queries:g}, keys by {keys:g}: where to look is unchanged; the output")
+    show("", f"at the text tokens <bos> {sample['instruction']} by " + ", ".join(f"{norm:.3f}" for norm in text))
+    show("9 logits", f"with the image: max change {change['logits'].abs().max():.3f}; the answer is now {asked()}")
+    show("", f"8 text-only prompts: max change {(text_logits(model, 8) - base_text).abs().max():g}")
+
+    gathered = []  # at each call of the layer's v_proj
+    hook = attention.v_proj.register_forward_hook(lambda m, x, y: gathered.append(len(adapter.visual.of(x[0]))))
+    asked()
+    hook.remove()
+    show("10 decoding", f"visual rows adapted in prefill and in each step after it: {gathered}; the cache has the rest")
+    show("11 cost", f"{adapter.flops(patches):,} FLOP a screen, forward and backward; {adapter.extra_repr()}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,9 +544,115 @@ def train_loop(
                 raise Interrupted(f"stopped after step {step + 1} of {steps}")
 
 
+def tune(adapter: nn.Module, lr: float, steps: int, loss_of, bar, **checkpoint) -> None:
+    """`train_loop` of an adapter: AdamW, the rate warmed up over 20 steps and decayed to zero linearly."""
+    optimizers = [torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)]
+
+    def schedule(done):
+        return min(1.0, (done * steps + 1) / 20, 1 - done)
+
+    train_loop(adapter, optimizers, steps, schedule, loss_of, bar, **checkpoint)
+
+
 def progress(total: int, name: str, quiet: bool = False) -> tqdm:
     layout = "{desc:<9}|{bar:24}| {n_fmt}/{total_fmt}{postfix}  {elapsed} < {remaining}"
     return tqdm(total=total, desc=name, bar_format=layout, disable=quiet)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The baseline: standard LoRA on whole Linear layers and all tokens
+
+
+def shape_of(config: TinyVLMConfig) -> tuple[int, int, int, int, int]:
+    """Layers, hidden size, query heads, value heads, head size: what `imagelora.lora_costs` takes."""
+    heads = config.num_attention_heads
+    return config.num_hidden_layers, config.hidden_size, heads, config.num_key_value_heads, config.hidden_size // heads
+
+
+class LoRA(nn.Module):
+    """y + (alpha / r) x A B on the named projections of every language layer; the rest of the model is frozen."""
+
+    def __init__(self, model: TinyVLM, r: int, lora_alpha: float, targets=("q_proj", "k_proj", "v_proj", "o_proj")):
+        super().__init__()
+        self.r, self.scaling, self.enabled = r, lora_alpha / r, True
+        self.shape, self.names = shape_of(model.config), [t[0] for t in targets]
+        self.linears = [getattr(layer.self_attn, t) for layer in model.language_model.layers for t in targets]
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        for i, linear in enumerate(self.linears):
+            self.A.append(nn.Parameter(torch.empty(linear.in_features, r, device=model.device)))
+            self.B.append(nn.Parameter(torch.zeros(r, linear.out_features, device=model.device)))
+            nn.init.kaiming_uniform_(self.A[i].T, a=math.sqrt(5))
+        self._handles = [m.register_forward_hook(partial(self._add, i)) for i, m in enumerate(self.linears)]
+        model.requires_grad_(False)
+        model.lora = self
+
+    def _add(self, i: int, linear, inputs, y: Tensor) -> Tensor:
+        return y + (self.scaling * (inputs[0] @ self.A[i])) @ self.B[i] if self.enabled else y
+
+    @contextmanager
+    def disabled(self):
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs in one training step (forward and backward) over so many tokens."""
+        return imagelora.lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
+
+    def save(self, path) -> None:
+        imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
+
+
+def attach(model, method: str, r: int, lora_alpha: float, heads: dict | None, normalize=True) -> nn.Module | None:
+    """The adapter of a method of METHODS on the model."""
+    if method == "image_lora":
+        return imagelora.attach(model, r, lora_alpha, heads, normalize)
+    if method == "none":
+        model.requires_grad_(False)
+        return None
+    return LoRA(model, r, lora_alpha, *([("v_proj",)] if method == "lora_value" else []))
+
+
+@contextmanager
+def constant_added(modules: list[nn.Module]):
+    """Within it the outputs of these modules need a gradient, as those of adapted ones do, at no cost to speak of."""
+    constant = torch.zeros((), device=next(modules[0].parameters()).device, requires_grad=True)
+    handles = [module.register_forward_hook(lambda module, inputs, y: y + constant) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_training_flops(model: TinyVLM, adapter: nn.Module, batch: dict) -> int:
+    """The adapter's FLOPs in one training step as PyTorch counts them: with the adapter, less the same step with only
+    a constant added to the adapted projections, which makes the backbone's backward pass the same."""
+    if isinstance(adapter, LoRA):
+        adapted = adapter.linears
+    else:
+        adapted = [model.language_model.layers[layer].self_attn.v_proj for layer in adapter.heads]
+
+    def step() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).loss.backward()
+        return counter.get_total_flops()
+
+    with_adapter = step()
+    with adapter.disabled(), constant_added(adapted):
+        floor = step()
+    adapter.zero_grad()
+    return with_adapter - floor
+
+
+def costs(model: TinyVLM, adapter: nn.Module, batch: dict) -> tuple[int, int, int]:
+    """The adapter's trainable parameters and its FLOPs in a training step on this batch, computed and counted."""
+    ids = batch["input_ids"]
+    tokens = ids.numel() if isinstance(adapter, LoRA) else int((ids == ID[IMAGE]).sum())
+    counted = count_training_flops(model, adapter, batch)
+    return sum(p.numel() for p in adapter.parameters()), adapter.flops(tokens), counted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,10 +680,8 @@ class PretrainConfig:
     resume: bool = False
 
     def __post_init__(self):
-        for f in fields(self):
-            value, least = getattr(self, f.name), f.name in ("steps", "screens", "questions")
-            if not isinstance(value, str) and not least <= value < 2**63:
-                raise ValueError(f"{f.name} must be finite and at least {int(least)}, got {value}")
+        require(self, 1, "steps", "screens", "questions")
+        require(self, 0, "refer", "by_colour", "settings_screens", "dark_screens", "muon_lr", "lr", "seed")
 
 
 def lens_targets(screen: S.Screen, patch: int, where: bool) -> np.ndarray:
@@ -537,297 +795,6 @@ def pretrain(cfg: PretrainConfig) -> None:
     print(f"text      word problems {metrics['word_problem_acc']:.1%}\nsaved     {out} after {metrics['seconds']} s")
 
 
-def load_base(path: str | os.PathLike) -> TinyVLM:
-    """The tiny VLM in a base file, float32, in evaluation mode. ValueError on a missing, damaged or foreign file."""
-    content = imagelora.safe_load(path)
-    try:
-        config = TinyVLMConfig(**content["config"])
-        if config.vocab_size != len(VOCABULARY) or config.image_size != S.SIZE:
-            raise ValueError(f"made for {config.vocab_size} words and {config.image_size} px screens")
-        with torch.device("meta"):  # shapes are compared before any memory is taken
-            TinyVLM(config).load_state_dict(content["state"], assign=True)
-        model = TinyVLM(config)
-        model.load_state_dict(content["state"])
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("it holds values that are not finite")
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{path} is not a base model of this project ({reason}); make one: --pretrain") from None
-    return model.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The main job
-
-
-def write_json(path: Path, content) -> None:
-    with imagelora.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def accuracy_line(m: dict) -> str:
-    line = f"{m['action_acc']:6.1%}  (text {m['text_acc']:.1%}  icon {m['icon_acc']:.1%})"
-    return line + (f"    word problems {m['word_problem_acc']:.1%}" if "word_problem_acc" in m else "")
-
-
-def bars(scores: Tensor, heads: dict) -> str:
-    """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
-    height = (scores / scores.max().clamp(min=1e-30) * 8).ceil().int().tolist()
-    layers = [
-        "".join(
-            f"[{' ▁▂▃▄▅▆▇█'[v]}]" if h in heads.get(layer, []) else f" {' ▁▂▃▄▅▆▇█'[v]} " for h, v in enumerate(row)
-        )
-        for layer, row in enumerate(height)
-    ]
-    return " · ".join(layers)
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    with imagelora.atomic_write(path) as temporary:
-        image.save(temporary, "PNG", optimize=True)
-
-
-def pick_device(name: str) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    elif not available[name]:
-        raise ValueError(
-            f"device {name} is not available here; expected one of {', '.join(k for k in available if available[k])}"
-        )
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-
-
-def main_job(cfg: Config) -> None:
-    """before -> probe -> select -> train -> after -> cost -> saved. Under torchrun, data-parallel."""
-    start = time.time()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(cfg.device)
-    if cfg.screens % world:
-        raise ValueError(f"screens must be a multiple of the {world} processes, got {cfg.screens}")
-    say = print if rank == 0 else lambda *args: None
-    out = Path(cfg.out or f"runs/{cfg.domain}")
-    model = load_base(BASE).to(device)
-    heads_total = model.config.num_hidden_layers * model.config.num_key_value_heads
-    if cfg.method == "image_lora" and cfg.num_heads > heads_total:
-        raise ValueError(f"num_heads must be at most the base's {heads_total} value heads, got {cfg.num_heads}")
-    if cfg.r > model.config.hidden_size:
-        raise ValueError(f"r must be at most the base's hidden size {model.config.hidden_size}, got {cfg.r}")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
-        (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    patches = model.config.num_patches
-    size = sum(p.numel() for p in model.parameters())
-    say(f"base     {BASE.name} · {size / 1e6:.2f} M parameters · {patches} visual tokens a screen · {device}")
-    before, base_points = evaluate(model, cfg.domain, "test", cfg.test_screens, cfg.history)
-    before["word_problem_acc"] = evaluate_word_problems(model, "test")
-    base_text = text_logits(model)
-    say(f"before   click accuracy on {cfg.domain} screens {accuracy_line(before)}")
-
-    def batch_of(step: int) -> tuple[dict, list]:
-        """This process's share of the screens of a step, all of them for the probe's steps below 0."""
-        first = (step + PROBE_BATCHES) * cfg.screens
-        drawn = [S.draw_screen(cfg.domain, "train", first + i, cfg.seed) for i in range(cfg.screens)]
-        rng = np.random.default_rng([cfg.seed, step + PROBE_BATCHES])
-        batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, rng, patches, first)
-        batch["pixel_values"] = pixels([screen.image for screen in drawn])
-        share = cfg.screens // world
-        mine = slice(None) if step < 0 else slice(rank * share, (rank + 1) * share)
-        return {name: tensor[mine].to(device) for name, tensor in batch.items()}, boxes[mine]
-
-    heads = None
-    if cfg.method == "image_lora":
-        scores = imagelora.score_heads(model, (batch_of(i)[0] for i in range(-PROBE_BATCHES, 0)), seed=cfg.seed)
-        heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-        screens = PROBE_BATCHES * cfg.screens
-        say(f"probe    rank-1 influence of {scores.numel()} heads, {screens} screens:  {bars(scores, heads)}")
-        chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
-        say(f"select   {cfg.num_heads} of {scores.numel()} heads: {chosen}")
-
-    torch.manual_seed(cfg.seed)
-    adapter = attach(model, cfg.method, cfg.r, cfg.lora_alpha, heads)
-    after, tuned_points, difference, cost = before, base_points, 0.0, {}
-    if adapter is not None:
-        try:
-            cost = train_adapter(cfg, model, adapter, batch_of, out, world, quiet=rank > 0)
-        except Diverged as error:
-            adapter.save(out / "adapter.pt")
-            raise Diverged(f"{error}; {out / 'adapter.pt'} is the last good adapter") from None
-        after, tuned_points = evaluate(model, cfg.domain, "test", cfg.test_screens, cfg.history)
-        after["word_problem_acc"] = evaluate_word_problems(model, "test")
-        difference = (text_logits(model) - base_text).abs().max().item()
-    say(f"after    click accuracy on {cfg.domain} screens {accuracy_line(after)}")
-    verdict = "identical" if difference == 0 else "changed"
-    say(f"text     logits of {len(base_text)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
-    if cost:
-        parameters, flops = cost["trainable_parameters"], cost["adapter_flops_per_screen"]
-        say(
-            f"cost     {parameters:,} parameters ({parameters / cost['lora_trainable_parameters']:.0%} of LoRA)"
-            f" · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / cost['lora_flops_per_screen']:.0%} of LoRA),"
-            f" {'counted = computed' if cost['counted'] else 'counted differs from computed'}"
-        )
-    if rank == 0:
-        if adapter is not None:
-            adapter.save(out / "adapter.pt")
-        save_png(figures.predictions(base_points, tuned_points), out / "predictions.png")
-        run = {"device": str(device), "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
-        result = {"before": before, "after": after, "text_logits_max_abs_diff": difference, "heads": heads}
-        write_json(out / "metrics.json", asdict(cfg) | run | result | cost)
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-        say(f"saved    {out}/ {'adapter.pt ' if adapter is not None else ''}metrics.json predictions.png")
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def train_adapter(cfg: Config, model, adapter, batch_of, out: Path, world: int, quiet: bool) -> dict:
-    """Train the adapter by `train_loop`; returns its costs."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
-    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    precision = torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
-    clicks = deque(maxlen=16 * cfg.screens * cfg.questions)  # of the last 16 steps, the answers given teacher-forced
-
-    def loss_of(step):
-        batch, boxes = batch_of(step)
-        with precision:
-            result = replica(**batch)
-        answers = batch["labels"][:, 1:] >= 0
-        words = [
-            VOCABULARY[i] for i in result.logits[:, :-1][answers].argmax(-1).tolist()
-        ]  # x, y, <eos> of each answer
-        given = [parse_point(f"{x} {y}") for x, y in zip(words[::3], words[1::3])]
-        asked = [box for row in boxes for box in row]
-        clicks.extend(S.is_hit(point, box) for point, box in zip(given, asked))
-        return result.loss, f"loss {result.loss.item():.3f}  click {np.mean(clicks):.0%}"
-
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("device", "out", "resume")}
-    with progress(cfg.steps, "train", quiet) as bar:
-        train_loop(
-            adapter,
-            [optimizer],
-            cfg.steps,
-            warmup_and_decay(cfg.steps),
-            loss_of,
-            bar,
-            out / "checkpoint.pt",
-            json.dumps(settings),
-            cfg.resume,
-        )
-    batch, _ = batch_of(0)
-    patches, tokens = model.config.num_patches, batch["input_ids"].numel()
-    screens = len(batch["input_ids"])
-    computed = adapter.flops(tokens if isinstance(adapter, LoRA) else patches * screens)
-    lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model.config), tokens, cfg.r)
-    return {
-        "trainable_parameters": sum(p.numel() for p in parameters),
-        "lora_trainable_parameters": lora_parameters,
-        "adapter_flops_per_screen": computed / screens,
-        "lora_flops_per_screen": lora_flops / screens,
-        "counted": count_training_flops(model, adapter, batch) == computed,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A guided walk: one screen and one question through base, probe, selection, a training step and decoding
-
-
-@torch.no_grad()
-def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, Tensor]:
-    """What these modules put out in one forward pass, and the logits."""
-    seen = {}
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
-        for name, module in modules.items()
-    ]
-    seen["logits"] = model(**batch).logits
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def explain(cfg: Config) -> None:
-    """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
-    model, patches = load_base(BASE), TinyVLMConfig().num_patches
-    screen = S.draw_screen(cfg.domain, "test", 0)
-    sample = S.grounding(screen, screen.targets()[0], np.random.default_rng(cfg.seed))
-    question = encode(sample["instruction"])
-    ids = torch.tensor([[ID[BOS]] + [ID[IMAGE]] * patches + question])
-    one = {"input_ids": ids, "pixel_values": pixels([screen.image])}
-
-    def asked() -> str:
-        return decode(model.generate(**one, max_new_tokens=3)[0, ids.shape[1] :].tolist())
-
-    print(f"1 the prompt   input_ids {list(ids.shape)}: <bos>, <image> x {patches}, {sample['instruction']}")
-    print(f"               the right answer {sample['answer']}, the base model's {asked()}")
-    rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
-    print(f"2 M            the rows of visual tokens [{len(rows)}]: {rows[0]} .. {rows[-1]} of 0 .. {ids.numel() - 1}")
-
-    def batch_of(i: int) -> dict:
-        drawn = [S.draw_screen(cfg.domain, "train", i * cfg.screens + j, cfg.seed) for j in range(cfg.screens)]
-        batch, _ = packed_batch(drawn, cfg.questions, 0, np.random.default_rng([cfg.seed, i]), patches, 0)
-        return batch | {"pixel_values": pixels([screen.image for screen in drawn])}
-
-    scores = imagelora.score_heads(model, map(batch_of, range(PROBE_BATCHES)), seed=cfg.seed)
-    print(f"3 probe        I(l, h) = ||dL/dB_l(h)||^2, {PROBE_BATCHES} batches {list(scores.shape)}, the largest = 1")
-    for layer, row in enumerate((scores / scores.max()).tolist()):
-        print(f"               layer {layer}   " + "  ".join(f"{score:.2f}" for score in row))
-    heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-    print(f"4 selection    heads {heads}: {cfg.num_heads} of {scores.numel()} heads")
-
-    torch.manual_seed(cfg.seed)
-    adapter = imagelora.attach(model, cfg.r, cfg.lora_alpha, heads)
-    layer, first = next(iter(heads)), next(iter(adapter.layers.values()))
-    attention = model.language_model.layers[layer].self_attn
-    parts = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "output": attention.o_proj}
-    print(f"5 attach       layer {layer}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0, gamma = 1")
-    with adapter.disabled():
-        base, base_text = watch(model, one, **parts), text_logits(model, 8)
-    print(f"               logits as the base model's: {torch.equal(watch(model, one)['logits'], base['logits'])}")
-
-    optimizer, batch = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=0.0), batch_of(PROBE_BATCHES)
-    loss = model(**batch).loss
-    loss.backward()
-    norms = {name: p.grad.norm().item() for name, p in first.named_parameters()}
-    optimizer.step()
-    print("6 a step       gradient norms: " + ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items()))
-    print(
-        f"               B = 0, so A and gamma wait for it; loss {loss.item():.3f} -> {model(**batch).loss.item():.3f}"
-    )
-
-    tuned = watch(model, one, **parts)
-    change = {name: (tuned[name] - base[name])[0] for name in base}  # [T, ...]
-    moved = change["v"].abs().sum(1).nonzero().squeeze(1)
-    by_head = change["v"].unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
-    print(f"7 values       X W_V + update {list(tuned['v'].shape)} changed in rows {moved[0]} .. {moved[-1]}; by head:")
-    print("               " + "  ".join(f"{norm:.3f}" for norm in by_head))
-    print(
-        f"8 attention    queries changed by {change['q'].abs().max():g}, keys by {change['k'].abs().max():g}, so where"
-    )
-    rest = torch.tensor([i for i in range(ids.numel()) if i not in rows.tolist()])
-    outputs = ", ".join(f"{n:.3f}" for n in change["output"][rest].norm(dim=1).tolist())
-    print(
-        f"               to look is unchanged; the output at the text tokens <bos> {sample['instruction']}: {outputs}"
-    )
-    print(f"9 logits       with the image: max change {change['logits'].abs().max():.3f}; the answer is now {asked()}")
-    print(f"               8 text-only prompts: max change {(text_logits(model, 8) - base_text).abs().max():g}")
-
-    gathered = []
-    hook = attention.v_proj.register_forward_hook(
-        lambda m, inputs, y: gathered.append(len(adapter.visual.of(inputs[0])))
-    )
-    asked()
-    hook.remove()
-    print(
-        f"10 decoding    visual rows adapted in prefill and in each step after it: {gathered}; the rest is in the cache"
-    )
-    print(f"11 cost        {adapter.flops(patches):,} FLOP a screen, forward and backward; {adapter.extra_repr()}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The comparison: a row of compare.json is one fine-tuning run
 
@@ -843,6 +810,8 @@ ROWS = {  # name in the table -> (method, which heads, normalize)
     "without normalization": ("image_lora", "top", False),
 }
 COMPARED = ("settings", "dark", "blueprint")
+BANK = 2048  # training screens of a domain
+GRID = (5e-3, 1e-2, 2e-2)  # learning rates, of which the best on validation screens is taken
 LONGER = 1000  # steps, of the runs that show what training longer brings
 BRIEF = 200  # steps, of the runs of single heads and at many learning rates
 NORMALIZATION_LR = (0.01, 0.08, 0.64)
@@ -863,9 +832,8 @@ class CompareConfig:
     out: str = "runs/compare"
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "screens", "num_heads", "r", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self, 1, "seeds", "steps", "screens", "num_heads", "r", "workers")
+        require(self, 0, "tau")
 
 
 def choose_heads(which: str, scores: Tensor, num_heads: int, tau: float, seed: int) -> dict:
@@ -881,13 +849,19 @@ def choose_heads(which: str, scores: Tensor, num_heads: int, tau: float, seed: i
 
 
 @cache
-def feature_bank(domain: str, count: int = 2048) -> tuple[list[S.Screen], Tensor]:
-    """Training screens and what the frozen vision encoder makes of them [count, P, D], computed once a process."""
-    drawn = [S.draw_screen(domain, "train", i) for i in range(count)]
-    model = load_base(BASE)
+def feature_bank(domain: str) -> tuple[list[S.Screen], Tensor]:
+    """Training screens and what the frozen vision encoder makes of them [BANK, P, D], computed once a process."""
+    drawn, model = [S.draw_screen(domain, "train", i) for i in range(BANK)], load_base(BASE)
     with torch.no_grad():
-        parts = [model.get_image_features(pixels([s.image for s in drawn[i : i + 64]])) for i in range(0, count, 64)]
+        parts = [model.get_image_features(pixels([s.image for s in drawn[i : i + 64]])) for i in range(0, BANK, 64)]
     return drawn, torch.cat(parts)
+
+
+def bank_batch(domain: str, picks, rng, history: int = 0, first: int = 0) -> dict:
+    """These screens of the bank, two questions about each."""
+    drawn, features = feature_bank(domain)
+    batch, _ = packed_batch([drawn[i] for i in picks], 2, history, rng, features.shape[1], first)
+    return batch | {"image_features": features[torch.as_tensor(picks)]}
 
 
 def finetune(job: dict) -> dict:
@@ -895,68 +869,39 @@ def finetune(job: dict) -> dict:
     torch.set_num_threads(1)
     start, model = time.time(), load_base(BASE)
     method, which, normalize = ROWS[job["method"]]
-    history, seed, patches = REGIMES[job["regime"]], job["seed"], model.config.num_patches
-    shown, features = feature_bank(job["domain"])
+    history, seed, probe = REGIMES[job["regime"]], job["seed"], 2 * PROBE_BATCHES  # batches, half the main job's size
 
     def batch_of(step: int) -> dict:
         rng = np.random.default_rng([seed, step])
-        picks = rng.choice(len(shown), job["screens"], replace=False)
-        batch, _ = packed_batch([shown[i] for i in picks], 2, history, rng, patches, step * job["screens"])
-        return batch | {"image_features": features[torch.from_numpy(picks)]}
+        picks = rng.choice(BANK, job["screens"], replace=False)
+        return bank_batch(job["domain"], picks, rng, history, step * job["screens"])
 
-    probe = 2 * PROBE_BATCHES  # batches, smaller than the main job's
-    heads = job.get("only")  # given, instead of chosen
-    if heads is not None:
-        heads = {int(layer): h for layer, h in heads.items()}
+    heads = None
+    if job["only"]:
+        heads = {int(layer): h for layer, h in job["only"].items()}
     elif which:
         scores = imagelora.score_heads(model, map(batch_of, range(probe)), seed=seed)
         heads = choose_heads(which, scores, job["num_heads"], job["tau"], seed)
     torch.manual_seed(seed)
-    base_text = text_logits(model, 128)
+    base_text, batch = text_logits(model, 128), batch_of(probe)
     adapter = attach(model, method, job["r"], 2.0 * job["r"], heads, normalize)
-    result = {"heads": heads, "trainable_parameters": 0, "adapter_flops_per_step": 0, "counted_flops_per_step": 0}
-    batch = batch_of(probe)
-    tokens, visual = batch["input_ids"].numel(), int((batch["input_ids"] == ID[IMAGE]).sum())
+    measured, norms = (0, 0, 0), {}
     if adapter is not None:
-        parameters = list(adapter.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=job["lr"], weight_decay=0.0)
         with progress(job["steps"], "run", quiet=True) as bar:
-            train_loop(
-                adapter, [optimizer], job["steps"], warmup_and_decay(job["steps"]),
-                lambda step: (model(**batch_of(step + probe)).loss, ""), bar,
-            )  # fmt: skip
-        result["trainable_parameters"] = sum(p.numel() for p in parameters)
-        result["adapter_flops_per_step"] = adapter.flops(tokens if isinstance(adapter, LoRA) else visual)
-        result["counted_flops_per_step"] = count_training_flops(model, adapter, batch)
-        if method == "image_lora":
-            result["update_norms"] = update_norms(model, adapter, batch)
+            tune(adapter, job["lr"], job["steps"], lambda step: (model(**batch_of(step + probe)).loss, ""), bar)
+        measured = costs(model, adapter, batch)
+    if method == "image_lora":  # root mean square over visual tokens of ||Delta V_l||
+        updates = watch(model, batch, **adapter.layers)
+        norms = {layer: updates[layer].square().sum(1).mean().sqrt().item() for layer in adapter.layers}
+    names = ("trainable_parameters", "adapter_flops_per_step", "counted_flops_per_step")
+    result = {"heads": heads, "update_norms": norms, **dict(zip(names, measured))}
     result |= evaluate(model, job["domain"], job["split"], 100, history)[0]
     if job["part"] != "tuning":
         result["source_acc"] = evaluate(model, "source", "test", 50, history)[0]["action_acc"]
         result["word_problem_acc"] = evaluate_word_problems(model, "test", 256)
         result["text_logits_max_abs_diff"] = (text_logits(model, 128) - base_text).abs().max().item()
-    return job | result | {"visual_fraction": visual / tokens, "seconds": round(time.time() - start, 1)}
-
-
-@torch.no_grad()
-def update_norms(model: TinyVLM, adapter, batch: dict) -> dict[str, float]:
-    """Root mean square over visual tokens of ||Delta V_l||, layer by layer."""
-    norms = {}
-    hooks = [
-        a.register_forward_hook(
-            lambda m, x, y, layer=layer: norms.update({layer: y.square().sum(1).mean().sqrt().item()})
-        )
-        for layer, a in adapter.layers.items()
-    ]
-    model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return norms
-
-
-def warmup_and_decay(steps: int, warmup: int = 20):
-    """Linear warm-up, then linear decay to zero, as a function of the share of steps done."""
-    return lambda done: min(1.0, (done * steps + 1) / warmup, 1 - done)
+    share = (batch["input_ids"] == ID[IMAGE]).float().mean().item()
+    return job | result | {"visual_fraction": share, "seconds": round(time.time() - start, 1)}
 
 
 JOB = ("part", "method", "domain", "regime", "seed", "lr", "num_heads", "only", "split", "steps", "screens", "r", "tau")
@@ -991,68 +936,62 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def make_job(cfg: CompareConfig, part: str, method: str, domain: str, seed: int, lr: float, **options) -> dict:
+    job = {"part": part, "method": method, "domain": domain, "regime": "image-heavy", "seed": seed, "lr": lr}
+    job |= {"num_heads": cfg.num_heads, "only": None, "split": "test", "steps": cfg.steps, "screens": cfg.screens}
+    return job | {"r": cfg.r, "tau": cfg.tau} | options
+
+
+def jobs_of(cfg: CompareConfig, rate: Callable[[str, str, int], float]) -> list[dict]:
+    """Every run but those that choose learning rates; rate(method, domain, steps) is the chosen one."""
+    lora, value, every = "LoRA q k v o, all tokens", "LoRA v, all tokens", "visual tokens, all heads"
+    jobs, model = [], TinyVLMConfig()
+
+    def add(part, methods, domain="settings", seeds=cfg.seeds, lr=None, **options):
+        for method in methods:
+            chosen = rate(method, domain, options.get("steps", cfg.steps)) if lr is None else lr
+            jobs.extend(make_job(cfg, part, method, domain, seed, chosen, **options) for seed in range(seeds))
+
+    seeds = {"seeds": 1} if cfg.quick else {}
+    add("methods", ROWS, **seeds)
+    add("methods", ROWS, "dark", **seeds)
+    if cfg.quick:
+        return jobs
+    add("longer", (lora, "Image-LoRA"), steps=LONGER)
+    add("limit", ("frozen", lora, every, "Image-LoRA"), "blueprint")
+    for regime in ("balanced", "text-heavy"):  # long prompts take long: two seeds
+        add("regimes", ("frozen", lora, value, "Image-LoRA"), seeds=min(cfg.seeds, 2), regime=regime)
+    for k in sorted({1, 4} - {cfg.num_heads}):  # those of cfg.num_heads and of all heads are among the methods
+        add("budget", ("Image-LoRA", "random heads", "least influential heads"), num_heads=k)
+    brief = {"seeds": 1, "steps": BRIEF}
+    lr, heads = rate("Image-LoRA", "settings", cfg.steps), model.num_key_value_heads
+    for layer, head in product(range(model.num_hidden_layers), range(heads)):
+        add("single", ["Image-LoRA"], lr=lr, only={str(layer): [head]}, **brief)
+    for k, lr in product((1, model.num_hidden_layers * heads), NORMALIZATION_LR):  # from good to too high
+        add("normalization", ("Image-LoRA", "without normalization"), lr=lr, num_heads=k, **brief)
+    return jobs
+
+
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables, draw its figures. Ctrl-C loses only the runs under way."""
     out = Path(cfg.out + ("-quick" if cfg.quick else ""))
     out.mkdir(parents=True, exist_ok=True)
-    path, seeds = out / "compare.json", range(1 if cfg.quick else cfg.seeds)
+    path, rates = out / "compare.json", {}  # (method, domain, steps) -> learning rate
     rows = read_rows(path) if path.exists() else []
-    model = load_base(BASE)
-    heads_a_layer = model.config.num_key_value_heads
-    total = heads_a_layer * model.config.num_hidden_layers
-    grid = (1e-2,) if cfg.quick else (5e-3, 1e-2, 2e-2)
-    budgets = sorted({1, 4} - {cfg.num_heads})  # those of cfg.num_heads and of all heads are in the main table
-    trained = [name for name in ROWS if name != "frozen"]
-    domains = COMPARED[:2]
-
-    def job(part, method, domain, seed, lr, **options):
-        job = {"part": part, "method": method, "domain": domain, "regime": "image-heavy", "seed": seed, "lr": lr}
-        job |= {"num_heads": cfg.num_heads, "only": None, "split": "test"}
-        return job | {"steps": cfg.steps, "screens": cfg.screens, "r": cfg.r, "tau": cfg.tau} | options
-
-    limited = ("frozen", "LoRA q k v o, all tokens", "visual tokens, all heads", "Image-LoRA")
-    tuned = [(m, d) for d in COMPARED for m in trained if d in domains or m in limited]
-    tuning = [job("tuning", m, d, 0, lr, split="validation") for m, d in tuned for lr in grid]
-    longer = {"methods": ("LoRA q k v o, all tokens", "Image-LoRA"), "domain": "settings", "steps": LONGER}
-    tuning += [
-        job("tuning", m, "settings", 0, x, split="validation", steps=LONGER) for m in longer["methods"] for x in grid
+    jobs = jobs_of(cfg, lambda *key: rates.setdefault(key, 0.0 if key[0] == "frozen" else GRID[1]))
+    tuning = [
+        make_job(cfg, "tuning", method, domain, 0, lr, split="validation", steps=steps)
+        for method, domain, steps in rates
+        for lr in GRID
+        if method != "frozen" and not cfg.quick
     ]
-    best_lr = {("frozen", d, cfg.steps): 0.0 for d in COMPARED}
-
-    def later_jobs():
-        def runs(part, methods, domain, seeds=seeds, steps=cfg.steps, **options):
-            rates = {m: best_lr[m, domain, steps] for m in methods}
-            return [job(part, m, domain, s, rates[m], steps=steps, **options) for m in methods for s in seeds]
-
-        jobs = [j for d in domains for j in runs("methods", ROWS, d)]
-        if cfg.quick:
-            return jobs
-        jobs += runs("longer", **longer)
-        jobs += runs("limit", limited, "blueprint")
-        four = ("frozen", "LoRA q k v o, all tokens", "LoRA v, all tokens", "Image-LoRA")
-        for regime in ("balanced", "text-heavy"):  # long prompts take long: two seeds
-            jobs += runs("regimes", four, "settings", seeds[:2], regime=regime)
-        chosen = ("Image-LoRA", "random heads", "least influential heads")
-        jobs += [j for k in budgets for j in runs("budget", chosen, "settings", num_heads=k)]
-        brief = {"domain": "settings", "seed": 0, "steps": BRIEF}
-        lr = best_lr["Image-LoRA", "settings", cfg.steps]
-        for layer, head in (divmod(i, heads_a_layer) for i in range(total)):
-            jobs.append(job("single", "Image-LoRA", lr=lr, only={str(layer): [head]}, **brief))
-        for k in (1, total):  # at rates from good to too high
-            for m in ("Image-LoRA", "without normalization"):
-                jobs += [job("normalization", m, lr=lr, num_heads=k, **brief) for lr in NORMALIZATION_LR]
-        return jobs
-
-    best_lr |= {(m, d, steps): grid[0] for m in trained for d in COMPARED for steps in (cfg.steps, LONGER)}
-    jobs_total = len(later_jobs()) + (0 if cfg.quick else len(tuning))
     workers = torch.multiprocessing.get_context("spawn").Pool(  # Ctrl-C is for the main process, which ends them
         cfg.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
     )
-    with workers as pool, progress(jobs_total, "compare") as bar:
-        if not cfg.quick:
-            for row in sorted(run_jobs(tuning, rows, pool, path, bar), key=lambda row: row["action_acc"]):
-                best_lr[row["method"], row["domain"], row["steps"]] = row["lr"]  # the best comes last
-        finished = run_jobs(later_jobs(), rows, pool, path, bar)
+    with workers as pool, progress(len(jobs) + len(tuning), "compare") as bar:
+        for row in sorted(run_jobs(tuning, rows, pool, path, bar), key=lambda row: row["action_acc"]):
+            rates[row["method"], row["domain"], row["steps"]] = row["lr"]  # the best comes last
+        finished = run_jobs(jobs_of(cfg, lambda *key: rates[key]), rows, pool, path, bar)
     report(finished, cfg)
     print(f"\nsaved {path}")
 
@@ -1075,9 +1014,9 @@ def flops_cell(rows: list[dict]) -> str:
 
 def grouped(rows: list[dict], *names: str) -> dict:
     """Rows by the value of this field, or by the values of these, in order of appearance."""
-    groups = {}
+    groups, key = {}, itemgetter(*names)
     for row in rows:
-        groups.setdefault(row[names[0]] if len(names) == 1 else tuple(row[name] for name in names), []).append(row)
+        groups.setdefault(key(row), []).append(row)
     return groups
 
 
@@ -1153,26 +1092,20 @@ def rank_correlation(a, b) -> float:
 def step_time_ratios(cfg: CompareConfig, repetitions: int = 25) -> list[list[str]]:
     """Median time of a method's training step over that of the same backbone with a constant added to its values."""
     torch.set_num_threads(1)
-    names = [name for name in ROWS if name != "frozen"]
-    times = {name: [] for name in ["floor", *names]}
-    shown, features = feature_bank("settings", 64)
-    batch, _ = packed_batch(shown[: cfg.screens], 2, 0, np.random.default_rng(0), features.shape[1], 0)
-    batch["image_features"] = features[: cfg.screens]
+    times = {name: [] for name in ROWS}
+    batch = bank_batch("settings", range(cfg.screens), np.random.default_rng(0))
     scores = probe_scores("rank1", batches=1)
-    for repetition in range(repetitions + 2):
-        for name in times:
-            model = load_base(BASE).requires_grad_(False)
+    for _ in range(repetitions):
+        for name, (method, which, normalize) in ROWS.items():
+            model = load_base(BASE)
+            heads = choose_heads(which, scores, cfg.num_heads, cfg.tau, 0) if which else None
+            attach(model, method, cfg.r, 2.0 * cfg.r, heads, normalize)
             values = [layer.self_attn.v_proj for layer in model.language_model.layers]
-            if name != "floor":
-                method, which, normalize = ROWS[name]
-                heads = choose_heads(which, scores, cfg.num_heads, cfg.tau, 0) if which else None
-                attach(model, method, cfg.r, 2.0 * cfg.r, heads, normalize)
-            with constant_added(values) if name == "floor" else nullcontext():
+            with constant_added(values) if name == "frozen" else nullcontext():
                 start = time.perf_counter()
                 model(**batch).loss.backward()
-            if repetition >= 2:
-                times[name].append(time.perf_counter() - start)
-    return [[name, f"{np.median(np.array(times[name]) / np.array(times['floor'])):.2f}"] for name in names]
+            times[name].append(time.perf_counter() - start)
+    return [[name, f"{np.median(np.array(times[name]) / np.array(times['frozen'])):.2f}"] for name in ROWS]
 
 
 def report(rows: list[dict], cfg: CompareConfig) -> None:
@@ -1206,16 +1139,52 @@ def report(rows: list[dict], cfg: CompareConfig) -> None:
 
 def probe_scores(probe: str, batches: int = 2 * PROBE_BATCHES) -> Tensor:
     """Head scores [L, H] on `settings` screens."""
-    shown, features = feature_bank("settings")
-    given = []
-    for i in range(batches):
-        batch, _ = packed_batch(shown[16 * i : 16 * i + 16], 2, 0, np.random.default_rng(i), features.shape[1], 0)
-        given.append(batch | {"image_features": features[16 * i : 16 * i + 16]})
+    given = (bank_batch("settings", range(16 * i, 16 * i + 16), np.random.default_rng(i)) for i in range(batches))
     return imagelora.score_heads(load_base(BASE), given, probe=probe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# Files, devices and the command line
+
+
+def load_base(path: str | os.PathLike) -> TinyVLM:
+    """The tiny VLM in a base file, float32, in evaluation mode. ValueError on a missing, damaged or foreign file."""
+    content = imagelora.safe_load(path)
+    try:
+        config = TinyVLMConfig(**content["config"])
+        if config.vocab_size != len(VOCABULARY) or config.image_size != S.SIZE:
+            raise ValueError(f"made for {config.vocab_size} words and {config.image_size} px screens")
+        with torch.device("meta"):  # shapes are compared before any memory is taken
+            TinyVLM(config).load_state_dict(content["state"], assign=True)
+        model = TinyVLM(config)
+        model.load_state_dict(content["state"])
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("it holds values that are not finite")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path} is not a base model of this project ({reason}); make one: --pretrain") from None
+    return model.eval()
+
+
+def write_json(path: Path, content) -> None:
+    with imagelora.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    with imagelora.atomic_write(path) as temporary:
+        image.save(temporary, "PNG", optimize=True)
+
+
+def pick_device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    elif not available[name]:
+        raise ValueError(
+            f"device {name} is not available here; expected one of {', '.join(k for k in available if available[k])}"
+        )
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def parse(config_class, arguments: list[str]):
@@ -1235,7 +1204,7 @@ def parse(config_class, arguments: list[str]):
 
 
 MODES = {  # option -> (its settings, the job)
-    "--explain": (Config, explain),
+    "--explain": (ExplainConfig, explain),
     "--pretrain": (PretrainConfig, pretrain),
     "--compare": (CompareConfig, compare),
 }
