@@ -660,7 +660,7 @@ def test_the_same_seed_gives_the_same_metrics(tmp_path):
     """Data, start, probe and order are functions of the seed: two runs agree to the last digit."""
     runs = []
     for name in ("a", "b"):
-        options = f"--steps 3 --test-screens 4 --device cpu --seed 1 --out {tmp_path / name}"
+        options = f"--steps 3 --screens 2 --test-screens 4 --device cpu --seed 1 --out {tmp_path / name}"
         assert train.main(options.split()) == 0
         runs.append(imagelora.safe_load(tmp_path / name / "adapter.pt"))
     same = [json.dumps(r, default=lambda t: t.tolist()) for r in runs]
@@ -1384,14 +1384,14 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(quick, capsys, tmp
     assert Path("out/adapter.pt").read_bytes() == before and not list(Path("out").glob(".*"))
 
 
-# Interruption: one process forks the runs, so that each is a real process and torch is imported once
+# Interruption: one process forks the runs, so that each is a real process and all imports are done once
 
 RUNS = """
-import functools, os, sys, torch, train
+import functools, os, sys, torch, torch._dynamo, train
 base, out = sys.argv[1:3]
 torch.set_num_threads(1)
 evaluate, problems, text, loop = train.evaluate, train.evaluate_word_problems, train.text_logits, train.train_loop
-train.BASE = train.Path(base)
+train.BASE, train.PROBE_BATCHES = train.Path(base), 2
 train.evaluate = lambda model, domain, split, n, *rest: evaluate(model, domain, split, 2)
 train.evaluate_word_problems = lambda model, split: problems(model, split, 4)
 train.text_logits = lambda model: text(model, 4)

@@ -5,6 +5,8 @@
 Test problems use (first step, second step) sentence pairs and number triples that no training problem uses.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from data import split_id
@@ -25,6 +27,7 @@ MAX_NUMBER = 2 * MAX_MIDDLE  # no number in any problem is larger
 _STEPS = tuple(STEPS)
 
 
+@lru_cache(4096)  # those of an evaluation are asked for again
 def word_problem(split: str, index: int, seed: int = 0) -> dict:
     """Problem number `index` of a split: {"instruction", "answer"}; the same arguments give the same problem."""
     rng = np.random.default_rng([split_id(split), 1000, index, seed])
