@@ -900,8 +900,9 @@ def finetune(job: dict) -> dict:
         result["source_acc"] = evaluate(model, "source", "test", 50, history)[0]["action_acc"]
         result["word_problem_acc"] = evaluate_word_problems(model, "test", 256)
         result["text_logits_max_abs_diff"] = (text_logits(model, 128) - base_text).abs().max().item()
-    share = (batch["input_ids"] == ID[IMAGE]).float().mean().item()
-    return job | result | {"visual_fraction": share, "seconds": round(time.time() - start, 1)}
+    visual = int((batch["input_ids"] == ID[IMAGE]).sum())
+    result["visual_fraction"] = visual / batch["input_ids"].numel()
+    return job | result | {"seconds": round(time.time() - start, 1)}
 
 
 JOB = ("part", "method", "domain", "regime", "seed", "lr", "num_heads", "only", "split", "steps", "screens", "r", "tau")
