@@ -11,19 +11,19 @@ base model bit for bit. The whole use:
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
-A worked example: three tokens of two features, of which the second is visual; two heads of one feature. Rank 1,
-alpha = 1, gamma = 1 and S = {1}, so every factor is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added
-to the visual token's value in head 1 and nowhere else:
+A worked example: three tokens with two features each, the second token is visual; two heads with one feature each.
+r = 1, alpha = 1, gamma = 1 and S = {1}, so the scale in front is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is
+1.1, added to the visual token's value in head 1 and nowhere else:
 
-    >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_heads=2, heads=[1], r=1, lora_alpha=1)
+    >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_kv_heads=2, heads=[1], r=1, lora_alpha=1)
     >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]])), adapter.B.data.fill_(0.1)
     >>> x = torch.tensor([[[1.0, 1.0], [3.0, 4.0], [5.0, 5.0]]])    # one sequence, T = 3, D = 2
     >>> value = torch.zeros(1, 3, 2)                                # what v_proj made of x: H * d_h = 2
     >>> adapter.add_update(x, value, rows=torch.tensor([1])).tolist()
     [[[0.0, 0.0], [0.0, 1.100000023841858], [0.0, 0.0]]]
 
-Shapes:  B batch · T tokens · N visual tokens in the batch · D hidden size · H value heads of a layer (the KV heads
-under grouped-query attention) · d_h head size · r rank · S selected heads of a layer · L layers
+Shapes:  B batch (as a matrix: LoRA's B) · T tokens · N visual tokens in the batch · D hidden size · H value heads of a
+layer (the KV heads under grouped-query attention) · d_h head size · r rank · |S| selected heads of a layer · L layers
 """
 
 import argparse
@@ -51,27 +51,27 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
-    A [D, r] is shared by the layer's heads, B [S, r, d_h] has a block for each and starts at zero: the model starts as
-    the base. A starts as in LoRA, and gamma at 1, so that learning rates known from LoRA serve here; with gamma near 0
-    the same step of B would be a much smaller update.
+    A [D, r] is shared by the layer's heads, B [|S|, r, d_h] has a block for each and starts at zero: the model starts
+    as the base. A starts as in LoRA, and gamma at 1, so that learning rates known from LoRA serve here; with gamma near
+    0 the same step of B would be a much smaller update.
     """
 
-    def __init__(self, hidden_size, head_dim, num_heads, heads, r, lora_alpha, normalize=True, device=None):
+    def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
         super().__init__()
-        self.num_heads, self.heads = num_heads, heads
+        self.num_kv_heads, self.heads = num_kv_heads, heads
         self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
         self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))
         self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))
         self.gamma = nn.Parameter(torch.ones(1, device=device))  # of one element: FSDP shards no scalars
         self.register_buffer("head_index", torch.tensor(heads, device=device), persistent=False)
-        nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))  # uniform in +-1/sqrt(D), as PEFT's LoRA
 
     def forward(self, x_vis: Tensor) -> Tensor:
-        """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, S * d_h]."""
+        """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
         # z = x A: what the selected heads share. A^T is made contiguous as BLAS is several times faster on [r, D].
         z = F.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
-        return z @ (self.gamma * self.scaling * self.B).transpose(0, 1).flatten(1)  # [N, r] @ [r, S * d_h]
+        return z @ (self.gamma * self.scaling * self.B).transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
 
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values.
@@ -83,12 +83,14 @@ class ValueAdapter(nn.Module):
             return value
         # M X, without its zero rows
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
-        delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, S * d_h]
-        if len(self.heads) < self.num_heads:  # head h of row n is row n * H + h of the values seen as [B * T * H, d_h]
-            rows = (rows[:, None] * self.num_heads + self.head_index).flatten()  # [N * S]
-            delta = delta.view(len(rows), self.B.shape[2])  # [N * S, d_h]
+        delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h), put back into the rows it came from
-        return value.reshape(-1, delta.shape[1]).index_add(0, rows, delta).view_as(value)
+        if len(self.heads) == self.num_kv_heads:  # whole rows: one index per token instead of one per head, faster
+            return value.flatten(0, -2).index_add(0, rows, delta).view_as(value)
+        # In the values seen as [B * T * H, d_h], head h of token n is row n * H + h.
+        head_rows = (rows[:, None] * self.num_kv_heads + self.head_index).flatten()  # [N * |S|]
+        delta = delta.view(len(head_rows), self.B.shape[2])  # [N * |S|, d_h]
+        return value.reshape(-1, self.B.shape[2]).index_add(0, head_rows, delta).view_as(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,8 +100,10 @@ class ValueAdapter(nn.Module):
 class VisualRows:
     """The visual tokens of the forward pass in progress, as row indices of the flattened [B * T] batch.
 
-    Computed once a forward from `input_ids`, shared by all layers, never reused by a later forward; only gradient
-    checkpointing, which runs the layers again in the backward pass, reads those of the last forward with gradients.
+    Computed once per forward from `input_ids`, shared by all layers, never reused by a later forward. In time:
+
+        model(input_ids)      begin: rows -> running     every v_proj: rows_for(x)     end: running -> last
+        loss.backward()       layers under gradient checkpointing run again: rows_for(x) finds them in `last`
     """
 
     def __init__(self, image_token_ids: list[int]):
@@ -116,7 +120,7 @@ class VisualRows:
         if self.enabled:
             mask, ids = self.mask, kwargs.get("input_ids", args[0] if args else None)
             if ids is not None:
-                mask = sum((ids == i for i in self.image_token_ids), torch.zeros_like(ids, dtype=torch.bool))
+                mask = torch.isin(ids, torch.tensor(self.image_token_ids, device=ids.device))
             if mask is None:
                 raise ValueError(
                     "without input_ids the visual tokens are unknown; call inside adapter.visual_mask(mask)"
@@ -129,17 +133,17 @@ class VisualRows:
         rows, shape = self.running.pop(threading.get_ident(), (None, None))
         if output is not None and torch.is_grad_enabled():
             if self.awaits_backward:  # an earlier forward's backward is to come: a checkpoint could not tell them apart
-                same = self.last and self.last[1] == shape and (rows is None or torch.equal(rows, self.last[0]))
-                self.last = self.last if same else None
+                same = self.last and self.last[1] == shape  # None, as are rows, while disabled
+                self.last = self.last if same and (rows is None or torch.equal(rows, self.last[0])) else None
             else:
                 self.last = rows, shape
             self.awaits_backward = True
 
     def backward_done(self, grad):
-        """Gradient hook of the lowest adapter's gamma, the last to be reached."""
+        """Gradient hook of the lowest adapter's gamma, the last to be reached (without checkpointing)."""
         self.awaits_backward = False
 
-    def of(self, x: Tensor) -> Tensor | None:
+    def rows_for(self, x: Tensor) -> Tensor | None:
         """The visual rows of a v_proj input [B, T, D]; None while disabled. Raises rather than use another call's."""
         forward = self.running.get(threading.get_ident())
         if forward is None:
@@ -147,7 +151,10 @@ class VisualRows:
                 raise RuntimeError("the language model was called by itself; call the model that attach() was given")
             forward, self.awaits_backward = self.last, False  # the next forward starts anew, whatever becomes of this
             if forward is None:
-                raise RuntimeError("two forwards with different prompts before one backward cannot be checkpointed")
+                raise RuntimeError(
+                    "two forwards with different prompts before one backward cannot be checkpointed; "
+                    "evaluate under torch.no_grad()"
+                )
         rows, shape = forward
         if rows is not None and x.shape[:-1] != shape:
             raise RuntimeError(f"v_proj got tokens {list(x.shape[:-1])} where input_ids are {list(shape)}")
@@ -164,6 +171,7 @@ def _value_projections(model: nn.Module) -> list[tuple[nn.Module, int]]:
         (name, module)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "layers" and isinstance(module, nn.ModuleList) and len(module)
+        # not vision_tower (LLaVA), vision_model (SmolVLM), visual (Qwen), audio_tower, img_processor (Phi)
         if not any(part.startswith(("vision", "visual", "audio", "img")) for part in name.split("."))
     ]
     if len(stacks) != 1:
@@ -200,7 +208,7 @@ def _image_token_ids(model: nn.Module) -> list[int]:
 
 def _adapt_value(visual: VisualRows, adapter: ValueAdapter, v_proj, inputs, value: Tensor) -> Tensor | None:
     """Forward hook of a v_proj: X W_V -> V~, or None to leave it as it is."""
-    rows = visual.of(inputs[0])
+    rows = visual.rows_for(inputs[0])
     return None if rows is None else adapter.add_update(inputs[0], value, rows)
 
 
@@ -224,14 +232,16 @@ def _checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
 class ImageLoRA(nn.Module):
     """The adapters of a model, made by `attach` or `load`; `.parameters()` are exactly the trainable A, B and gamma.
 
-    It is registered as `model.image_lora`: it moves with the model, and `model.state_dict()` holds it.
+    It is registered as `model.image_lora`: it moves with the model, and `model.state_dict()` holds it. Its tensors are
+    float32 whatever the model's type; `model.half()` afterwards converts them too.
     """
 
     def __init__(self, model: nn.Module, r: int, lora_alpha: float, heads: Heads | None, normalize: bool):
         super().__init__()
         projections = _value_projections(model)
         hooks = [hook for v_proj, _ in projections for hook in v_proj._forward_hooks.values()]
-        if any(getattr(hook, "func", None) is _adapt_value for hook in hooks):  # of this model, or one in or around it
+        # attached to this model, to a part of it or to a model that it is a part of
+        if any(getattr(hook, "func", None) is _adapt_value for hook in hooks):
             raise ValueError("the model already has an Image-LoRA; call its detach() first")
         hidden_size = min(v_proj.in_features for v_proj, _ in projections)
         if type(r) is not int or not 1 <= r <= hidden_size:
@@ -280,7 +290,10 @@ class ImageLoRA(nn.Module):
 
     @contextmanager
     def visual_mask(self, mask: Tensor):
-        """Within it calls without `input_ids`, by `inputs_embeds` [B, T, D], take this mask [B, T], True if visual."""
+        """Within it calls by `inputs_embeds` [B, T, D] take this mask [B, T], True at visual tokens.
+
+        Calls with `input_ids`, as the later steps of `generate(inputs_embeds=...)` are, go by those instead.
+        """
         if mask.dtype != torch.bool or mask.ndim != 2:
             raise ValueError(f"the visual mask must be a bool tensor [B, T], got {mask.dtype} {list(mask.shape)}")
         before, self.visual.mask = self.visual.mask, mask
@@ -310,8 +323,10 @@ class ImageLoRA(nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the adapter in the layout of the authors' release, atomically. Raises ValueError on NaN."""
-        state = {k: getattr(v, "full_tensor", lambda v=v: v)().detach().cpu() for k, v in self.state_dict().items()}
+        state = self.state_dict()
         for name, tensor in state.items():
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
+            state[name] = tensor = tensor.detach().cpu()
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite; the adapter is not saved")
         payload = {
@@ -337,8 +352,8 @@ class ImageLoRA(nn.Module):
 def attach(model, r: int = 8, lora_alpha: float = 16, heads: Heads | None = None, normalize: bool = True) -> ImageLoRA:
     """Freeze `model` and adapt the values of its visual tokens.
 
+    r: the rank; lora_alpha: the update is scaled by lora_alpha / r; normalize: and by 1/sqrt|S|.
     heads: {layer: [value head, ...]}; None means all heads of all layers; a layer not named gets no adapter.
-    normalize: the factor 1/sqrt|S|.
     Raises ValueError, and leaves the model as it was, where the model or the arguments do not allow it.
     """
     return ImageLoRA(model, r, lora_alpha, heads, normalize)
@@ -360,8 +375,8 @@ def score_heads(
     An Image-LoRA with B = 0 is put on every head, so that the model's output is unchanged while it is probed, and
     I(l, h) = ||dL/dB_l(h)||^2, where dL/dB = A^T X_vis^T G and G is the gradient at the value output.
     probe="rank1": r = 1 and A ~ N(0, 1). probe="exact": r = D and A = I, so it is the squared gradient of the whole
-    W_V(h) over visual tokens; it takes 4 L D^2 bytes. As E[A A^T] = I, rank-1 is exact on average over A. One draw is a
-    rough sketch, so each batch has its own; give several.
+    W_V(h) over visual tokens (A, B and dL/dB take 4 L D (D + 2 H d_h) bytes). As E[A A^T] = I, rank-1 is exact on
+    average over A. One draw is a rough sketch, so each batch has its own; give several.
 
     loss_fn(model, batch) -> scalar, default `model(**batch).loss`; where it passes inputs_embeds it calls the model
     inside `model.image_lora.visual_mask(mask)`. The gradient of each batch's loss is squared, and the mean over batches
@@ -372,13 +387,13 @@ def score_heads(
         raise ValueError(f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     r = 1 if probe == "rank1" else _value_projections(model)[0][0].in_features
-    adapter = attach(model, r, lora_alpha=r, normalize=False)
+    adapter = attach(model, r, lora_alpha=r, normalize=False)  # the scale in front of A B is 1
     try:
         adapters, count = list(adapter.layers.values()), 0
         scores = torch.zeros(len(adapters), max(adapter.head_counts))
         generator = torch.Generator().manual_seed(seed)
         for a in adapters:
-            nn.init.eye_(a.A.requires_grad_(False))
+            nn.init.eye_(a.A.requires_grad_(False))  # A = I for "exact"; "rank1" overwrites it below
         for batch in batches:
             if probe == "rank1":
                 for a in adapters:
@@ -390,7 +405,7 @@ def score_heads(
             loss.backward()
             for layer, a in enumerate(adapters):
                 # I(l, h) = ||dL/dB_l(h)||^2
-                scores[layer, : a.num_heads] += a.B.grad.float().square().sum((1, 2)).cpu()
+                scores[layer, : a.num_kv_heads] += a.B.grad.float().square().sum((1, 2)).cpu()
             count += 1
     finally:
         adapter.detach()
@@ -408,18 +423,18 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     """
     if scores.ndim != 2 or not scores.isfinite().all() or (scores < 0).any():
         raise ValueError(f"scores must be finite, not negative and [layers, heads], got {list(scores.shape)}")
-    layers, heads = scores.shape
-    if type(num_heads) is not int or not 1 <= num_heads <= layers * heads:
-        raise ValueError(f"num_heads must be an integer in 1..{layers * heads}, got {num_heads!r}")
+    num_layers, num_kv_heads = scores.shape
+    if type(num_heads) is not int or not 1 <= num_heads <= scores.numel():
+        raise ValueError(f"num_heads must be an integer in 1..{scores.numel()}, got {num_heads!r}")
     if type(tau) not in (int, float) or not 0 <= tau <= 1e9:
         raise ValueError(f"tau must be a number in 0..1e9, got {tau!r}")
     # k_l ~ (sum_h I(l, h))^tau with sum k_l = K exactly
     influence = scores.double().sum(1)  # of each layer
     weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()  # relative, so that no power overflows
-    budget = [0] * layers
+    budget = [0] * num_layers
     for _ in range(num_heads):  # Sainte-Lague: to the layer of the largest weight / (2 k + 1), k its heads so far
-        open_layers = (layer for layer in range(layers) if budget[layer] < heads)
-        budget[max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))] += 1
+        open_layers = (layer for layer in range(num_layers) if budget[layer] < num_kv_heads)
+        budget[max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))] += 1  # ties: evenly
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
     return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget) if k}
 

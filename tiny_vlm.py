@@ -284,6 +284,7 @@ class TinyVLM(nn.Module):
             else:
                 out = self(ids, image_features=image_features, attention_mask=attention_mask)
             cache = out.past_key_values if use_cache else None
+            out.logits[:, -1, self.config.image_token_id] = -torch.inf  # a placeholder is no answer
             token = out.logits[:, -1].argmax(-1).masked_fill(done, self.config.pad_token_id)  # [B]
             ids = torch.cat([ids, token[:, None]], dim=1)
             if attention_mask is not None:

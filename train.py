@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch what the paper says happen.
 
-    python train.py                        before, probe, select, train, after, cost; a minute on a laptop CPU
+    python train.py                        before, probe, select, train, after, cost; about a minute on two CPU cores
     python train.py --method lora          the same with standard LoRA (q, k, v, o of every layer, all tokens)
     python train.py --explain              a guided walk: one question through every step, tensor by tensor
     python train.py --pretrain             make the base model, data/tiny_vlm.pt, from nothing
@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -38,8 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import imagelora
-from data import figures
-from data import screens as S
+from data import figures, screens
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
 from data.word_problems import word_problem
 from tiny_vlm import TinyVLM, TinyVLMConfig
@@ -79,7 +77,7 @@ class Config:
     resume: bool = False  # go on from OUT/checkpoint.pt
 
     def __post_init__(self):
-        choices = {"method": METHODS, "domain": S.DOMAINS, "device": ("auto", "cpu", "cuda", "mps")}
+        choices = {"method": METHODS, "domain": screens.DOMAINS, "device": ("auto", "cpu", "cuda", "mps")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -105,19 +103,19 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
 
 
 def pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 images [S, S, 3] -> pixel_values [N, 3, S, S] in 0..1."""
+    """uint8 images [side, side, 3] -> pixel_values [N, 3, side, side] in 0..1."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def packed_batch(
-    screens, questions: int, history: int, rng, patches: int, first: int, refer=0.0, by_colour=0.0, learn_history=False
+    drawn, questions: int, history: int, rng, patches: int, first: int, refer=0.0, by_colour=0.0, learn_history=False
 ):
-    """One sequence a screen: `history` word problems (numbered from `first`), the image, `questions` about it.
+    """One sequence per screen: `history` word problems (numbered from `first`), the image, `questions` about it.
 
     Returns ({input_ids, labels}, boxes [B, questions] of the clicks, None where a point is given).
     """
     ids, labels, boxes = [], [], []
-    for i, screen in enumerate(screens):
+    for i, screen in enumerate(drawn):
         turns = [turn(word_problem("train", (first + i) * max(history, 1) + j)) for j in range(history)]
         if not learn_history:  # it is only read
             turns = [(tokens, [-100] * len(tokens)) for tokens, _ in turns]
@@ -127,7 +125,8 @@ def packed_batch(
         for _ in range(questions):
             element = targets[rng.integers(len(targets))]
             click, colour = rng.random() >= refer, rng.random() < by_colour
-            turns.append(turn(S.grounding(screen, element, rng, colour) if click else S.referring(screen, element)))
+            ask = partial(screens.grounding, rng=rng, by_colour=colour) if click else screens.referring
+            turns.append(turn(ask(screen, element)))
             boxes[-1].append(element.click if click else None)
         ids.append([ID[BOS]] + [t for tokens, _ in turns for t in tokens])
         labels.append([-100] + [t for _, tokens in turns for t in tokens])
@@ -143,17 +142,16 @@ def answer(model: TinyVLM, prompts: list[str], images: list[np.ndarray] | None =
     """Greedy answers to questions, each about its image if there are images. Batches of 256, padded on the left."""
     answers = []
     for start in range(0, len(prompts), 256):
-        chunk, features = prompts[start : start + 256], None
-        rows = [[ID[BOS]] + encode(prompt) for prompt in chunk]
+        chunk, context, features = prompts[start : start + 256], [], None
         if images is not None:
             shown = images[start : start + 256]
             unique = {id(image): image for image in shown}  # the vision encoder sees each screen once
             order = {key: i for i, key in enumerate(unique)}
             seen = model.get_image_features(pixels(list(unique.values())).to(model.device))
             features = seen[[order[id(image)] for image in shown]]  # [B, P, D]
-            visual = [ID[IMAGE]] * model.config.num_patches
-            past = [t for j in range(history) for t in turn(word_problem("validation", j))[0]]
-            rows = [[ID[BOS]] + past + visual + row[1:] for row in rows]
+            context = [t for j in range(history) for t in turn(word_problem("validation", j))[0]]
+            context += [ID[IMAGE]] * model.config.num_patches
+        rows = [[ID[BOS]] + context + encode(prompt) for prompt in chunk]
         ids = pad(rows, ID[PAD], left=True).to(model.device)
         mask = (ids != ID[PAD]).long()
         out = model.generate(ids, max_new_tokens=3, attention_mask=mask, image_features=features)
@@ -164,16 +162,16 @@ def answer(model: TinyVLM, prompts: list[str], images: list[np.ndarray] | None =
 def evaluate(model: TinyVLM, domain: str, split: str, num_screens: int, history: int = 0) -> tuple[dict, list]:
     """Click accuracy by ScreenSpot's rule, every target of every screen asked once.
 
-    Returns (action_acc, text_acc, icon_acc, wrong_format_num, num_total; [(screen, sample, point)])."""
+    Returns ({action_acc, text_acc, icon_acc, wrong_format_num, num_total}, [(screen, sample, point)])."""
     rng = np.random.default_rng(0)
     asked = [
-        (screen, S.grounding(screen, element, rng))
-        for screen in (S.draw_screen(domain, split, i) for i in range(num_screens))
+        (screen, screens.grounding(screen, element, rng))
+        for screen in (screens.draw_screen(domain, split, i) for i in range(num_screens))
         for element in screen.targets()
     ]
     answers = answer(model, [s["instruction"] for _, s in asked], [screen.image for screen, _ in asked], history)
     points = [parse_point(a) for a in answers]
-    hits = np.array([S.is_hit(point, sample["bbox"]) for point, (_, sample) in zip(points, asked)])
+    hits = np.array([screens.is_hit(point, sample["bbox"]) for point, (_, sample) in zip(points, asked)])
     kinds = np.array([sample["data_type"] for _, sample in asked])
     metrics = {
         "action_acc": float(hits.mean()),
@@ -203,14 +201,12 @@ def text_logits(model: TinyVLM, count: int = 512) -> Tensor:
 # The main job
 
 
-def main_job(cfg: Config) -> None:
-    """before -> probe -> select -> train -> after -> cost -> saved. Under torchrun, data-parallel."""
-    start = time.time()
+def prepare(cfg: Config) -> tuple[TinyVLM, Path, int, int]:
+    """The base model on its device, the output directory, and this process's rank of how many. ValueError, OSError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(cfg.device)
     if cfg.screens % world:
         raise ValueError(f"screens must be a multiple of the {world} processes, got {cfg.screens}")
-    say = print if rank == 0 else lambda *args: None
     out = Path(cfg.out or f"runs/{cfg.domain}")
     model = load_base(BASE).to(device)
     heads_total = model.config.num_hidden_layers * model.config.num_key_value_heads
@@ -224,29 +220,37 @@ def main_job(cfg: Config) -> None:
         (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return model, out, rank, world
+
+
+def main_job(cfg: Config) -> None:
+    """before -> probe -> select -> train -> after -> cost -> saved. Under torchrun, data-parallel."""
+    start = time.time()
+    model, out, rank, world = prepare(cfg)
+    say = print if rank == 0 else lambda *args: None
 
     def measure() -> tuple[dict, list]:
         metrics, points = evaluate(model, cfg.domain, "test", cfg.test_screens, cfg.history)
         return metrics | {"word_problem_acc": evaluate_word_problems(model, "test")}, points
 
     patches, size = model.config.num_patches, sum(p.numel() for p in model.parameters())
-    say(f"base     {BASE.name} · {size / 1e6:.2f} M parameters · {patches} visual tokens a screen · {device}")
+    say(f"base     {BASE.name} · {size / 1e6:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
     before, base_points = measure()
     base_text = text_logits(model)
     say(f"before   click accuracy on {cfg.domain} screens {accuracy_line(before)}")
 
     heads = None
     if cfg.method == "image_lora":
-        probed = (training_batch(cfg, model, step)[0] for step in range(-PROBE_BATCHES, 0))
+        probed = (training_batch(cfg, model, i)[0] for i in range(PROBE_BATCHES))
         scores = imagelora.score_heads(model, probed, seed=cfg.seed)
         heads = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-        screens = PROBE_BATCHES * cfg.screens
-        say(f"probe    rank-1 influence of {scores.numel()} heads, {screens} screens:  {bars(scores, heads)}")
+        shown = PROBE_BATCHES * cfg.screens
+        say(f"probe    rank-1 influence of {scores.numel()} heads, {shown} screens:  {bars(scores, heads)}")
         chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
         say(f"select   {cfg.num_heads} of {scores.numel()} heads: {chosen}")
 
     torch.manual_seed(cfg.seed)
-    adapter = attach(model, cfg.method, cfg.r, cfg.lora_alpha, heads)
+    adapter = make_adapter(model, cfg.method, cfg.r, cfg.lora_alpha, heads)
     after, tuned_points, difference, cost = before, base_points, 0.0, {}
     if adapter is not None:
         try:
@@ -264,13 +268,13 @@ def main_job(cfg: Config) -> None:
         say(
             f"cost     {parameters:,} parameters ({parameters / cost['lora_trainable_parameters']:.0%} of LoRA)"
             f" · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / cost['lora_flops_per_screen']:.0%} of LoRA),"
-            f" {'counted = computed' if cost['counted'] else 'counted differs from computed'}"
+            f" {'counted = computed' if cost['counted_equals_computed'] else 'counted differs from computed'}"
         )
     if rank == 0:
         if adapter is not None:
             adapter.save(out / "adapter.pt")
         save_png(figures.predictions(base_points, tuned_points), out / "predictions.png")
-        run = {"device": str(device), "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
+        run = {"device": str(model.device), "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
         result = {"before": before, "after": after, "text_logits_max_abs_diff": difference, "heads": heads}
         write_json(out / "metrics.json", asdict(cfg) | run | result | cost)
         (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -280,11 +284,10 @@ def main_job(cfg: Config) -> None:
         torch.distributed.destroy_process_group()
 
 
-def training_batch(cfg: Config, model: TinyVLM, step: int, mine: slice = slice(None)) -> tuple[dict, list]:
-    """A training step's screens, the probe's where the step is below 0, and the boxes of their clicks."""
-    number = step + PROBE_BATCHES
-    first, rng = number * cfg.screens, np.random.default_rng([cfg.seed, number])
-    drawn = [S.draw_screen(cfg.domain, "train", first + i, cfg.seed) for i in range(cfg.screens)]
+def training_batch(cfg: Config, model: TinyVLM, i: int, mine: slice = slice(None)) -> tuple[dict, list]:
+    """Batch number i of the training data, of which the probe takes the first ones, and the boxes of its clicks."""
+    first, rng = i * cfg.screens, np.random.default_rng([cfg.seed, i])
+    drawn = [screens.draw_screen(cfg.domain, "train", first + j, cfg.seed) for j in range(cfg.screens)]
     batch, boxes = packed_batch(drawn, cfg.questions, cfg.history, rng, model.config.num_patches, first)
     batch["pixel_values"] = pixels([screen.image for screen in drawn])
     return {name: tensor[mine].to(model.device) for name, tensor in batch.items()}, boxes[mine]
@@ -299,20 +302,20 @@ def train_adapter(cfg: Config, model: TinyVLM, adapter: nn.Module, out: Path, ra
     clicks = deque(maxlen=16 * cfg.screens * cfg.questions)  # of the last 16 steps, the answers given teacher-forced
 
     def loss_of(step):
-        batch, boxes = training_batch(cfg, model, step, mine)
+        batch, boxes = training_batch(cfg, model, PROBE_BATCHES + step, mine)
         with precision:
             result = replica(**batch)
         answers = batch["labels"][:, 1:] >= 0  # each is x, y, <eos>
         words = [VOCABULARY[i] for i in result.logits[:, :-1][answers].argmax(-1).tolist()]
         given = [parse_point(f"{x} {y}") for x, y in zip(words[::3], words[1::3])]
-        clicks.extend(S.is_hit(point, box) for point, box in zip(given, chain.from_iterable(boxes)))
+        clicks.extend(screens.is_hit(point, box) for point, box in zip(given, chain.from_iterable(boxes)))
         return result.loss, f"loss {result.loss.item():.3f}  click {np.mean(clicks):.0%}"
 
     settings = json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("device", "out", "resume")})
     files = {"checkpoint": out / "checkpoint.pt", "signature": settings, "resume": cfg.resume}
     with progress(cfg.steps, "train", quiet=rank > 0) as bar:
         tune(adapter, cfg.lr, cfg.steps, loss_of, bar, **files)
-    batch, _ = training_batch(cfg, model, 0, mine)
+    batch, _ = training_batch(cfg, model, PROBE_BATCHES, mine)
     parameters, computed, counted = costs(model, adapter, batch)
     lora_parameters, lora = imagelora.lora_costs(*shape_of(model.config), batch["input_ids"].numel(), cfg.r)
     return {
@@ -320,7 +323,7 @@ def train_adapter(cfg: Config, model: TinyVLM, adapter: nn.Module, out: Path, ra
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": computed / share,
         "lora_flops_per_screen": lora / share,
-        "counted": counted == computed,
+        "counted_equals_computed": counted == computed,
     }
 
 
@@ -371,8 +374,8 @@ def explain(given: ExplainConfig) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
     cfg, model = Config(**asdict(given)), load_base(BASE)
     patches = model.config.num_patches
-    screen = S.draw_screen(cfg.domain, "test", 0)
-    sample = S.grounding(screen, screen.targets()[0], np.random.default_rng(cfg.seed))
+    screen = screens.draw_screen(cfg.domain, "test", 0)
+    sample = screens.grounding(screen, screen.targets()[0], np.random.default_rng(cfg.seed))
     question = encode(sample["instruction"])
     ids = torch.tensor([[ID[BOS]] + [ID[IMAGE]] * patches + question])
     one = {"input_ids": ids, "pixel_values": pixels([screen.image])}
@@ -385,10 +388,12 @@ def explain(given: ExplainConfig) -> None:
 
     show("1 the prompt", f"input_ids {list(ids.shape)}: <bos>, <image> x {patches}, {sample['instruction']}")
     show("", f"the right answer {sample['answer']}, the base model's {asked()}")
-    rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
+    visual = imagelora.VisualRows([model.config.image_token_id])
+    visual.begin(model, (), one)
+    ((rows, _),) = visual.running.values()
     show("2 M", f"the rows of visual tokens [{len(rows)}]: {rows[0]} .. {rows[-1]} of 0 .. {ids.numel() - 1}")
 
-    batches = [training_batch(cfg, model, step)[0] for step in range(-PROBE_BATCHES, 1)]
+    batches = [training_batch(cfg, model, i)[0] for i in range(PROBE_BATCHES + 1)]
     scores = imagelora.score_heads(model, batches[:-1], seed=cfg.seed)
     show("3 probe", f"I(l, h) = ||dL/dB_l(h)||^2, {PROBE_BATCHES} batches {list(scores.shape)}, the largest = 1")
     for layer, row in enumerate((scores / scores.max()).tolist()):
@@ -411,7 +416,7 @@ def explain(given: ExplainConfig) -> None:
     loss.backward()
     norms = ", ".join(f"{name} {p.grad.norm().item():.2g}" for name, p in first.named_parameters())
     optimizer.step()
-    show("6 a step", f"gradient norms: {norms}; as B = 0, A and gamma wait for it")
+    show("6 a step", f"at the full rate; gradient norms: {norms}; with B = 0, A and gamma have none yet")
     show("", f"loss {loss.item():.3f} -> {model(**batch).loss.item():.3f}")
 
     tuned = watch(model, one, **parts)
@@ -424,11 +429,13 @@ def explain(given: ExplainConfig) -> None:
     text = change["output"][(ids[0] != model.config.image_token_id)].norm(dim=1).tolist()
     show("8 attention", f"queries changed by {queries:g}, keys by {keys:g}: where to look is unchanged; the output")
     show("", f"at the text tokens <bos> {sample['instruction']} by " + ", ".join(f"{norm:.3f}" for norm in text))
+    show("", "(<bos> stands before the image)")
     show("9 logits", f"with the image: max change {change['logits'].abs().max():.3f}; the answer is now {asked()}")
+    show("", f"(after one step; python train.py --domain {cfg.domain} takes {cfg.steps})")
     show("", f"8 text-only prompts: max change {(text_logits(model, 8) - base_text).abs().max():g}")
 
     gathered = []  # at each call of the layer's v_proj
-    hook = attention.v_proj.register_forward_hook(lambda m, x, y: gathered.append(len(adapter.visual.of(x[0]))))
+    hook = attention.v_proj.register_forward_hook(lambda m, x, y: gathered.append(len(adapter.visual.rows_for(x[0]))))
     asked()
     hook.remove()
     show("10 decoding", f"visual rows adapted in prefill and in each step after it: {gathered}; the cache has the rest")
@@ -549,7 +556,7 @@ def tune(adapter: nn.Module, lr: float, steps: int, loss_of, bar, **checkpoint) 
     optimizers = [torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)]
 
     def schedule(done):
-        return min(1.0, (done * steps + 1) / 20, 1 - done)
+        return min((done * steps + 1) / 20, 1 - done)
 
     train_loop(adapter, optimizers, steps, schedule, loss_of, bar, **checkpoint)
 
@@ -582,7 +589,7 @@ class LoRA(nn.Module):
             self.A.append(nn.Parameter(torch.empty(linear.in_features, r, device=model.device)))
             self.B.append(nn.Parameter(torch.zeros(r, linear.out_features, device=model.device)))
             nn.init.kaiming_uniform_(self.A[i].T, a=math.sqrt(5))
-        self._handles = [m.register_forward_hook(partial(self._add, i)) for i, m in enumerate(self.linears)]
+            linear.register_forward_hook(partial(self._add, i))
         model.requires_grad_(False)
         model.lora = self
 
@@ -605,7 +612,7 @@ class LoRA(nn.Module):
         imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
 
 
-def attach(model, method: str, r: int, lora_alpha: float, heads: dict | None, normalize=True) -> nn.Module | None:
+def make_adapter(model, method: str, r: int, lora_alpha: float, heads: dict | None, normalize=True) -> nn.Module | None:
     """The adapter of a method of METHODS on the model."""
     if method == "image_lora":
         return imagelora.attach(model, r, lora_alpha, heads, normalize)
@@ -617,7 +624,9 @@ def attach(model, method: str, r: int, lora_alpha: float, heads: dict | None, no
 
 @contextmanager
 def constant_added(modules: list[nn.Module]):
-    """Within it the outputs of these modules need a gradient, as those of adapted ones do, at no cost to speak of."""
+    """Within it the outputs of these modules need a gradient, as those of adapted ones do.
+
+    A frozen model has no backward pass at all; with this constant it has the one that an adapter causes."""
     constant = torch.zeros((), device=next(modules[0].parameters()).device, requires_grad=True)
     handles = [module.register_forward_hook(lambda module, inputs, y: y + constant) for module in modules]
     try:
@@ -628,8 +637,8 @@ def constant_added(modules: list[nn.Module]):
 
 
 def count_training_flops(model: TinyVLM, adapter: nn.Module, batch: dict) -> int:
-    """The adapter's FLOPs in one training step as PyTorch counts them: with the adapter, less the same step with only
-    a constant added to the adapted projections, which makes the backbone's backward pass the same."""
+    """The adapter's FLOPs in one training step as PyTorch counts them: those of a step with it, less those of the same
+    step with only a constant added to the adapted projections."""
     if isinstance(adapter, LoRA):
         adapted = adapter.linears
     else:
@@ -658,8 +667,9 @@ def costs(model: TinyVLM, adapter: nn.Module, batch: dict) -> tuple[int, int, in
 # ---------------------------------------------------------------------------------------------------------------------
 # Pretraining: a base whose vision encoder has seen every domain but blueprint, whose questions were all of `source`
 
-LENS = [[*S.LABELS, *S.ICONS, "switch"], list(S.COLOURS)]  # what a visual token should decode to: what it shows, its
-LENS += [[f"<{axis}{i}>" for i in range(S.BINS)] for axis in "xy"]  # colour, and the x and y of the element's centre
+# what a visual token should decode to: what it shows, its colour, and the x and y of the element's centre
+LENS = [[*screens.LABELS, *screens.ICONS, "switch"], list(screens.COLOURS)]
+LENS += [[f"<{axis}{i}>" for i in range(screens.BINS)] for axis in "xy"]
 
 
 @dataclass(frozen=True)
@@ -684,15 +694,15 @@ class PretrainConfig:
         require(self, 0, "refer", "by_colour", "settings_screens", "dark_screens", "muon_lr", "lr", "seed")
 
 
-def lens_targets(screen: S.Screen, patch: int, where: bool) -> np.ndarray:
+def lens_targets(screen: screens.Screen, patch: int, where: bool) -> np.ndarray:
     """[4, P] indices into the lists of LENS, -100 where a patch shows no element; where=False leaves out x and y.
 
     A patch shows an element when it overlaps half of the patch or half of the element."""
-    side = S.SIZE // patch
+    side = screens.SIZE // patch
     targets = np.full((4, side, side), -100)
     for element in screen.elements:
         left, top, right, bottom = element.bbox
-        x, y = S.centre_bins(element.bbox)
+        x, y = screens.centre_bins(element.bbox)
         for row in range(top // patch, (bottom - 1) // patch + 1):
             for column in range(left // patch, (right - 1) // patch + 1):
                 width = min(right, (column + 1) * patch) - max(left, column * patch)
@@ -745,7 +755,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     """Make the base model from nothing, test it and write it to cfg.out with its metrics beside it (.json)."""
     start = time.time()
     torch.manual_seed(cfg.seed)
-    model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=S.SIZE))
+    model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
     model.log_lens_scale = nn.Parameter(torch.tensor(0.3).log())
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -758,13 +768,13 @@ def pretrain(cfg: PretrainConfig) -> None:
     def loss_of(step):
         rng = np.random.default_rng([cfg.seed, step])
         first = step * cfg.screens
-        shown = [S.draw_screen("source", "train", first + i, cfg.seed) for i in range(cfg.screens)]
+        shown = [screens.draw_screen("source", "train", first + i, cfg.seed) for i in range(cfg.screens)]
         history = int(rng.choice((0, 1, 2, 3, 12), p=(0.4, 0.2, 0.15, 0.15, 0.1)))
         batch, _ = packed_batch(shown, cfg.questions, history, rng, patches, first, cfg.refer, cfg.by_colour, True)
         targets = [lens_targets(screen, patch, where=True) for screen in shown]
         for domain, count in (("settings", cfg.settings_screens), ("dark", cfg.dark_screens)):
             seen = range(step * count, (step + 1) * count)
-            extra = [S.draw_screen(domain, "train", i, cfg.seed) for i in seen]
+            extra = [screens.draw_screen(domain, "train", i, cfg.seed) for i in seen]
             shown, targets = shown + extra, targets + [lens_targets(e, patch, domain != "dark") for e in extra]
         features = model.get_image_features(pixels([screen.image for screen in shown]))
         answers = model(batch["input_ids"], labels=batch["labels"], image_features=features[: cfg.screens]).loss
@@ -784,13 +794,13 @@ def pretrain(cfg: PretrainConfig) -> None:
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     imagelora.safe_save({"config": model.config.to_dict(), "state": state}, out)
     model = load_base(out)  # as it is used: rounded to 16 bits
-    metrics = {domain: evaluate(model, domain, "test", 400)[0] for domain in S.DOMAINS}
+    metrics = {domain: evaluate(model, domain, "test", 400)[0] for domain in screens.DOMAINS}
     metrics |= {"word_problem_acc": evaluate_word_problems(model, "test"), "seconds": round(time.time() - start)}
     given = (f"--{name.replace('_', '-')} {value}" for name, value in json.loads(signature).items())
     command = " ".join(["python train.py --pretrain", *given])
     write_json(out.with_suffix(".json"), {"command": command, "torch": torch.__version__, **metrics})
     checkpoint.unlink(missing_ok=True)
-    for domain in S.DOMAINS:
+    for domain in screens.DOMAINS:
         print(f"{domain:<9} {accuracy_line(metrics[domain])}")
     print(f"text      word problems {metrics['word_problem_acc']:.1%}\nsaved     {out} after {metrics['seconds']} s")
 
@@ -799,7 +809,7 @@ def pretrain(cfg: PretrainConfig) -> None:
 # The comparison: a row of compare.json is one fine-tuning run
 
 REGIMES = {"image-heavy": 0, "balanced": 3, "text-heavy": 15}  # word problems before the image
-ROWS = {  # name in the table -> (method, which heads, normalize)
+VARIANTS = {  # name in the table -> (method, which heads, normalize)
     "frozen": ("none", None, True),
     "LoRA q k v o, all tokens": ("lora", None, True),
     "LoRA v, all tokens": ("lora_value", None, True),
@@ -811,17 +821,18 @@ ROWS = {  # name in the table -> (method, which heads, normalize)
 }
 COMPARED = ("settings", "dark", "blueprint")
 BANK = 2048  # training screens of a domain
-GRID = (5e-3, 1e-2, 2e-2)  # learning rates, of which the best on validation screens is taken
+GRID = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)  # learning rates; the best on validation screens is taken, of equals the last
+QUICK_LR = 1e-2  # of --compare --quick
 LONGER = 1000  # steps, of the runs that show what training longer brings
 BRIEF = 200  # steps, of the runs of single heads and at many learning rates
-NORMALIZATION_LR = (0.01, 0.08, 0.64)
+NORMALIZATION_LR = (0.01, 0.08, 0.64)  # from good to too high
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     """The comparison's settings; each field is a command-line option of the same name (after --compare)."""
 
-    quick: bool = False  # one seed, one learning rate, the main table only
+    quick: bool = False  # one seed, one learning rate, the two tables of all methods only
     seeds: int = 5
     steps: int = 400
     screens: int = 8  # a step, two questions each
@@ -849,9 +860,9 @@ def choose_heads(which: str, scores: Tensor, num_heads: int, tau: float, seed: i
 
 
 @cache
-def feature_bank(domain: str) -> tuple[list[S.Screen], Tensor]:
+def feature_bank(domain: str) -> tuple[list[screens.Screen], Tensor]:
     """Training screens and what the frozen vision encoder makes of them [BANK, P, D], computed once a process."""
-    drawn, model = [S.draw_screen(domain, "train", i) for i in range(BANK)], load_base(BASE)
+    drawn, model = [screens.draw_screen(domain, "train", i) for i in range(BANK)], load_base(BASE)
     with torch.no_grad():
         parts = [model.get_image_features(pixels([s.image for s in drawn[i : i + 64]])) for i in range(0, BANK, 64)]
     return drawn, torch.cat(parts)
@@ -868,7 +879,7 @@ def finetune(job: dict) -> dict:
     """One run of the comparison: the job's fields and what was measured."""
     torch.set_num_threads(1)
     start, model = time.time(), load_base(BASE)
-    method, which, normalize = ROWS[job["method"]]
+    method, which, normalize = VARIANTS[job["method"]]
     history, seed, probe = REGIMES[job["regime"]], job["seed"], 2 * PROBE_BATCHES  # batches, half the main job's size
 
     def batch_of(step: int) -> dict:
@@ -884,7 +895,7 @@ def finetune(job: dict) -> dict:
         heads = choose_heads(which, scores, job["num_heads"], job["tau"], seed)
     torch.manual_seed(seed)
     base_text, batch = text_logits(model, 128), batch_of(probe)
-    adapter = attach(model, method, job["r"], 2.0 * job["r"], heads, normalize)
+    adapter = make_adapter(model, method, job["r"], 2.0 * job["r"], heads, normalize)  # alpha / r = 2
     measured, norms = (0, 0, 0), {}
     if adapter is not None:
         with progress(job["steps"], "run", quiet=True) as bar:
@@ -937,39 +948,40 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def make_job(cfg: CompareConfig, part: str, method: str, domain: str, seed: int, lr: float, **options) -> dict:
+def make_job(cfg: CompareConfig, part: str, method: str, domain: str, seed: int, lr, **options) -> dict:
     job = {"part": part, "method": method, "domain": domain, "regime": "image-heavy", "seed": seed, "lr": lr}
     job |= {"num_heads": cfg.num_heads, "only": None, "split": "test", "steps": cfg.steps, "screens": cfg.screens}
     return job | {"r": cfg.r, "tau": cfg.tau} | options
 
 
-def jobs_of(cfg: CompareConfig, rate: Callable[[str, str, int], float]) -> list[dict]:
-    """Every run but those that choose learning rates; rate(method, domain, steps) is the chosen one."""
+def jobs_of(cfg: CompareConfig) -> list[dict]:
+    """Every run but those that choose learning rates; lr is None where it is to be chosen."""
     lora, value, every = "LoRA q k v o, all tokens", "LoRA v, all tokens", "visual tokens, all heads"
-    jobs, model = [], TinyVLMConfig()
+    layers, heads = TinyVLMConfig().num_hidden_layers, TinyVLMConfig().num_key_value_heads
+    jobs = []
 
     def add(part, methods, domain="settings", seeds=cfg.seeds, lr=None, **options):
         for method in methods:
-            chosen = rate(method, domain, options.get("steps", cfg.steps)) if lr is None else lr
-            jobs.extend(make_job(cfg, part, method, domain, seed, chosen, **options) for seed in range(seeds))
+            rate = 0.0 if method == "frozen" else lr
+            jobs.extend(make_job(cfg, part, method, domain, seed, rate, **options) for seed in range(seeds))
 
-    seeds = {"seeds": 1} if cfg.quick else {}
-    add("methods", ROWS, **seeds)
-    add("methods", ROWS, "dark", **seeds)
+    for domain in COMPARED[:2]:
+        add("methods", VARIANTS, domain, seeds=1 if cfg.quick else cfg.seeds)
     if cfg.quick:
         return jobs
     add("longer", (lora, "Image-LoRA"), steps=LONGER)
-    add("limit", ("frozen", lora, every, "Image-LoRA"), "blueprint")
+    add("limit", ("frozen", lora, value, every, "Image-LoRA"), "blueprint")
     for regime in ("balanced", "text-heavy"):  # long prompts take long: two seeds
         add("regimes", ("frozen", lora, value, "Image-LoRA"), seeds=min(cfg.seeds, 2), regime=regime)
     for k in sorted({1, 4} - {cfg.num_heads}):  # those of cfg.num_heads and of all heads are among the methods
         add("budget", ("Image-LoRA", "random heads", "least influential heads"), num_heads=k)
+    for tau in (0.0, 0.5, 1.0, 4.0):
+        add("tau", ["Image-LoRA"], seeds=min(cfg.seeds, 3), tau=tau, split="validation")
     brief = {"seeds": 1, "steps": BRIEF}
-    lr, heads = rate("Image-LoRA", "settings", cfg.steps), model.num_key_value_heads
-    for layer, head in product(range(model.num_hidden_layers), range(heads)):
-        add("single", ["Image-LoRA"], lr=lr, only={str(layer): [head]}, **brief)
-    for k, lr in product((1, model.num_hidden_layers * heads), NORMALIZATION_LR):  # from good to too high
-        add("normalization", ("Image-LoRA", "without normalization"), lr=lr, num_heads=k, **brief)
+    for layer, head in product(range(layers), range(heads)):
+        add("single", ["Image-LoRA"], only={str(layer): [head]}, **brief)
+    for lr in NORMALIZATION_LR:
+        add("normalization", ("Image-LoRA", "without normalization"), lr=lr, num_heads=layers * heads, **brief)
     return jobs
 
 
@@ -977,22 +989,28 @@ def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables, draw its figures. Ctrl-C loses only the runs under way."""
     out = Path(cfg.out + ("-quick" if cfg.quick else ""))
     out.mkdir(parents=True, exist_ok=True)
-    path, rates = out / "compare.json", {}  # (method, domain, steps) -> learning rate
+    path = out / "compare.json"
     rows = read_rows(path) if path.exists() else []
-    jobs = jobs_of(cfg, lambda *key: rates.setdefault(key, 0.0 if key[0] == "frozen" else GRID[1]))
+
+    def tuned_as(job):  # runs of BRIEF steps take the rate of cfg.steps
+        return job["method"], job["domain"], max(job["steps"], cfg.steps)
+
+    jobs = jobs_of(cfg)
+    rates = {tuned_as(job): QUICK_LR for job in jobs if job["lr"] is None}
     tuning = [
         make_job(cfg, "tuning", method, domain, 0, lr, split="validation", steps=steps)
         for method, domain, steps in rates
         for lr in GRID
-        if method != "frozen" and not cfg.quick
+        if not cfg.quick
     ]
     workers = torch.multiprocessing.get_context("spawn").Pool(  # Ctrl-C is for the main process, which ends them
         cfg.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
     )
     with workers as pool, progress(len(jobs) + len(tuning), "compare") as bar:
         for row in sorted(run_jobs(tuning, rows, pool, path, bar), key=lambda row: row["action_acc"]):
-            rates[row["method"], row["domain"], row["steps"]] = row["lr"]  # the best comes last
-        finished = run_jobs(jobs_of(cfg, lambda *key: rates[key]), rows, pool, path, bar)
+            rates[tuned_as(row)] = row["lr"]  # the best comes last
+        jobs = [job | {"lr": rates[tuned_as(job)]} if job["lr"] is None else job for job in jobs]
+        finished = run_jobs(jobs, rows, pool, path, bar)
     report(finished, cfg)
     print(f"\nsaved {path}")
 
@@ -1021,11 +1039,10 @@ def grouped(rows: list[dict], *names: str) -> dict:
     return groups
 
 
-def table(title: str, header: list, lines: list[list]) -> str:
-    """A Markdown table under its title."""
-    return "\n".join(
-        [f"**{title}**\n", *("| " + " | ".join(map(str, x)) + " |" for x in (header, ["---"] * len(header), *lines))]
-    )
+def table(title: str, columns: list, lines: list[list]) -> str:
+    """A Markdown table with its title above the first column."""
+    header = [f"**{title}**", *columns]
+    return "\n".join("| " + " | ".join(map(str, x)) + " |" for x in (header, ["---"] * len(header), *lines))
 
 
 def pivot(title: str, rows: list[dict], index: str, column: str, cell=spread) -> str:
@@ -1033,17 +1050,17 @@ def pivot(title: str, rows: list[dict], index: str, column: str, cell=spread) ->
     groups = grouped(rows, index, column)
     lines, columns = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
     body = [[line, *(cell(groups[line, c]) if (line, c) in groups else "" for c in columns)] for line in lines]
-    return table(title, [index.replace("num_", ""), *columns], body)
+    return table(title, columns, body)
 
 
 def tables(rows: list[dict]) -> list[str]:
     """What the rows of a comparison say, as Markdown tables."""
+    order = {"domain": COMPARED, "method": VARIANTS, "regime": REGIMES}
 
     def place(row):  # rows stand in the order in which their runs ended
         ranks = [list(known).index(row[name]) for name, known in order.items()]
-        return *ranks, row["num_heads"], row["lr"], row["seed"]
+        return *ranks, row["num_heads"], row["tau"], row["lr"], str(row["only"]), row["seed"]
 
-    order = {"domain": COMPARED, "method": ROWS, "regime": REGIMES}
     part = grouped(sorted(rows, key=place), "part")
     cells = {
         "click %": spread,
@@ -1054,33 +1071,46 @@ def tables(rows: list[dict]) -> list[str]:
         "text logits, max change": lambda group: f"{max(row['text_logits_max_abs_diff'] for row in group):.2g}",
         "parameters": lambda group: f"{mean(group, 'trainable_parameters'):,.0f}",
         "adapter MFLOP": flops_cell,
+        "lr": lambda group: f"{group[0]['lr']:g}",
     }
     found = []
     for domain, of_domain in grouped(part["methods"] + part.get("limit", []), "domain").items():
         lines = [[m, *(cell(group) for cell in cells.values())] for m, group in grouped(of_domain, "method").items()]
-        found.append(table(domain, ["method", *cells], lines))
+        found.append(table(domain, list(cells), lines))
     settings = [row for row in part["methods"] if row["domain"] == "settings"]
     if longer := part.get("longer"):
         rows = [row for row in settings if row["method"] in grouped(longer, "method")] + longer
-        found.append(pivot("settings, click % by training steps", rows, "method", "steps"))
+        rows = [row | {"column": f"{row['steps']} steps"} for row in rows]
+        found.append(pivot("settings, click %", rows, "method", "column"))
     if regimes := part.get("regimes"):
         rows = [row for row in settings if row["method"] in grouped(regimes, "method")] + regimes
-        shares = [f"{regime} {mean(g, 'visual_fraction'):.2f}" for regime, g in grouped(rows, "regime").items()]
-        title = f"settings, click % · adapter MFLOP, by visual share of the tokens ({', '.join(shares)})"
-        found.append(pivot(title, rows, "method", "regime", lambda group: f"{spread(group)} · {flops_cell(group)}"))
+        shares = {regime: mean(group, "visual_fraction") for regime, group in grouped(rows, "regime").items()}
+        rows = [row | {"column": f"{row['regime']} ({shares[row['regime']]:.0%} visual)"} for row in rows]
+        found.append(pivot("settings, click % · adapter MFLOP", rows, "method", "column", with_flops))
     if budget := part.get("budget"):
         rows = budget + [row for row in settings if row["method"] in grouped(budget, "method")]
         every = [row for row in settings if row["method"] == "visual tokens, all heads"]
         rows += [row | {"method": "Image-LoRA", "num_heads": "all"} for row in every]
-        found.append(pivot("settings, click % by head budget", rows, "num_heads", "method"))
+        found.append(pivot("settings, click % by number of heads", rows, "num_heads", "method"))
+    if taus := part.get("tau"):
+        rows = [row | {"column": f"τ = {row['tau']:g}"} for row in taus]
+        found.append(pivot("settings, validation click %", rows, "method", "column"))
+    if singles := part.get("single"):
+        places = [(layer, heads[0]) for row in singles for layer, heads in row["heads"].items()]
+        rows = [row | {"layer": f"layer {i}", "head": f"head {h}"} for row, (i, h) in zip(singles, places)]
+        found.append(pivot("settings, click % of one head alone", rows, "layer", "head"))
     if normalized := part.get("normalization"):
-        rows = [row | {"budget": f"{row['num_heads']} of 24 heads, {row['method']}"} for row in normalized]
-        title = "settings, click % · norm of the largest layer's update, by learning rate"
-        found.append(pivot(title, sorted(rows, key=lambda row: row["num_heads"]), "budget", "lr", normalization_cell))
+        rows = [row | {"column": f"lr {row['lr']:g}"} for row in normalized]
+        title = "settings, all heads, click % · largest norm of a layer's update"
+        found.append(pivot(title, rows, "method", "column", with_norm))
     return found
 
 
-def normalization_cell(rows: list[dict]) -> str:
+def with_flops(rows: list[dict]) -> str:
+    return f"{spread(rows)} · {flops_cell(rows)}"
+
+
+def with_norm(rows: list[dict]) -> str:
     return f"{spread(rows)} · {np.mean([max(row['update_norms'].values()) for row in rows]):.2f}"
 
 
@@ -1093,26 +1123,26 @@ def rank_correlation(a, b) -> float:
 def step_time_ratios(cfg: CompareConfig, repetitions: int = 25) -> list[list[str]]:
     """Median time of a method's training step over that of the same backbone with a constant added to its values."""
     torch.set_num_threads(1)
-    times = {name: [] for name in ROWS}
+    times = {name: [] for name in VARIANTS}
     batch = bank_batch("settings", range(cfg.screens), np.random.default_rng(0))
     scores = probe_scores("rank1", batches=1)
     for _ in range(repetitions):
-        for name, (method, which, normalize) in ROWS.items():
+        for name, (method, which, normalize) in VARIANTS.items():
             model = load_base(BASE)
             heads = choose_heads(which, scores, cfg.num_heads, cfg.tau, 0) if which else None
-            attach(model, method, cfg.r, 2.0 * cfg.r, heads, normalize)
+            make_adapter(model, method, cfg.r, 2.0 * cfg.r, heads, normalize)
             values = [layer.self_attn.v_proj for layer in model.language_model.layers]
             with constant_added(values) if name == "frozen" else nullcontext():
                 start = time.perf_counter()
                 model(**batch).loss.backward()
             times[name].append(time.perf_counter() - start)
-    return [[name, f"{np.median(np.array(times[name]) / np.array(times['frozen'])):.2f}"] for name in ROWS]
+    return [[name, f"{np.median(np.array(times[name]) / np.array(times['frozen'])):.2f}"] for name in VARIANTS]
 
 
 def report(rows: list[dict], cfg: CompareConfig) -> None:
     """Print the tables of a comparison; unless it was --quick, rank correlations too, and draw the figures."""
     print("\n" + "\n\n".join(tables(rows)))
-    print("\n" + table("time of a training step over the backbone's alone", ["method", "ratio"], step_time_ratios(cfg)))
+    print("\n" + table("time of a training step over the backbone's alone", ["ratio"], step_time_ratios(cfg)))
     if cfg.quick:
         return
     scores = {probe: probe_scores(probe) for probe in ("rank1", "exact")}
@@ -1122,9 +1152,7 @@ def report(rows: list[dict], cfg: CompareConfig) -> None:
     ranked["gain"] = [row["action_acc"] for row in singles]
     pairs = (("rank1", "exact"), ("rank1", "gain"), ("exact", "gain"))
     lines = [[f"{a} and {b}", f"{rank_correlation(ranked[a], ranked[b]):.2f}"] for a, b in pairs]
-    print(
-        "\n" + table("settings, a head's scores and the click accuracy it gains alone", ["", "Spearman's rho"], lines)
-    )
+    print("\n" + table("settings, a head's scores and the click accuracy it gains alone", ["Spearman's rho"], lines))
     panels = {domain: {} for domain in COMPARED[:2]}
     for (domain, method), group in grouped(rows, "domain", "method").items():
         group = [row for row in group if row["part"] == "methods"]
@@ -1153,7 +1181,7 @@ def load_base(path: str | os.PathLike) -> TinyVLM:
     content = imagelora.safe_load(path)
     try:
         config = TinyVLMConfig(**content["config"])
-        if config.vocab_size != len(VOCABULARY) or config.image_size != S.SIZE:
+        if config.vocab_size != len(VOCABULARY) or config.image_size != screens.SIZE:
             raise ValueError(f"made for {config.vocab_size} words and {config.image_size} px screens")
         with torch.device("meta"):  # shapes are compared before any memory is taken
             TinyVLM(config).load_state_dict(content["state"], assign=True)
