@@ -814,7 +814,9 @@ def test_the_commands_and_names_of_the_readme_exist():
             mode = next((word for word in options if word in train.MODES), None)
             config, _ = train.MODES.get(mode, (train.Config, None))
             train.parse(config, [word for word in options if word != mode])
-    for name in re.findall(r"`(?:b imagelora\.)?((?:VisualRows|ValueAdapter)\.\w+|score_heads|select_heads)`", README):
+    for name in re.findall(
+        r"`(?:tbreak imagelora\.)?((?:VisualRows|ValueAdapter)\.\w+|score_heads|select_heads)`", README
+    ):
         owner = imagelora
         for part in name.split("."):
             owner = getattr(owner, part)
@@ -1349,6 +1351,7 @@ SHORT = ["--steps", "2", "--screens", "1", "--questions", "1", "--num-heads", "2
         *(["--seed", str(10**30)], ["--lr", "nan"], ["--lr", "-1"], ["--tau", "inf"], ["--lora-alpha", "inf"]),
         *(["--out", "/dev/null/x"], ["--out", "a_file"]),
         *(["--pretrain", "--steps", "0"], ["--pretrain", "--screens", "0"], ["--pretrain", "--lr", "nan"]),
+        *(["--compare", "--num-heads", "99"], ["--compare", "--r", "97"], ["--compare", "--tau", "nan"]),
         *(["--pretrain", "--out", "/dev/null/x.pt"], ["--pretrain", "--out", "no_such_directory/x.pt"]),
         *([["--device", "cuda"]] if not torch.cuda.is_available() else []),
         *([["--device", "mps"]] if not torch.backends.mps.is_available() else []),
@@ -1358,7 +1361,7 @@ SHORT = ["--steps", "2", "--screens", "1", "--questions", "1", "--num-heads", "2
 def test_bad_input_on_the_command_line_is_one_sentence(bad, quick, capsys):
     """What the command cannot do ends it with status 2 and one sentence on stderr, and no file."""
     Path("a_file").touch()
-    status, error = run_main([*(SHORT if "--pretrain" not in bad else []), *bad], capsys)
+    status, error = run_main([*(SHORT if bad[0] not in train.MODES else []), *bad], capsys)
     assert status == 2 and one_sentence(error) and "error" in error, error
     assert not [p for p in Path().rglob("*") if p.is_file() and p.name != "a_file"]
 
@@ -2146,5 +2149,8 @@ def step_time(model, inputs, parameters):
     return passed
 
 
-if __name__ == "__main__" and "--bench" in sys.argv:
-    bench(*sys.argv[2:])  # optionally the path of imagelora_train_minimal.py of the authors' release
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--bench"]:
+        bench(*sys.argv[2:])
+    else:
+        print("usage: pytest, or python test_imagelora.py --bench [the authors' imagelora_train_minimal.py]")

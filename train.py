@@ -3,8 +3,10 @@
     python train.py                        before, probe, select, train, after, cost; about a minute on two CPU cores
     python train.py --method lora          the same with standard LoRA (q, k, v, o of every layer, all tokens)
     python train.py --explain              a guided walk: one question through every step, tensor by tensor
-    python train.py --pretrain             make the base model, data/tiny_vlm.pt, from nothing
+    python train.py --pretrain             make a base model like data/tiny_vlm.pt from nothing: base.pt
     python train.py --compare              all methods, prompts, budgets and seeds: the tables and figures of README
+
+--help after one of these lists its settings.
 
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size · L layers · H value heads
 """
@@ -233,8 +235,10 @@ def main_job(cfg: Config) -> None:
         metrics, points = evaluate(model, cfg.domain, "test", cfg.test_screens, cfg.history)
         return metrics | {"word_problem_acc": evaluate_word_problems(model, "test")}, points
 
-    patches, size = model.config.num_patches, sum(p.numel() for p in model.parameters())
-    say(f"base     {BASE.name} · {size / 1e6:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
+    size, where = sum(p.numel() for p in model.parameters()), f"{model.device}"
+    where += f" · {world} processes" if world > 1 else ""
+    patches = model.config.num_patches
+    say(f"base     {BASE.name} · {size / 1e6:.2f} M parameters · {patches} visual tokens a screen · {where}")
     before, base_points = measure()
     base_text = text_logits(model)
     say(f"before   click accuracy on {cfg.domain} screens {accuracy_line(before)}")
@@ -367,7 +371,7 @@ class ExplainConfig:
     """The walk's settings; all others are those of the main job."""
 
     domain: str = "settings"  # settings | dark | blueprint | source
-    seed: int = 0
+    seed: int = 0  # of the data, the adapter's start and the probe
 
 
 def explain(given: ExplainConfig) -> None:
@@ -387,7 +391,7 @@ def explain(given: ExplainConfig) -> None:
         print(f"{station:15}{text}")
 
     show("1 the prompt", f"input_ids {list(ids.shape)}: <bos>, <image> x {patches}, {sample['instruction']}")
-    show("", f"the right answer {sample['answer']}, the base model's {asked()}")
+    show("", f"the right answer {sample['answer']} (a cell of 16 x 16), the base model's {asked()}")
     visual = imagelora.VisualRows([model.config.image_token_id])
     visual.begin(model, (), one)
     ((rows, _),) = visual.running.values()
@@ -431,7 +435,7 @@ def explain(given: ExplainConfig) -> None:
     show("", f"at the text tokens <bos> {sample['instruction']} by " + ", ".join(f"{norm:.3f}" for norm in text))
     show("", "(<bos> stands before the image)")
     show("9 logits", f"with the image: max change {change['logits'].abs().max():.3f}; the answer is now {asked()}")
-    show("", f"(after one step; python train.py --domain {cfg.domain} takes {cfg.steps})")
+    show("", f"(after one step of the {cfg.steps} that python train.py takes)")
     show("", f"8 text-only prompts: max change {(text_logits(model, 8) - base_text).abs().max():g}")
 
     gathered = []  # at each call of the layer's v_proj
@@ -516,6 +520,8 @@ def train_loop(
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         start = saved["step"]
         bar.update(start)
+    if resume and rank0:
+        tqdm.write(f"resume   from step {start} of {steps}" + ("" if start else f" (there is no {checkpoint})"))
 
     def save(step):
         if checkpoint and rank0:
@@ -676,18 +682,18 @@ LENS += [[f"<{axis}{i}>" for i in range(screens.BINS)] for axis in "xy"]
 class PretrainConfig:
     """Pretraining settings; each field is a command-line option of the same name (after --pretrain)."""
 
-    steps: int = 4000
+    steps: int = 4000  # training steps
     screens: int = 16  # source screens with questions a step
-    questions: int = 6  # a screen
+    questions: int = 6  # questions a screen
     refer: float = 0.25  # share of questions that give the point and ask what is there
     by_colour: float = 0.3  # share of questions that name an icon by its colour alone, where that is enough
-    settings_screens: int = 4  # a step, seen by the vision loss only
-    dark_screens: int = 2  # a step, seen by the vision loss only, for what is there but not where
+    settings_screens: int = 4  # settings screens a step, seen by the vision loss only
+    dark_screens: int = 2  # dark screens a step, seen by the vision loss only, for what is there but not where
     muon_lr: float = 0.02  # peak learning rate of Muon for matrices
     lr: float = 2e-3  # peak learning rate of AdamW for embeddings, norms and biases
-    seed: int = 0
-    out: str = str(BASE)
-    resume: bool = False
+    seed: int = 0  # of the data and the model's start
+    out: str = "base.pt"  # file to write; train.py uses data/tiny_vlm.pt
+    resume: bool = False  # go on from the checkpoint beside it
 
     def __post_init__(self):
         require(self, 1, "steps", "screens", "questions")
@@ -832,15 +838,15 @@ NORMALIZATION_LR = (0.01, 0.08, 0.64)  # from good to too high
 class CompareConfig:
     """The comparison's settings; each field is a command-line option of the same name (after --compare)."""
 
-    quick: bool = False  # one seed, one learning rate, the two tables of all methods only
-    seeds: int = 5
-    steps: int = 400
-    screens: int = 8  # a step, two questions each
-    num_heads: int = 10
-    r: int = 8
-    tau: float = 4.0
+    quick: bool = False  # one seed, one learning rate, the tables of settings and dark only
+    seeds: int = 5  # runs of each kind
+    steps: int = 400  # training steps
+    screens: int = 8  # screens a step, two questions each
+    num_heads: int = 10  # value heads to adapt
+    r: int = 8  # rank; alpha is twice it
+    tau: float = 4.0  # layer budget ~ influence^tau
     workers: int = 2  # processes, one thread each
-    out: str = "runs/compare"
+    out: str = "runs/compare"  # output directory; with --quick, -quick is added
 
     def __post_init__(self):
         require(self, 1, "seeds", "steps", "screens", "num_heads", "r", "workers")
@@ -932,7 +938,8 @@ def run_jobs(jobs: list[dict], rows: list[dict], pool, path: Path, bar) -> list[
         rows.append(json.loads(json.dumps(row)))
         write_json(path, rows)
         done[job_key(row)] = rows[-1]
-        bar.set_postfix_str(f"{row['part']} {row['domain']} {row['method']} {row['action_acc']:.0%}", refresh=False)
+        text = f"{row['part']}, {row['domain']}, {row['method']}: click {row['action_acc']:.0%}"
+        bar.set_postfix_str(text, refresh=False)
         bar.update()
     return [done[job_key(job)] for job in jobs]
 
@@ -987,6 +994,9 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
 
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables, draw its figures. Ctrl-C loses only the runs under way."""
+    shape = TinyVLMConfig()
+    if cfg.num_heads > shape.num_hidden_layers * shape.num_key_value_heads or cfg.r > shape.hidden_size:
+        raise ValueError(f"the base has 24 value heads and hidden size 96, got num_heads {cfg.num_heads}, r {cfg.r}")
     out = Path(cfg.out + ("-quick" if cfg.quick else ""))
     out.mkdir(parents=True, exist_ok=True)
     path = out / "compare.json"
@@ -1140,11 +1150,11 @@ def step_time_ratios(cfg: CompareConfig, repetitions: int = 25) -> list[list[str
 
 
 def report(rows: list[dict], cfg: CompareConfig) -> None:
-    """Print the tables of a comparison; unless it was --quick, rank correlations too, and draw the figures."""
+    """Print the tables of a comparison; unless it was --quick, step times and rank correlations too; draw figures."""
     print("\n" + "\n\n".join(tables(rows)))
-    print("\n" + table("time of a training step over the backbone's alone", ["ratio"], step_time_ratios(cfg)))
     if cfg.quick:
         return
+    print("\n" + table("time of a training step over the backbone's alone", ["ratio"], step_time_ratios(cfg)))
     scores = {probe: probe_scores(probe) for probe in ("rank1", "exact")}
     singles = [row for row in rows if row["part"] == "single"]
     places = [(int(layer), heads[0]) for row in singles for layer, heads in row["heads"].items()]
@@ -1216,11 +1226,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
-def parse(config_class, arguments: list[str]):
+def parse(config_class, arguments: list[str], mode: str = ""):
     """The config from arguments: an option per field, its comment in the class as the help text."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog=f"train.py {mode}".strip(),
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     for f in fields(config_class):
         name = f"--{f.name.replace('_', '-')}"
@@ -1243,13 +1256,16 @@ def main(arguments: list[str]) -> int:
     """Runs a job; returns the exit status: 0, 1 diverged, 2 bad input, 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        mode = next((argument for argument in arguments if argument in MODES), None)
+        mode = next((argument for argument in arguments if argument in MODES), "")
         config, job = MODES.get(mode, (Config, main_job))
-        job(parse(config, [argument for argument in arguments if argument != mode]))
+        job(parse(config, [argument for argument in arguments if argument != mode], mode))
     except (Interrupted, KeyboardInterrupt) as stopped:
         resume = [] if "--compare" in arguments else ["--resume"]  # a comparison always keeps its finished rows
         again = shlex.join([a for a in arguments if a != "--resume"] + resume)
-        print(f"\n{str(stopped) or 'stopped'}; go on with: python train.py {again}")
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{str(stopped) or 'stopped'}; go on with: {launcher} train.py {again}")
         return 130
     except Diverged as error:
         print(error, file=sys.stderr)
