@@ -995,8 +995,9 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables, draw its figures. Ctrl-C loses only the runs under way."""
     shape = TinyVLMConfig()
-    if cfg.num_heads > shape.num_hidden_layers * shape.num_key_value_heads or cfg.r > shape.hidden_size:
-        raise ValueError(f"the base has 24 value heads and hidden size 96, got num_heads {cfg.num_heads}, r {cfg.r}")
+    heads, size = shape.num_hidden_layers * shape.num_key_value_heads, shape.hidden_size
+    if cfg.num_heads > heads or cfg.r > size:
+        raise ValueError(f"num_heads must be at most {heads} and r at most {size}, got {cfg.num_heads} and {cfg.r}")
     out = Path(cfg.out + ("-quick" if cfg.quick else ""))
     out.mkdir(parents=True, exist_ok=True)
     path = out / "compare.json"
