@@ -8,6 +8,7 @@ An image is a run of `config.image_token_id` placeholders in `input_ids`, one pe
 Shapes:  B batch · T tokens · N images · P patches an image · D hidden size · H query heads · d head size · V vocabulary
 """
 
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -193,6 +194,21 @@ class TinyVLM(nn.Module):
                 nn.init.normal_(parameter, std=0.3)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    @classmethod
+    def from_pretrained(cls, path) -> "TinyVLM":
+        """The model in the file {"config", "state"}, float32, for evaluation. ValueError where the file holds none."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:  # torch.load would not notice a flipped bit
+                    raise ValueError("a checksum does not match")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            model = cls(TinyVLMConfig(**content["config"]))
+            model.load_state_dict(content["state"])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise ValueError(f"{path} is not a saved TinyVLM ({reason})") from None
+        return model.eval()
 
     @property
     def device(self) -> torch.device:

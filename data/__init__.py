@@ -1,6 +1,14 @@
 """Synthetic screens, word problems and the tokenizer; everything is reproducible from (domain, split, index, seed)."""
 
-SPLITS = ("train", "validation", "test")
+import argparse
+import os
+from contextlib import contextmanager
+from dataclasses import field, fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+SPLITS = ("train", "validation", "test", "pretrain")
 
 
 def split_id(split: str) -> int:
@@ -8,3 +16,49 @@ def split_id(split: str) -> int:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
     return SPLITS.index(split)
+
+
+def option(default, help: str, choices: tuple[str, ...] = (), least: float | None = None):
+    """A field of a settings dataclass that is an option of the command line too; `least` is its smallest value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+def check_options(settings) -> None:
+    """Raises ValueError naming the first field that is none of its choices, too small, too large or not finite."""
+    for f in fields(settings):
+        value, least, choices = getattr(settings, f.name), f.metadata["least"], f.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+        if least is not None and not least <= value < 2**63:
+            raise ValueError(f"{f.name} must be finite and at least {least}, got {value}")
+
+
+def parse(settings_class, arguments: list[str], prog: str, description: str):
+    """The settings in these arguments: an option for each field of the dataclass."""
+    form = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog, description=description, formatter_class=form, allow_abbrev=False)
+    for f in fields(settings_class):
+        known = " | ".join(f.metadata["choices"])
+        text = f"{known}{': ' * bool(known)}{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
+        kind = {"type": type(f.default)}
+        if isinstance(f.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text, **kind)
+    return settings_class(**vars(parser.parse_args(arguments)))
+
+
+def progress(first: int, total: int, name: str, quiet: bool = False) -> tqdm:
+    """A progress bar over the steps first..total-1."""
+    layout = "{desc:<9}|{bar:24}| {n_fmt}/{total_fmt}{postfix}  {elapsed} < {remaining}"
+    return tqdm(range(first, total), name, total, initial=first, bar_format=layout, disable=quiet)
+
+
+@contextmanager
+def replacing(path: str | Path):
+    """Yields a path beside `path` to write to, and moves that file into place: `path` is never half-written."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,14 +1,10 @@
-"""README's pictures, drawn with Pillow: predictions on screens, accuracy against cost, the influence of heads."""
-
-import math
+"""Pictures, drawn with Pillow: clicks on screens, and where a head looks."""
 
 from PIL import Image, ImageDraw, ImageFont
 
 from data.screens import SIZE, is_hit
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; marks differ in shape too.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999")
-BLUE, ORANGE, INK, GRID = COLOURS[0], COLOURS[3], "#222222", "#dddddd"
+BLUE, ORANGE, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart (Okabe and Ito)
 K = 2  # pixels a unit of length, so that figures are sharp on dense displays
 
 
@@ -26,121 +22,80 @@ def _canvas(width: int, height: int):
     return image, draw, text, line
 
 
-def _mark(draw, x: float, y: float, i: int, size: float = 9) -> None:
-    """Mark number i: its own colour, and a circle, square or diamond with a white rim."""
-    x, y, size = x * K, y * K, size * K
-    box, fill = (x - size, y - size, x + size, y + size), COLOURS[i]
-    if i % 3 == 0:
-        draw.ellipse(box, fill, "white", K)
-    elif i % 3 == 1:
-        draw.rectangle(box, fill, "white", K)
-    else:
-        d = 1.2 * size
-        draw.polygon([(x, y - d), (x + d, y), (x, y + d), (x - d, y)], fill, "white")
+def _frame(draw, left: float, top: float, right: float, bottom: float) -> None:
+    """A black and white box, to be seen on every screen."""
+    for margin, fill in ((1, "black"), (0.5, "white")):
+        box = (left - margin, top - margin, right + margin - 0.5, bottom + margin - 0.5)
+        draw.rectangle([v * K for v in box], None, fill, K)
+
+
+def _click(draw, x: float, y: float, tuned: bool) -> None:
+    """A click with a white rim: the base model's is a cross, the tuned model's a ring."""
+    for fill, width in (("white", 3), (BLUE if tuned else ORANGE, 1.5)):
+        if tuned:
+            r = 4 + width / 2
+            draw.ellipse([v * K for v in (x - r, y - r, x + r, y + r)], None, fill, int(width * K))
+        else:
+            for slope in (3, -3):
+                draw.line([v * K for v in (x - 3, y - slope, x + 3, y + slope)], fill, int(width * K))
+
+
+def _legend(draw, text) -> None:
+    _frame(draw, 8, 6, 16, 14)
+    text(22, 10, "target", 8)
+    _click(draw, 60, 10, tuned=False)
+    text(68, 10, "base model's click", 8)
+    _click(draw, 150, 10, tuned=True)
+    text(159, 10, "after fine-tuning", 8)
+
+
+def _picture(screen, side: int = SIZE) -> Image.Image:
+    return Image.fromarray(screen.image).resize((side * K, side * K), Image.Resampling.LANCZOS)
 
 
 def predictions(base: list, tuned: list, columns: int = 4, rows: int = 3) -> Image.Image:
-    """A grid of screens: the target box, the base model's click and the tuned model's, of (screen, sample, point)."""
+    """A grid of screens with the clicks, or names, of (screen, sample, answer) before and after."""
     side, gap, caption = SIZE, 6, 14
     image, draw, text, line = _canvas(columns * (side + gap) + gap, rows * (side + gap + caption) + 20)
-
-    def click(x, y, colour, cross):
-        for fill, width in (("white", 3), (colour, 1.5)):  # a white rim, to be seen on every screen
-            if cross:
-                line(x - 3, y - 3, x + 3, y + 3, fill, width)
-                line(x - 3, y + 3, x + 3, y - 3, fill, width)
-            else:
-                r = 4 + width / 2
-                draw.ellipse([v * K for v in (x - r, y - r, x + r, y + r)], None, fill, int(width * K))
-
-    def frame(left, top, right, bottom):
-        for margin, fill in ((1, "black"), (0.5, "white")):
-            box = (left - margin, top - margin, right + margin - 0.5, bottom + margin - 0.5)
-            draw.rectangle([v * K for v in box], None, fill, K)
-
     step = max(len(base) // (columns * rows), 1)
     for i, ((screen, sample, before), (_, _, after)) in enumerate(list(zip(base, tuned))[::step][: columns * rows]):
         x, y = gap + i % columns * (side + gap), 20 + i // columns * (side + gap + caption)
-        picture = Image.fromarray(screen.image).resize((side * K, side * K), Image.Resampling.LANCZOS)
-        image.paste(picture, (x * K, y * K))
-        left, top, right, bottom = sample["bbox"]
-        frame(x + left, y + top, x + right, y + bottom)
-        for point, colour in ((before, ORANGE), (after, BLUE)):
-            if point is not None:
-                click(x + point[0], y + point[1], colour, cross=colour == ORANGE)
-        verdict = "right" if is_hit(after, sample["bbox"]) else "wrong"
+        image.paste(_picture(screen), (x * K, y * K))
+        if "bbox" in sample:
+            left, top, right, bottom = sample["bbox"]
+            _frame(draw, x + left, y + top, x + right, y + bottom)
+            for point, is_tuned in ((before, False), (after, True)):
+                if point is not None:
+                    _click(draw, x + point[0], y + point[1], is_tuned)
+            verdict = "right" if is_hit(after, sample["bbox"]) else "wrong"
+        else:
+            verdict = after
         text(x, y + side + 7, f"{sample['instruction']}: {verdict}", 8)
-    frame(8, 6, 16, 14)
-    text(22, 10, "target", 8)
-    click(60, 10, ORANGE, cross=True)
-    text(68, 10, "base model's click", 8)
-    click(150, 10, BLUE, cross=False)
-    text(159, 10, "after fine-tuning", 8)
+    _legend(draw, text)
     return image
 
 
-def accuracy_against_cost(panels: dict[str, dict[str, tuple[float, float, float]]]) -> Image.Image:
-    """{domain: {method: (adapter MFLOP a step, mean click accuracy in %, its standard deviation)}}; a log cost axis."""
-    methods = list(dict.fromkeys(method for results in panels.values() for method in results))
-    width, height, left = 860, 560, 60
-    image, draw, text, line = _canvas(width, height + 20 + 32 * math.ceil(len(methods) / 2))
-    costs = [math.log10(cost) for results in panels.values() for cost, _, _ in results.values()]
-    low, high = min(costs) - 0.15, max(costs) + 0.15
-    panel_width = (width - 10) // len(panels)
-
-    def panel(p: int, title: str, results: dict) -> None:
-        x0, x1, y0, y1 = p * panel_width + left, (p + 1) * panel_width - 5, height - 60, 60
-        means = [mean for _, mean, _ in results.values()]
-        bottom, top = math.floor(min(means) / 5) * 5, math.ceil(max(means) / 5) * 5
-
-        def at(cost, accuracy):
-            x = x0 + (x1 - x0) * (math.log10(cost) - low) / (high - low)
-            return x, y0 + (y1 - y0) * (accuracy - bottom) / (top - bottom)
-
-        text((x0 + x1) / 2, 30, f"{title} screens: click accuracy", 19, "mm")
-        for tick in range(bottom, top + 1, 1 if top - bottom <= 10 else 5):
-            y = at(10, tick)[1]
-            line(x0, y, x1, y, GRID)
-            text(x0 - 8, y, f"{tick} %", 15, "rm")
-        for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500):
-            x = at(tick, bottom)[0]
-            if x0 <= x <= x1:
-                line(x, y0, x, y0 + 6)
-                text(x, y0 + 18, str(tick), 15, "mm")
-        line(x0, y0, x1, y0, INK, 2)
-        text((x0 + x1) / 2, y0 + 42, "adapter MFLOP a training step (log axis)", 15, "mm")
-        for method, (cost, mean, deviation) in reversed(results.items()):  # the first ones end on top
-            i = methods.index(method)
-            (x, above), (_, below) = at(cost, mean + deviation), at(cost, mean - deviation)
-            line(x, above, x, below, COLOURS[i], 3)
-            _mark(draw, *at(cost, mean), i)
-
-    for p, (title, results) in enumerate(panels.items()):
-        panel(p, title, results)
-    for i, method in enumerate(methods):
-        x, y = left + i % 2 * 400, height + 15 + i // 2 * 32
-        _mark(draw, x, y, i)
-        text(x + 20, y, method)
-    return image
-
-
-def influence_map(scores: list[list[float]], heads: dict[int, list[int]]) -> Image.Image:
-    """Layers x heads, darker where more influential (the largest is 1), the selected heads outlined."""
-    cell, left = 76, 110
-    image, draw, text, _ = _canvas(left + len(scores[0]) * cell + 40, len(scores) * cell + 100)
-    largest = max(map(max, scores))
-    for layer, row in enumerate(scores):
-        y = 12 + layer * cell
-        text(16, y + cell / 2, f"layer {layer}", 18)
-        for head, score in enumerate(row):
-            x, share = left + head * cell, score / largest
-            shade = tuple(round(a + (b - a) * share**0.5) for a, b in zip((247, 251, 255), (8, 48, 107)))
-            draw.rectangle([v * K for v in (x + 4, y + 4, x + cell - 4, y + cell - 4)], shade, "#bbbbbb")
-            if head in heads.get(layer, []):
-                draw.rectangle([v * K for v in (x + 2, y + 2, x + cell - 2, y + cell - 2)], None, ORANGE, 4 * K)
-            text(x + cell / 2, y + cell / 2, f"{share:.2f}", 17, "mm", "white" if share > 0.25 else INK)
-    for head in range(len(scores[0])):
-        text(left + (head + 0.5) * cell, 12 + len(scores) * cell + 16, f"head {head}", 16, "mm")
-    caption = "influence of value heads on settings screens, largest = 1; outlined: selected"
-    text(16, 12 + len(scores) * cell + 58, caption, 15)
+def look(screens: list, samples: list, weights: list, base: list, tuned: list) -> Image.Image:
+    """A row for each screen: where a head looks, by its attention weights [P], and the clicks before and after."""
+    side, gap = SIZE, 14
+    image, draw, text, _ = _canvas(3 * (side + gap) + gap, len(screens) * (side + 22) + 44)
+    _legend(draw, text)
+    for column, title in enumerate(("the screen", "the head looks at the name", "the click moves")):
+        text(gap + column * (side + gap), 30, title, 9)
+    for i, (screen, sample, seen, before, after) in enumerate(zip(screens, samples, weights, base, tuned)):
+        y, places = 40 + i * (side + 22), [gap + column * (side + gap) for column in range(3)]
+        for x in places:
+            image.paste(_picture(screen), (x * K, y * K))
+        patches = round(len(seen) ** 0.5)
+        shade = seen.reshape(patches, patches) / seen.max()
+        light = Image.fromarray((230 - 230 * shade.sqrt()).byte().numpy()).resize(
+            (side * K, side * K), Image.Resampling.NEAREST
+        )
+        image.paste("#101828", (places[1] * K, y * K), light)
+        left, top, right, bottom = sample["bbox"]
+        _frame(draw, places[2] + left, y + top, places[2] + right, y + bottom)
+        for point, is_tuned in ((before, False), (after, True)):
+            if point is not None:
+                _click(draw, places[2] + point[0], y + point[1], is_tuned)
+        text(places[0], y + side + 8, f"{sample['instruction']}", 9)
     return image

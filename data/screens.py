@@ -2,9 +2,10 @@
 
 Domains (DOMAINS):
     source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
-    settings   two columns of rows, a name at the left and a switch at the right; the right click is the *switch*
+    settings   pairs of a name and a switch right after it, anywhere; the right click is the *switch*
+    row        a pair a row: the name at the left, its switch anywhere to its right; the right click is the *switch*
     dark       the source task in a dark palette
-    blueprint  the source task as white outlines on blue, which nothing in pretraining has seen
+    blueprint  the source task as white outlines on blue, so without colours; nothing in pretraining has seen it
 
 `python -m data.screens` draws a contact sheet of them to look at.
 """
@@ -30,6 +31,10 @@ LIGHT["brown"] = "#8c5528"
 DARK = {"red": "#ff6e64", "yellow": "#ffe16e", "green": "#78e68c", "blue": "#78aaff", "purple": "#d28cff"}
 DARK["brown"] = "#c8966e"
 COLOURS = tuple(LIGHT)
+SWITCH = (16, 10)  # pixels, its size
+GAP = 6  # pixels between a name and its switch on `settings`, at least so many on `row`
+SWITCHES = ("drawn", "erased", "exchanged")
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
 
 
 @dataclass(frozen=True)
@@ -37,28 +42,32 @@ class Palette:
     background: str
     button: str
     text: str
-    icons: dict[str, str]
-    outline: bool = False  # icons as outlines without their fill
+    icons: dict[str, str]  # colour -> what is drawn
+    outline: bool = False  # buttons and icons as outlines without their fill
 
 
+_LIGHT = Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT)
 PALETTES = {
-    "source": Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT),
-    "settings": Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT),
+    "source": _LIGHT,
+    "settings": _LIGHT,
+    "row": _LIGHT,
     "dark": Palette("#14171c", "#303743", "#eef1f6", DARK),
-    "blueprint": Palette("#1f4fa0", "#2d62bb", "#ffffff", dict.fromkeys(COLOURS, "#ffffff") | DARK, outline=True),
+    "blueprint": Palette("#1f4fa0", "#ffffff", "#ffffff", {"": "#ffffff"}, outline=True),
 }
 DOMAINS = tuple(PALETTES)
+PAIRED = ("settings", "row")  # domains whose names have switches
+COUNTS = dict.fromkeys(DOMAINS, (5, 7)) | {"settings": (4, 6), "row": (4, 5)}  # names on a screen, least and most
 
 
 @dataclass(frozen=True)
 class Element:
-    """One element of a screen. Boxes are (left, top, right, bottom) in pixels, right and bottom exclusive."""
+    """Something that is drawn on a screen."""
 
     name: str  # a word of LABELS or ICONS, or "switch"
-    colour: str  # of an icon, else ""
+    colour: str  # of an icon; "" for text, and on blueprint
     data_type: str  # "text" | "icon"
-    bbox: tuple[int, int, int, int]  # where it is drawn
-    click: tuple[int, int, int, int] | None  # where a click on it belongs; None for what is never asked for
+    bbox: Box  # where it is drawn
+    click: Box | None  # where a click on it belongs; None for what is never asked for
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,11 @@ def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.
         width, height = round(font.getlength(name) / k) + 8, size + 5
         sprite = Image.new("RGBA", (width * k, height * k))
         draw = ImageDraw.Draw(sprite)
-        draw.rounded_rectangle((0, 0, width * k - 1, height * k - 1), 3 * k, fill=palette.button)
+        fill = None if palette.outline else palette.button
+        draw.rounded_rectangle((0, 0, width * k - 1, height * k - 1), 3 * k, fill, palette.button, k)
         draw.text((width * k / 2, height * k / 2), name, fill=palette.text, font=font, anchor="mm")
     elif kind == "switch":
-        width, height = 16, 10
+        width, height = SWITCH
         sprite = Image.new("RGBA", (width * k, height * k))
         draw = ImageDraw.Draw(sprite)
         on = name == "on"
@@ -122,23 +132,24 @@ def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.
         width = height = size
         sprite = Image.new("RGBA", (size * k, size * k))
         corners = [(x * (size * k - 1), y * (size * k - 1)) for x, y in _icon_outline(name)]
-        fill, line = palette.icons[colour], palette.icons[colour]
-        ImageDraw.Draw(sprite).polygon(corners, None if palette.outline else fill, line, width=6)
+        line = palette.icons[colour]
+        ImageDraw.Draw(sprite).polygon(corners, None if palette.outline else line, line, width=6)
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
-def _contents(rng: np.random.Generator, count: int) -> list[tuple[str, str, str, int]]:
+def _contents(rng: np.random.Generator, count: int, domain: str) -> list[tuple[str, str, str, int]]:
     """`count` (kind, name, colour, size), half of them text; names are unique, icons at least together with colour."""
+    colours = tuple(PALETTES[domain].icons)
     texts = rng.choice(len(LABELS), count // 2, replace=False)
-    kinds = rng.choice(len(ICONS), 3, replace=False)  # few, so often ambiguous
-    pairs = rng.choice(len(kinds) * len(COLOURS), count - count // 2, replace=False)
+    kinds = rng.permutation(len(ICONS))[: 3 if len(colours) > 1 else None]  # few, so often ambiguous without colour
+    pairs = rng.choice(len(kinds) * len(colours), count - count // 2, replace=False)
     items = [("text", LABELS[i], "", int(rng.integers(11, 13))) for i in texts]
-    for kind, colour in (divmod(int(p), len(COLOURS)) for p in pairs):
-        items.append(("icon", ICONS[kinds[kind]], COLOURS[colour], int(rng.choice((14, 18, 22)))))
+    for kind, colour in (divmod(int(p), len(colours)) for p in pairs):
+        items.append(("icon", ICONS[kinds[kind]], colours[colour], int(rng.choice((14, 18, 22)))))
     return items
 
 
-def _place_freely(rng, sizes: list[tuple[int, int]], margin: int = 3) -> list[tuple[int, int, int, int]] | None:
+def _place_freely(rng, sizes: list[tuple[int, int]], margin: int = 3) -> list[Box] | None:
     """Random boxes that do not overlap, or None after too many attempts."""
     boxes = []
     for width, height in sizes:
@@ -156,36 +167,49 @@ def _place_freely(rng, sizes: list[tuple[int, int]], margin: int = 3) -> list[tu
     return boxes
 
 
-def draw_screen(domain: str, split: str, index: int, seed: int = 0) -> Screen:
-    """Screen number `index` of a split; the same arguments give the same screen. ValueError on unknown names."""
-    if domain not in PALETTES:
-        raise ValueError(f"unknown domain {domain!r}; expected one of {', '.join(DOMAINS)}")
+def _place_in_rows(rng, sizes: list[tuple[int, int]]) -> list[Box]:
+    """A box a row, each starting near the left edge and ending anywhere right of its size."""
+    height = SIZE // len(sizes)  # of a row
+    boxes = []
+    for row, (width, h) in enumerate(sizes):
+        x, y = int(rng.integers(1, 9)), row * height + int(rng.integers(1, height - h))
+        boxes.append((x, y, int(rng.integers(x + width, SIZE)), y + h))
+    return boxes
+
+
+def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: str = "drawn") -> Screen:
+    """Screen number `index` of a split; the same arguments give the same screen. ValueError on unknown names.
+
+    switches: "erased" leaves them out of the picture, the right click stays where they would be; "exchanged" puts them
+    at the left end of their pair and the name at the right end. Nothing else of the screen changes.
+    """
+    for given, known in ((domain, DOMAINS), (switches, SWITCHES)):
+        if given not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, got {given!r}")
     rng = np.random.default_rng([split_id(split), DOMAINS.index(domain), index, seed])
-    image = Image.new("RGB", (SIZE, SIZE), PALETTES[domain].background)
-    elements = []
-
-    def put(sprite, x, y):
-        image.paste(sprite, (x, y), sprite)
-        return (x, y, x + sprite.width, y + sprite.height)
-
+    least, most = COUNTS[domain]
+    beside = GAP + SWITCH[0] if domain in PAIRED else 0  # of the name in its pair
     boxes = None
     while boxes is None:
-        items = _contents(rng, int(rng.integers(5, 8)))
+        items = _contents(rng, int(rng.integers(least, most + 1)), domain)
         sprites = [_sprite(*item, domain) for item in items]
-        boxes = [()] * len(items) if domain == "settings" else _place_freely(rng, [s.size for s in sprites])
-    if domain == "settings":  # 2 columns x 4 rows; each used cell holds a name at the left and its switch at the right
-        cells = rng.permutation(8)[: len(items)]
-        for (kind, name, colour, _), sprite, cell in zip(items, sprites, cells.tolist()):
-            left, middle = cell % 2 * 64, cell // 2 * 32 + 16 + int(rng.integers(-4, 5))
-            switch = _sprite("switch", str(rng.choice(("on", "off"))), "", 0, domain)
-            target = put(switch, left + 46 + int(rng.integers(-1, 2)), middle - switch.height // 2)
-            free = 44 - sprite.width
-            box = put(sprite, left + 1 + int(rng.integers(0, max(free, 1))), middle - sprite.height // 2)
-            elements += [Element(name, colour, kind, box, target), Element("switch", "", "icon", target, None)]
-    else:
-        for (kind, name, colour, _), sprite, (x, y, _, _) in zip(items, sprites, boxes):
-            box = put(sprite, x, y)
-            elements.append(Element(name, colour, kind, box, box))
+        sizes = [(sprite.width + beside, sprite.height) for sprite in sprites]
+        boxes = _place_in_rows(rng, sizes) if domain == "row" else _place_freely(rng, sizes)
+
+    image, elements = Image.new("RGB", (SIZE, SIZE), PALETTES[domain].background), []
+    for (kind, name, colour, _), sprite, (left, top, right, bottom) in zip(items, sprites, boxes):
+        x = right - sprite.width if switches == "exchanged" else left
+        image.paste(sprite, (x, top), sprite)
+        box = target = (x, top, x + sprite.width, bottom)
+        if domain in PAIRED:
+            state = ("on", "off")[rng.integers(2)]
+            x, y = left if switches == "exchanged" else right - SWITCH[0], (top + bottom - SWITCH[1]) // 2
+            target = (x, y, x + SWITCH[0], y + SWITCH[1])
+            if switches != "erased":
+                toggle = _sprite("switch", state, "", 0, domain)
+                image.paste(toggle, (x, y), toggle)
+                elements.append(Element("switch", "", "icon", target, None))
+        elements.append(Element(name, colour, kind, box, target))
     return Screen(np.asarray(image), tuple(elements), f"{domain}/{split}/{seed}-{index}")
 
 
@@ -199,7 +223,7 @@ def describe(screen: Screen, element: Element, by_colour: bool = False) -> str:
     return f"{element.colour} {element.name}" if same > 1 else element.name
 
 
-def centre_bins(bbox: tuple[int, int, int, int]) -> tuple[int, int]:
+def centre_bins(bbox: Box) -> tuple[int, int]:
     """The (x, y) coordinate bins of a box's centre."""
     return int((bbox[0] + bbox[2]) / 2 / BIN), int((bbox[1] + bbox[3]) / 2 / BIN)
 
@@ -218,14 +242,14 @@ def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_col
 
 
 def referring(screen: Screen, element: Element) -> dict:
-    """The question the other way round: a point is given, what is drawn there is asked."""
-    x, y = centre_bins(element.bbox)
+    """The question the other way round: a point is given, what a click there acts on is asked."""
+    x, y = centre_bins(element.click)
     return {"instruction": f"what is at <x{x}> <y{y}>", "answer": f"{element.colour} {element.name}".strip()}
 
 
-def is_hit(point: tuple[float, float] | None, bbox: tuple[int, int, int, int]) -> bool:
-    """ScreenSpot's rule: a point inside the target box, edges included; None (an unparsable answer) is a miss."""
-    return point is not None and bbox[0] <= point[0] <= bbox[2] and bbox[1] <= point[1] <= bbox[3]
+def is_hit(point: tuple[float, float] | None, bbox: Box) -> bool:
+    """ScreenSpot's rule: a point inside the target box, right and bottom edges excluded; None is a miss."""
+    return point is not None and bbox[0] <= point[0] < bbox[2] and bbox[1] <= point[1] < bbox[3]
 
 
 def contact_sheet(per_domain: int = 6, split: str = "train", seed: int = 0, zoom: int = 2) -> Image.Image:

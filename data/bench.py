@@ -1,0 +1,151 @@
+"""The time an adapter costs, as ratios to no adapter: python -m data.bench (needs transformers and peft).
+
+Repetitions of all methods are interleaved, each divided by its neighbour without an adapter; the median of a round's is
+one measurement, a line the mean over rounds and its standard error. Methods of a round share one model, as the place of
+its weights in memory alone can change a time by 3 %. 'no adapter, again' is what the machine's noise makes of 1.
+"""
+
+import argparse
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from imagelora import attach
+
+IMAGE = 1000  # the placeholder's id; here it has an embedding of its own, as no vision tower is run
+
+
+def qwen(hidden_size: int, layers: int, heads: int) -> nn.Module:
+    """Qwen2.5-VL with random weights."""
+    import transformers
+
+    head_dim = hidden_size // heads
+    sections = [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6]
+    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+    text = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "vocab_size": 1024}
+    text |= {"rope_parameters": rope, "rope_scaling": rope}  # transformers 5's name and 4's
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": hidden_size}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).requires_grad_(False)
+
+
+@contextmanager
+def no_adapter(model):
+    """In training the values get a constant with a gradient: the backward pass goes as deep as with an adapter."""
+    constant = torch.zeros(1, requires_grad=True)
+    layers = model.model.language_model.layers if model.training else []
+    handles = [layer.self_attn.v_proj.register_forward_hook(lambda m, x, value: value + constant) for layer in layers]
+    yield [constant]
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def image_lora(model, half=False, disabled=False):
+    layers = model.model.language_model.layers
+    count = layers[0].self_attn.v_proj.out_features // layers[0].self_attn.head_dim
+    adapter = attach(model, heads={i: list(range(count // 2 if half else count)) for i in range(len(layers))})
+    with adapter.disabled() if disabled else nullcontext():
+        yield adapter.parameters()
+    adapter.detach()
+
+
+@contextmanager
+def peft_lora(model, projections):
+    import peft
+
+    target = rf".*language_model.*self_attn.({projections})"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=target))
+    yield [p for p in adapted.parameters() if p.requires_grad]
+    adapted.unload()
+
+
+PEFT = {
+    "PEFT LoRA on v": partial(peft_lora, projections="v_proj"),
+    "PEFT LoRA on q, k, v, o": partial(peft_lora, projections="[qkvo]_proj"),
+}
+FLOOR = {"no adapter": no_adapter, "no adapter, again": no_adapter}
+HALF, DISABLED = partial(image_lora, half=True), partial(image_lora, disabled=True)
+TRAINING = {**FLOOR, "Image-LoRA, all heads": image_lora, "Image-LoRA, half of the heads": HALF, **PEFT}
+DECODING = {**FLOOR, "Image-LoRA": image_lora, "Image-LoRA inside disabled()": DISABLED, **PEFT}
+
+
+def prompt(visual: int, text: int) -> Tensor:
+    return torch.tensor([[IMAGE] * visual + list(range(text))])  # [1, T]
+
+
+def training_step(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> float:
+    """Processor seconds of a forward and a backward pass, the second of two, as the first one warms up."""
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        start = time.process_time()
+        model(input_ids=ids, labels=ids).loss.backward()
+    return time.process_time() - start
+
+
+def decoding(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> float:
+    """Processor seconds of a decoded token, the mean of 24 after the first."""
+    marks = []
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=25,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        suppress_tokens=[IMAGE],
+        stopping_criteria=[lambda ids, scores: marks.append(time.process_time()) or torch.zeros(1, dtype=torch.bool)],
+    )
+    return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def measure(methods: dict, build: Callable[[], nn.Module], run: Callable, ids: Tensor, args) -> None:
+    """Prints a line for each method but the first, whose times the others are divided by."""
+    medians, order = {name: [] for name in methods}, deque(methods)
+    for _ in range(args.rounds):
+        model, times = build(), {name: [] for name in methods}
+        for _ in range(args.repetitions):
+            order.rotate(1)  # no method always comes first
+            for name in order:
+                with methods[name](model) as parameters:
+                    times[name].append(run(model, list(parameters), ids))
+        for name in methods:
+            medians[name].append(statistics.median(t / floor for t, floor in zip(times[name], times["no adapter"])))
+    for name in list(methods)[1:]:
+        error = statistics.stdev(medians[name]) / args.rounds**0.5
+        print(f"  {name:32}{statistics.mean(medians[name]):.3f} ± {error:.3f}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8, help="at least 2; measurements a line is the mean of")
+    parser.add_argument("--repetitions", type=int, default=25, help="a measurement is the median of")
+    args = parser.parse_args(arguments)
+    if args.rounds < 2 or args.repetitions < 1:
+        parser.error("--rounds must be at least 2, --repetitions at least 1")
+    try:
+        import peft  # noqa: F401
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+    except ImportError as error:
+        parser.exit(1, f"the bench compares with PEFT on a model of transformers: pip install {error.name}\n")
+    torch.set_num_threads(1)
+    print(f"ratios to no adapter, {args.rounds} medians of {args.repetitions}, one thread, processor time")
+    for visual, text in ((256, 64), (64, 256)):
+        print(f"training step, 2 layers of 256 features, {visual} visual and {text} text tokens")
+        measure(TRAINING, lambda: qwen(256, 2, 8).train(), training_step, prompt(visual, text), args)
+    print("decoding a token, 3 layers of 64 features, after 16 visual and 8 text tokens")
+    measure(DECODING, lambda: qwen(64, 3, 4).eval(), decoding, prompt(16, 8), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""The comparison: fine-tuning runs as rows of compare.json, and the tables that they make.
+
+    python train.py --compare --out data        makes data/compare.json and the tables of data/README.md
+
+A job is a part, a name and the fields of one run's settings in which it differs from the defaults. This file knows no
+model: the caller hands it `run`, from settings to what was measured.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from data import check_options, option, progress, replacing
+
+LADDER = {  # projections · tokens · heads of what is trained -> settings
+    "none · frozen": {"method": "none", "lr": 0.0},
+    "q k v o · all · all": {"method": "lora"},
+    "q k v o · visual · all": {"method": "lora_visual"},
+    "v · visual · all": {"heads": "all"},
+    "v · visual · selected": {},
+    "v · all · all": {"method": "lora_value"},
+    "q k v o, r = 1 · all · all": {"method": "lora", "r": 1, "lora_alpha": 2.0},
+    "q k v o, r = 1 · visual · all": {"method": "lora_visual", "r": 1, "lora_alpha": 2.0},
+}
+FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
+BESIDE = tuple(LADDER)[5:]  # not a rung of the ladder
+DOMAINS = ("settings", "row", "dark", "blueprint")
+RATES = tuple(0.01 * 2.0**i for i in range(-5, 6))  # the grid; tuning starts at its middle and never ends at its ends
+STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
+CHOICES = ("top", "matched", "lowest", "random", "least")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The comparison's settings; each field is an option of the command line too."""
+
+    quick: bool = option(False, "the ladder on settings alone, one seed, one learning rate")
+    seeds: int = option(5, "runs of each kind", least=1)
+    workers: int = option(2, "processes, of one thread each", least=1)
+    out: str = option("runs/compare", "directory of compare.json; finished rows found there are kept")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runs
+
+
+def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
+    """Every run but those that choose learning rates; where lr is missing it is to be chosen."""
+    jobs = []
+
+    def add(part: str, name: str, seeds: int = cfg.seeds, **settings) -> None:
+        common = {"part": part, "name": name, "steps": STEPS, "test_screens": TEST_SCREENS}
+        jobs.extend(common | {"seed": seed} | settings for seed in range(seeds))
+
+    few = min(cfg.seeds, 3)
+    for domain in DOMAINS[:1] if cfg.quick else DOMAINS:
+        for name, settings in LADDER.items():
+            seeds = 1 if cfg.quick or name == FROZEN else few if name in BESIDE else cfg.seeds
+            add("ladder", name, seeds, domain=domain, **settings)
+    if cfg.quick:
+        return [{"lr": 0.01} | job for job in jobs]
+    for budget in (1, 4, 10):
+        for choice in CHOICES:
+            seeds = few if choice in ("lowest", "least") else cfg.seeds  # the seed chooses no head there
+            add("probe", choice, seeds, num_heads=budget, heads=choice)
+    for lowest in range(num_layers):
+        heads = " ".join(f"{layer}:{','.join(map(str, range(num_heads)))}" for layer in range(lowest, num_layers))
+        add("lowest", f"layers {lowest} to {num_layers - 1}", min(cfg.seeds, 2), heads=heads)
+    brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
+    for steps in (1, 3, 6, 50):
+        for size in (1, 2, 3, num_heads):
+            for normalize in (True, False):
+                heads = f"0:{','.join(map(str, range(size)))}"
+                options = {"steps": steps, "heads": heads, "normalize": normalize} | brief
+                add("normalization", f"{size} heads", min(cfg.seeds, 2), **options)
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            add("single", f"layer {layer}", 1, heads=f"{layer}:{head}")
+    for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
+        for lr in rates:
+            add("rates", f"{replay} replayed", few, method="lora", lr=lr, replay=replay)
+    for domain in ("dark", "settings"):
+        for name in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA):
+            seeds = 1 if name == FROZEN else cfg.seeds
+            add("referring", name, seeds, task="referring", domain=domain, **LADDER[name])
+    for name in (LORA, LORA_VALUE, IMAGE_LORA):
+        add("regimes", name, history=9, **LADDER[name])
+    for name in (LORA, LORA_VISUAL, IMAGE_LORA):
+        add("prior", name, domain="dark", prior=True, **LADDER[name])
+    return jobs
+
+
+def tuned_as(job: dict) -> tuple[str, int]:
+    """The kind of run whose learning rate a job takes: a method, and of Image-LoRA the number of heads."""
+    if job["part"] == "single" or job.get("num_heads", 10) < 10:
+        return IMAGE_LORA, job.get("num_heads", 1)
+    known = job["name"] if job["name"] in LADDER else ALL_HEADS if job["part"] == "lowest" else IMAGE_LORA
+    return known, 10
+
+
+def tuning_jobs(kind: tuple[str, int], rates: set[int]) -> list[dict]:
+    """A kind of run at these places of the grid, half as long, judged on validation screens of every domain."""
+    name, num_heads = kind
+    common = {"part": "tuning", "name": f"{name}, K = {num_heads}", "split": "validation", "steps": TUNING_STEPS}
+    common["test_screens"] = TEST_SCREENS
+    return [
+        common | LADDER[name] | {"num_heads": num_heads, "domain": domain, "lr": RATES[i], "seed": 100 + seed}
+        for i in sorted(rates)
+        for seed, domain in enumerate(DOMAINS)
+    ]
+
+
+def tune(kinds: list[tuple], finish) -> dict[tuple, float]:
+    """The learning rate of each kind of run: three rates are tried, and more until the best is not the last of them."""
+    middle = len(RATES) // 2
+    tried, best = {kind: {middle - 1, middle, middle + 1} for kind in kinds}, {}
+    while True:
+        rows = finish([job for kind in kinds for job in tuning_jobs(kind, tried[kind])])
+        for kind in kinds:
+            own = [row for row in rows if row["name"] == tuning_jobs(kind, {middle})[0]["name"]]
+            scores = {i: mean([row for row in own if row["lr"] == RATES[i]], "action_acc") for i in tried[kind]}
+            best[kind] = max(sorted(scores, key=lambda i: abs(i - middle)), key=scores.get)
+        wider = {kind: tried[kind] | {best[kind] - 1, best[kind] + 1} for kind in kinds}
+        if wider == tried:
+            return {kind: RATES[i] for kind, i in best.items()}
+        tried = wider
+
+
+def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: int) -> None:
+    """Run (or go on with) the comparison, print its tables. A stop loses only the runs under way.
+
+    make_config(**fields) gives the settings of a run, run(settings) its row.
+    """
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "compare.json"
+    rows = read_rows(path) if path.exists() else []
+    jobs = jobs_of(cfg, num_layers, num_heads)
+    kinds = list(dict.fromkeys(tuned_as(job) for job in jobs if "lr" not in job))
+    expected = len(jobs) + 3 * len(DOMAINS) * len(kinds)
+    with get_context("spawn").Pool(cfg.workers) as pool, progress(0, expected, "compare") as bar:
+
+        def finish(jobs: list[dict]) -> list[dict]:
+            return finished(jobs, rows, path, pool, bar, make_config, run)
+
+        rates = tune(kinds, finish) if kinds else {}
+        jobs = [job if "lr" in job else job | {"lr": rates[tuned_as(job)]} for job in jobs]
+        done = finish(jobs)
+    found = tables(done)
+    print("\n" + "\n\n".join(found.values()))
+    print(f"\nsaved {path}")
+
+
+def finished(jobs: list[dict], rows: list[dict], path: Path, pool, bar, make_config, run) -> list[dict]:
+    """The rows of these jobs, run where `rows` does not hold them yet; every new row is written at once."""
+    settings = [make_config(**{k: v for k, v in job.items() if k not in ("part", "name")}) for job in jobs]
+    names = ("part", "name", *(f.name for f in fields(make_config)))
+    keys = [tuple((job | asdict(made))[name] for name in names) for job, made in zip(jobs, settings)]
+    known = {tuple(row[{"heads": "heads_from"}.get(name, name)] for name in names): row for row in rows}
+    missing = [(i, made) for i, made in enumerate(settings) if keys[i] not in known]
+    bar.update(len(jobs) - len(missing))
+    for i, measured in pool.imap_unordered(partial(numbered, run), missing):
+        row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
+        known[keys[i]] = json.loads(json.dumps(row))
+        rows.append(known[keys[i]])
+        with replacing(path) as temporary:  # a row a line
+            temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
+        bar.update()
+    return [known[key] for key in keys]
+
+
+def numbered(run, job: tuple) -> tuple:
+    return job[0], run(job[1])
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The finished rows of a comparison. Raises ValueError where the file is none."""
+    try:
+        rows = json.loads(path.read_text())
+        if all(row["part"] and row["name"] for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is not a comparison of this project; move it away to start anew")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the rows say
+
+
+def mean(rows: list[dict], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def percent(rows: list[dict], name: str = "action_acc") -> str:
+    """Mean and standard deviation over seeds, in %; empty where it was not measured."""
+    values = 100 * np.array([row[name] for row in rows if name in row])
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}" if len(values) else ""
+
+
+def number(rows: list[dict], name: str, unit: float = 1, digits: int = 0) -> str:
+    return f"{mean(rows, name) / unit:,.{digits}f}" if all(name in row for row in rows) else ""
+
+
+def grouped(rows: list[dict], name: str) -> dict:
+    """Rows by a field, in order of appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[name], []).append(row)
+    return groups
+
+
+def table(title: str, lines: dict[str, dict[str, str]]) -> str:
+    """A Markdown table of {line: {column: cell}}, its title above the first column."""
+    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
+    body = [[line, *(cells.get(column, "") for column in columns)] for line, cells in lines.items()]
+    rows = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def pivot(title: str, rows: list[dict], line: str, column: str, cell=percent) -> str:
+    """Cells of the rows that agree in both texts; `line` and `column` are texts with {fields} of a row."""
+    lines = {}
+    for row in rows:
+        lines.setdefault(line.format(**row), {}).setdefault(column.format(**row), []).append(row)
+    return table(title, {name: {key: cell(group) for key, group in cells.items()} for name, cells in lines.items()})
+
+
+def ladder_table(rows: list[dict], domain: str) -> str:
+    lines = {}
+    for name, group in grouped(rows, "name").items():
+        lines[name] = {
+            "click %": percent(group),
+            "words": percent(group, "text_acc"),
+            "icons": percent(group, "icon_acc"),
+            "parameters": number(group, "trainable_parameters"),
+            "adapter kFLOP": number(group, "adapter_flops_per_screen", 1e3),
+            "source %": percent(group, "source_acc"),
+            "word problems %": percent(group, "word_problem_acc"),
+            "after an image %": percent(group, "word_problem_after_image_acc"),
+            "text logits": f"{max(row['text_logits_max_abs_diff'] for row in group):.2g}",
+            "lr": f"{group[0]['lr']:g}",
+        }
+    return table(f"{domain}: projections · tokens · heads", lines)
+
+
+def controls_table(rows: list[dict]) -> str:
+    lines = {}
+    rows = [row | {"line": f"{row['domain']}: {row['name']}"} for row in rows]
+    for name, group in grouped(rows, "line").items():
+        lines[name] = {
+            "click %": percent(group),
+            "best constant": percent(group, "constant_acc"),
+            "+ best offset": percent(group, "offset_acc"),
+            "switches erased": percent(group, "erased_acc"),
+            "exchanged": percent(group, "exchanged_acc"),
+            "no point, of": f"{number(group, 'wrong_format_num')} of {group[0]['num_total']:,}",
+        }
+    return table("controls", lines)
+
+
+def rank_correlation(a, b) -> float:
+    """Spearman's rho of two sequences without ties to speak of."""
+    ranks = [np.argsort(np.argsort(np.asarray(values, dtype=float), kind="stable")) for values in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def correlation_table(rows: dict[str, list[dict]]) -> str:
+    """How well a score of heads foretells what they gain: each alone, and as sets of 4 and of 10."""
+    scores = next(row["scores"] for row in rows["ladder"] if "scores" in row)
+    scores["layer order"] = [[-layer for _ in heads] for layer, heads in enumerate(scores["exact"])]
+    lines = {}
+    for probe, score in scores.items():
+        lines[probe] = {}
+        sets = {f"sets of {k}": [row for row in rows["probe"] if row["num_heads"] == k] for k in (4, 10)}
+        for column, group in ({"each head alone": rows["single"]} | sets).items():
+            gains = [row["action_acc"] for row in group]
+            summed = [sum(score[int(k)][h] for k, heads in row["heads"].items() for h in heads) for row in group]
+            lines[probe][column] = f"{rank_correlation(summed, gains):.2f}"
+    return table("rank correlation of score and click accuracy, settings", lines)
+
+
+def step_table(rows: list[dict]) -> str:
+    lines = {}
+    for name, group in grouped([row for row in rows if row["method"] != "none"], "name").items():
+        adapter, step = mean(group, "adapter_flops_per_screen"), mean(group, "step_flops_per_screen")
+        same = all(row["adapter_flops_per_screen"] == row["counted_flops_per_screen"] for row in group)
+        lines[name] = {
+            "adapter kFLOP a screen": f"{adapter / 1e3:,.0f}{'' if same else ' (COUNTED DIFFERENTLY)'}",
+            "of the whole step": f"{adapter / step:.2%}",
+            "kept for the backward pass, KiB a screen": number(group, "saved_bytes_per_screen", 1024),
+        }
+    return table("the whole training step, settings", lines)
+
+
+def lowest_table(rows: list[dict]) -> str:
+    lines = {}
+    for name, group in grouped(rows, "name").items():
+        lines[name] = {
+            "click %": percent(group),
+            "whole step, MFLOP a screen": number(group, "step_flops_per_screen", 1e6, 1),
+            "ms a step": number(group, "step_ms", digits=1),
+        }
+    return table("all heads of, settings", lines)
+
+
+def update_size(rows: list[dict]) -> str:
+    return f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"
+
+
+def tables(rows: list[dict]) -> dict[str, str]:
+    """Every table that these rows allow, as Markdown, by name."""
+    part = grouped(rows, "part")
+    ladder = part["ladder"]
+    found = {domain: ladder_table(own, domain) for domain, own in grouped(ladder, "domain").items()}
+    shown = [row for row in ladder if row["name"] in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)]
+    found["controls"] = controls_table([row for row in shown if "erased_acc" in row or row["name"] == FROZEN])
+    settings = [row for row in ladder if row["domain"] == "settings"]
+    found["step"] = step_table(settings)
+    if "probe" in part:
+        found["probe"] = pivot("settings, click % by choice of heads", part["probe"], "{name}", "K = {num_heads}")
+    if "single" in part:
+        found["single"] = pivot("settings, click % of one head", part["single"], "{name}", "head {heads_from[2]}")
+        found["correlation"] = correlation_table(part)
+    if "rates" in part:
+        for title, measured in (("click", "action_acc"), ("word problems", "word_problem_acc")):
+            cell = partial(percent, name=measured)
+            found[title] = pivot(f"LoRA, settings, {title} %", part["rates"], "{name}", "lr {lr:g}", cell)
+    if "referring" in part:
+        cell = partial(percent, name="name_acc")
+        found["referring"] = pivot("names right, %", part["referring"], "{name}", "{domain}", cell)
+    if "regimes" in part:
+        regimes = [row for row in settings if row["name"] in (LORA, LORA_VALUE, IMAGE_LORA)] + part["regimes"]
+        cell, column = partial(number, name="adapter_flops_per_screen", unit=1e3), "after {history} word problems"
+        found["regimes"] = pivot("settings, click %", regimes, "{name}", column)
+        found["regime costs"] = pivot("settings, adapter kFLOP a screen", regimes, "{name}", column, cell)
+    if "prior" in part:
+        dark = [row for row in shown if row["domain"] == "dark" and row["name"] != FROZEN]
+        found["prior"] = pivot("dark, click %", dark + part["prior"], "{name}", "language prior: {prior}")
+    if "lowest" in part:
+        found["lowest"] = lowest_table(part["lowest"])
+    if "normalization" in part:
+        line = "{steps} steps, normalize: {normalize}"
+        rows = part["normalization"]
+        found["normalization"] = pivot("size of layer 0's update", rows, line, "{name}", update_size)
+    return found

@@ -1,0 +1,209 @@
+"""Make the base model from nothing: a vision encoder that has seen nearly everything, a language side that has not.
+
+    python train.py --pretrain             makes base.pt, and base.json with its accuracies
+
+What it is told, and what not:
+    answers    to questions about `source` screens, and to word problems; no question about any other screen
+    vision     its patches are taught to show names, colours and kinds on source, settings, row and dark screens, and
+               places on `source` alone; blueprint is never seen
+    screens    are those of the split "pretrain", which neither fine-tuning nor any test draws from
+
+A run that was stopped starts anew. data/tiny_vlm.pt was made with --out data/tiny_vlm.pt.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import check_options, option, progress, replacing, screens
+from data.prompts import evaluate, evaluate_word_problems, image_features, pixels, score_line, training_batch, turn
+from data.tokenizer import ID, VOCABULARY
+from data.word_problems import word_problem
+from tiny_vlm import TinyVLM, TinyVLMConfig
+
+UNASKED = ("settings", "row", "dark")  # domains that are seen and never asked about
+TEST_SCREENS = 400  # of each domain
+# what a patch should decode to: what it shows, its colour, and the x and y of the element's centre
+LENS = [(*screens.LABELS, *screens.ICONS, "switch"), screens.COLOURS]
+LENS += [tuple(f"<{axis}{i}>" for i in range(screens.BINS)) for axis in "xy"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How the base model is made."""
+
+    steps: int = option(4000, "training steps", least=1)
+    screens: int = option(16, "source screens a step, with questions", least=1)
+    questions: int = option(6, "questions a screen", least=1)
+    refer: float = option(0.4, "share of questions that give the point and ask for the name", least=0)
+    by_colour: float = option(0.3, "share that name an icon by its colour alone, where that is enough", least=0)
+    seen: int = option(8, "more source screens a step, for the vision loss only", least=0)
+    unasked: int = option(2, "screens a step of settings, row and dark each, for the vision loss only", least=0)
+    muon_lr: float = option(0.02, "peak learning rate of Muon, for matrices", least=0)
+    lr: float = option(2e-3, "peak learning rate of AdamW, for embeddings, norms and biases", least=0)
+    seed: int = option(0, "of the data and the model's start", least=0)
+    out: str = option("base.pt", "file to write; its accuracies go beside it as .json")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+class VisionTeacher(nn.Module):
+    """The loss of the patches' features [N, P, D], what they should show given as targets [N, P, 8].
+
+    The features are read through the tied token embeddings as words (a 'logit lens'): what is shown, its colour, its x
+    and y; and by a linear layer as the edges of the element's box, in bins.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(0.3).log())
+        self.edges = nn.Linear(hidden_size, 4)
+
+    def forward(self, features: Tensor, targets: Tensor, embeddings: Tensor) -> Tensor:
+        loss = torch.zeros(())
+        for i, words in enumerate(LENS):
+            told = targets[..., i] >= 0  # [N, P]
+            if told.any():
+                logits = self.log_scale.exp() * features[told] @ embeddings[[ID[word] for word in words]].T
+                loss = loss + F.cross_entropy(logits, targets[..., i][told].long())
+        told = targets[..., 4] >= 0
+        return loss + F.l1_loss(self.edges(features[told]), targets[..., 4:][told])
+
+
+def patch_targets(screen: screens.Screen, patch: int, places: bool) -> np.ndarray:
+    """[P, 8]: what each patch shows, as numbers in the four lists of LENS and its box; -1 where that is not told.
+
+    A patch shows an element when it overlaps half of the patch or half of the element."""
+    side = screens.SIZE // patch
+    targets = np.full((side, side, 8), -1.0, dtype=np.float32)
+    for element in screen.elements:
+        left, top, right, bottom = element.bbox
+        what = [LENS[0].index(element.name), LENS[1].index(element.colour) if element.colour else -1]
+        if places:
+            what += [*screens.centre_bins(element.bbox), *(edge / screens.BIN for edge in element.bbox)]
+        for row in range(top // patch, (bottom - 1) // patch + 1):
+            for column in range(left // patch, (right - 1) // patch + 1):
+                width = min(right, (column + 1) * patch) - max(left, column * patch)
+                height = min(bottom, (row + 1) * patch) - max(top, row * patch)
+                if 2 * width * height >= min((right - left) * (bottom - top), patch**2):
+                    targets[row, column, : len(what)] = what
+    return targets.reshape(side**2, 8)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for matrices: momentum, of which each step takes the nearest orthogonal matrix.
+
+    As torch.optim.Muon, but in float32: that one's bfloat16 is ten times slower on CPUs without such instructions.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in {p.shape for p in group["params"]}:
+                matrices = [p for p in group["params"] if p.shape == shape]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
+                for p, momentum in zip(matrices, momenta):
+                    momentum.lerp_(p.grad, 0.05)
+                x = torch.stack([p.grad.lerp(m, 0.95) for p, m in zip(matrices, momenta)])  # Nesterov's [M, n, m]
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                tall = shape[0] > shape[1]
+                x = x.mT if tall else x  # so that the Gram matrices are the smaller ones
+                for _ in range(5):  # Newton-Schulz: singular values towards 1
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                for p, update in zip(matrices, x.mT if tall else x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+
+
+def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor, Tensor]:
+    """({input_ids, labels} of the first cfg.screens, pixel_values [N, 3, S, S], targets [N, P, 8]) of a step."""
+    rng = np.random.default_rng([cfg.seed, step])
+    source = cfg.screens + cfg.seen
+    counts = {"source": source, **dict.fromkeys(UNASKED, cfg.unasked)}
+    shown = [
+        screens.draw_screen(domain, "pretrain", step * count + i, cfg.seed)
+        for domain, count in counts.items()
+        for i in range(count)
+    ]
+    history = int(rng.choice((0, 1, 2, 3, 12), p=(0.45, 0.2, 0.15, 0.12, 0.08)))  # word problems before the image
+    first = step * cfg.screens * 12
+    problems = [word_problem("pretrain", first + i) for i in range(cfg.screens * history)]
+    before = [[turn(problem) for problem in problems[i :: cfg.screens]] for i in range(cfg.screens)]
+    patches = (screens.SIZE // patch) ** 2
+    asked = shown[: cfg.screens]
+    batch, _ = training_batch(asked, cfg.questions, patches, rng, cfg.refer, cfg.by_colour, before=before)
+    targets = np.stack([patch_targets(screen, patch, places=i < source) for i, screen in enumerate(shown)])
+    return batch, pixels(screen.image for screen in shown), torch.from_numpy(targets)
+
+
+def pretrain(cfg: PretrainConfig) -> None:
+    """Make the base model, write it, and measure what was written."""
+    start, out = time.time(), Path(cfg.out)
+    if not out.parent.is_dir():
+        raise ValueError(f"there is no directory {out.parent}")
+    torch.manual_seed(cfg.seed)
+    model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
+    teacher = VisionTeacher(model.config.hidden_size)
+    embeddings = model.language_model.embed_tokens.weight
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embeddings]
+    others = [p for p in model.parameters() if p.ndim != 2] + [embeddings, *teacher.parameters()]
+    muon = Muon(matrices, {"lr": cfg.muon_lr, "weight_decay": 0.05})
+    adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+    bar = progress(0, cfg.steps, "pretrain")
+    for step in bar:
+        # rate: up over 100 steps, down to zero over the last 70 %
+        rate = min(1.0, (step + 1) / 100, (1 - step / cfg.steps) / 0.7)
+        muon.param_groups[0]["lr"] = rate * cfg.muon_lr
+        adam.param_groups[0]["lr"] = rate * cfg.lr
+
+        batch, pixel_values, targets = draw_batch(cfg, step, model.config.patch_size)
+        features = model.get_image_features(pixel_values)  # [N, P, D]
+        answers = model(**batch, image_features=features[: cfg.screens]).loss
+        vision = teacher(features, targets, embeddings)
+        loss = answers + vision
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}; try smaller learning rates")
+        muon.zero_grad()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(matrices + others, 1.0)
+        muon.step()
+        adam.step()
+        bar.set_postfix_str(f"answers {answers.item():.3f}  vision {vision.item():.3f}", refresh=False)
+
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    with replacing(out) as temporary:
+        torch.save({"config": model.config.to_dict(), "state": state}, temporary)
+    seconds = round(time.time() - start)
+    options = (f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name != "out")
+    made = {"command": " ".join(["python train.py --pretrain", *options]), "torch": torch.__version__}
+    result = made | {"seconds": seconds} | measured(TinyVLM.from_pretrained(out))  # as it is used: rounded to 16 bits
+    with replacing(out.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"saved    {out} after {seconds} s")
+
+
+def measured(model: TinyVLM) -> dict:
+    """What the model can do before any fine-tuning, printed and returned."""
+    result = {}
+    for domain in screens.DOMAINS:
+        drawn = [screens.draw_screen(domain, "test", i) for i in range(TEST_SCREENS)]
+        features = image_features(model, drawn)
+        result[domain] = {}
+        for task in ("grounding", "referring"):
+            metrics, _ = evaluate(model, drawn, features, task)
+            print(score_line(domain, metrics))
+            result[domain] |= metrics
+    result["word_problem_acc"] = evaluate_word_problems(model)
+    print(f"word problems {result['word_problem_acc']:.1%}")
+    return result

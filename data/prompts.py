@@ -1,0 +1,198 @@
+"""A screen and its questions as token ids; answers decoded and scored.
+
+    <bos> [word problems] <image> x P, then questions with their answers; the loss is on answers only
+
+Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import screens
+from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
+from data.word_problems import word_problem
+
+Turn = tuple[list[int], list[int]]  # (ids, labels) of an instruction and its answer
+CHUNK = 256  # prompts or screens at a time in evaluation
+
+
+def turn(sample: dict, learn: bool = True) -> Turn:
+    """The ids of an instruction and its answer, and their labels: -100 on what is not to be predicted."""
+    question, answer = encode(sample["instruction"]), encode(f"{sample['answer']} {EOS}")
+    return question + answer, [-100] * len(question) + (answer if learn else [-100] * len(answer))
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+    """Rows of different lengths -> [B, T]."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([f + row if left else row + f for f, row in zip(fill, rows)])
+
+
+def pixels(images: Iterable[np.ndarray]) -> Tensor:
+    """uint8 images [side, side, 3] -> pixel_values [N, 3, side, side] in 0..1."""
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def image_features(model, drawn: list[screens.Screen]) -> Tensor:
+    """What the vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so once is enough."""
+    chunks = [drawn[i : i + CHUNK] for i in range(0, len(drawn), CHUNK)]
+    return torch.cat([model.get_image_features(pixels(s.image for s in c).to(model.device)) for c in chunks])
+
+
+def fits_prior(target: screens.Element) -> bool:
+    """Whether a target lies in the quarter of the screen that a language prior gives to its name."""
+    x, y = screens.centre_bins(target.click)
+    names = (*screens.LABELS, *screens.ICONS)
+    return names.index(target.name) % 4 == 2 * (2 * y // screens.BINS) + 2 * x // screens.BINS
+
+
+def training_batch(
+    drawn: list[screens.Screen],
+    questions: int,
+    patches: int,
+    rng: np.random.Generator,
+    refer: float = 0.0,
+    by_colour: float = 0.0,
+    distinct: bool = False,
+    prior: bool = False,
+    before: list[list[Turn]] | None = None,
+):
+    """One sequence a screen: the turns `before` it, its image, `questions` about it, padded on the right.
+
+    refer: share of questions that give the point and ask for the name; by_colour: share that name an icon by its colour
+    alone, where that is enough; distinct: no target twice before each was asked for once; prior: only targets that fit
+    the language prior are asked for.
+    Returns ({input_ids, labels} [B, T], the target's box of every question; None where the point is given).
+    """
+    ids, labels, boxes = [], [], []
+    for i, screen in enumerate(drawn):
+        turns = [([ID[BOS]], [-100]), *(before[i] if before else []), ([ID[IMAGE]] * patches, [-100] * patches)]
+        targets = [target for target in screen.targets() if fits_prior(target) or not prior]
+        order = rng.permutation(len(targets)) if distinct else None
+        for j in range(questions):
+            target = targets[order[j % len(order)] if distinct else rng.integers(len(targets))]
+            if rng.random() < refer:
+                turns.append(turn(screens.referring(screen, target)))
+                boxes.append(None)
+            else:
+                turns.append(turn(screens.grounding(screen, target, rng, rng.random() < by_colour)))
+                boxes.append(target.click)
+        ids.append([t for tokens, _ in turns for t in tokens])
+        labels.append([t for _, tokens in turns for t in tokens])
+    return {"input_ids": pad(ids, ID[PAD]), "labels": pad(labels, -100)}, boxes
+
+
+def exam(drawn: list[screens.Screen], task: str = "grounding") -> list[tuple[int, dict]]:
+    """Every target of every screen asked once: (number of the screen, sample)."""
+    rng = np.random.default_rng(0)
+    return [
+        (i, screens.grounding(screen, target, rng) if task == "grounding" else screens.referring(screen, target))
+        for i, screen in enumerate(drawn)
+        for target in screen.targets()
+    ]
+
+
+def question(instruction: str, features: Tensor) -> dict[str, Tensor]:
+    """What the model takes to answer an instruction about one screen; features [1, P, D]."""
+    ids = [ID[BOS], *[ID[IMAGE]] * features.shape[1], *encode(instruction)]
+    return {"input_ids": torch.tensor([ids]), "image_features": features}
+
+
+@torch.no_grad()
+def answer(model, prompts: list[str], features: Tensor | None = None, history: int = 0) -> list[str]:
+    """Greedy answers, each after `history` word problems and its own image [P, D] of features [B, P, D], if any."""
+    told = [t for i in range(history) for t in turn(word_problem("validation", i))[0]]
+    image = [] if features is None else [ID[IMAGE]] * features.shape[1]
+    answers = []
+    for start in range(0, len(prompts), CHUNK):
+        part = slice(start, start + CHUNK)
+        rows = [[ID[BOS]] + told + image + encode(prompt) for prompt in prompts[part]]
+        ids = pad(rows, ID[PAD], left=True).to(model.device)
+        seen = None if features is None else features[part]
+        mask = (ids != ID[PAD]).long()
+        out = model.generate(ids, max_new_tokens=3, attention_mask=mask, image_features=seen)
+        answers += [decode(row) for row in out[:, ids.shape[1] :].tolist()]
+    return answers
+
+
+def evaluate(model, drawn: list[screens.Screen], features: Tensor, task: str = "grounding", history: int = 0):
+    """Accuracy on all targets of these screens -> (metrics, [(screen, sample, point or name)]).
+
+    grounding: ScreenSpot's action_acc, text_acc, icon_acc, wrong_format_num (answers that are no point), num_total.
+    referring: name_acc, the name (of an icon: colour and name) exactly right, and num_total.
+    """
+    asked = exam(drawn, task)
+    order = [i for i, _ in asked]
+    answers = answer(model, [sample["instruction"] for _, sample in asked], features[order], history)
+    if task == "referring":
+        right = [given == sample["answer"] for given, (_, sample) in zip(answers, asked)]
+        metrics = {"name_acc": float(np.mean(right))}
+    else:
+        answers = [parse_point(given) for given in answers]
+        hits = np.array([screens.is_hit(point, sample["bbox"]) for point, (_, sample) in zip(answers, asked)])
+        words = np.array([sample["data_type"] == "text" for _, sample in asked])
+        metrics = {
+            "action_acc": float(hits.mean()),
+            "text_acc": float(hits[words].mean()),
+            "icon_acc": float(hits[~words].mean()),
+            "wrong_format_num": sum(point is None for point in answers),
+        }
+    given = [(drawn[i], sample, answer) for (i, sample), answer in zip(asked, answers)]
+    return metrics | {"num_total": len(asked)}, given
+
+
+def best_constant(given: list) -> float:
+    """Click accuracy of the best answer that is the same for every question, in hindsight."""
+    bins = [(i + 0.5) * screens.BIN for i in range(screens.BINS)]
+    return max(np.mean([screens.is_hit((x, y), sample["bbox"]) for _, sample, _ in given]) for x in bins for y in bins)
+
+
+def best_offset(given: list) -> float:
+    """Click accuracy of these answers, all moved by the same number of bins, the best one in hindsight."""
+    steps = [i * screens.BIN for i in range(1 - screens.BINS, screens.BINS)]
+    clicks = [(point, sample["bbox"]) for _, sample, point in given if point]
+
+    def moved(dx: int, dy: int) -> float:
+        return sum(screens.is_hit((x + dx, y + dy), box) for (x, y), box in clicks) / len(given)
+
+    return max(moved(dx, dy) for dx in steps for dy in steps)
+
+
+def evaluate_word_problems(model, split: str = "test", count: int = 256, features: Tensor | None = None) -> float:
+    """Share of word problems whose final number is right; with features [N, P, D], each asked after one of these."""
+    problems = [word_problem(split, i) for i in range(count)]
+    seen = None if features is None else features[torch.arange(count) % len(features)]
+    answers = answer(model, [problem["instruction"] for problem in problems], seen)
+    return float(np.mean([a.split()[-1:] == p["answer"].split()[-1:] for a, p in zip(answers, problems)]))
+
+
+@torch.no_grad()
+def text_logits(model, count: int = 256) -> Tensor:
+    """Logits of text-only prompts (test word problems with their answers) [count, T, V]."""
+    ids = pad([[ID[BOS]] + turn(word_problem("test", i))[0] for i in range(count)], ID[PAD])
+    return model(ids.to(model.device)).logits
+
+
+def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
+    """Share of a batch's clicks, given teacher-forced, that hit their targets."""
+    answers = labels[:, 1:] >= 0  # each is x, y, <eos>
+    words = [VOCABULARY[i] for i in logits[:, :-1][answers].argmax(-1).tolist()]
+    points = [parse_point(f"{x} {y}") for x, y in zip(words[::3], words[1::3])]
+    return float(np.mean([screens.is_hit(point, box) for point, box in zip(points, boxes)]))
+
+
+def score_line(domain: str, metrics: dict) -> str:
+    """The metrics of `evaluate` in words, and the word problems where they were measured too."""
+    if "name_acc" in metrics:
+        line = f"names right on {domain} screens {metrics['name_acc']:6.1%}"
+    else:
+        line = f"click accuracy on {domain} screens {metrics['action_acc']:6.1%}"
+        line += f"  (words {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%})"
+    if "word_problem_acc" in metrics:
+        line += f"    word problems {metrics['word_problem_acc']:.1%}"
+    return line
