@@ -195,13 +195,9 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, out: Pat
             bar.set_postfix_str(text, refresh=False)
 
 
-def settings_of(cfg: Config) -> dict:
-    return {name: value for name, value in asdict(cfg).items() if name not in ("device", "out", "resume")}
-
-
 def save_checkpoint(cfg: Config, adapter: nn.Module, optimizer, step: int, out: Path) -> None:
     state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
-    imagelora.safe_save({"settings": settings_of(cfg), "step": step} | state, out / "checkpoint.pt")
+    imagelora.safe_save({"settings": asdict(cfg), "step": step} | state, out / "checkpoint.pt")
 
 
 def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> int:
@@ -211,8 +207,8 @@ def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> in
         print(f"resume   there is no {path}; from the start")
         return 0
     saved = imagelora.safe_load(path)
-    for name, value in settings_of(cfg).items():
-        if saved.get("settings", {}).get(name) != value:
+    for name, value in asdict(cfg).items():
+        if name not in ("device", "out", "resume") and saved.get("settings", {}).get(name) != value:
             raise ValueError(f"{path} is of a run with other settings; {name} is {value!r} here")
     adapter.load_state_dict(saved["adapter"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -376,20 +372,17 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """The rows of B * T that are updated; None means all of them."""
+        """The rows of B * T that are updated: None for all of them; inside `disabled()` none."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        visual = ids == model.config.image_token_id  # [B, T]
-        if not self.enabled:
-            visual = torch.zeros_like(visual)  # no row: the base model, with the gradients that an adapter needs
-        self.rows = visual.flatten().nonzero().squeeze(1) if self.visual_only or not self.enabled else None
+        visual = (ids == model.config.image_token_id).flatten() & self.enabled
+        self.rows = visual.nonzero().squeeze(1) if self.visual_only or not self.enabled else None
 
     def _add(self, i: int, linear, inputs, y: Tensor) -> Tensor:
-        x = inputs[0].flatten(0, -2)  # [B * T, d_in]
+        x, flat = inputs[0].flatten(0, -2), y.flatten(0, -2)  # [B * T, d_in], [B * T, d_out]
         x = x if self.rows is None else x[self.rows]
         update = self.scaling * (x @ self.A[i]) @ self.B[i]
-        return (
-            y + update.view_as(y) if self.rows is None else y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
-        )
+        adapted = flat + update if self.rows is None else flat.index_add(0, self.rows, update)
+        return adapted.view_as(y)
 
     @contextmanager
     def disabled(self):
@@ -464,21 +457,16 @@ def count_step(model: TinyVLM, batch: dict) -> tuple[int, int]:
 
 def all_scores(cfg: Config, model: TinyVLM, data: tuple[list, Tensor]) -> dict[str, Tensor]:
     """Head scores [L, H] of both probes, and of the authors' release: the squared gradient of a gate on a base value."""
-    batches, config = probe_batches(cfg, data), model.config
+    batches = probe_batches(cfg, data)
     scores = {probe: imagelora.score_heads(model, batches, probe=probe) for probe in ("rank1", "exact")}
-    gates = torch.ones(config.num_hidden_layers, config.num_key_value_heads, 1, requires_grad=True)
-    hooks = [
-        layer.self_attn.v_proj.register_forward_hook(partial(gated, gate))
-        for layer, gate in zip(model.language_model.layers, gates)
-    ]
-    gradients = [torch.autograd.grad(model(**batch).loss, gates)[0] for batch in batches]
-    for hook in hooks:
-        hook.remove()
-    return scores | {"gate": sum(gradient.squeeze(2) ** 2 for gradient in gradients) / len(gradients)}
-
-
-def gated(gate: Tensor, v_proj, inputs, value: Tensor) -> Tensor:
-    return (value.unflatten(-1, (len(gate), -1)) * gate).flatten(-2)
+    # a gate g on the values of head h: dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
+    weights = [layer.self_attn.v_proj.weight for layer in model.language_model.layers]  # of [H * d, D]
+    gates = torch.zeros_like(scores["exact"])
+    for batch in batches:
+        gradients = torch.autograd.grad(model(**batch).loss, weights)
+        products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
+        gates += products.unflatten(1, (gates.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
+    return scores | {"gate": gates.detach()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
