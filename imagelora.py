@@ -432,7 +432,7 @@ def safe_load(path: str | os.PathLike) -> dict:
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
-    """Attach the adapter in `path`, ours or the authors'. Raises ValueError, the model untouched, if it does not fit."""
+    """Attach the adapter in `path`, ours or the authors'. If it does not fit: ValueError, the model untouched."""
     content, state = safe_load(path), {}
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}

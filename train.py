@@ -88,8 +88,7 @@ def parse_heads(text: str) -> imagelora.Heads:
         raise ValueError(f"heads must be one of {', '.join(HEADS)} or like '0:4,5 1:2', got {text!r}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The main job
+# ---- The main job ----------------------------------------------------------------------------------------------------
 
 
 def main_job(cfg: Config) -> None:
@@ -155,8 +154,7 @@ def finetune(cfg: Config, out: Path | None = None) -> dict:
         report(cfg, result)
         if adapter is not None:
             adapter.save(out / "adapter.pt")
-        with replacing(out / "predictions.png") as path:
-            figures.predictions(base_given, tuned_given).save(path, "PNG", optimize=True)
+        figures.save(figures.predictions(base_given, tuned_given), out / "predictions.png")
     return result | {"seconds": round(time.time() - start, 1)}
 
 
@@ -201,7 +199,7 @@ def save_checkpoint(cfg: Config, adapter: nn.Module, optimizer, step: int, out: 
 
 
 def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> int:
-    """Puts OUT/checkpoint.pt into adapter and optimizer; returns the steps it has done. ValueError if of another run."""
+    """Puts OUT/checkpoint.pt into adapter and optimizer; returns the steps done. ValueError if of another run."""
     path = out / "checkpoint.pt"
     if not path.exists():
         print(f"resume   there is no {path}; from the start")
@@ -216,8 +214,7 @@ def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> in
     return saved["step"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data, and what is measured on it
+# ---- Data, and what is measured on it --------------------------------------------------------------------------------
 
 
 @cache
@@ -290,6 +287,8 @@ def controls(cfg: Config, model: TinyVLM, base_given: list, tuned_given: list) -
 def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     """The heads that cfg.heads names; scores [L, H]. matched: random, with as many in each layer as the probe's."""
     num_layers, num_heads = scores.shape
+    if cfg.heads not in HEADS:
+        return parse_heads(cfg.heads)
     if cfg.heads == "all":
         return {layer: list(range(num_heads)) for layer in range(num_layers)}
     rng, top = np.random.default_rng(cfg.seed), imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
@@ -306,8 +305,7 @@ def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     return {layer: [head for other, head in chosen if other == layer] for layer, _ in chosen}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is said
+# ---- What is said ----------------------------------------------------------------------------------------------------
 
 
 def bars(scores: Tensor, heads: dict) -> str:
@@ -346,8 +344,7 @@ def report(cfg: Config, result: dict) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The baseline: standard LoRA on whole Linear layers
+# ---- The baseline: standard LoRA on whole Linear layers --------------------------------------------------------------
 
 
 class LoRA(nn.Module):
@@ -456,7 +453,7 @@ def count_step(model: TinyVLM, batch: dict) -> tuple[int, int]:
 
 
 def all_scores(cfg: Config, model: TinyVLM, data: tuple[list, Tensor]) -> dict[str, Tensor]:
-    """Head scores [L, H] of both probes, and of the authors' release: the squared gradient of a gate on a base value."""
+    """Head scores [L, H] of both probes and of the authors' release, the squared gradient of a gate on the values."""
     batches = probe_batches(cfg, data)
     scores = {probe: imagelora.score_heads(model, batches, probe=probe) for probe in ("rank1", "exact")}
     # a gate g on the values of head h: dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
@@ -469,8 +466,7 @@ def all_scores(cfg: Config, model: TinyVLM, data: tuple[list, Tensor]) -> dict[s
     return scores | {"gate": gates.detach()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A guided walk: one screen and one question through base, probe, selection, training steps and decoding
+# ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------
 
 
 def station(title: str, text: str, ran=None) -> None:
@@ -557,30 +553,25 @@ def explain(cfg: Config) -> None:
     shown = "  ".join(f"{norm:.3f}{'*' * (head in heads[layer])}" for head, norm in enumerate(norms))
     station("7 A B(h)", f"by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
     queries, keys = ((now[name][1] - base[name][1]).abs().max() for name in "qk")
-    station(
-        "8 looking", f"queries of layer {lowest} changed by {queries:g}, keys by {keys:g}: where to look is unchanged"
-    )
+    station("8 looking", f"layer {lowest}: queries changed by {queries:g}, keys by {keys:g}: it looks where it looked")
     text_change = (prompts.text_logits(model) - base_text).abs().max()
     station("9 text", f"logits of 256 prompts without an image: max change {text_change:g}")
     adapted = []  # rows, at every call of the adapter
     hook = values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
     tuned_answers = [reply(model, question) for question in questions]
     hook.remove()
-    station(
-        "10 decoding", f"rows adapted in {3 * len(questions)} calls of the model: {adapted}; the cache has the rest"
-    )
+    calls = f"{3 * len(questions)} calls of the model: {adapted}; the cache has the rest"
+    station("10 decoding", f"rows adapted in {calls}", imagelora.VisualRows.begin)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     head = int(scores[lowest].argmax())
     looks = [attention_map(model, question, lowest, head) for question in questions]
-    with replacing(out / "look.png") as path:
-        figures.look(drawn, asked, looks, *(map(parse_point, a) for a in (base_answers, tuned_answers))).save(
-            path, "PNG", optimize=True
-        )
+    clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]
+    figures.save(figures.look(drawn, asked, looks, *clicks), out / "look.png")
     station("12 picture", f"{out}/look.png: where head {head} of layer {lowest} looks from the end of each question")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,7 +1,10 @@
 """Pictures, drawn with Pillow: clicks on screens, and where a head looks."""
 
+from pathlib import Path
+
 from PIL import Image, ImageDraw, ImageFont
 
+from data import replacing
 from data.screens import SIZE, is_hit
 
 BLUE, ORANGE, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart (Okabe and Ito)
@@ -99,3 +102,8 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
                 _click(draw, places[2] + point[0], y + point[1], is_tuned)
         text(places[0], y + side + 8, f"{sample['instruction']}", 9)
     return image
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG", optimize=True)
