@@ -9,7 +9,7 @@ Shapes:  B batch · T tokens · N images · P patches an image · D hidden size 
 """
 
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,6 @@ class TinyVLMConfig:
         """Visual tokens an image."""
         return (self.image_size // self.patch_size) ** 2
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
-
 
 @dataclass
 class KVCache:
@@ -94,9 +91,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, angles=None, mask=None, causal=False, past=None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, angles=None, mask=None, causal=False, past=None) -> tuple[Tensor, tuple]:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or H_kv, T, d]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -120,9 +115,8 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.self_attn = Attention(hidden_size, num_heads, num_kv_heads)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
-        )
+        wide = 4 * hidden_size
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, wide), nn.GELU(), nn.Linear(wide, hidden_size))
 
     def forward(self, x: Tensor, angles=None, mask=None, past=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         y, present = self.self_attn(self.input_layernorm(x), angles, mask, self.causal, past)
@@ -140,10 +134,8 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size)
         self.row_embedding = nn.Parameter(torch.randn(side, 1, d) * 0.3)
         self.column_embedding = nn.Parameter(torch.randn(1, side, d) * 0.3)
-        heads = config.vision_num_attention_heads
-        self.layers = nn.ModuleList(
-            Block(d, heads, heads, causal=False) for _ in range(config.vision_num_hidden_layers)
-        )
+        heads, depth = config.vision_num_attention_heads, config.vision_num_hidden_layers
+        self.layers = nn.ModuleList(Block(d, heads, heads, causal=False) for _ in range(depth))
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -247,11 +239,9 @@ class TinyVLM(nn.Module):
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)  # [N, P, D]
         given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if int(visual.sum()) != given:
-            raise ValueError(
-                f"{int(visual.sum())} image placeholder tokens for {given // self.config.num_patches} images;"
-                f" each image needs {self.config.num_patches}"
-            )
+        asked, patches = int(visual.sum()), self.config.num_patches
+        if asked != given:
+            raise ValueError(f"{asked} image placeholder tokens for {given // patches} images; each needs {patches}")
         if given:
             x = x.masked_scatter(visual[..., None], image_features.to(x.dtype))
 
@@ -270,10 +260,10 @@ class TinyVLM(nn.Module):
         if attention_mask is None and total == new:
             return None
         causal = torch.ones(new, total, dtype=torch.bool, device=input_ids.device).tril(total - new)[None, None]
-        if attention_mask is None:
-            return causal
-        itself = torch.eye(total, dtype=torch.bool, device=input_ids.device)[-new:]  # so that padding sees something
-        return (causal & attention_mask[:, None, None, :].bool()) | itself
+        if attention_mask is not None:
+            itself = torch.eye(total, dtype=torch.bool, device=input_ids.device)[-new:]  # or padding would see nothing
+            causal = causal & (attention_mask[:, None, None, :].bool() | itself)
+        return causal
 
     @torch.no_grad()
     def generate(
@@ -295,10 +285,8 @@ class TinyVLM(nn.Module):
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
         for _ in range(max_new_tokens):
-            if cache:  # the images are in the cache
-                out = self(ids[:, -1:], attention_mask=attention_mask, past_key_values=cache)
-            else:
-                out = self(ids, image_features=image_features, attention_mask=attention_mask)
+            new, images = (ids[:, -1:], None) if cache else (ids, image_features)  # images are in the cache
+            out = self(new, attention_mask=attention_mask, past_key_values=cache, image_features=images)
             cache = out.past_key_values if use_cache else None
             out.logits[:, -1, self.config.image_token_id] = -torch.inf  # a placeholder is no answer
             token = out.logits[:, -1].argmax(-1).masked_fill(done, self.config.pad_token_id)  # [B]

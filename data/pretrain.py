@@ -14,7 +14,7 @@ A run that was stopped starts anew. data/tiny_vlm.pt was made with --out data/ti
 import json
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +183,7 @@ def pretrain(cfg: PretrainConfig) -> None:
 
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     with replacing(out) as temporary:
-        torch.save({"config": model.config.to_dict(), "state": state}, temporary)
+        torch.save({"config": asdict(model.config), "state": state}, temporary)
     seconds = round(time.time() - start)
     options = (f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name != "out")
     made = {"command": " ".join(["python train.py --pretrain", *options]), "torch": torch.__version__}
