@@ -27,7 +27,6 @@ LADDER = {  # projections · tokens · heads of what is trained -> settings
     "q k v o, r = 1 · visual · all": {"method": "lora_visual", "r": 1, "lora_alpha": 2.0},
 }
 FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
-BESIDE = tuple(LADDER)[5:]  # not a rung of the ladder
 DOMAINS = ("settings", "row", "dark", "blueprint")
 RATES = tuple(0.01 * 2.0**i for i in range(-5, 6))  # the grid; tuning starts at its middle and never ends at its ends
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
@@ -47,8 +46,7 @@ class CompareConfig:
         check_options(self)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The runs
+# ---- The runs --------------------------------------------------------------------------------------------------------
 
 
 def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
@@ -59,17 +57,14 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         common = {"part": part, "name": name, "steps": STEPS, "test_screens": TEST_SCREENS}
         jobs.extend(common | {"seed": seed} | settings for seed in range(seeds))
 
-    few = min(cfg.seeds, 3)
     for domain in DOMAINS[:1] if cfg.quick else DOMAINS:
         for name, settings in LADDER.items():
-            seeds = 1 if cfg.quick or name == FROZEN else few if name in BESIDE else cfg.seeds
-            add("ladder", name, seeds, domain=domain, **settings)
+            add("ladder", name, 1 if cfg.quick or name == FROZEN else cfg.seeds, domain=domain, **settings)
     if cfg.quick:
         return [{"lr": 0.01} | job for job in jobs]
     for budget in (1, 4, 10):
         for choice in CHOICES:
-            seeds = few if choice in ("lowest", "least") else cfg.seeds  # the seed chooses no head there
-            add("probe", choice, seeds, num_heads=budget, heads=choice)
+            add("probe", choice, num_heads=budget, heads=choice)
     for lowest in range(num_layers):
         heads = " ".join(f"{layer}:{','.join(map(str, range(num_heads)))}" for layer in range(lowest, num_layers))
         add("lowest", f"layers {lowest} to {num_layers - 1}", min(cfg.seeds, 2), heads=heads)
@@ -85,7 +80,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
             add("single", f"layer {layer}", 1, heads=f"{layer}:{head}")
     for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
         for lr in rates:
-            add("rates", f"{replay} replayed", few, method="lora", lr=lr, replay=replay)
+            add("rates", f"{replay} replayed", min(cfg.seeds, 3), method="lora", lr=lr, replay=replay)
     for domain in ("dark", "settings"):
         for name in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA):
             seeds = 1 if name == FROZEN else cfg.seeds
@@ -97,23 +92,27 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
     return jobs
 
 
-def tuned_as(job: dict) -> tuple[str, int]:
-    """The kind of run whose learning rate a job takes: a method, and of Image-LoRA the number of heads."""
-    if job["part"] == "single" or job.get("num_heads", 10) < 10:
-        return IMAGE_LORA, job.get("num_heads", 1)
-    known = job["name"] if job["name"] in LADDER else ALL_HEADS if job["part"] == "lowest" else IMAGE_LORA
-    return known, 10
+def tuned_as(job: dict) -> tuple[str, int, str]:
+    """The kind of run whose learning rate a job takes: its name on the ladder, number of heads and choice of them."""
+    if job["part"] in ("probe", "single"):
+        return IMAGE_LORA, job.get("num_heads", 1), job["heads"] if job["part"] == "probe" else "top"
+    name = job["name"] if job["name"] in LADDER else ALL_HEADS if job["part"] == "lowest" else IMAGE_LORA
+    return name, 10, LADDER[name].get("heads", "top")
 
 
-def tuning_jobs(kind: tuple[str, int], rates: set[int]) -> list[dict]:
-    """A kind of run at these places of the grid, half as long, judged on validation screens of every domain."""
-    name, num_heads = kind
-    common = {"part": "tuning", "name": f"{name}, K = {num_heads}", "split": "validation", "steps": TUNING_STEPS}
-    common["test_screens"] = TEST_SCREENS
+def tuning_jobs(kind: tuple[str, int, str], rates: set[int]) -> list[dict]:
+    """A kind of run at these places of the grid, half as long, judged on validation screens.
+
+    On the ladder these are of every domain; other choices of heads are compared on settings alone, so twice of these."""
+    name, num_heads, choice = kind
+    on_ladder = name != IMAGE_LORA or (num_heads, choice) == (10, "top")
+    common = {"part": "tuning", "name": f"{name}, K = {num_heads}, {choice}", "split": "validation"}
+    common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS}
+    common |= LADDER[name] | {"num_heads": num_heads, "heads": choice}
     return [
-        common | LADDER[name] | {"num_heads": num_heads, "domain": domain, "lr": RATES[i], "seed": 100 + seed}
+        common | {"domain": domain, "lr": RATES[i], "seed": 100 + seed}
         for i in sorted(rates)
-        for seed, domain in enumerate(DOMAINS)
+        for seed, domain in enumerate(DOMAINS if on_ladder else ("settings", "settings"))
     ]
 
 
@@ -144,7 +143,7 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
     rows = read_rows(path) if path.exists() else []
     jobs = jobs_of(cfg, num_layers, num_heads)
     kinds = list(dict.fromkeys(tuned_as(job) for job in jobs if "lr" not in job))
-    expected = len(jobs) + 3 * len(DOMAINS) * len(kinds)
+    expected = len(jobs) + sum(len(tuning_jobs(kind, {0, 1, 2})) for kind in kinds)
     with get_context("spawn").Pool(cfg.workers) as pool, progress(0, expected, "compare") as bar:
 
         def finish(jobs: list[dict]) -> list[dict]:
@@ -192,8 +191,7 @@ def read_rows(path: Path) -> list[dict]:
     raise ValueError(f"{path} is not a comparison of this project; move it away to start anew")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the rows say
+# ---- What the rows say -----------------------------------------------------------------------------------------------
 
 
 def mean(rows: list[dict], name: str) -> float:
@@ -235,37 +233,45 @@ def pivot(title: str, rows: list[dict], line: str, column: str, cell=percent) ->
     return table(title, {name: {key: cell(group) for key, group in cells.items()} for name, cells in lines.items()})
 
 
-def ladder_table(rows: list[dict], domain: str) -> str:
-    lines = {}
-    for name, group in grouped(rows, "name").items():
-        lines[name] = {
-            "click %": percent(group),
-            "words": percent(group, "text_acc"),
-            "icons": percent(group, "icon_acc"),
-            "parameters": number(group, "trainable_parameters"),
-            "adapter kFLOP": number(group, "adapter_flops_per_screen", 1e3),
-            "source %": percent(group, "source_acc"),
-            "word problems %": percent(group, "word_problem_acc"),
-            "after an image %": percent(group, "word_problem_after_image_acc"),
-            "text logits": f"{max(row['text_logits_max_abs_diff'] for row in group):.2g}",
-            "lr": f"{group[0]['lr']:g}",
-        }
-    return table(f"{domain}: projections · tokens · heads", lines)
+def summary(title: str, rows: list[dict], by: str, columns: dict) -> str:
+    """A line for each value of a field, its cells made by {column: function of the line's rows}."""
+    lines = grouped(rows, by).items()
+    return table(title, {name: {column: cell(group) for column, cell in columns.items()} for name, group in lines})
 
 
-def controls_table(rows: list[dict]) -> str:
-    lines = {}
-    rows = [row | {"line": f"{row['domain']}: {row['name']}"} for row in rows]
-    for name, group in grouped(rows, "line").items():
-        lines[name] = {
-            "click %": percent(group),
-            "best constant": percent(group, "constant_acc"),
-            "+ best offset": percent(group, "offset_acc"),
-            "switches erased": percent(group, "erased_acc"),
-            "exchanged": percent(group, "exchanged_acc"),
-            "no point, of": f"{number(group, 'wrong_format_num')} of {group[0]['num_total']:,}",
-        }
-    return table("controls", lines)
+LADDER_COLUMNS = {
+    "click %": percent,
+    "words": partial(percent, name="text_acc"),
+    "icons": partial(percent, name="icon_acc"),
+    "parameters": partial(number, name="trainable_parameters"),
+    "adapter kFLOP": partial(number, name="adapter_flops_per_screen", unit=1e3),
+    "source %": partial(percent, name="source_acc"),
+    "word problems %": partial(percent, name="word_problem_acc"),
+    "after an image %": partial(percent, name="word_problem_after_image_acc"),
+    "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
+    "lr": lambda rows: f"{rows[0]['lr']:g}",
+}
+CONTROL_COLUMNS = {
+    "click %": percent,
+    "best constant": partial(percent, name="constant_acc"),
+    "+ best offset": partial(percent, name="offset_acc"),
+    "switches erased": partial(percent, name="erased_acc"),
+    "exchanged": partial(percent, name="exchanged_acc"),
+    "no point, of": lambda rows: f"{number(rows, 'wrong_format_num')} of {rows[0]['num_total']:,}",
+}
+STEP_COLUMNS = {
+    "adapter kFLOP a screen": partial(number, name="adapter_flops_per_screen", unit=1e3),
+    "counted": partial(number, name="counted_flops_per_screen", unit=1e3),
+    "of the whole step": lambda rows: (
+        f"{mean(rows, 'adapter_flops_per_screen') / mean(rows, 'step_flops_per_screen'):.2%}"
+    ),
+    "kept for the backward pass, KiB a screen": partial(number, name="saved_bytes_per_screen", unit=1024),
+}
+LOWEST_COLUMNS = {
+    "click %": percent,
+    "whole step, MFLOP a screen": partial(number, name="step_flops_per_screen", unit=1e6, digits=1),
+    "ms a step": partial(number, name="step_ms", digits=1),
+}
 
 
 def rank_correlation(a, b) -> float:
@@ -289,30 +295,6 @@ def correlation_table(rows: dict[str, list[dict]]) -> str:
     return table("rank correlation of score and click accuracy, settings", lines)
 
 
-def step_table(rows: list[dict]) -> str:
-    lines = {}
-    for name, group in grouped([row for row in rows if row["method"] != "none"], "name").items():
-        adapter, step = mean(group, "adapter_flops_per_screen"), mean(group, "step_flops_per_screen")
-        same = all(row["adapter_flops_per_screen"] == row["counted_flops_per_screen"] for row in group)
-        lines[name] = {
-            "adapter kFLOP a screen": f"{adapter / 1e3:,.0f}{'' if same else ' (COUNTED DIFFERENTLY)'}",
-            "of the whole step": f"{adapter / step:.2%}",
-            "kept for the backward pass, KiB a screen": number(group, "saved_bytes_per_screen", 1024),
-        }
-    return table("the whole training step, settings", lines)
-
-
-def lowest_table(rows: list[dict]) -> str:
-    lines = {}
-    for name, group in grouped(rows, "name").items():
-        lines[name] = {
-            "click %": percent(group),
-            "whole step, MFLOP a screen": number(group, "step_flops_per_screen", 1e6, 1),
-            "ms a step": number(group, "step_ms", digits=1),
-        }
-    return table("all heads of, settings", lines)
-
-
 def update_size(rows: list[dict]) -> str:
     return f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"
 
@@ -321,11 +303,18 @@ def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown, by name."""
     part = grouped(rows, "part")
     ladder = part["ladder"]
-    found = {domain: ladder_table(own, domain) for domain, own in grouped(ladder, "domain").items()}
+    title = "{}: projections · tokens · heads"
+    found = {
+        domain: summary(title.format(domain), own, "name", LADDER_COLUMNS)
+        for domain, own in grouped(ladder, "domain").items()
+    }
     shown = [row for row in ladder if row["name"] in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)]
-    found["controls"] = controls_table([row for row in shown if "erased_acc" in row or row["name"] == FROZEN])
+    controlled = [row | {"line": f"{row['domain']}: {row['name']}"} for row in shown]
+    controlled = [row for row in controlled if "erased_acc" in row or row["name"] == FROZEN]
+    found["controls"] = summary("controls", controlled, "line", CONTROL_COLUMNS)
     settings = [row for row in ladder if row["domain"] == "settings"]
-    found["step"] = step_table(settings)
+    trained = [row for row in settings if row["method"] != "none"]
+    found["step"] = summary("the whole training step, settings", trained, "name", STEP_COLUMNS)
     if "probe" in part:
         found["probe"] = pivot("settings, click % by choice of heads", part["probe"], "{name}", "K = {num_heads}")
     if "single" in part:
@@ -347,7 +336,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         dark = [row for row in shown if row["domain"] == "dark" and row["name"] != FROZEN]
         found["prior"] = pivot("dark, click %", dark + part["prior"], "{name}", "language prior: {prior}")
     if "lowest" in part:
-        found["lowest"] = lowest_table(part["lowest"])
+        found["lowest"] = summary("all heads of, settings", part["lowest"], "name", LOWEST_COLUMNS)
     if "normalization" in part:
         line = "{steps} steps, normalize: {normalize}"
         rows = part["normalization"]

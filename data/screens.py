@@ -10,14 +10,13 @@ Domains (DOMAINS):
 `python -m data.screens` draws a contact sheet of them to look at.
 """
 
-import argparse
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import SPLITS, split_id
+from data import split_id
 
 SIZE = 128  # pixels, width and height of a screen
 BINS = 16  # coordinate tokens per axis
@@ -252,14 +251,14 @@ def is_hit(point: tuple[float, float] | None, bbox: Box) -> bool:
     return point is not None and bbox[0] <= point[0] < bbox[2] and bbox[1] <= point[1] < bbox[3]
 
 
-def contact_sheet(per_domain: int = 6, split: str = "train", seed: int = 0, zoom: int = 2) -> Image.Image:
+def contact_sheet(per_domain: int = 6, zoom: int = 2) -> Image.Image:
     """A row of screens per domain, target boxes of the first element outlined."""
     gap = 6
     step = SIZE * zoom + gap
     sheet = Image.new("RGB", (per_domain * step + gap, len(DOMAINS) * step + gap), "#8a8f98")
     for row, domain in enumerate(DOMAINS):
         for column in range(per_domain):
-            screen = draw_screen(domain, split, column, seed)
+            screen = draw_screen(domain, "train", column)
             picture = Image.fromarray(screen.image).resize((SIZE * zoom,) * 2, Image.Resampling.LANCZOS)
             box = [v * zoom for v in screen.targets()[0].click]
             ImageDraw.Draw(picture).rectangle(box, outline="#ff00a0", width=2)
@@ -268,10 +267,5 @@ def contact_sheet(per_domain: int = 6, split: str = "train", seed: int = 0, zoom
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw a contact sheet: one row of screens per domain.")
-    parser.add_argument("--out", default="screens.png")
-    parser.add_argument("--split", default="train", choices=SPLITS)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    contact_sheet(split=args.split, seed=args.seed).save(args.out)
-    print(f"{args.out}: rows are {', '.join(DOMAINS)}; the first target's click box is outlined")
+    contact_sheet().save("screens.png")
+    print(f"screens.png: rows are {', '.join(DOMAINS)}; where the first target is to be clicked is outlined")
