@@ -103,7 +103,7 @@ def tuned_as(job: dict) -> tuple[str, int, str]:
 def tuning_jobs(kind: tuple[str, int, str], rates: set[int]) -> list[dict]:
     """A kind of run at these places of the grid, half as long, judged on validation screens.
 
-    On the ladder these are of every domain; other choices of heads are compared on settings alone, so twice of these."""
+    On the ladder these are of every domain; other choices of heads are compared on settings alone: two seeds."""
     name, num_heads, choice = kind
     on_ladder = name != IMAGE_LORA or (num_heads, choice) == (10, "top")
     common = {"part": "tuning", "name": f"{name}, K = {num_heads}, {choice}", "split": "validation"}
