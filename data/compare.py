@@ -30,6 +30,7 @@ FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
 DOMAINS = ("settings", "row", "dark", "blueprint")
 RATES = tuple(0.01 * 2.0**i for i in range(-5, 6))  # the grid; tuning starts at its middle and never ends at its ends
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
+RUNGS = "projections · tokens · heads"
 CHOICES = ("top", "matched", "lowest", "random", "least")
 
 
@@ -251,6 +252,19 @@ LADDER_COLUMNS = {
     "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
     "lr": lambda rows: f"{rows[0]['lr']:g}",
 }
+
+
+def overview(rows: list[dict]) -> str:
+    """The ladder in one table: clicks on every kind of screen; what else changed is of the runs on settings."""
+    lines = {}
+    for name, group in grouped(rows, "name").items():
+        own = grouped(group, "domain")
+        lines[name] = {f"{domain} %": percent(of_domain) for domain, of_domain in own.items()}
+        beside = ("parameters", "adapter kFLOP", "source %", "word problems %", "text logits")
+        lines[name] |= {column: LADDER_COLUMNS[column](own["settings"]) for column in beside}
+    return table(RUNGS, lines)
+
+
 CONTROL_COLUMNS = {
     "click %": percent,
     "best constant": partial(percent, name="constant_acc"),
@@ -303,11 +317,9 @@ def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown, by name."""
     part = grouped(rows, "part")
     ladder = part["ladder"]
-    title = "{}: projections · tokens · heads"
-    found = {
-        domain: summary(title.format(domain), own, "name", LADDER_COLUMNS)
-        for domain, own in grouped(ladder, "domain").items()
-    }
+    found = {"ladder": overview(ladder)}
+    for domain, own in grouped(ladder, "domain").items():
+        found[domain] = summary(f"{domain}: {RUNGS}", own, "name", LADDER_COLUMNS)
     shown = [row for row in ladder if row["name"] in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)]
     controlled = [row | {"line": f"{row['domain']}: {row['name']}"} for row in shown]
     controlled = [row for row in controlled if "erased_acc" in row or row["name"] == FROZEN]
