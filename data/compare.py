@@ -28,7 +28,7 @@ LADDER = {  # projections · tokens · heads of what is trained -> settings
 }
 FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
 DOMAINS = ("settings", "row", "dark", "blueprint")
-RATES = tuple(0.01 * 2.0**i for i in range(-5, 6))  # the grid; tuning starts at its middle and never ends at its ends
+RATES = tuple(0.01 * 2.0**i for i in range(-5, 6))  # the grid; tuning starts at its middle
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
 RUNGS = "projections · tokens · heads"
 CHOICES = ("top", "matched", "lowest", "random", "least")
@@ -127,7 +127,8 @@ def tune(kinds: list[tuple], finish) -> dict[tuple, float]:
             own = [row for row in rows if row["name"] == tuning_jobs(kind, {middle})[0]["name"]]
             scores = {i: mean([row for row in own if row["lr"] == RATES[i]], "action_acc") for i in tried[kind]}
             best[kind] = max(sorted(scores, key=lambda i: abs(i - middle)), key=scores.get)
-        wider = {kind: tried[kind] | {best[kind] - 1, best[kind] + 1} for kind in kinds}
+        grid = set(range(len(RATES)))
+        wider = {kind: (tried[kind] | {best[kind] - 1, best[kind] + 1}) & grid for kind in kinds}
         if wider == tried:
             return {kind: RATES[i] for kind, i in best.items()}
         tried = wider
@@ -161,9 +162,9 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
 def finished(jobs: list[dict], rows: list[dict], path: Path, pool, bar, make_config, run) -> list[dict]:
     """The rows of these jobs, run where `rows` does not hold them yet; every new row is written at once."""
     settings = [make_config(**{k: v for k, v in job.items() if k not in ("part", "name")}) for job in jobs]
-    names = ("part", "name", *(f.name for f in fields(make_config)))
+    names = ("part", "name", *(f.name for f in fields(make_config) if f.name != "device"))  # a row has the one used
     keys = [tuple((job | asdict(made))[name] for name in names) for job, made in zip(jobs, settings)]
-    known = {tuple(row[{"heads": "heads_from"}.get(name, name)] for name in names): row for row in rows}
+    known = {tuple(row.get({"heads": "heads_from"}.get(name, name)) for name in names): row for row in rows}
     missing = [(i, made) for i, made in enumerate(settings) if keys[i] not in known]
     bar.update(len(jobs) - len(missing))
     for i, measured in pool.imap_unordered(partial(numbered, run), missing):
@@ -185,7 +186,7 @@ def read_rows(path: Path) -> list[dict]:
     """The finished rows of a comparison. Raises ValueError where the file is none."""
     try:
         rows = json.loads(path.read_text())
-        if all(row["part"] and row["name"] for row in rows):
+        if type(rows) is list and all(row["part"] and row["name"] for row in rows):
             return rows
     except (ValueError, KeyError, TypeError):
         pass

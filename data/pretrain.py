@@ -172,7 +172,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         vision = teacher(features, targets, embeddings)
         loss = answers + vision
         if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()} at step {step}; try smaller learning rates")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try smaller learning rates")
         muon.zero_grad()
         adam.zero_grad()
         loss.backward()
