@@ -203,7 +203,7 @@ def mean(rows: list[dict], name: str) -> float:
 def percent(rows: list[dict], name: str = "action_acc") -> str:
     """Mean and standard deviation over seeds, in %; empty where it was not measured."""
     values = 100 * np.array([row[name] for row in rows if name in row])
-    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    spread = f" ±{values.std(ddof=1):.1f}" if len(values) > 1 else ""
     return f"{values.mean():.1f}{spread}" if len(values) else ""
 
 
@@ -224,7 +224,7 @@ def table(title: str, lines: dict[str, dict[str, str]]) -> str:
     columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
     body = [[line, *(cells.get(column, "") for column in columns)] for line, cells in lines.items()]
     rows = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1), *body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join(f"|{'|'.join(row)}|" for row in rows)
 
 
 def pivot(title: str, rows: list[dict], line: str, column: str, cell=percent) -> str:

@@ -38,17 +38,17 @@ LENS += [tuple(f"<{axis}{i}>" for i in range(screens.BINS)) for axis in "xy"]
 class PretrainConfig:
     """How the base model is made."""
 
-    steps: int = option(4400, "training steps", least=1)
+    steps: int = option(3600, "training steps", least=1)
     screens: int = option(16, "source screens a step, with questions", least=1)
     questions: int = option(6, "questions a screen", least=1)
-    refer: float = option(0.5, "share of questions that give the point and ask for the name", least=0)
+    refer: float = option(0.6, "share of questions that give the point and ask for the name", least=0)
     by_colour: float = option(0.3, "share that name an icon by its colour alone, where that is enough", least=0)
     seen: int = option(8, "more source screens a step, for the vision loss only", least=0)
-    paired: int = option(4, "screens a step of settings and of row, for the vision loss only", least=0)
-    dark: float = option(0.5, "share of steps with a dark screen, for the vision loss only", least=0)
+    paired: int = option(2, "screens a step of settings and of row, for the vision loss only", least=0)
+    dark: int = option(1, "dark screens a step, for the vision loss only", least=0)
     muon_lr: float = option(0.02, "peak learning rate of Muon, for matrices", least=0)
     lr: float = option(2e-3, "peak learning rate of AdamW, for embeddings, norms and biases", least=0)
-    seed: int = option(0, "of the data and the model's start", least=0)
+    seed: int = option(1, "of the data and the model's start", least=0)
     out: str = option("base.pt", "file to write; its accuracies go beside it as .json")
 
     def __post_init__(self):
@@ -128,7 +128,7 @@ def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor
     """({input_ids, labels} of the first cfg.screens, pixel_values [N, 3, S, S], targets [N, P, 8]) of a step."""
     rng = np.random.default_rng([cfg.seed, step])
     source = cfg.screens + cfg.seen
-    counts = {"source": source, "settings": cfg.paired, "row": cfg.paired, "dark": int(rng.random() < cfg.dark)}
+    counts = {"source": source, "settings": cfg.paired, "row": cfg.paired, "dark": cfg.dark}
     shown = [
         screens.draw_screen(domain, "pretrain", step * count + i, cfg.seed)
         for domain, count in counts.items()
