@@ -209,9 +209,9 @@ class ImageLoRA(nn.Module):
         model.requires_grad_(False)
         begin = model.register_forward_pre_hook(self.visual.begin, with_kwargs=True)
         self._handles = [begin, model.register_forward_hook(self.visual.end, always_call=True)]
-        for layer, adapter in self.layers.items():
-            hook = partial(_adapt_value, self.visual, adapter)
-            self._handles.append(values[int(layer)][0].register_forward_hook(hook))
+        for layer, (v_proj, _, _) in enumerate(values):  # all layers: torch.compile does not see a missing hook
+            hook = partial(_adapt_value, self.visual, self.layers[str(layer)] if layer in self.heads else None)
+            self._handles.append(v_proj.register_forward_hook(hook))
         self._model = (model,)  # in a tuple, so that the model is not a submodule of its own submodule
         model.image_lora = self
 
@@ -270,7 +270,7 @@ class ImageLoRA(nn.Module):
 
 def _adapt_value(visual, adapter, v_proj, inputs, value):
     """Forward hook of a v_proj: X W_V -> V~, or None to leave it as it is."""
-    rows = visual.rows_for(inputs[0])
+    rows = visual.rows_for(inputs[0]) if adapter is not None else None
     return None if rows is None else adapter.add_update(inputs[0], value, rows)
 
 
@@ -432,7 +432,7 @@ def safe_load(path: str | os.PathLike) -> dict:
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
-    """Attach the adapter in `path`, ours or the authors'. If it does not fit: ValueError, the model untouched."""
+    """Attach the adapter in `path`, ours or the authors'. ValueError, the model untouched, where it does not fit."""
     content, state = safe_load(path), {}
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}

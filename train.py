@@ -287,8 +287,6 @@ def controls(cfg: Config, model: TinyVLM, base_given: list, tuned_given: list) -
 def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     """The heads that cfg.heads names; scores [L, H]. matched: random, with as many in each layer as the probe's."""
     num_layers, num_heads = scores.shape
-    if cfg.heads not in HEADS:
-        return parse_heads(cfg.heads)
     if cfg.heads == "all":
         return {layer: list(range(num_heads)) for layer in range(num_layers)}
     rng, top = np.random.default_rng(cfg.seed), imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
@@ -511,6 +509,8 @@ def reply(model: TinyVLM, batch: dict) -> str:
 
 def explain(cfg: Config) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
+    if cfg.method != "image_lora" or cfg.heads not in HEADS:
+        raise ValueError("the walk probes and selects: it needs --method image_lora and no --heads of your own")
     out = Path(cfg.out or "runs/explain")
     out.mkdir(parents=True, exist_ok=True)
     model = TinyVLM.from_pretrained(BASE)
@@ -518,15 +518,15 @@ def explain(cfg: Config) -> None:
     asked = list(dict(reversed(prompts.exam(drawn))).values())[::-1]  # the first target of each screen
     questions = [prompts.question(sample["instruction"], features[[i]]) for i, sample in enumerate(asked)]
     one, base_answers = questions[0], [reply(model, question) for question in questions]
-    visual = one["input_ids"][0] == model.config.image_token_id  # [T]
-    station("1 prompt", f"input_ids [1, {len(visual)}]: <bos>, {visual.sum()} x <image>, {asked[0]['instruction']}")
+    length, patches = one["input_ids"].shape[1], model.config.num_patches
+    station("1 prompt", f"input_ids [1, {length}]: <bos>, {patches} x <image>, {asked[0]['instruction']}")
     station("", f"right answer {asked[0]['answer']} (a cell of 16 x 16), the base model's {base_answers[0]}")
 
     data = training_data(cfg, model.device)
     scores = imagelora.score_heads(model, probe_batches(cfg, data), seed=cfg.seed)
-    station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, the largest = 1", imagelora.score_heads)
-    for layer, row in enumerate((scores / scores.max()).tolist()):
-        station("", f"layer {layer}   " + "  ".join(f"{score:.2f}" for score in row))
+    station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line a layer, the largest = 1", imagelora.score_heads)
+    for row in (scores / scores.max()).tolist():
+        station("", "  ".join(f"{score:.2f}" for score in row))
     heads = choose_heads(cfg, scores)
     station("3 selection", f"{cfg.num_heads} of {scores.numel()} heads: {heads}", imagelora.select_heads)
 
@@ -543,6 +543,7 @@ def explain(cfg: Config) -> None:
     norms = ", ".join(f"{name} {p.grad.norm():.2g}" for name, p in values.named_parameters())
     station("5 backward", f"norms of the gradients: {norms}; while B = 0, A and gamma have none")
     train(cfg, model, adapter, data, out)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
 
     now = watch(model, one, **parts)
     x, value = now["v"]
@@ -554,12 +555,11 @@ def explain(cfg: Config) -> None:
     station("7 A B(h)", f"by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
     queries, keys = ((now[name][1] - base[name][1]).abs().max() for name in "qk")
     station("8 looking", f"layer {lowest}: queries changed by {queries:g}, keys by {keys:g}: it looks where it looked")
-    text_change = (prompts.text_logits(model) - base_text).abs().max()
-    station("9 text", f"logits of 256 prompts without an image: max change {text_change:g}")
+    change = (prompts.text_logits(model) - base_text).abs().max()
+    station("9 text", f"logits of 256 prompts without an image: max change {change:g}")
     adapted = []  # rows, at every call of the adapter
-    hook = values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
+    values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
     tuned_answers = [reply(model, question) for question in questions]
-    hook.remove()
     calls = f"{3 * len(questions)} calls of the model: {adapted}; the cache has the rest"
     station("10 decoding", f"rows adapted in {calls}", imagelora.VisualRows.begin)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
@@ -568,7 +568,6 @@ def explain(cfg: Config) -> None:
     clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]
     figures.save(figures.look(drawn, asked, looks, *clicks), out / "look.png")
     station("12 picture", f"{out}/look.png: where head {head} of layer {lowest} looks from the end of each question")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
