@@ -529,7 +529,6 @@ def explain(cfg: Config) -> None:
         station("", "  ".join(f"{score:.2f}" for score in row))
     heads = choose_heads(cfg, scores)
     station("3 selection", f"{cfg.num_heads} of {scores.numel()} heads: {heads}", imagelora.select_heads)
-
     lowest = min(heads)
     layer = next((k for k in heads if len(heads[k]) < scores.shape[1]), lowest)  # some of its heads are not selected
     first, attention = model.language_model.layers[lowest].self_attn, model.language_model.layers[layer].self_attn
