@@ -18,13 +18,13 @@ from data import check_options, option, progress, replacing
 
 LADDER = {  # projections · tokens · heads of what is trained -> settings
     "none · frozen": {"method": "none", "lr": 0.0},
-    "q k v o · all · all": {"method": "lora"},
-    "q k v o · visual · all": {"method": "lora_visual"},
+    "qkvo · all · all": {"method": "lora"},
+    "qkvo · visual · all": {"method": "lora_visual"},
     "v · visual · all": {"heads": "all"},
     "v · visual · selected": {},
     "v · all · all": {"method": "lora_value"},
-    "q k v o, r = 1 · all · all": {"method": "lora", "r": 1, "lora_alpha": 2.0},
-    "q k v o, r = 1 · visual · all": {"method": "lora_visual", "r": 1, "lora_alpha": 2.0},
+    "qkvo, r = 1 · all · all": {"method": "lora", "r": 1, "lora_alpha": 2.0},
+    "qkvo, r = 1 · visual · all": {"method": "lora_visual", "r": 1, "lora_alpha": 2.0},
 }
 FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
 DOMAINS = ("settings", "row", "dark", "blueprint")
