@@ -134,8 +134,10 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size)
         self.row_embedding = nn.Parameter(torch.randn(side, 1, d) * 0.3)
         self.column_embedding = nn.Parameter(torch.randn(1, side, d) * 0.3)
-        heads, depth = config.vision_num_attention_heads, config.vision_num_hidden_layers
-        self.layers = nn.ModuleList(Block(d, heads, heads, causal=False) for _ in range(depth))
+        heads = config.vision_num_attention_heads
+        self.layers = nn.ModuleList(
+            Block(d, heads, heads, causal=False) for _ in range(config.vision_num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -285,7 +287,8 @@ class TinyVLM(nn.Module):
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
         for _ in range(max_new_tokens):
-            new, images = (ids[:, -1:], None) if cache else (ids, image_features)  # images are in the cache
+            new = ids[:, -1:] if cache else ids
+            images = None if cache else image_features  # they are in the cache
             out = self(new, attention_mask=attention_mask, past_key_values=cache, image_features=images)
             cache = out.past_key_values if use_cache else None
             out.logits[:, -1, self.config.image_token_id] = -torch.inf  # a placeholder is no answer

@@ -511,15 +511,13 @@ def explain(cfg: Config) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
     if cfg.method != "image_lora" or cfg.heads not in HEADS:
         raise ValueError("the walk probes and selects: it needs --method image_lora and no --heads of your own")
-    out = Path(cfg.out or "runs/explain")
+    out, model = Path(cfg.out or "runs/explain"), TinyVLM.from_pretrained(BASE)
     out.mkdir(parents=True, exist_ok=True)
-    model = TinyVLM.from_pretrained(BASE)
     drawn, features = seen(cfg.domain, "test", 4, model.device)
     asked = list(dict(reversed(prompts.exam(drawn))).values())[::-1]  # the first target of each screen
     questions = [prompts.question(sample["instruction"], features[[i]]) for i, sample in enumerate(asked)]
     one, base_answers = questions[0], [reply(model, question) for question in questions]
-    length, patches = one["input_ids"].shape[1], model.config.num_patches
-    station("1 prompt", f"input_ids [1, {length}]: <bos>, {patches} x <image>, {asked[0]['instruction']}")
+    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {asked[0]['instruction']}")
     station("", f"right answer {asked[0]['answer']} (a cell of 16 x 16), the base model's {base_answers[0]}")
 
     data = training_data(cfg, model.device)
@@ -529,6 +527,9 @@ def explain(cfg: Config) -> None:
         station("", "  ".join(f"{score:.2f}" for score in row))
     heads = choose_heads(cfg, scores)
     station("3 selection", f"{cfg.num_heads} of {scores.numel()} heads: {heads}", imagelora.select_heads)
+    places = [(layer, head) for layer, chosen in heads.items() for head in chosen]
+    maps = {place: [attention_map(model, question, *place) for question in questions] for place in places}
+    focused = max(maps, key=lambda place: sum(weights.max() for weights in maps[place]))
     lowest = min(heads)
     layer = next((k for k in heads if len(heads[k]) < scores.shape[1]), lowest)  # some of its heads are not selected
     first, attention = model.language_model.layers[lowest].self_attn, model.language_model.layers[layer].self_attn
@@ -559,14 +560,12 @@ def explain(cfg: Config) -> None:
     adapted = []  # rows, at every call of the adapter
     values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
     tuned_answers = [reply(model, question) for question in questions]
-    calls = f"{3 * len(questions)} calls of the model: {adapted}; the cache has the rest"
-    station("10 decoding", f"rows adapted in {calls}", imagelora.VisualRows.begin)
+    station("10 decoding", f"rows adapted in 12 calls of the model: {adapted}, then cached", imagelora.VisualRows.begin)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
-    head = int(scores[lowest].argmax())
-    looks = [attention_map(model, question, lowest, head) for question in questions]
+    looks = [(before, attention_map(model, question, *focused)) for before, question in zip(maps[focused], questions)]
     clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]
     figures.save(figures.look(drawn, asked, looks, *clicks), out / "look.png")
-    station("12 picture", f"{out}/look.png: where head {head} of layer {lowest} looks from the end of each question")
+    station("12 picture", f"{out}/look.png: where head {focused[1]} of layer {focused[0]} looks, the most focused one")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------

@@ -79,28 +79,30 @@ def predictions(base: list, tuned: list, columns: int = 4, rows: int = 3) -> Ima
 
 
 def look(screens: list, samples: list, weights: list, base: list, tuned: list) -> Image.Image:
-    """A row for each screen: where a head looks, by its attention weights [P], and the clicks before and after."""
-    side, gap = SIZE, 14
-    image, draw, text, _ = _canvas(3 * (side + gap) + gap, len(screens) * (side + 22) + 44)
+    """A row for each screen: where a head looks, by its weights [P], and the clicks, each before and after."""
+    side, gap = SIZE, 12
+    image, draw, text, _ = _canvas(4 * (side + gap) + gap, len(screens) * (side + 22) + 44)
     _legend(draw, text)
-    for column, title in enumerate(("the screen", "the head looks at the name", "the click moves")):
-        text(gap + column * (side + gap), 30, title, 9)
-    for i, (screen, sample, seen, before, after) in enumerate(zip(screens, samples, weights, base, tuned)):
-        y, places = 40 + i * (side + 22), [gap + column * (side + gap) for column in range(3)]
+    places = [gap + column * (side + gap) for column in range(4)]
+    for x, title in zip(
+        places, ("the screen", "a head looks at the name", "after fine-tuning, too", "the click moves")
+    ):
+        text(x, 30, title, 9)
+    for i, (screen, sample, looks, *clicks) in enumerate(zip(screens, samples, weights, base, tuned)):
+        y = 40 + i * (side + 22)
         for x in places:
             image.paste(_picture(screen), (x * K, y * K))
-        patches = round(len(seen) ** 0.5)
-        shade = seen.reshape(patches, patches) / seen.max()
-        light = Image.fromarray((230 - 230 * shade.sqrt()).byte().numpy()).resize(
-            (side * K, side * K), Image.Resampling.NEAREST
-        )
-        image.paste("#101828", (places[1] * K, y * K), light)
+        for x, seen in zip(places[1:], looks):
+            patches = round(len(seen) ** 0.5)
+            shade = (230 - 230 * (seen / seen.max()).sqrt()).byte().reshape(patches, patches).numpy()
+            shade = Image.fromarray(shade).resize((side * K, side * K), Image.Resampling.NEAREST)
+            image.paste("#101828", (x * K, y * K), shade)
         left, top, right, bottom = sample["bbox"]
-        _frame(draw, places[2] + left, y + top, places[2] + right, y + bottom)
-        for point, is_tuned in ((before, False), (after, True)):
+        _frame(draw, places[3] + left, y + top, places[3] + right, y + bottom)
+        for point, is_tuned in zip(clicks, (False, True)):
             if point is not None:
-                _click(draw, places[2] + point[0], y + point[1], is_tuned)
-        text(places[0], y + side + 8, f"{sample['instruction']}", 9)
+                _click(draw, places[3] + point[0], y + point[1], is_tuned)
+        text(places[0], y + side + 8, sample["instruction"], 9)
     return image
 
 
