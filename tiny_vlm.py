@@ -135,9 +135,8 @@ class VisionTransformer(nn.Module):
         self.row_embedding = nn.Parameter(torch.randn(side, 1, d) * 0.3)
         self.column_embedding = nn.Parameter(torch.randn(1, side, d) * 0.3)
         heads = config.vision_num_attention_heads
-        self.layers = nn.ModuleList(
-            Block(d, heads, heads, causal=False) for _ in range(config.vision_num_hidden_layers)
-        )
+        layers = range(config.vision_num_hidden_layers)
+        self.layers = nn.ModuleList(Block(d, heads, heads, causal=False) for _ in layers)
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -237,7 +236,6 @@ class TinyVLM(nn.Module):
         positions = (seen[:, None] + text.cumsum(1) - 1).clamp(min=0)  # [B, T]
         lm = self.language_model
         x = lm.embed_tokens(input_ids)  # [B, T, D]
-
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)  # [N, P, D]
         given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]

@@ -146,7 +146,7 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
     jobs = jobs_of(cfg, num_layers, num_heads)
     kinds = list(dict.fromkeys(tuned_as(job) for job in jobs if "lr" not in job))
     expected = len(jobs) + sum(len(tuning_jobs(kind, {0, 1, 2})) for kind in kinds)
-    with get_context("spawn").Pool(cfg.workers) as pool, progress(0, expected, "compare") as bar:
+    with get_context("spawn").Pool(cfg.workers) as pool, progress(len(rows), expected, "compare") as bar:
 
         def finish(jobs: list[dict]) -> list[dict]:
             return finished(jobs, rows, path, pool, bar, make_config, run)
@@ -166,7 +166,7 @@ def finished(jobs: list[dict], rows: list[dict], path: Path, pool, bar, make_con
     keys = [tuple((job | asdict(made))[name] for name in names) for job, made in zip(jobs, settings)]
     known = {tuple(row.get({"heads": "heads_from"}.get(name, name)) for name in names): row for row in rows}
     missing = [(i, made) for i, made in enumerate(settings) if keys[i] not in known]
-    bar.update(len(jobs) - len(missing))
+    bar.total = max(bar.total, bar.n + len(missing))
     for i, measured in pool.imap_unordered(partial(numbered, run), missing):
         row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
         known[keys[i]] = json.loads(json.dumps(row))
