@@ -58,7 +58,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         common = {"part": part, "name": name, "steps": STEPS, "test_screens": TEST_SCREENS}
         jobs.extend(common | {"seed": seed} | settings for seed in range(seeds))
 
-    few = min(cfg.seeds, 3)
+    few, two = min(cfg.seeds, 3), min(cfg.seeds, 2)
     for domain in DOMAINS[:1] if cfg.quick else DOMAINS:
         seeds = 1 if cfg.quick else cfg.seeds if domain in ("settings", "row") else few
         for name, settings in LADDER.items():
@@ -67,10 +67,10 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         return [{"lr": 0.01} | job for job in jobs]
     for budget in (4, 10, 1):
         for choice in CHOICES:
-            add("probe", choice, few if budget == 1 else cfg.seeds, num_heads=budget, heads=choice)
+            add("probe", choice, two if budget == 1 else cfg.seeds, num_heads=budget, heads=choice)
     for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
         for lr in rates:
-            add("rates", f"{replay} replayed", few, method="lora", lr=lr, replay=replay)
+            add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
     for domain in ("dark", "settings"):
         for name in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA):
             seeds = 1 if name == FROZEN else few
@@ -81,7 +81,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
             for normalize in (True, False):
                 heads = f"0:{','.join(map(str, range(size)))}"
                 options = {"steps": steps, "heads": heads, "normalize": normalize} | brief
-                add("normalization", f"{size} heads", min(cfg.seeds, 2), **options)
+                add("normalization", f"{size} heads", two, **options)
     for layer in range(num_layers):
         for head in range(num_heads):
             add("single", f"layer {layer}", 1, heads=f"{layer}:{head}")
@@ -91,7 +91,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         add("prior", name, few, domain="dark", prior=True, **LADDER[name])
     for lowest in range(num_layers):
         heads = " ".join(f"{layer}:{','.join(map(str, range(num_heads)))}" for layer in range(lowest, num_layers))
-        add("lowest", f"layers {lowest} to {num_layers - 1}", min(cfg.seeds, 2), heads=heads)
+        add("lowest", f"layers {lowest} to {num_layers - 1}", 1, heads=heads)
     return jobs
 
 
