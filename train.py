@@ -308,11 +308,11 @@ def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
 
 def bars(scores: Tensor, heads: dict) -> str:
     """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
-    height = (scores / scores.max().clamp(min=1e-30) * 8).ceil().int().tolist()
+    heights = (scores / scores.max().clamp(min=1e-30) * 8).ceil().int().tolist()
     layers = []
-    for layer, row in enumerate(height):
-        marks = ["[]" if head in heads.get(layer, []) else "  " for head in range(len(row))]
-        layers.append("".join(left + " ▁▂▃▄▅▆▇█"[v] + right for v, (left, right) in zip(row, marks)))
+    for layer, row in enumerate(heights):
+        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
+        layers.append("".join(f"[{m}]" if head in heads.get(layer, []) else m for head, m in enumerate(marks)))
     return " · ".join(layers)
 
 

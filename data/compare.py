@@ -23,8 +23,8 @@ LADDER = {  # projections · tokens · heads of what is trained -> settings
     "v · visual · all": {"heads": "all"},
     "v · visual · selected": {},
     "v · all · all": {"method": "lora_value"},
-    "qkvo, r = 1 · all · all": {"method": "lora", "r": 1, "lora_alpha": 2.0},
-    "qkvo, r = 1 · visual · all": {"method": "lora_visual", "r": 1, "lora_alpha": 2.0},
+    "qkvo r=1 · all · all": {"method": "lora", "r": 1, "lora_alpha": 2.0},
+    "qkvo r=1 · visual · all": {"method": "lora_visual", "r": 1, "lora_alpha": 2.0},
 }
 FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
 DOMAINS = ("settings", "row", "dark", "blueprint")
