@@ -111,21 +111,23 @@ class VisualRows:
 
     def begin(self, module, args, kwargs):
         """Forward pre-hook of the model: its arguments -> visual [B, T] bool -> rows [N]."""
-        now = self.now
+        now, grad = self.now, torch.is_grad_enabled()
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         here = not self.inside or threading.get_ident() in self.inside  # or is this call meant to be inside as well?
         _require(here, "another thread is in disabled() or visual_mask(); enter it where you call", RuntimeError)
-        visual = now.mask
-        if not now.enabled:
-            visual = torch.zeros(0, dtype=torch.bool)  # no row is visual
-        elif ids is not None and not ids.is_floating_point():
+        by_ids, now.forward = now.enabled and ids is not None and not ids.is_floating_point(), (None, None)
+        # Most calls decode one token a row, of text: looked up in Python, as tensor operations cost several times more.
+        text = by_ids and ids.shape[-1] == 1 and set(self.image_token_ids).isdisjoint(ids.flatten().tolist())
+        if not grad and (text or not now.enabled):
+            return
+        visual = now.mask if now.enabled else torch.zeros(0, dtype=torch.bool)  # no row is visual
+        if by_ids:
             visual = reduce(torch.logical_or, [ids == image for image in self.image_token_ids])
-        elif visual is not None and embeds is not None:  # generate() repeats each prompt for its beams
+        elif now.enabled and visual is not None and embeds is not None:  # generate() repeats each prompt for its beams
             visual = visual.repeat_interleave(max(len(embeds) // len(visual), 1), dim=0)
         unknown = "which tokens are visual? pass input_ids by name, or call inside adapter.visual_mask(mask)"
         _require(visual is not None, unknown)
-        now.forward = None, None
-        if torch.is_grad_enabled() or (now.enabled and visual.any()):
+        if grad or visual.any():
             now.forward = visual.flatten().nonzero().squeeze(1), visual.shape
             now.first_node, now.calls = torch.autograd._get_sequence_nr(), 0
 
@@ -141,10 +143,8 @@ class VisualRows:
         if torch.is_grad_enabled():
             lost = isinstance(getattr(output, "logits", None), Tensor) and not output.logits.requires_grad
             lost = lost and any(parameter.requires_grad for parameter in module.parameters())
-            reentrant = (
-                "no gradient reaches the adapter; re-entrant checkpointing needs model.enable_input_require_grads()"
-            )
-            _require(not lost, reentrant, RuntimeError)
+            why = "no gradient reaches the adapter; re-entrant checkpointing needs model.enable_input_require_grads()"
+            _require(not lost, why, RuntimeError)
             self.recent.append((range(now.first_node, torch.autograd._get_sequence_nr()), forward))
 
     def rows_for(self, x: Tensor) -> Tensor | None:
