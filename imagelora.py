@@ -507,12 +507,12 @@ def main(arguments: list[str] | None = None) -> None:
     for name, theirs, mine, form in (
         ("trainable parameters", lora_parameters, parameters, ","),
         ("adapter training FLOP a sequence", lora, ours, ","),
-        ("their share of the whole step (*)", lora / (step + lora), ours / (step + ours), ".3%"),
+        ("their share of the whole step", lora / (step + lora), ours / (step + ours), ".3%"),
     ):
         print(f"{name:38}{theirs:16{form}}{mine:16{form}}{1 - mine / theirs:9.1%}")
     factors = visual / lora, values / visual, ours / values, ours / lora
     print("\nvisual tokens only {:.3f} x values only {:.3f} x selected heads {:.3f} = {:.3f}".format(*factors))
-    print("(*) decoder layers, forward and back to the inputs of their frozen weights; no vision tower, no vocabulary")
+    print("whole step: decoder layers, forward and back to their inputs; no vision tower, no vocabulary")
 
 
 if __name__ == "__main__":

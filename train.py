@@ -57,7 +57,7 @@ class Config:
     num_heads: int = option(10, "value heads to adapt", least=1)
     r: int = option(8, "rank", least=1)
     lora_alpha: float = option(16.0, "the update is scaled by lora_alpha / r", least=0)
-    tau: float = option(4.0, "layer budget ~ influence^tau: 0 even, 1 proportional, above 1 in fewer layers", least=0)
+    tau: float = option(4.0, "layer budget ~ influence^tau: 0 even, 0.5 the authors', above 1 in fewer layers", least=0)
     normalize: bool = option(True, "scale by 1/sqrt|S| too")
     lr: float = option(0.04, "peak learning rate of AdamW", least=0)
     steps: int = option(500, "training steps", least=1)
@@ -552,7 +552,7 @@ def explain(cfg: Config) -> None:
     station("6 M X", f"values adapted in rows {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
     norms = update.unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
     shown = "  ".join(f"{norm:.3f}{'*' * (head in heads[layer])}" for head, norm in enumerate(norms))
-    station("7 A B(h)", f"by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
+    station("7 A B(h)", f"its norm by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
     queries, keys = ((now[name][1] - base[name][1]).abs().max() for name in "qk")
     station("8 looking", f"layer {lowest}: queries changed by {queries:g}, keys by {keys:g}: it looks where it looked")
     change = (prompts.text_logits(model) - base_text).abs().max()
@@ -560,7 +560,7 @@ def explain(cfg: Config) -> None:
     adapted = []  # rows, at every call of the adapter
     values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
     tuned_answers = [reply(model, question) for question in questions]
-    station("10 decoding", f"rows adapted in 12 calls of the model: {adapted}, then cached", imagelora.VisualRows.begin)
+    station("10 decoding", f"12 calls, rows adapted at the 4 prefills: {adapted}", imagelora.VisualRows.begin)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     looks = [(before, attention_map(model, question, *focused)) for before, question in zip(maps[focused], questions)]
     clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]
