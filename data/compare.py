@@ -58,22 +58,21 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         common = {"part": part, "name": name, "steps": STEPS, "test_screens": TEST_SCREENS}
         jobs.extend(common | {"seed": seed} | settings for seed in range(seeds))
 
-    few, two = min(cfg.seeds, 3), min(cfg.seeds, 2)
+    two = min(cfg.seeds, 2)
     for domain in DOMAINS[:1] if cfg.quick else DOMAINS:
-        seeds = 1 if cfg.quick else cfg.seeds if domain in ("settings", "row") else few
         for name, settings in LADDER.items():
-            add("ladder", name, 1 if name == FROZEN else seeds, domain=domain, **settings)
+            add("ladder", name, 1 if cfg.quick or name == FROZEN else cfg.seeds, domain=domain, **settings)
     if cfg.quick:
         return [{"lr": 0.01} | job for job in jobs]
     for budget in (4, 10, 1):
         for choice in CHOICES:
-            add("probe", choice, two if budget == 1 else cfg.seeds, num_heads=budget, heads=choice)
+            add("probe", choice, num_heads=budget, heads=choice)
     for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
         for lr in rates:
             add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
     for domain in ("dark", "settings"):
         for name in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA):
-            seeds = 1 if name == FROZEN else few
+            seeds = 1 if name == FROZEN else cfg.seeds
             add("referring", name, seeds, task="referring", domain=domain, **LADDER[name])
     brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
     for steps in (1, 3, 6, 50):
@@ -86,9 +85,9 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         for head in range(num_heads):
             add("single", f"layer {layer}", 1, heads=f"{layer}:{head}")
     for name in (LORA, LORA_VALUE, IMAGE_LORA):
-        add("regimes", name, few, history=9, **LADDER[name])
+        add("regimes", name, history=9, **LADDER[name])
     for name in (LORA, LORA_VISUAL, IMAGE_LORA):
-        add("prior", name, few, domain="dark", prior=True, **LADDER[name])
+        add("prior", name, domain="dark", prior=True, **LADDER[name])
     for lowest in range(num_layers):
         heads = " ".join(f"{layer}:{','.join(map(str, range(num_heads)))}" for layer in range(lowest, num_layers))
         add("lowest", f"layers {lowest} to {num_layers - 1}", 1, heads=heads)
