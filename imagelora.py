@@ -98,7 +98,7 @@ class VisualRows:
     def __init__(self, image_token_ids: list[int], calls: int = 0):
         self.image_token_ids, self.calls = image_token_ids, calls  # how many modules a forward pass has to call
         # What a thread is in: disabled()? visual_mask()? a forward pass: rows [N] (None: nothing to do), shape [B, T]
-        self.threads = defaultdict(lambda: SimpleNamespace(enabled=True, mask=None, forward=None))
+        self.threads = defaultdict(lambda: SimpleNamespace(enabled=True, mask=None, forward=None, node=None))
         self.inside = []  # the threads in disabled() or visual_mask()
         self.recent = deque(maxlen=64)  # (numbers of its autograd nodes, forward) of passes with gradients
 
@@ -129,12 +129,12 @@ class VisualRows:
         _require(visual is not None, unknown)
         if grad or visual.any():
             now.forward = visual.flatten().nonzero().squeeze(1), visual.shape
-            now.first_node, now.calls = torch.autograd._get_sequence_nr(), 0
+            now.first_node, now.calls, now.node = torch.autograd._get_sequence_nr(), 0, _backward_node()
 
     def end(self, module, args, output):
         """Forward hook of the model, called after an exception too, with no output."""
         now = self.now
-        forward, now.forward = now.forward, None
+        forward, now.forward, now.node = now.forward, None, None
         if output is None or forward is None or forward[0] is None:
             return
         replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, quantized)"
@@ -149,10 +149,10 @@ class VisualRows:
 
     def rows_for(self, x: Tensor) -> Tensor | None:
         """The visual rows of a v_proj input [B, T, D]; None where nothing is to do. Raises rather than guess."""
-        now, node = self.now, torch._C._current_autograd_node()
+        now, node = self.now, _backward_node()
         forward = now.forward
-        if node is not None:  # in backward, a checkpointed layer is run again by one of the nodes that its forward made
-            found = [forward for nodes, forward in self.recent if node._sequence_nr() in nodes]
+        if node not in (None, now.node):  # a checkpointed layer is run again by one of the nodes that its forward made
+            found = [forward for nodes, forward in self.recent if node in nodes]
             _require(len(found) == 1, "a checkpoint's forward is too long ago, or of another thread", RuntimeError)
             forward = found[0]
         alone = "the language model was called without the model that attach() adapted; call model(...) itself: "
@@ -266,6 +266,12 @@ class ImageLoRA(nn.Module):
 
     def forward(self, *args, **kwargs):
         raise RuntimeError("the adapter is no model; call, and give a Trainer, the model that it is attached to")
+
+
+def _backward_node() -> int | None:
+    """The number of the autograd node that is being executed; None outside of a backward pass."""
+    node = torch._C._current_autograd_node()
+    return node and node._sequence_nr()
 
 
 def _adapt_value(visual, adapter, v_proj, inputs, value):
