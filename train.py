@@ -556,11 +556,11 @@ def explain(cfg: Config) -> None:
     queries, keys = ((now[name][1] - base[name][1]).abs().max() for name in "qk")
     station("8 looking", f"layer {lowest}: queries changed by {queries:g}, keys by {keys:g}: it looks where it looked")
     change = (prompts.text_logits(model) - base_text).abs().max()
-    station("9 text", f"logits of 256 prompts without an image: max change {change:g}")
+    station("9 text", f"logits of {len(base_text)} prompts without an image: max change {change:g}")
     adapted = []  # rows, at every call of the adapter
     values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
     tuned_answers = [reply(model, question) for question in questions]
-    station("10 decoding", f"12 calls, rows adapted at the 4 prefills: {adapted}", imagelora.VisualRows.begin)
+    station("10 decoding", f"rows adapted for {len(asked)} answers: {adapted}, at prefill", imagelora.VisualRows.begin)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     looks = [(before, attention_map(model, question, *focused)) for before, question in zip(maps[focused], questions)]
     clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]

@@ -12,17 +12,14 @@ K = 2  # pixels a unit of length, so that figures are sharp on dense displays
 
 
 def _canvas(width: int, height: int):
-    """An empty figure, and functions that draw on it in units of length."""
+    """An empty figure, what draws on it in pixels, and a function that writes on it in units of length."""
     image = Image.new("RGB", (width * K, height * K), "white")
     draw = ImageDraw.Draw(image)
 
     def text(x, y, words, size=16, anchor="lm", fill=INK):
         draw.text((x * K, y * K), words, fill, ImageFont.load_default(size * K), anchor=anchor)
 
-    def line(x0, y0, x1, y1, fill=INK, width=1):
-        draw.line([v * K for v in (x0, y0, x1, y1)], fill, round(width * K))
-
-    return image, draw, text, line
+    return image, draw, text
 
 
 def _frame(draw, left: float, top: float, right: float, bottom: float) -> None:
@@ -52,43 +49,48 @@ def _legend(draw, text) -> None:
     text(159, 10, "after fine-tuning", 8)
 
 
-def _picture(screen, side: int = SIZE) -> Image.Image:
-    return Image.fromarray(screen.image).resize((side * K, side * K), Image.Resampling.LANCZOS)
+def _picture(screen) -> Image.Image:
+    return Image.fromarray(screen.image).resize((SIZE * K, SIZE * K), Image.Resampling.LANCZOS)
+
+
+def _target(draw, x: float, y: float, bbox: tuple, before: tuple | None, after: tuple | None) -> None:
+    """On the screen whose corner is at x, y: the target's box and the clicks, None where an answer is no point."""
+    left, top, right, bottom = bbox
+    _frame(draw, x + left, y + top, x + right, y + bottom)
+    for point, tuned in ((before, False), (after, True)):
+        if point is not None:
+            _click(draw, x + point[0], y + point[1], tuned)
 
 
 def predictions(base: list, tuned: list, columns: int = 4, rows: int = 3) -> Image.Image:
     """A grid of screens with the clicks, or names, of (screen, sample, answer) before and after."""
     side, gap, caption = SIZE, 6, 14
-    image, draw, text, line = _canvas(columns * (side + gap) + gap, rows * (side + gap + caption) + 20)
+    image, draw, text = _canvas(columns * (side + gap) + gap, rows * (side + gap + caption) + 20)
     step = max(len(base) // (columns * rows), 1)
     for i, ((screen, sample, before), (_, _, after)) in enumerate(list(zip(base, tuned))[::step][: columns * rows]):
         x, y = gap + i % columns * (side + gap), 20 + i // columns * (side + gap + caption)
         image.paste(_picture(screen), (x * K, y * K))
         if "bbox" in sample:
-            left, top, right, bottom = sample["bbox"]
-            _frame(draw, x + left, y + top, x + right, y + bottom)
-            for point, is_tuned in ((before, False), (after, True)):
-                if point is not None:
-                    _click(draw, x + point[0], y + point[1], is_tuned)
+            _target(draw, x, y, sample["bbox"], before, after)
             verdict = "right" if is_hit(after, sample["bbox"]) else "wrong"
         else:
-            verdict = after
+            verdict = after if after == sample["answer"] else f"{after} (wrong)"
         text(x, y + side + 7, f"{sample['instruction']}: {verdict}", 8)
-    _legend(draw, text)
+    if "bbox" in base[0][1]:  # where names are asked for there are no clicks
+        _legend(draw, text)
     return image
 
 
 def look(screens: list, samples: list, weights: list, base: list, tuned: list) -> Image.Image:
     """A row for each screen: where a head looks, by its weights [P], and the clicks, each before and after."""
     side, gap = SIZE, 12
-    image, draw, text, _ = _canvas(4 * (side + gap) + gap, len(screens) * (side + 22) + 44)
+    image, draw, text = _canvas(4 * (side + gap) + gap, len(screens) * (side + 22) + 44)
     _legend(draw, text)
     places = [gap + column * (side + gap) for column in range(4)]
-    for x, title in zip(
-        places, ("the screen", "a head looks at the name", "after fine-tuning, too", "the click moves")
-    ):
+    titles = ("the screen", "a head looks at the name", "after fine-tuning, too", "the click moves")
+    for x, title in zip(places, titles):
         text(x, 30, title, 9)
-    for i, (screen, sample, looks, *clicks) in enumerate(zip(screens, samples, weights, base, tuned)):
+    for i, (screen, sample, looks, before, after) in enumerate(zip(screens, samples, weights, base, tuned)):
         y = 40 + i * (side + 22)
         for x in places:
             image.paste(_picture(screen), (x * K, y * K))
@@ -97,11 +99,7 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
             shade = (230 - 230 * (seen / seen.max()).sqrt()).byte().reshape(patches, patches).numpy()
             shade = Image.fromarray(shade).resize((side * K, side * K), Image.Resampling.NEAREST)
             image.paste("#101828", (x * K, y * K), shade)
-        left, top, right, bottom = sample["bbox"]
-        _frame(draw, places[3] + left, y + top, places[3] + right, y + bottom)
-        for point, is_tuned in zip(clicks, (False, True)):
-            if point is not None:
-                _click(draw, places[3] + point[0], y + point[1], is_tuned)
+        _target(draw, places[3], y, sample["bbox"], before, after)
         text(places[0], y + side + 8, sample["instruction"], 9)
     return image
 
