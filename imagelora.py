@@ -32,11 +32,11 @@ import math
 import os
 import threading
 import zipfile
-from collections import defaultdict, deque
+from collections import deque
 from contextlib import contextmanager
-from functools import partial, reduce
+from dataclasses import dataclass
+from functools import partial, reduce, update_wrapper
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -88,95 +88,9 @@ class ValueAdapter(nn.Module):
         return value.reshape(-1, d_h).index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
 
-class VisualRows:
-    """Tells every v_proj which rows of its input are visual: those of the forward pass that the call belongs to.
-
-    model(input_ids)     begin: find the visual rows     every v_proj: rows_for(x)     end
-    loss.backward()      gradient checkpointing runs layers again: rows_for(x) knows of which forward pass
-    """
-
-    def __init__(self, image_token_ids: list[int], calls: int = 0):
-        self.image_token_ids, self.calls = image_token_ids, calls  # how many modules a forward pass has to call
-        # What a thread is in: disabled()? visual_mask()? a forward pass: rows [N] (None: nothing to do), shape [B, T]
-        self.threads = defaultdict(lambda: SimpleNamespace(enabled=True, mask=None, forward=None, node=None))
-        self.inside = []  # the threads in disabled() or visual_mask()
-        self.recent = deque(maxlen=64)  # (numbers of its autograd nodes, forward) of passes with gradients
-
-    def __reduce__(self):
-        return VisualRows, (self.image_token_ids, self.calls)  # a copy begins anew
-
-    @property
-    def now(self):
-        return self.threads[threading.get_ident()]
-
-    def begin(self, module, args, kwargs):
-        """Forward pre-hook of the model: its arguments -> visual [B, T] bool -> rows [N]."""
-        now, grad = self.now, torch.is_grad_enabled()
-        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        here = not self.inside or threading.get_ident() in self.inside  # or is this call meant to be inside as well?
-        _require(here, "another thread is in disabled() or visual_mask(); enter it where you call", RuntimeError)
-        by_ids, now.forward = now.enabled and ids is not None and not ids.is_floating_point(), (None, None)
-        # Most calls decode one token a row, of text: looked up in Python, as tensor operations cost several times more.
-        text = by_ids and ids.shape[-1] == 1 and set(self.image_token_ids).isdisjoint(ids.flatten().tolist())
-        if not grad and (text or not now.enabled):
-            return
-        visual = now.mask if now.enabled else torch.zeros(0, dtype=torch.bool)  # no row is visual
-        if by_ids:
-            visual = reduce(torch.logical_or, [ids == image for image in self.image_token_ids])
-        elif now.enabled and visual is not None and embeds is not None:  # generate() repeats each prompt for its beams
-            visual = visual.repeat_interleave(max(len(embeds) // len(visual), 1), dim=0)
-        unknown = "which tokens are visual? pass input_ids by name, or call inside adapter.visual_mask(mask)"
-        _require(visual is not None, unknown)
-        if grad or visual.any():
-            now.forward = visual.flatten().nonzero().squeeze(1), visual.shape
-            now.first_node, now.calls, now.node = torch.autograd._get_sequence_nr(), 0, _backward_node()
-
-    def end(self, module, args, output):
-        """Forward hook of the model, called after an exception too, with no output."""
-        now = self.now
-        forward, now.forward, now.node = now.forward, None, None
-        if output is None or forward is None or forward[0] is None:
-            return
-        replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, quantized)"
-        replaced += " is not adapted: detach() first, then attach or load again"
-        _require(now.calls >= self.calls or not len(forward[0]), replaced, RuntimeError)
-        if torch.is_grad_enabled():
-            lost = isinstance(getattr(output, "logits", None), Tensor) and not output.logits.requires_grad
-            lost = lost and any(parameter.requires_grad for parameter in module.parameters())
-            why = "no gradient reaches the adapter; re-entrant checkpointing needs model.enable_input_require_grads()"
-            _require(not lost, why, RuntimeError)
-            self.recent.append((range(now.first_node, torch.autograd._get_sequence_nr()), forward))
-
-    def rows_for(self, x: Tensor) -> Tensor | None:
-        """The visual rows of a v_proj input [B, T, D]; None where nothing is to do. Raises rather than guess."""
-        now, node = self.now, _backward_node()
-        forward = now.forward
-        if node not in (None, now.node):  # a checkpointed layer is run again by one of the nodes that its forward made
-            found = [forward for nodes, forward in self.recent if node in nodes]
-            _require(len(found) == 1, "a checkpoint's forward is too long ago, or of another thread", RuntimeError)
-            forward = found[0]
-        alone = "the language model was called without the model that attach() adapted; call model(...) itself: "
-        alone += "model.forward(...) and the generate() of a wrapper pass it by"
-        _require(forward is not None, alone, RuntimeError)
-        rows, shape = forward
-        if rows is None:
-            return None
-        now.calls += 1
-        wrong = f"v_proj got tokens {list(x.shape[:-1])}, but the visual tokens are told of {list(shape)}"
-        _require(x.shape[:-1] == shape or not len(rows), wrong, RuntimeError)
-        return rows.to(x.device)
-
-    @contextmanager
-    def within(self, **changes):
-        """Changes the state of this thread until the context is left."""
-        now, before = self.now, {name: getattr(self.now, name) for name in changes}
-        vars(now).update(changes)
-        self.inside.append(threading.get_ident())
-        try:
-            yield
-        finally:
-            vars(now).update(before)
-            self.inside.remove(threading.get_ident())
+def is_visual(input_ids: Tensor, image_token_ids: list[int]) -> Tensor:
+    """The diagonal of M [B, T], bool. It is of each call anew: the prompt's, or that of one decoded token."""
+    return reduce(torch.logical_or, [input_ids == image for image in image_token_ids])
 
 
 class ImageLoRA(nn.Module):
@@ -193,7 +107,7 @@ class ImageLoRA(nn.Module):
         self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
         self.head_counts = [count for _, _, count in values]
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self.visual = VisualRows(image_token_ids, len(self.heads))
+        self.visual = VisualRows(image_token_ids)
         self.layers = nn.ModuleDict()
         for layer, selected in self.heads.items():
             v_proj, head_dim, count = values[layer]
@@ -207,16 +121,23 @@ class ImageLoRA(nn.Module):
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.requires_grad_(False)
-        begin = model.register_forward_pre_hook(self.visual.begin, with_kwargs=True)
-        self._handles = [begin, model.register_forward_hook(self.visual.end, always_call=True)]
-        for layer, (v_proj, _, _) in enumerate(values):  # all layers: torch.compile does not see a missing hook
-            hook = partial(_adapt_value, self.visual, self.layers[str(layer)] if layer in self.heads else None)
-            self._handles.append(v_proj.register_forward_hook(hook))
-        self._model = (model,)  # in a tuple, so that the model is not a submodule of its own submodule
+        self._replaced = []  # (module, its own forward, if it had one, ours)
+        self._replace_forward(model, self.visual.call, self)
+        for layer, adapter in self.layers.items():
+            self._replace_forward(values[int(layer)][0], _adapted_values, self.visual, adapter)
         model.image_lora = self
 
+    def _replace_forward(self, module, function, *given):
+        # No hook: torch.compile guards on a forward, not on hooks; `finally` runs after Ctrl-C, too; and it is faster.
+        ours = update_wrapper(partial(function, *given, module.forward), module.forward)
+        self._replaced.append((module, vars(module).get("forward"), ours))
+        module.forward = ours
+
     def disabled(self):
-        """A context in which no row is visual: the base model. A training step in it has all of a step's other work."""
+        """A context in which no row is visual: the base model; for the thread that enters it, as `torch.no_grad()`.
+
+        A training step in it has all of a step's other work: parameters get gradients of zero.
+        """
         return self.visual.within(enabled=False)
 
     def visual_mask(self, mask: Tensor):
@@ -229,15 +150,19 @@ class ImageLoRA(nn.Module):
         return self.visual.within(mask=mask)
 
     def detach(self) -> nn.Module:
-        """Restore the original model (hooks, requires_grad) and return it. Raises RuntimeError when called twice."""
-        _require(self._handles, "this Image-LoRA is already detached", RuntimeError)
-        for handle in self._handles:
-            handle.remove()
-        model = self._model[0]
+        """Restore the original model (forward, requires_grad) and return it. Raises RuntimeError when called twice."""
+        _require(self.visual.attached, "this Image-LoRA is already detached", RuntimeError)
+        self.visual.attached = False  # where others have wrapped our forward since, it stays, and does nothing
+        for module, own, ours in self._replaced:
+            if vars(module).get("forward") is ours:
+                del module.forward  # that of its class is left
+                if own is not None:
+                    module.forward = own
+        model = self._replaced[0][0]
         del model.image_lora
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(parameter.requires_grad or name in self._frozen)
-        self._handles, self._model = [], ()
+        self._replaced = []
         return model
 
     def save(self, path: str | os.PathLike) -> None:
@@ -266,18 +191,6 @@ class ImageLoRA(nn.Module):
 
     def forward(self, *args, **kwargs):
         raise RuntimeError("the adapter is no model; call, and give a Trainer, the model that it is attached to")
-
-
-def _backward_node() -> int | None:
-    """The number of the autograd node that is being executed; None outside of a backward pass."""
-    node = torch._C._current_autograd_node()
-    return node and node._sequence_nr()
-
-
-def _adapt_value(visual, adapter, v_proj, inputs, value):
-    """Forward hook of a v_proj: X W_V -> V~, or None to leave it as it is."""
-    rows = visual.rows_for(inputs[0]) if adapter is not None else None
-    return None if rows is None else adapter.add_update(inputs[0], value, rows)
 
 
 def attach(model, r: int = 8, lora_alpha: float = 16, heads: Heads | None = None, normalize: bool = True) -> ImageLoRA:
@@ -351,7 +264,117 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget) if k}
 
 
-# ------------------------- That was the method. Below: what it refuses, its files, its costs -------------------------
+# --------------- That was the method. Below: which call a layer runs in, what is refused, files, costs ----------------
+
+
+@dataclass
+class Call:
+    """A call of the model: whether gradients are wanted, and which tokens are visual."""
+
+    grad: bool
+    rows: Tensor | None = None  # [N], the visual ones of B * T; None: nothing to do
+    shape: torch.Size | None = None  # [B, T]
+    v_projs: int = 0  # so many adapted ones have run in it
+    nodes: range = range(0)  # of autograd, those made in it
+
+
+class ThisThread(threading.local):
+    """What the thread that asks is in."""
+
+    def __init__(self):
+        self.enabled = True  # False: in disabled()
+        self.mask = None  # [B, T]: in visual_mask()
+        self.call = None
+
+
+class VisualRows:
+    """Tells every v_proj which rows of its input are visual: those of the call of the model that it belongs to.
+
+    model(input_ids)     call: finds the visual rows, and every v_proj asks rows_for(x)
+    loss.backward()      gradient checkpointing runs layers again: rows_for(x) knows of which call
+    """
+
+    def __init__(self, image_token_ids: list[int]):
+        self.image_token_ids, self.attached, self.now = image_token_ids, True, ThisThread()
+        self.recent = deque(maxlen=64)  # calls with gradients
+
+    def __reduce__(self):
+        return VisualRows, (self.image_token_ids,), {"attached": self.attached}  # a copy begins anew
+
+    def call(self, adapter, forward, *args, **kwargs):
+        """Runs in place of `model.forward`, which it calls."""
+        if not self.attached:
+            return forward(*args, **kwargs)
+        outer, first = self.now.call, torch.autograd._get_sequence_nr()
+        call = self.now.call = self.find(*args, **kwargs)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self.now.call = outer
+            if call.grad:
+                call.nodes = range(first, torch.autograd._get_sequence_nr())
+                self.recent.append(call)
+        missing = call.rows is not None and len(call.rows) > 0 and call.v_projs < len(adapter.heads)
+        replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, quantized)"
+        _require(not missing, f"{replaced} is not adapted: detach() first, then attach or load again", RuntimeError)
+        if call.grad and isinstance(getattr(output, "logits", None), Tensor):
+            lost = not output.logits.requires_grad and any(p.requires_grad for p in adapter.parameters())
+            why = "no gradient reaches the adapter; re-entrant checkpointing needs model.enable_input_require_grads()"
+            _require(not lost, why, RuntimeError)
+        return output
+
+    def find(self, *args, **kwargs) -> Call:
+        """The arguments of a call -> visual [B, T] bool -> its rows [N]."""
+        now, call, visual = self.now, Call(torch.is_grad_enabled()), None
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        if not now.enabled:
+            visual = torch.zeros(0, dtype=torch.bool)
+        elif ids is not None and not ids.is_floating_point():
+            # Most calls decode one text token a row: looked up in Python, as tensor operations cost several times more.
+            one = ids.shape[-1] == 1 and not call.grad
+            if one and set(self.image_token_ids).isdisjoint(ids.flatten().tolist()):
+                return call
+            visual = is_visual(ids, self.image_token_ids)
+        elif now.mask is not None and embeds is not None:  # generate() repeats each prompt for its beams
+            visual = now.mask.repeat_interleave(max(len(embeds) // len(now.mask), 1), dim=0)
+        unknown = "which tokens are visual? pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
+        _require(visual is not None, unknown)
+        if call.grad or visual.any():
+            call.rows, call.shape = visual.flatten().nonzero().squeeze(1), visual.shape
+        return call
+
+    def rows_for(self, x: Tensor) -> Tensor | None:
+        """The visual rows of a v_proj input [B, T, D]; None where nothing is to do. Raises rather than guess."""
+        call, node = self.now.call, torch._C._current_autograd_node()
+        if call is None and node is not None:  # checkpointing: a node that the call made runs one of its layers again
+            found = [call for call in self.recent if node._sequence_nr() in call.nodes]
+            _require(len(found) == 1, "a checkpoint's forward is too long ago, or of another thread", RuntimeError)
+            call = found[0]
+        alone = "the language model was called without the model that attach() adapted; call model(...) itself"
+        _require(call is not None, alone, RuntimeError)
+        if call.rows is None:
+            return None
+        call.v_projs += 1
+        wrong = f"v_proj got tokens {list(x.shape[:-1])}, but the visual tokens are told of {list(call.shape)}"
+        _require(x.shape[:-1] == call.shape or not len(call.rows), wrong, RuntimeError)
+        return call.rows.to(x.device)
+
+    @contextmanager
+    def within(self, **changes):
+        """Changes what this thread is in until the context is left."""
+        before = {name: getattr(self.now, name) for name in changes}
+        vars(self.now).update(changes)
+        try:
+            yield
+        finally:
+            vars(self.now).update(before)
+
+
+def _adapted_values(visual, adapter, forward, x, *args, **kwargs):
+    """Runs in place of a `v_proj.forward`, which it calls: X -> V~."""
+    value = forward(x, *args, **kwargs)
+    rows = visual.rows_for(x) if visual.attached else None
+    return value if rows is None else adapter.add_update(x, value, rows)
 
 
 def _require(right, sentence, error=ValueError):
@@ -391,8 +414,8 @@ def _value_projections(model):
 def _checked(model, r, lora_alpha, heads, normalize):
     """The value projections, the ids of visual tokens and the heads, sorted. Raises ValueError on a bad argument."""
     values, config = _value_projections(model), getattr(model, "config", None)
-    hooks = [hook for v_proj, _, _ in values for hook in v_proj._forward_hooks.values()]  # a part may be attached to
-    attached = hasattr(model, "image_lora") or any(getattr(hook, "func", None) is _adapt_value for hook in hooks)
+    functions = [getattr(v_proj.forward, "func", None) for v_proj, _, _ in values]  # a part may be attached to
+    attached = hasattr(model, "image_lora") or _adapted_values in functions
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
     ids = sorted({getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)})
@@ -444,8 +467,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         for layer, saved in content["layers"].items():
             order = torch.tensor(heads[int(layer)]).argsort()  # the file's order of heads is its own, ours is sorted
-            saved = saved | {"B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
-            state |= {f"layers.{layer}.{name}": tensor for name, tensor in saved.items()}
+            state[f"layers.{layer}.A"] = saved["A"]
+            state[f"layers.{layer}.B"] = saved["B"][order]
+            state[f"layers.{layer}.gamma"] = saved["gamma"].reshape(1)
         right = all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in state.values())
         _require(right, "its tensors must be finite floating-point numbers")
         return ImageLoRA(model, content["r"], content["alpha"], heads, content.get("normalize", True), state)
@@ -464,21 +488,22 @@ def lora_flops(num_tokens: int, in_features: int, out_features: int, r: int, inp
 
 def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, input_grad: bool = False) -> int:
     """Training FLOPs of a whole Image-LoRA; input_grad: as above, of the lowest adapted layer (others always do)."""
-    layers = sorted(layer for layer in heads if heads[layer])
-    inputs = {layer: input_grad or layer != layers[0] for layer in layers}
-    features = {layer: len(heads[layer]) * head_dim for layer in layers}
-    return sum(lora_flops(num_visual_tokens, hidden_size, features[i], r, inputs[i]) for i in layers)
+    flops = 0
+    for layer in sorted(layer for layer in heads if heads[layer]):
+        flops += lora_flops(num_visual_tokens, hidden_size, len(heads[layer]) * head_dim, r, input_grad)
+        input_grad = True
+    return flops
 
 
 def lora_costs(layers, hidden_size, query_heads, kv_heads, head_dim, num_tokens, r, names="qkvo") -> tuple[int, int]:
     """(Parameters, training FLOPs over so many tokens) of standard LoRA on these projections of every layer."""
-    q, kv = query_heads * head_dim, kv_heads * head_dim
+    q, kv, parameters, flops = query_heads * head_dim, kv_heads * head_dim, 0, 0
     shapes = {"q": (hidden_size, q), "k": (hidden_size, kv), "v": (hidden_size, kv), "o": (q, hidden_size)}
-    flops = 0
-    for name in names:  # q, k and v of the lowest layer read the frozen embeddings
-        flops += layers * lora_flops(num_tokens, *shapes[name], r)
-        flops -= 0 if name == "o" else 2 * num_tokens * r * hidden_size
-    return layers * r * sum(sum(shapes[name]) for name in names), flops
+    for name in names:
+        parameters += layers * r * sum(shapes[name])
+        flops += (layers - 1) * lora_flops(num_tokens, *shapes[name], r)
+        flops += lora_flops(num_tokens, *shapes[name], r, input_grad=name == "o")  # q, k, v read frozen embeddings
+    return parameters, flops
 
 
 SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size, MLP size
@@ -488,27 +513,33 @@ SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size, MLP
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints what LoRA (q, k, v, o of all tokens) and Image-LoRA cost at the scale of real models."""
+    """What LoRA (q, k, v, o of all tokens) and Image-LoRA cost at the scale of real models.
+
+    The whole step is of the decoder layers, forward and back to their inputs; no vision tower, no vocabulary.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="qwen2.5-vl-7b", choices=SHAPES)
     parser.add_argument("--shape", type=int, nargs=6, metavar=("LAYERS", "HIDDEN", "QUERY", "KV", "HEAD", "MLP"))
-    for name, default in {"visual-tokens": 1024, "text-tokens": 256, "r": 8, "num-heads": None}.items():
+    for name, default in {"visual-tokens": 1024, "text-tokens": 256, "r": 8, "num-heads": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default or 'half of all'}")
     args = parser.parse_args(arguments)
     *shape, mlp = args.shape or SHAPES[args.model]
     layers, D, H_q, H, d_h = shape
-    N, text, r = args.visual_tokens, args.text_tokens, args.r
-    K = -(-layers * H // 2) if args.num_heads is None else args.num_heads
-    if min(*shape, mlp, N, text + 1, r) < 1 or not 1 <= K <= layers * H:
+    N, T, r, K = (
+        args.visual_tokens,
+        args.visual_tokens + args.text_tokens,
+        args.r,
+        args.num_heads or -(-layers * H // 2),
+    )
+    if min(*shape, mlp, N, T + 1 - N, r, K) < 1 or K > layers * H:
         parser.error(f"sizes must be positive, and --num-heads in 1..{layers * H}")
-    heads, T = select_heads(torch.ones(layers, H), K, tau=0), N + text
+    heads = select_heads(torch.ones(layers, H), K, tau=0)
     parameters, ours = len(heads) * (D * r + 1) + K * r * d_h, image_lora_flops(N, D, d_h, heads, r)
     lora_parameters, lora = lora_costs(*shape, T, r)
     visual, values = lora_costs(*shape, N, r)[1], lora_costs(*shape, N, r, "v")[1]
     # Frozen weights take part forward and back to their inputs; so do QK^T and PV, with two products each way back.
     step = layers * (4 * T * D * (2 * (H_q + H) * d_h + 3 * mlp) + 12 * T**2 * H_q * d_h)
-    print(f"{layers} layers, hidden size {D}, {H_q} query and {H} value heads of {d_h}, MLP {mlp}")
-    print(f"{N} visual and {text} text tokens, r = {r}, {K} of {layers * H} value heads\n")
+    print(f"{N} visual and {T - N} text tokens, r = {r}, {K} of {layers * H} value heads")
     print(f"{'':38}{'LoRA':>16}{'Image-LoRA':>16}{'saved':>9}")
     for name, theirs, mine, form in (
         ("trainable parameters", lora_parameters, parameters, ","),
@@ -518,7 +549,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:38}{theirs:16{form}}{mine:16{form}}{1 - mine / theirs:9.1%}")
     factors = visual / lora, values / visual, ours / values, ours / lora
     print("\nvisual tokens only {:.3f} x values only {:.3f} x selected heads {:.3f} = {:.3f}".format(*factors))
-    print("whole step: decoder layers, forward and back to their inputs; no vision tower, no vocabulary")
 
 
 if __name__ == "__main__":

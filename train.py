@@ -560,7 +560,7 @@ def explain(cfg: Config) -> None:
     adapted = []  # rows, at every call of the adapter
     values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
     tuned_answers = [reply(model, question) for question in questions]
-    station("10 decoding", f"rows adapted for {len(asked)} answers: {adapted}, at prefill", imagelora.VisualRows.begin)
+    station("10 decoding", f"rows adapted for {len(asked)} answers: {adapted}, at prefill", imagelora.VisualRows.find)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     looks = [(before, attention_map(model, question, *focused)) for before, question in zip(maps[focused], questions)]
     clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]
