@@ -612,7 +612,7 @@ SMALL = {"vocab_size": len(VOCABULARY), "image_size": 128, "patch_size": 32, "nu
 SMALL |= {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHORT = {"steps": 3, "screens": 2, "questions": 2, "num_heads": 3, "r": 2, "test_screens": 2, "device": "cpu"}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
-ROOT, BASE, RUN = Path(train.__file__).parent, train.BASE, train.run
+ROOT, BASE, RUN = Path(train.__file__).parent, prompts.BASE, train.run
 
 
 def test_the_shipped_base_is_what_its_record_says():
@@ -700,12 +700,12 @@ def small_base(monkeypatch, tmp_path):
     torch.save({"config": asdict(model.config), "state": model.state_dict()}, tmp_path / "base.pt")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(train, "BASE", tmp_path / "base.pt")
-    monkeypatch.setattr(train, "PROBE_BATCHES", 2)
+    monkeypatch.setattr(prompts, "BASE", tmp_path / "base.pt")
+    monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
     torch.set_num_threads(1)
-    train.seen.cache_clear()
+    prompts.seen.cache_clear()
     yield model
-    train.seen.cache_clear()
+    prompts.seen.cache_clear()
 
 
 def command(line: str | list[str], capsys) -> tuple[int, str, str]:
@@ -755,15 +755,15 @@ def test_the_main_job_prints_and_writes_what_it_says_and_a_row_is_the_same_run(s
 
 
 def test_ctrl_c_says_how_to_go_on_and_that_ends_in_the_same_last_digit(small_base, monkeypatch, capsys):
-    def interrupted(cfg, used, i, batch_of=train.batch_of):
-        if i == train.PROBE_BATCHES + 25:
+    def interrupted(cfg, used, i, batch_of=prompts.batch_of):
+        if i == prompts.PROBE_BATCHES + 25:
             raise KeyboardInterrupt
         return batch_of(cfg, used, i)
 
     options = [*OPTIONS, "--steps=30"]
     assert command([*options, "--out=whole"], capsys)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "batch_of", interrupted)
+        patch.setattr(prompts, "batch_of", interrupted)
         status, printed, _ = command([*options, "--out=cut"], capsys)
     assert status == 130 and not Path("cut/metrics.json").exists()
     go_on = re.search(r"^stopped; go on with: python train.py (.*)$", printed, re.M)[1]
@@ -776,14 +776,14 @@ def test_ctrl_c_says_how_to_go_on_and_that_ends_in_the_same_last_digit(small_bas
 
 def test_a_loss_that_is_not_finite_ends_with_1_the_step_and_a_hint_and_the_last_checkpoint(small_base, capsys):
     status, _, error = command([*OPTIONS, "--steps=40", "--lr=1e18", "--out=out"], capsys)
-    assert status == 1 and re.fullmatch(r"the loss is \w+ at step \d+; try a smaller --lr than 1e\+18", error)
+    assert status == 1 and re.fullmatch(r"error: the loss is \w+ at step \d+; try a smaller --lr than 1e\+18", error)
     assert imagelora.safe_load("out/checkpoint.pt")["step"] == 0 and not Path("out/metrics.json").exists()
 
 
 BAD = ["--domain=marble", "--method=magic", "--device=abacus", "--what=1", "--steps=many", "--seed=-1", "--tau=inf"]
 BAD += [f"{name}=0" for name in ("--r", "--num-heads", "--steps", "--screens", "--questions", "--test-screens")]
 BAD += ["--num-heads=5", "--r=33", "--seed=1" + 30 * "0", "--lr=nan", "--lr=-1", "--lora-alpha=inf", "--heads=best"]
-BAD += ["--heads=0:9", "--heads=0:1,1", "--out=/dev/null/x", "--out=a_file", "--explain --heads=0:0", "extra"]
+BAD += ["--heads=0:9", "--heads=0:1,1", "--out=/dev/null/x", "--out=a_file", "extra"]
 BAD += ["--pretrain --steps=0", "--pretrain --lr=nan", "--pretrain --out=nowhere/base.pt", "--compare --out=a_file"]
 BAD += ["--compare --seeds=0", "--explain --pretrain", "--explain --method=lora"]
 BAD += ["--compare --out=foreign"] + ["--device=cuda"] * (not torch.cuda.is_available())
@@ -817,7 +817,7 @@ def made_up(cfg: train.Config) -> dict:
 def test_the_comparison_stops_goes_on_prints_every_table_and_runs_nothing_twice(small_base, monkeypatch, capsys):
     """A row a line; the learning rate is that of the best validation accuracy, and the grid reaches beyond it."""
     line, path = "--compare --seeds=2 --out=out", Path("out/compare.json")
-    serial = SimpleNamespace(Pool=lambda workers: nullcontext(SimpleNamespace(imap_unordered=map)))  # one process
+    serial = SimpleNamespace(Pool=lambda workers: nullcontext(SimpleNamespace(imap=map)))  # one process
     monkeypatch.setattr(compare, "get_context", lambda method: serial)
     ctrl_c = partial(signal.raise_signal, signal.SIGINT)
     monkeypatch.setattr(train, "run", lambda cfg: made_up(cfg) if cfg.method != "lora_value" else ctrl_c())

@@ -5,8 +5,7 @@
     python train.py --explain        a guided walk: one question through every step, tensor by tensor
     python train.py --pretrain       make a base model like data/tiny_vlm.pt from nothing
     python train.py --compare        every method, task, budget and seed: the tables of data/README.md
-
---help after one of these lists its settings.
+    python train.py ... --help       the settings of one of these
 
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size · L layers · H value heads
 """
@@ -20,7 +19,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +33,10 @@ import imagelora
 from data import SPLITS, check_options, figures, option, parse, progress, prompts, replacing
 from data.compare import CompareConfig, compare
 from data.pretrain import PretrainConfig, pretrain
-from data.screens import DOMAINS, PAIRED, draw_screen
+from data.screens import DOMAINS
 from data.tokenizer import decode, parse_point
-from data.word_problems import word_problem
-from tiny_vlm import TinyVLM, rotate
+from tiny_vlm import TinyVLM
 
-BASE = Path(__file__).parent / "data" / "tiny_vlm.pt"
-PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, the less noise
-TRAIN_SCREENS = 2048
 METHODS = ("image_lora", "lora", "lora_visual", "lora_value", "none")
 HEADS = ("top", "matched", "lowest", "random", "least", "all")
 
@@ -114,48 +109,54 @@ def run(cfg: Config) -> dict:
 def finetune(cfg: Config, out: Path | None = None) -> dict:
     """before -> probe -> select -> attach -> train -> after -> cost; with `out` said, and saved there."""
     start, say = time.time(), print if out else lambda line: None
-    model = TinyVLM.from_pretrained(BASE).to(pick_device(cfg.device))
-    patches, size = model.config.num_patches, sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"base     {BASE.name} · {size:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
-    before, base_given = measure(cfg, model) if out or cfg.method == "none" else (None, [])
+    model, heads, before, base_given = load_base(cfg.device), None, None, []
+    size, patches = sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_patches
+    say(f"base     {prompts.BASE.name} · {size:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
+    if out or cfg.method == "none":
+        before, base_given = prompts.measure(cfg, model)
+        say(f"before   {prompts.score_line(cfg.domain, before)}")
     base_text = prompts.text_logits(model)
-    if out:
-        print(f"before   {prompts.score_line(cfg.domain, before)}")
 
-    data, heads = training_data(cfg, model.device), None
-    if cfg.method == "image_lora" and cfg.heads in HEADS:
-        scores = imagelora.score_heads(model, probe_batches(cfg, data), seed=cfg.seed)
+    data = prompts.training_data(cfg, model.device)
+    batches = [prompts.batch_of(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
+    if cfg.method == "image_lora":
+        scores = imagelora.score_heads(model, batches, seed=cfg.seed)
         heads = choose_heads(cfg, scores)
-        total, shown = scores.numel(), PROBE_BATCHES * cfg.screens
-        say(f"probe    rank-1 influence of {total} heads, {shown} screens:  {bars(scores, heads)}")
+        shown = f"{len(batches) * cfg.screens} screens:  {bars(scores, heads)}"
+        say(f"probe    rank-1 influence of {scores.numel()} heads, {shown}")
         chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
-        say(f"select   {sum(map(len, heads.values()))} of {total} heads: {chosen}")
-    elif cfg.method == "image_lora":
-        heads = parse_heads(cfg.heads)
+        say(f"select   {sum(map(len, heads.values()))} of {scores.numel()} heads: {chosen}")
 
     torch.manual_seed(cfg.seed)
     adapter = make_adapter(cfg, model, heads)
     result = {"heads": heads, "heads_from": cfg.heads, "device": str(model.device), "torch": torch.__version__}
-    if adapter is not None:
+    if adapter is None:
+        after, given = before, base_given
+    else:
         begun = time.time()
         train(cfg, model, adapter, data, out)
         result["step_ms"] = 1000 * (time.time() - begun) / cfg.steps
-        result |= costs(cfg, model, adapter, batch_of(cfg, data, PROBE_BATCHES)[0])
-    after, tuned_given = measure(cfg, model) if adapter is not None else (before, base_given)
+        after, given = prompts.measure(cfg, model)
+        result |= costs(cfg, model, adapter, prompts.batch_of(cfg, data, prompts.PROBE_BATCHES)[0])
     difference = (prompts.text_logits(model) - base_text).abs().max().item()
     result |= {"before": before, "after": after, "text_logits_max_abs_diff": difference}
-    result |= controls(cfg, model, base_given, tuned_given)
-    if cfg.method == "image_lora":  # root mean square over visual tokens of ||Delta V_l||
-        updates = watch(model, batch_of(cfg, data, PROBE_BATCHES)[0], **adapter.layers)
-        result["update_norms"] = {k: update.square().sum(1).mean().sqrt().item() for k, (_, update) in updates.items()}
+    result |= prompts.controls(cfg, model, base_given, given)
     if cfg.method == "none" and not out:
-        result["scores"] = {name: scores.tolist() for name, scores in all_scores(cfg, model, data).items()}
+        result["scores"] = {name: scores.tolist() for name, scores in prompts.all_scores(model, batches).items()}
     if out:
         report(cfg, result)
+        figures.save(figures.predictions(base_given, given), out / "predictions.png")
         if adapter is not None:
             adapter.save(out / "adapter.pt")
-        figures.save(figures.predictions(base_given, tuned_given), out / "predictions.png")
     return result | {"seconds": round(time.time() - start, 1)}
+
+
+def load_base(device: str) -> TinyVLM:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    there = [found.type, "cpu"] if found else ["cpu"]
+    if device not in ("auto", *there):
+        raise ValueError(f"device {device} is not available here; expected one of {', '.join(there)}")
+    return TinyVLM.from_pretrained(prompts.BASE).to(there[0] if device == "auto" else device)
 
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, out: Path | None) -> None:
@@ -171,23 +172,22 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, out: Pat
         lr = cfg.lr * min((step + 1) / warm_up, 1 - step / cfg.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch, boxes = batch_of(cfg, data, PROBE_BATCHES + step)
+        batch, boxes = prompts.batch_of(cfg, data, prompts.PROBE_BATCHES + step)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             output = model(**batch)
-        if not output.loss.isfinite():
-            raise FloatingPointError(
-                f"the loss is {output.loss.item()} at step {step}; try a smaller --lr than {cfg.lr}"
-            )
+        logits, loss = output.logits, output.loss
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {cfg.lr}")
         if out and step % 20 == 0:  # what is kept has just given a finite loss
             save_checkpoint(cfg, adapter, optimizer, step, out)
         optimizer.zero_grad()
-        output.loss.backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
         if out:
-            text = f"loss {output.loss.item():.3f}"
+            text = f"loss {loss.item():.3f}"
             if cfg.task == "grounding" and not cfg.replay:
-                now = prompts.hit_rate(output.logits, batch["labels"], boxes)
+                now = prompts.hit_rate(logits, batch["labels"], boxes)
                 click = now if click is None else 0.9 * click + 0.1 * now
                 text += f"  click {click:.0%}"
             bar.set_postfix_str(text, refresh=False)
@@ -214,96 +214,28 @@ def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> in
     return saved["step"]
 
 
-# ---- Data, and what is measured on it --------------------------------------------------------------------------------
-
-
-@cache
-def seen(domain: str, split: str, count: int, device: torch.device, switches: str = "drawn") -> tuple[list, Tensor]:
-    """The first screens of a split, and what the frozen vision encoder makes of them [N, P, D]: once a process."""
-    drawn = [draw_screen(domain, split, i, switches=switches) for i in range(count)]
-    return drawn, prompts.image_features(TinyVLM.from_pretrained(BASE).to(device), drawn)
-
-
-def training_data(cfg: Config, device: torch.device) -> tuple[list, Tensor]:
-    """Screens to train on and their features; no more than are needed."""
-    count = min((PROBE_BATCHES + cfg.steps) * cfg.screens, TRAIN_SCREENS)
-    drawn, features = seen(cfg.domain, "train", count, device)
-    if not cfg.prior:
-        return drawn, features
-    fitting = [i for i, screen in enumerate(drawn) if any(map(prompts.fits_prior, screen.targets()))]
-    return [drawn[i] for i in fitting], features[fitting]
-
-
-def probe_batches(cfg: Config, data: tuple[list, Tensor]) -> list[dict[str, Tensor]]:
-    return [batch_of(cfg, data, i)[0] for i in range(PROBE_BATCHES)]
-
-
-def batch_of(cfg: Config, data: tuple[list, Tensor], i: int) -> tuple[dict[str, Tensor], list]:
-    """Batch number i of the training data, of which the probe takes the first ones, and the boxes asked for."""
-    drawn, features = data
-    rng = np.random.default_rng([cfg.seed, i])
-    picks = rng.choice(len(drawn), cfg.screens, replace=len(drawn) < cfg.screens)
-    told = cfg.history + cfg.replay
-
-    def problem(j: int) -> tuple[list[int], list[int]]:  # a screen's replayed problems come last
-        return prompts.turn(word_problem("train", i * cfg.screens * told + j), learn=j % told >= cfg.history)
-
-    before = [[problem(k * told + j) for j in range(told)] for k in range(cfg.screens)]
-    refer = float(cfg.task == "referring")
-    asked = [drawn[pick] for pick in picks]
-    batch, boxes = prompts.training_batch(
-        asked, cfg.questions, features.shape[1], rng, refer, distinct=True, prior=cfg.prior, before=before
-    )
-    batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
-    return batch | {"image_features": features[picks]}, boxes
-
-
-def measure(cfg: Config, model: TinyVLM) -> tuple[dict, list]:
-    """The task's accuracy and what else the model can do: source screens, word problems, these after an image."""
-    drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device)
-    metrics, given = prompts.evaluate(model, drawn, features, cfg.task, cfg.history)
-    if cfg.split == "test":
-        source = prompts.evaluate(model, *seen("source", "test", cfg.test_screens // 2 + 1, model.device))[0]
-        metrics["source_acc"] = source["action_acc"]
-        metrics["word_problem_acc"] = prompts.evaluate_word_problems(model)
-        metrics["word_problem_after_image_acc"] = prompts.evaluate_word_problems(model, features=features)
-    return metrics, given
-
-
-def controls(cfg: Config, model: TinyVLM, base_given: list, tuned_given: list) -> dict:
-    """What a click accuracy is to be held against: answers without an image, images without the thing asked for."""
-    if cfg.task != "grounding" or cfg.split != "test":
-        return {}
-    found = {"constant_acc": prompts.best_constant(tuned_given)}
-    if base_given:
-        found["offset_acc"] = prompts.best_offset(base_given)
-    if cfg.domain in PAIRED:
-        for switches in ("erased", "exchanged"):
-            drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device, switches)
-            found[f"{switches}_acc"] = prompts.evaluate(model, drawn, features)[0]["action_acc"]
-    return found
+# ---- Heads, and what is said -----------------------------------------------------------------------------------------
 
 
 def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     """The heads that cfg.heads names; scores [L, H]. matched: random, with as many in each layer as the probe's."""
-    num_layers, num_heads = scores.shape
-    if cfg.heads == "all":
-        return {layer: list(range(num_heads)) for layer in range(num_layers)}
-    rng, top = np.random.default_rng(cfg.seed), imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-    if cfg.heads == "top":
-        return top
-    if cfg.heads == "matched":
-        return {layer: sorted(rng.permutation(num_heads)[: len(heads)].tolist()) for layer, heads in top.items()}
-    orders = {
-        "lowest": list(range(scores.numel())),
-        "random": rng.permutation(scores.numel()).tolist(),
-        "least": scores.flatten().argsort().tolist(),
+    if cfg.heads not in HEADS:
+        return parse_heads(cfg.heads)
+    num_heads, rng = scores.shape[1], np.random.default_rng(cfg.seed)
+    if cfg.heads in ("top", "matched"):
+        top = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
+        matched = {layer: sorted(rng.permutation(num_heads)[: len(top[layer])].tolist()) for layer in top}
+        return top if cfg.heads == "top" else matched
+    order = {
+        "all": range(scores.numel()),
+        "lowest": range(cfg.num_heads),
+        "random": rng.permutation(scores.numel())[: cfg.num_heads],
+        "least": scores.flatten().argsort()[: cfg.num_heads],
     }
-    chosen = sorted(divmod(i, num_heads) for i in orders[cfg.heads][: cfg.num_heads])
-    return {layer: [head for other, head in chosen if other == layer] for layer, _ in chosen}
-
-
-# ---- What is said ----------------------------------------------------------------------------------------------------
+    heads = {}
+    for i in sorted(map(int, order[cfg.heads])):
+        heads.setdefault(i // num_heads, []).append(i % num_heads)
+    return heads
 
 
 def bars(scores: Tensor, heads: dict) -> str:
@@ -325,21 +257,17 @@ def report(cfg: Config, result: dict) -> None:
     if shown:
         print(f"controls {' · '.join(shown)}")
     difference = result["text_logits_max_abs_diff"]
-    verdict = "identical" if difference == 0 else "changed"
-    print(f"text     logits of 256 text-only prompts: {verdict} (max |difference| = {difference:.3g})")
+    verdict = f"{'changed' if difference else 'identical'} (max |difference| = {difference:.3g})"
+    print(f"text     logits of 256 text-only prompts: {verdict}")
     if cfg.method == "none":
         return
     parameters, of_lora = result["trainable_parameters"], result["lora_trainable_parameters"]
     flops, lora, step = (result[f"{name}_flops_per_screen"] for name in ("adapter", "lora", "step"))
     counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
-    print(
-        f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA)"
-        f" · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / lora:.0%} of LoRA), {counted}"
-    )
-    share, lora_share = flops / step, lora / (step - flops + lora)
-    print(
-        f"         {share:.1%} of the whole training step's {step / 1e6:.0f} MFLOP a screen (LoRA's: {lora_share:.1%})"
-    )
+    small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA)"
+    print(f"{small} · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / lora:.0%} of LoRA), {counted}")
+    whole = f"of the whole training step's {step / 1e6:.0f} MFLOP a screen"
+    print(f"         {flops / step:.1%} {whole} (LoRA's: {lora / (step - flops + lora):.1%})")
 
 
 # ---- The baseline: standard LoRA on whole Linear layers --------------------------------------------------------------
@@ -419,6 +347,7 @@ def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
     updated = tokens if cfg.method in ("lora", "lora_value") else visual
     lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model), tokens, 8)
     step, kept = count_step(model, batch)
+    updates = watch(model, batch, **adapter.layers) if cfg.method == "image_lora" else {}
     with adapter.disabled():
         floor, kept_by_backbone = count_step(model, batch)
     adapter.zero_grad()
@@ -431,6 +360,8 @@ def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
         "step_flops_per_screen": step / len(ids),
         "saved_bytes_per_screen": (kept - kept_by_backbone) / len(ids),
         "visual_fraction": visual / tokens,
+        # root mean square over visual tokens of ||Delta V_l||
+        "update_norms": {layer: out.square().sum(1).mean().sqrt().item() for layer, (_, out) in updates.items()},
     }
 
 
@@ -448,20 +379,6 @@ def count_step(model: TinyVLM, batch: dict) -> tuple[int, int]:
             loss = model(**batch).loss
         loss.backward()
     return counter.get_total_flops(), sum(kept.values())
-
-
-def all_scores(cfg: Config, model: TinyVLM, data: tuple[list, Tensor]) -> dict[str, Tensor]:
-    """Head scores [L, H] of both probes and of the authors' release, the squared gradient of a gate on the values."""
-    batches = probe_batches(cfg, data)
-    scores = {probe: imagelora.score_heads(model, batches, probe=probe) for probe in ("rank1", "exact")}
-    # a gate g on the values of head h: dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
-    weights = [layer.self_attn.v_proj.weight for layer in model.language_model.layers]  # of [H * d, D]
-    gates = torch.zeros_like(scores["exact"])
-    for batch in batches:
-        gradients = torch.autograd.grad(model(**batch).loss, weights)
-        products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
-        gates += products.unflatten(1, (gates.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
-    return scores | {"gate": gates.detach()}
 
 
 # ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------
@@ -488,58 +405,41 @@ def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, tuple[
     return found
 
 
-def attention_map(model: TinyVLM, batch: dict, layer: int, head: int) -> Tensor:
-    """Where a head looks from the last token of one sequence: its attention weights on the visual tokens [P]."""
-    attention = model.language_model.layers[layer].self_attn
-    visual = batch["input_ids"][0] == model.config.image_token_id  # [T]
-    positions = ((~visual).cumsum(0) - 1).clamp(min=0)  # of text tokens, as in TinyVLM.forward
-    angles = positions[:, None] * model.language_model.frequencies  # [T, d/2]
-    passed = watch(model, batch, q=attention.q_proj, k=attention.k_proj)
-    q, k = (
-        passed[name][1][0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for name in "qk"
-    )  # [heads, T, d]
-    q, k = rotate(q[head], angles), rotate(k[head * len(k) // len(q)], angles)  # [T, d]
-    weights = (q[-1] @ k.T / attention.head_dim**0.5).softmax(-1)  # [T]
-    return weights[visual]
-
-
 def reply(model: TinyVLM, batch: dict) -> str:
     return decode(model.generate(**batch, max_new_tokens=3)[0, batch["input_ids"].shape[1] :].tolist())
 
 
 def explain(cfg: Config) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
-    if cfg.method != "image_lora" or cfg.heads not in HEADS:
-        raise ValueError("the walk probes and selects: it needs --method image_lora and no --heads of your own")
-    out, model = Path(cfg.out or "runs/explain"), TinyVLM.from_pretrained(BASE)
+    if cfg.method != "image_lora":
+        raise ValueError(f"the walk is one of --method image_lora, not of {cfg.method}")
+    out, model = Path(cfg.out or "runs/explain"), load_base(cfg.device)
     out.mkdir(parents=True, exist_ok=True)
-    drawn, features = seen(cfg.domain, "test", 4, model.device)
+    drawn, features = prompts.seen(cfg.domain, "test", 4, model.device)
     asked = list(dict(reversed(prompts.exam(drawn))).values())[::-1]  # the first target of each screen
     questions = [prompts.question(sample["instruction"], features[[i]]) for i, sample in enumerate(asked)]
     one, base_answers = questions[0], [reply(model, question) for question in questions]
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {asked[0]['instruction']}")
     station("", f"right answer {asked[0]['answer']} (a cell of 16 x 16), the base model's {base_answers[0]}")
 
-    data = training_data(cfg, model.device)
-    scores = imagelora.score_heads(model, probe_batches(cfg, data), seed=cfg.seed)
+    data = prompts.training_data(cfg, model.device)
+    batches = [prompts.batch_of(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
+    scores = imagelora.score_heads(model, batches, seed=cfg.seed)
     station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line a layer, the largest = 1", imagelora.score_heads)
     for row in (scores / scores.max()).tolist():
         station("", "  ".join(f"{score:.2f}" for score in row))
     heads = choose_heads(cfg, scores)
     station("3 selection", f"{cfg.num_heads} of {scores.numel()} heads: {heads}", imagelora.select_heads)
-    places = [(layer, head) for layer, chosen in heads.items() for head in chosen]
-    maps = {place: [attention_map(model, question, *place) for question in questions] for place in places}
-    focused = max(maps, key=lambda place: sum(weights.max() for weights in maps[place]))
     lowest = min(heads)
     layer = next((k for k in heads if len(heads[k]) < scores.shape[1]), lowest)  # some of its heads are not selected
-    first, attention = model.language_model.layers[lowest].self_attn, model.language_model.layers[layer].self_attn
+    first, attention = (model.language_model.layers[k].self_attn for k in (lowest, layer))
     parts = {"q": first.q_proj, "k": first.k_proj, "v": attention.v_proj}
     base, base_text = watch(model, one, **parts), prompts.text_logits(model)
     torch.manual_seed(cfg.seed)
     adapter = make_adapter(cfg, model, heads)
     values = adapter.layers[str(layer)]
     station("4 attach", f"layer {layer}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", imagelora.attach)
-    model(**batch_of(cfg, data, PROBE_BATCHES)[0]).loss.backward()
+    model(**batches[0]).loss.backward()
     norms = ", ".join(f"{name} {p.grad.norm():.2g}" for name, p in values.named_parameters())
     station("5 backward", f"norms of the gradients: {norms}; while B = 0, A and gamma have none")
     train(cfg, model, adapter, data, out)
@@ -562,27 +462,19 @@ def explain(cfg: Config) -> None:
     tuned_answers = [reply(model, question) for question in questions]
     station("10 decoding", f"rows adapted for {len(asked)} answers: {adapted}, at prefill", imagelora.VisualRows.find)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
-    looks = [(before, attention_map(model, question, *focused)) for before, question in zip(maps[focused], questions)]
+    (layer, head), looks = figures.where_it_looks(model, adapter, questions)
     clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]
     figures.save(figures.look(drawn, asked, looks, *clicks), out / "look.png")
-    station("12 picture", f"{out}/look.png: where head {focused[1]} of layer {focused[0]} looks, the most focused one")
+    station("12 picture", f"{out}/look.png: where head {head} of layer {layer} looks, the most focused one")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
-def pick_device(name: str) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind, present in available.items() if present]
-    if name not in ("auto", *there):
-        raise ValueError(f"device {name} is not available here; expected one of {', '.join(there)}")
-    return torch.device(there[0] if name == "auto" else name)
-
-
 MODES = {  # option -> (its settings, the job)
     "--explain": (Config, explain),
     "--pretrain": (PretrainConfig, pretrain),
-    "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run, *shape_of(TinyVLM.from_pretrained(BASE))[:4:3])),
+    "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run, *shape_of(load_base("cpu"))[:4:3])),
 }
 
 
@@ -598,12 +490,9 @@ def main(arguments: list[str]) -> int:
         again = shlex.join(a for a in arguments if a != "--resume") + goes_on.get(mode, "")
         print(f"\nstopped; {'go on' if mode in goes_on else 'start anew'} with: python train.py {again}")
         return 130
-    except FloatingPointError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

@@ -7,9 +7,8 @@ its weights in memory alone can change a time by 3 %. 'no adapter, again' is wha
 
 import argparse
 import statistics
+import sys
 import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -25,9 +24,12 @@ def qwen(hidden_size: int, layers: int, heads: int) -> nn.Module:
     """Qwen2.5-VL with random weights."""
     import transformers
 
-    head_dim = hidden_size // heads
-    sections = [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6]
-    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+    size = hidden_size // heads // 6
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [hidden_size // heads // 2 - 2 * size, size, size],
+    }
     text = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": layers}
     text |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "vocab_size": 1024}
     text |= {"rope_parameters": rope, "rope_scaling": rope}  # transformers 5's name and 4's
@@ -48,10 +50,10 @@ def no_adapter(model):
 
 
 @contextmanager
-def image_lora(model, half=False, disabled=False):
-    layers = model.model.language_model.layers
-    count = layers[0].self_attn.v_proj.out_features // layers[0].self_attn.head_dim
-    adapter = attach(model, heads={i: list(range(count // 2 if half else count)) for i in range(len(layers))})
+def image_lora(model, share=1, disabled=False):
+    config = model.config.text_config
+    heads = list(range(int(config.num_key_value_heads * share)))
+    adapter = attach(model, heads=dict.fromkeys(range(config.num_hidden_layers), heads))
     with adapter.disabled() if disabled else nullcontext():
         yield adapter.parameters()
     adapter.detach()
@@ -67,18 +69,12 @@ def peft_lora(model, projections):
     adapted.unload()
 
 
-PEFT = {
-    "PEFT LoRA on v": partial(peft_lora, projections="v_proj"),
-    "PEFT LoRA on q, k, v, o": partial(peft_lora, projections="[qkvo]_proj"),
-}
 FLOOR = {"no adapter": no_adapter, "no adapter, again": no_adapter}
-HALF, DISABLED = partial(image_lora, half=True), partial(image_lora, disabled=True)
-TRAINING = {**FLOOR, "Image-LoRA, all heads": image_lora, "Image-LoRA, half of the heads": HALF, **PEFT}
-DECODING = {**FLOOR, "Image-LoRA": image_lora, "Image-LoRA inside disabled()": DISABLED, **PEFT}
-
-
-def prompt(visual: int, text: int) -> Tensor:
-    return torch.tensor([[IMAGE] * visual + list(range(text))])  # [1, T]
+HALF, DISABLED = partial(image_lora, share=0.5), partial(image_lora, disabled=True)
+PEFT = {"PEFT LoRA on v": partial(peft_lora, projections="v_proj")}
+PEFT |= {"PEFT LoRA on q, k, v, o": partial(peft_lora, projections="[qkvo]_proj")}
+TRAINING = FLOOR | {"Image-LoRA, all heads": image_lora, "Image-LoRA, half of the heads": HALF} | PEFT
+DECODING = FLOOR | {"Image-LoRA": image_lora, "Image-LoRA inside disabled()": DISABLED} | PEFT
 
 
 def training_step(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> float:
@@ -92,34 +88,31 @@ def training_step(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> fl
 
 
 def decoding(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> float:
-    """Processor seconds of a decoded token, the mean of 24 after the first."""
+    """Processor seconds of 24 decoded tokens, after a first one."""
     marks = []
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=25,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        suppress_tokens=[IMAGE],
-        stopping_criteria=[lambda ids, scores: marks.append(time.process_time()) or torch.zeros(1, dtype=torch.bool)],
-    )
-    return (marks[-1] - marks[0]) / (len(marks) - 1)
+    stop = [lambda ids, scores: marks.append(time.process_time()) or torch.zeros(1, dtype=torch.bool)]
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
+    mask = torch.ones_like(ids)
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=25, stopping_criteria=stop, **options)
+    return marks[-1] - marks[0]
 
 
-def measure(methods: dict, build: Callable[[], nn.Module], run: Callable, ids: Tensor, args) -> None:
+def measure(methods: dict, model_of, run, visual: int, text: int, args) -> None:
     """Prints a line for each method but the first, whose times the others are divided by."""
-    medians, order = {name: [] for name in methods}, deque(methods)
+    ids, medians, names = (
+        torch.tensor([[IMAGE] * visual + list(range(text))]),
+        {name: [] for name in methods},
+        [*methods],
+    )
     for _ in range(args.rounds):
-        model, times = build(), {name: [] for name in methods}
-        for _ in range(args.repetitions):
-            order.rotate(1)  # no method always comes first
-            for name in order:
+        model, times = model_of(), {name: [] for name in methods}
+        for i in range(args.repetitions):
+            for name in names[i % len(names) :] + names[: i % len(names)]:  # no method always comes first
                 with methods[name](model) as parameters:
                     times[name].append(run(model, list(parameters), ids))
         for name in methods:
             medians[name].append(statistics.median(t / floor for t, floor in zip(times[name], times["no adapter"])))
-    for name in list(methods)[1:]:
+    for name in names[1:]:
         error = statistics.stdev(medians[name]) / args.rounds**0.5
         print(f"  {name:32}{statistics.mean(medians[name]):.3f} ± {error:.3f}", flush=True)
 
@@ -131,21 +124,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.rounds < 2 or args.repetitions < 1:
         parser.error("--rounds must be at least 2, --repetitions at least 1")
-    try:
-        import peft  # noqa: F401
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-    except ImportError as error:
-        parser.exit(1, f"the bench compares with PEFT on a model of transformers: pip install {error.name}\n")
     torch.set_num_threads(1)
     print(f"ratios to no adapter, {args.rounds} medians of {args.repetitions}, one thread, processor time")
     for visual, text in ((256, 64), (64, 256)):
         print(f"training step, 2 layers of 256 features, {visual} visual and {text} text tokens")
-        measure(TRAINING, lambda: qwen(256, 2, 8).train(), training_step, prompt(visual, text), args)
+        measure(TRAINING, lambda: qwen(256, 2, 8).train(), training_step, visual, text, args)
     print("decoding a token, 3 layers of 64 features, after 16 visual and 8 text tokens")
-    measure(DECODING, lambda: qwen(64, 3, 4).eval(), decoding, prompt(16, 8), args)
+    measure(DECODING, lambda: qwen(64, 3, 4).eval(), decoding, 16, 8, args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ImportError as error:
+        sys.exit(f"the bench compares with PEFT on a model of transformers: pip install {error.name}")

@@ -118,21 +118,16 @@ def tuning_jobs(kind: tuple[str, int, str], rates: set[int]) -> list[dict]:
     ]
 
 
-def tune(kinds: list[tuple], finish) -> dict[tuple, float]:
-    """The learning rate of each kind of run: three rates are tried, and more until the best is not the last of them."""
-    middle = len(RATES) // 2
-    tried, best = {kind: {middle - 1, middle, middle + 1} for kind in kinds}, {}
-    while True:
-        rows = finish([job for kind in kinds for job in tuning_jobs(kind, tried[kind])])
-        for kind in kinds:
-            own = [row for row in rows if row["name"] == tuning_jobs(kind, {middle})[0]["name"]]
-            scores = {i: mean([row for row in own if row["lr"] == RATES[i]], "action_acc") for i in tried[kind]}
-            best[kind] = max(sorted(scores, key=lambda i: abs(i - middle)), key=scores.get)
-        grid = set(range(len(RATES)))
-        wider = {kind: (tried[kind] | {best[kind] - 1, best[kind] + 1}) & grid for kind in kinds}
-        if wider == tried:
-            return {kind: RATES[i] for kind, i in best.items()}
-        tried = wider
+def best_rate(kind: tuple[str, int, str], finish) -> float:
+    """The learning rate of a kind of run: three are tried, and more until the best is not the last of them."""
+    middle = best = len(RATES) // 2
+    grid, tried = set(range(len(RATES))), set()
+    while not {best - 1, best + 1} & grid <= tried:
+        tried |= {best - 1, best, best + 1} & grid
+        rows = grouped(finish(tuning_jobs(kind, tried)), "lr")
+        scores = {i: mean(rows[RATES[i]], "action_acc") for i in sorted(tried, key=lambda i: abs(i - middle))}
+        best = max(scores, key=scores.get)
+    return RATES[best]
 
 
 def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: int) -> None:
@@ -140,35 +135,29 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
 
     make_config(**fields) gives the settings of a run, run(settings) its row.
     """
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "compare.json"
+    path = Path(cfg.out) / "compare.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_rows(path) if path.exists() else []
     jobs = jobs_of(cfg, num_layers, num_heads)
-    kinds = list(dict.fromkeys(tuned_as(job) for job in jobs if "lr" not in job))
+    kinds = dict.fromkeys(tuned_as(job) for job in jobs if "lr" not in job)
     expected = len(jobs) + sum(len(tuning_jobs(kind, {0, 1, 2})) for kind in kinds)
     with get_context("spawn").Pool(cfg.workers) as pool, progress(len(rows), expected, "compare") as bar:
-
-        def finish(jobs: list[dict]) -> list[dict]:
-            return finished(jobs, rows, path, pool, bar, make_config, run)
-
-        rates = tune(kinds, finish) if kinds else {}
-        jobs = [job if "lr" in job else job | {"lr": rates[tuned_as(job)]} for job in jobs]
-        done = finish(jobs)
-    found = tables(done)
-    print("\n" + "\n\n".join(found.values()))
+        finish = partial(finished, rows, path, pool, bar, make_config, run)
+        rates = {kind: best_rate(kind, finish) for kind in kinds}
+        done = finish([job if "lr" in job else job | {"lr": rates[tuned_as(job)]} for job in jobs])
+    print("\n" + "\n\n".join(tables(done).values()))
     print(f"\nsaved {path}")
 
 
-def finished(jobs: list[dict], rows: list[dict], path: Path, pool, bar, make_config, run) -> list[dict]:
+def finished(rows: list[dict], path: Path, pool, bar, make_config, run, jobs: list[dict]) -> list[dict]:
     """The rows of these jobs, run where `rows` does not hold them yet; every new row is written at once."""
     settings = [make_config(**{k: v for k, v in job.items() if k not in ("part", "name")}) for job in jobs]
     names = ("part", "name", *(f.name for f in fields(make_config) if f.name != "device"))  # a row has the one used
     keys = [tuple((job | asdict(made))[name] for name in names) for job, made in zip(jobs, settings)]
-    known = {tuple(row.get({"heads": "heads_from"}.get(name, name)) for name in names): row for row in rows}
-    missing = [(i, made) for i, made in enumerate(settings) if keys[i] not in known]
+    known = {tuple((row | {"heads": row["heads_from"]})[name] for name in names): row for row in rows}
+    missing = [i for i, key in enumerate(keys) if key not in known]
     bar.total = max(bar.total, bar.n + len(missing))
-    for i, measured in pool.imap_unordered(partial(numbered, run), missing):
+    for i, measured in zip(missing, pool.imap(run, [settings[i] for i in missing])):
         row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
         known[keys[i]] = json.loads(json.dumps(row))
         rows.append(known[keys[i]])
@@ -177,10 +166,6 @@ def finished(jobs: list[dict], rows: list[dict], path: Path, pool, bar, make_con
         bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
         bar.update()
     return [known[key] for key in keys]
-
-
-def numbered(run, job: tuple) -> tuple:
-    return job[0], run(job[1])
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -228,7 +213,7 @@ def table(title: str, lines: dict[str, dict[str, str]]) -> str:
     return "\n".join(f"|{'|'.join(row)}|" for row in rows)
 
 
-def pivot(title: str, rows: list[dict], line: str, column: str, cell=percent) -> str:
+def pivot(rows: list[dict], title: str, line: str, column: str, cell=percent) -> str:
     """Cells of the rows that agree in both texts; `line` and `column` are texts with {fields} of a row."""
     lines = {}
     for row in rows:
@@ -236,123 +221,117 @@ def pivot(title: str, rows: list[dict], line: str, column: str, cell=percent) ->
     return table(title, {name: {key: cell(group) for key, group in cells.items()} for name, cells in lines.items()})
 
 
-def summary(title: str, rows: list[dict], by: str, columns: dict) -> str:
+def summary(rows: list[dict], title: str, columns: dict, by: str = "name") -> str:
     """A line for each value of a field, its cells made by {column: function of the line's rows}."""
     lines = grouped(rows, by).items()
     return table(title, {name: {column: cell(group) for column, cell in columns.items()} for name, group in lines})
 
 
-LADDER_COLUMNS = {
-    "click %": percent,
-    "words": partial(percent, name="text_acc"),
-    "icons": partial(percent, name="icon_acc"),
+def largest_change(rows: list[dict]) -> str:
+    return f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}"
+
+
+def no_point(rows: list[dict]) -> str:
+    return f"{number(rows, 'wrong_format_num')} of {rows[0]['num_total']:,}"
+
+
+def share(rows: list[dict]) -> str:
+    return f"{mean(rows, 'adapter_flops_per_screen') / mean(rows, 'step_flops_per_screen'):.2%}"
+
+
+def update(rows: list[dict]) -> str:
+    return f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"
+
+
+BESIDE = {  # what else changes
     "parameters": partial(number, name="trainable_parameters"),
     "adapter kFLOP": partial(number, name="adapter_flops_per_screen", unit=1e3),
     "source %": partial(percent, name="source_acc"),
     "word problems %": partial(percent, name="word_problem_acc"),
     "after an image %": partial(percent, name="word_problem_after_image_acc"),
-    "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
+    "text logits": largest_change,
     "lr": lambda rows: f"{rows[0]['lr']:g}",
 }
-
-
-def overview(rows: list[dict]) -> str:
-    """The ladder in one table: clicks on every kind of screen; what else changed is of the runs on settings."""
-    lines = {}
-    for name, group in grouped(rows, "name").items():
-        own = grouped(group, "domain")
-        lines[name] = {f"{domain} %": percent(of_domain) for domain, of_domain in own.items()}
-        beside = ("parameters", "adapter kFLOP", "source %", "word problems %", "text logits")
-        lines[name] |= {column: LADDER_COLUMNS[column](own["settings"]) for column in beside}
-    return table(RUNGS, lines)
-
-
-CONTROL_COLUMNS = {
+CLICKS = {"click %": percent, "words": partial(percent, name="text_acc"), "icons": partial(percent, name="icon_acc")}
+CONTROLS = {
     "click %": percent,
     "best constant": partial(percent, name="constant_acc"),
     "+ best offset": partial(percent, name="offset_acc"),
     "switches erased": partial(percent, name="erased_acc"),
     "exchanged": partial(percent, name="exchanged_acc"),
-    "no point, of": lambda rows: f"{number(rows, 'wrong_format_num')} of {rows[0]['num_total']:,}",
+    "no point, of": no_point,
 }
-STEP_COLUMNS = {
+STEP = {
     "adapter kFLOP a screen": partial(number, name="adapter_flops_per_screen", unit=1e3),
     "counted": partial(number, name="counted_flops_per_screen", unit=1e3),
-    "of the whole step": lambda rows: (
-        f"{mean(rows, 'adapter_flops_per_screen') / mean(rows, 'step_flops_per_screen'):.2%}"
-    ),
+    "of the whole step": share,
     "kept for the backward pass, KiB a screen": partial(number, name="saved_bytes_per_screen", unit=1024),
 }
-LOWEST_COLUMNS = {
+LOWEST = {
     "click %": percent,
     "whole step, MFLOP a screen": partial(number, name="step_flops_per_screen", unit=1e6, digits=1),
     "ms a step": partial(number, name="step_ms", digits=1),
 }
+KFLOP, WORD_PROBLEMS, NAMES = BESIDE["adapter kFLOP"], BESIDE["word problems %"], partial(percent, name="name_acc")
+PIVOTS = {  # table -> part, title, what a line and a column have in common, cells
+    "probe": ("probe", "settings, click % by choice of heads", "{name}", "K = {num_heads}", percent),
+    "single": ("single", "settings, click % of one head", "{name}", "head {heads_from[2]}", percent),
+    "click": ("rates", "LoRA, settings, click %", "{name}", "lr {lr:g}", percent),
+    "word problems": ("rates", "LoRA, settings, word problems %", "{name}", "lr {lr:g}", WORD_PROBLEMS),
+    "referring": ("referring", "names right, %", "{name}", "{domain}", NAMES),
+    "regimes": ("regimes", "settings, click %", "{name}", "after {history} word problems", percent),
+    "regime costs": ("regimes", "settings, adapter kFLOP a screen", "{name}", "after {history} word problems", KFLOP),
+    "prior": ("prior", "dark, click %", "{name}", "language prior: {prior}", percent),
+    "normalization": ("normalization", "layer 0's update", "{steps} steps, normalize: {normalize}", "{name}", update),
+}
 
 
-def rank_correlation(a, b) -> float:
-    """Spearman's rho of two sequences without ties to speak of."""
-    ranks = [np.argsort(np.argsort(np.asarray(values, dtype=float), kind="stable")) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def correlation_table(rows: dict[str, list[dict]]) -> str:
-    """How well a score of heads foretells what they gain: each alone, and as sets of 4 and of 10."""
-    scores = next(row["scores"] for row in rows["ladder"] if "scores" in row)
-    scores["layer order"] = [[-layer for _ in heads] for layer, heads in enumerate(scores["exact"])]
+def overview(ladder: list[dict]) -> str:
+    """The ladder in one table: clicks on every kind of screen; what else changed is of the runs on settings."""
     lines = {}
+    for name, group in grouped(ladder, "name").items():
+        own = grouped(group, "domain")
+        lines[name] = {f"{domain} %": percent(of_domain) for domain, of_domain in own.items()}
+        for column in ("parameters", "adapter kFLOP", "source %", "word problems %", "text logits"):
+            lines[name][column] = BESIDE[column](own["settings"])
+    return table(RUNGS, lines)
+
+
+def correlations(part: dict[str, list[dict]]) -> str:
+    """How well a score of heads foretells what they gain, alone and as sets of 4 and of 10: Spearman's rho."""
+    scores = next(row["scores"] for row in part["ladder"] if "scores" in row)
+    scores["layer order"] = [[-layer for _ in heads] for layer, heads in enumerate(scores["exact"])]
+    groups = {"each head alone": part["single"]}
+    groups |= {f"sets of {k}": [row for row in part["probe"] if row["num_heads"] == k] for k in (4, 10)}
+    lines = {probe: {} for probe in scores}
     for probe, score in scores.items():
-        lines[probe] = {}
-        sets = {f"sets of {k}": [row for row in rows["probe"] if row["num_heads"] == k] for k in (4, 10)}
-        for column, group in ({"each head alone": rows["single"]} | sets).items():
-            gains = [row["action_acc"] for row in group]
-            summed = [sum(score[int(k)][h] for k, heads in row["heads"].items() for h in heads) for row in group]
-            lines[probe][column] = f"{rank_correlation(summed, gains):.2f}"
+        for column, rows in groups.items():
+            summed = [sum(score[int(layer)][h] for layer, heads in row["heads"].items() for h in heads) for row in rows]
+            pairs = summed, [row["action_acc"] for row in rows]
+            ranks = [np.argsort(np.argsort(np.array(values, dtype=float), kind="stable")) for values in pairs]
+            lines[probe][column] = f"{np.corrcoef(*ranks)[0, 1]:.2f}"
     return table("rank correlation of score and click accuracy, settings", lines)
-
-
-def update_size(rows: list[dict]) -> str:
-    return f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"
 
 
 def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown, by name."""
     part = grouped(rows, "part")
-    ladder = part["ladder"]
-    found = {"ladder": overview(ladder)}
-    for domain, own in grouped(ladder, "domain").items():
-        found[domain] = summary(f"{domain}: {RUNGS}", own, "name", LADDER_COLUMNS)
-    shown = [row for row in ladder if row["name"] in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)]
-    controlled = [row | {"line": f"{row['domain']}: {row['name']}"} for row in shown]
-    controlled = [row for row in controlled if "erased_acc" in row or row["name"] == FROZEN]
-    found["controls"] = summary("controls", controlled, "line", CONTROL_COLUMNS)
-    settings = [row for row in ladder if row["domain"] == "settings"]
-    trained = [row for row in settings if row["method"] != "none"]
-    found["step"] = summary("the whole training step, settings", trained, "name", STEP_COLUMNS)
-    if "probe" in part:
-        found["probe"] = pivot("settings, click % by choice of heads", part["probe"], "{name}", "K = {num_heads}")
-    if "single" in part:
-        found["single"] = pivot("settings, click % of one head", part["single"], "{name}", "head {heads_from[2]}")
-        found["correlation"] = correlation_table(part)
-    if "rates" in part:
-        for title, measured in (("click", "action_acc"), ("word problems", "word_problem_acc")):
-            cell = partial(percent, name=measured)
-            found[title] = pivot(f"LoRA, settings, {title} %", part["rates"], "{name}", "lr {lr:g}", cell)
-    if "referring" in part:
-        cell = partial(percent, name="name_acc")
-        found["referring"] = pivot("names right, %", part["referring"], "{name}", "{domain}", cell)
-    if "regimes" in part:
-        regimes = [row for row in settings if row["name"] in (LORA, LORA_VALUE, IMAGE_LORA)] + part["regimes"]
-        cell, column = partial(number, name="adapter_flops_per_screen", unit=1e3), "after {history} word problems"
-        found["regimes"] = pivot("settings, click %", regimes, "{name}", column)
-        found["regime costs"] = pivot("settings, adapter kFLOP a screen", regimes, "{name}", column, cell)
-    if "prior" in part:
-        dark = [row for row in shown if row["domain"] == "dark" and row["name"] != FROZEN]
-        found["prior"] = pivot("dark, click %", dark + part["prior"], "{name}", "language prior: {prior}")
+    domains = grouped(part["ladder"], "domain")
+    found = {"ladder": overview(part["ladder"])}
+    for domain, own in domains.items():
+        found[domain] = summary(own, f"{domain}: {RUNGS}", CLICKS | BESIDE)
+    shown = [row for row in part["ladder"] if row["name"] in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)]
+    lines = [row | {"line": f"{row['domain']}: {row['name']}"} for row in shown]
+    lines = [row for row in lines if "erased_acc" in row or row["name"] == FROZEN]
+    found["controls"] = summary(lines, "controls", CONTROLS, by="line")
+    found["step"] = summary(domains["settings"][1:], "the whole training step, settings", STEP)
     if "lowest" in part:
-        found["lowest"] = summary("all heads of, settings", part["lowest"], "name", LOWEST_COLUMNS)
-    if "normalization" in part:
-        line = "{steps} steps, normalize: {normalize}"
-        rows = part["normalization"]
-        found["normalization"] = pivot("size of layer 0's update", rows, line, "{name}", update_size)
+        found["lowest"] = summary(part["lowest"], "all heads of, settings", LOWEST)
+        found["correlation"] = correlations(part)
+        regular = [row for row in domains["settings"] if row["name"] in (LORA, LORA_VALUE, IMAGE_LORA)]
+        part["regimes"] = regular + part["regimes"]
+        part["prior"] = [row for row in shown if row["domain"] == "dark" and row["name"] != FROZEN] + part["prior"]
+    for name, (of, *how) in PIVOTS.items():
+        if of in part:
+            found[name] = pivot(part[of], *how)
     return found

@@ -1,7 +1,10 @@
 """Pictures, drawn with Pillow: clicks on screens, and where a head looks."""
 
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data import replacing
@@ -79,6 +82,35 @@ def predictions(base: list, tuned: list, columns: int = 4, rows: int = 3) -> Ima
     if "bbox" in base[0][1]:  # where names are asked for there are no clicks
         _legend(draw, text)
     return image
+
+
+@torch.no_grad()
+def attention_map(model, batch: dict, layer: int, head: int) -> torch.Tensor:
+    """Where a head looks from the last token of one sequence: its attention weights on the visual tokens [P]."""
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):  # [1, heads, T, d], rotated
+        seen.append((q[0], k[0]))
+        return attend(q, k, v, **options)
+
+    with patch.object(F, "scaled_dot_product_attention", spy):
+        model(**batch)
+    q, k = seen[layer]
+    weights = (q[head, -1] @ k[head].T / q.shape[-1] ** 0.5).softmax(-1)  # [T]
+    return weights[batch["input_ids"][0] == model.config.image_token_id]
+
+
+def where_it_looks(model, adapter, questions: list[dict]) -> tuple[tuple[int, int], list]:
+    """(layer, head) of the most focused adapted head, and its maps [P] for each question, without and with adapter."""
+
+    def maps(place: tuple[int, int]) -> list[torch.Tensor]:
+        return [attention_map(model, question, *place) for question in questions]
+
+    with adapter.disabled():
+        places = [(layer, head) for layer, heads in adapter.heads.items() for head in heads]
+        place = max(places, key=lambda place: sum(weights.max() for weights in maps(place)))
+        before = maps(place)
+    return place, list(zip(before, maps(place)))
 
 
 def look(screens: list, samples: list, weights: list, base: list, tuned: list) -> Image.Image:

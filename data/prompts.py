@@ -6,6 +6,8 @@ Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D h
 """
 
 from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +16,12 @@ from torch import Tensor
 from data import screens
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
 from data.word_problems import word_problem
+from imagelora import score_heads
+from tiny_vlm import TinyVLM
 
+BASE = Path(__file__).with_name("tiny_vlm.pt")
+PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, the less noise
+TRAIN_SCREENS = 2048
 Turn = tuple[list[int], list[int]]  # (ids, labels) of an instruction and its answer
 CHUNK = 256  # prompts or screens at a time in evaluation
 
@@ -196,3 +203,83 @@ def score_line(domain: str, metrics: dict) -> str:
     if "word_problem_acc" in metrics:
         line += f"    word problems {metrics['word_problem_acc']:.1%}"
     return line
+
+
+# ---- The data of a fine-tuning run `cfg`, and what is measured -------------------------------------------------------
+
+
+@cache
+def seen(domain: str, split: str, count: int, device: torch.device, switches: str = "drawn"):
+    """The first screens of a split, and what the frozen vision encoder makes of them [N, P, D]: once a process."""
+    drawn = [screens.draw_screen(domain, split, i, switches=switches) for i in range(count)]
+    return drawn, image_features(TinyVLM.from_pretrained(BASE).to(device), drawn)
+
+
+def training_data(cfg, device: torch.device) -> tuple[list[screens.Screen], Tensor]:
+    """Screens to train on and their features; no more than are needed."""
+    count = min((PROBE_BATCHES + cfg.steps) * cfg.screens, TRAIN_SCREENS)
+    drawn, features = seen(cfg.domain, "train", count, device)
+    fitting = [i for i, screen in enumerate(drawn) if not cfg.prior or any(map(fits_prior, screen.targets()))]
+    return [drawn[i] for i in fitting], features[fitting]
+
+
+def batch_of(cfg, data: tuple[list[screens.Screen], Tensor], i: int):
+    """(The arguments of the model, the boxes asked for) of batch number i; the probe takes the first ones."""
+    drawn, features = data
+    rng = np.random.default_rng([cfg.seed, i])
+    picks = rng.choice(len(drawn), cfg.screens, replace=len(drawn) < cfg.screens)
+    told = cfg.history + cfg.replay
+    problems = iter(range(i * cfg.screens * told, (i + 1) * cfg.screens * told))
+    before = [  # a screen's replayed problems come last
+        [turn(word_problem("train", next(problems)), learn=j >= cfg.history) for j in range(told)] for _ in picks
+    ]
+    batch, boxes = training_batch(
+        [drawn[pick] for pick in picks],
+        cfg.questions,
+        features.shape[1],
+        rng,
+        refer=float(cfg.task == "referring"),
+        distinct=True,
+        prior=cfg.prior,
+        before=before,
+    )
+    batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
+    return batch | {"image_features": features[picks]}, boxes
+
+
+def measure(cfg, model) -> tuple[dict, list]:
+    """The task's accuracy and what else the model can do: source screens, word problems, these after an image."""
+    drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device)
+    metrics, given = evaluate(model, drawn, features, cfg.task, cfg.history)
+    if cfg.split == "test":
+        source, _ = evaluate(model, *seen("source", "test", cfg.test_screens // 2 + 1, model.device))
+        metrics["source_acc"] = source["action_acc"]
+        metrics["word_problem_acc"] = evaluate_word_problems(model)
+        metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features=features)
+    return metrics, given
+
+
+def controls(cfg, model, base_given: list, tuned_given: list) -> dict:
+    """What a click accuracy is to be held against: answers without an image, images without the thing asked for."""
+    if cfg.task != "grounding" or cfg.split != "test":
+        return {}
+    found = {"constant_acc": best_constant(tuned_given)}
+    if base_given:
+        found["offset_acc"] = best_offset(base_given)
+    for switches in ("erased", "exchanged") if cfg.domain in screens.PAIRED else ():
+        drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device, switches)
+        found[f"{switches}_acc"] = evaluate(model, drawn, features)[0]["action_acc"]
+    return found
+
+
+def all_scores(model, batches: list[dict]) -> dict[str, Tensor]:
+    """Head scores [L, H] of both probes and of the authors' release, the squared gradient of a gate on the values."""
+    scores = {probe: score_heads(model, batches, probe=probe) for probe in ("rank1", "exact")}
+    # a gate g on the values of head h: dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
+    weights = [layer.self_attn.v_proj.weight for layer in model.language_model.layers]  # of [H * d, D]
+    gates = torch.zeros_like(scores["exact"])
+    for batch in batches:
+        gradients = torch.autograd.grad(model(**batch).loss, weights)
+        products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
+        gates += products.unflatten(1, (gates.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
+    return scores | {"gate": gates.detach()}

@@ -6,8 +6,6 @@ Domains (DOMAINS):
     row        a pair a row: the name at the left, its switch anywhere to its right; the right click is the *switch*
     dark       the source task in a dark palette
     blueprint  the source task as white outlines on blue, so without colours; nothing in pretraining has seen it
-
-`python -m data.screens` draws a contact sheet of them to look at.
 """
 
 from dataclasses import dataclass
@@ -249,23 +247,3 @@ def referring(screen: Screen, element: Element) -> dict:
 def is_hit(point: tuple[float, float] | None, bbox: Box) -> bool:
     """ScreenSpot's rule: a point inside the target box, right and bottom edges excluded; None is a miss."""
     return point is not None and bbox[0] <= point[0] < bbox[2] and bbox[1] <= point[1] < bbox[3]
-
-
-def contact_sheet(per_domain: int = 6, zoom: int = 2) -> Image.Image:
-    """A row of screens per domain, target boxes of the first element outlined."""
-    gap = 6
-    step = SIZE * zoom + gap
-    sheet = Image.new("RGB", (per_domain * step + gap, len(DOMAINS) * step + gap), "#8a8f98")
-    for row, domain in enumerate(DOMAINS):
-        for column in range(per_domain):
-            screen = draw_screen(domain, "train", column)
-            picture = Image.fromarray(screen.image).resize((SIZE * zoom,) * 2, Image.Resampling.LANCZOS)
-            box = [v * zoom for v in screen.targets()[0].click]
-            ImageDraw.Draw(picture).rectangle(box, outline="#ff00a0", width=2)
-            sheet.paste(picture, (gap + column * step, gap + row * step))
-    return sheet
-
-
-if __name__ == "__main__":
-    contact_sheet().save("screens.png")
-    print(f"screens.png: rows are {', '.join(DOMAINS)}; where the first target is to be clicked is outlined")
