@@ -27,6 +27,7 @@ layer (the KV heads under grouped-query attention) · d_h head size · r rank ·
 """
 
 import argparse
+import inspect
 import io
 import math
 import os
@@ -34,8 +35,8 @@ import threading
 import zipfile
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial, reduce, update_wrapper
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ class ImageLoRA(nn.Module):
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.requires_grad_(False)
-        self._replaced = []  # (module, its own forward, if it had one, ours)
+        self._replaced = []  # (module, the forward of its own that it had, if any, ours)
         self._replace_forward(model, self.visual.call, self)
         for layer, adapter in self.layers.items():
             self._replace_forward(values[int(layer)][0], _adapted_values, self.visual, adapter)
@@ -129,14 +130,18 @@ class ImageLoRA(nn.Module):
 
     def _replace_forward(self, module, function, *given):
         # No hook: torch.compile guards on a forward, not on hooks; `finally` runs after Ctrl-C, too; and it is faster.
-        ours = update_wrapper(partial(function, *given, module.forward), module.forward)
-        self._replaced.append((module, vars(module).get("forward"), ours))
-        module.forward = ours
+        name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the one inside of accelerate's
+        own = vars(module).get(name)
+        ours = partial(function, *given, own or partial(_forward_of_class, module))
+        ours.__signature__ = inspect.signature(getattr(module, name))
+        setattr(module, name, ours)
+        self._replaced.append((module, own, ours))
 
     def disabled(self):
         """A context in which no row is visual: the base model; for the thread that enters it, as `torch.no_grad()`.
 
-        A training step in it has all of a step's other work: parameters get gradients of zero.
+        A training step in it has all of a step's other work: parameters get gradients of zero. Where a checkpoint runs
+        the whole model again, leave the context (and that of `visual_mask`) after the backward pass.
         """
         return self.visual.within(enabled=False)
 
@@ -154,10 +159,11 @@ class ImageLoRA(nn.Module):
         _require(self.visual.attached, "this Image-LoRA is already detached", RuntimeError)
         self.visual.attached = False  # where others have wrapped our forward since, it stays, and does nothing
         for module, own, ours in self._replaced:
-            if vars(module).get("forward") is ours:
-                del module.forward  # that of its class is left
-                if own is not None:
-                    module.forward = own
+            if vars(module).get("_old_forward") is ours:
+                module._old_forward = own or partial(_forward_of_class, module)
+            elif vars(module).get("forward") is ours:
+                del module.forward
+                vars(module).update({} if own is None else {"forward": own})
         model = self._replaced[0][0]
         del model.image_lora
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -226,7 +232,8 @@ def score_heads(model, batches, loss_fn=None, probe: str = "rank1", seed: int = 
             for a in adapters:
                 A = torch.randn(D, r, generator=generator) if probe == "rank1" else torch.eye(D)
                 a.A.requires_grad_(False).copy_(A)
-            loss = loss_fn(model, batch)
+            with torch.enable_grad():
+                loss = loss_fn(model, batch)
             finite = loss is not None and loss.isfinite()
             _require(finite, f"the loss of probe batch {count} is {loss}: do its labels hold an answer?")
             adapter.zero_grad()
@@ -274,7 +281,7 @@ class Call:
     grad: bool
     rows: Tensor | None = None  # [N], the visual ones of B * T; None: nothing to do
     shape: torch.Size | None = None  # [B, T]
-    v_projs: int = 0  # so many adapted ones have run in it
+    adapters: set = field(default_factory=set)  # those that it has run
     nodes: range = range(0)  # of autograd, those made in it
 
 
@@ -303,6 +310,9 @@ class VisualRows:
 
     def call(self, adapter, forward, *args, **kwargs):
         """Runs in place of `model.forward`, which it calls."""
+        args = args[
+            isinstance(args[0], nn.Module) if args else 0 :
+        ]  # accelerate binds it anew where it unwraps a model
         if not self.attached:
             return forward(*args, **kwargs)
         outer, first = self.now.call, torch.autograd._get_sequence_nr()
@@ -314,7 +324,7 @@ class VisualRows:
             if call.grad:
                 call.nodes = range(first, torch.autograd._get_sequence_nr())
                 self.recent.append(call)
-        missing = call.rows is not None and len(call.rows) > 0 and call.v_projs < len(adapter.heads)
+        missing = call.rows is not None and len(call.rows) > 0 and len(call.adapters) < len(adapter.heads)
         replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, quantized)"
         _require(not missing, f"{replaced} is not adapted: detach() first, then attach or load again", RuntimeError)
         if call.grad and isinstance(getattr(output, "logits", None), Tensor):
@@ -335,27 +345,31 @@ class VisualRows:
             if one and set(self.image_token_ids).isdisjoint(ids.flatten().tolist()):
                 return call
             visual = is_visual(ids, self.image_token_ids)
-        elif now.mask is not None and embeds is not None:  # generate() repeats each prompt for its beams
-            visual = now.mask.repeat_interleave(max(len(embeds) // len(now.mask), 1), dim=0)
+        elif embeds is not None:
+            visual = now.mask
         unknown = "which tokens are visual? pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
         _require(visual is not None, unknown)
         if call.grad or visual.any():
             call.rows, call.shape = visual.flatten().nonzero().squeeze(1), visual.shape
         return call
 
-    def rows_for(self, x: Tensor) -> Tensor | None:
+    def rows_for(self, adapter, x: Tensor) -> Tensor | None:
         """The visual rows of a v_proj input [B, T, D]; None where nothing is to do. Raises rather than guess."""
         call, node = self.now.call, torch._C._current_autograd_node()
         if call is None and node is not None:  # checkpointing: a node that the call made runs one of its layers again
             found = [call for call in self.recent if node._sequence_nr() in call.nodes]
             _require(len(found) == 1, "a checkpoint's forward is too long ago, or of another thread", RuntimeError)
             call = found[0]
-        alone = "the language model was called without the model that attach() adapted; call model(...) itself"
+        alone = (
+            "the language model was called without the model that attach() adapted (call model(...) itself), or its "
+        )
+        alone += "forward was replaced after attach()"
         _require(call is not None, alone, RuntimeError)
         if call.rows is None:
             return None
-        call.v_projs += 1
+        call.adapters.add(id(adapter))
         wrong = f"v_proj got tokens {list(x.shape[:-1])}, but the visual tokens are told of {list(call.shape)}"
+        wrong += "; a visual_mask() for beams is mask.repeat_interleave(num_beams, 0)"
         _require(x.shape[:-1] == call.shape or not len(call.rows), wrong, RuntimeError)
         return call.rows.to(x.device)
 
@@ -370,10 +384,14 @@ class VisualRows:
             vars(self.now).update(before)
 
 
+def _forward_of_class(module, *args, **kwargs):
+    return type(module).forward(module, *args, **kwargs)  # looked up when it is called: it may be patched
+
+
 def _adapted_values(visual, adapter, forward, x, *args, **kwargs):
     """Runs in place of a `v_proj.forward`, which it calls: X -> V~."""
     value = forward(x, *args, **kwargs)
-    rows = visual.rows_for(x) if visual.attached else None
+    rows = visual.rows_for(adapter, x) if visual.attached else None
     return value if rows is None else adapter.add_update(x, value, rows)
 
 
@@ -408,14 +426,20 @@ def _value_projections(model):
         later = [child for child, _ in attention.named_children() if child.startswith("v_") and child != "v_proj"]
         _require(not later, f"{name} changes its values after v_proj, in {later}; they cannot be adapted")
         values.append((v_proj, d_h, features // d_h))
+    _require(
+        len({id(v_proj) for v_proj, _, _ in values}) == len(values), "layers share a v_proj; they cannot be adapted"
+    )
     return values
 
 
 def _checked(model, r, lora_alpha, heads, normalize):
     """The value projections, the ids of visual tokens and the heads, sorted. Raises ValueError on a bad argument."""
     values, config = _value_projections(model), getattr(model, "config", None)
-    functions = [getattr(v_proj.forward, "func", None) for v_proj, _, _ in values]  # a part may be attached to
-    attached = hasattr(model, "image_lora") or _adapted_values in functions
+    forwards = [vars(v_proj).get(name) for v_proj, _, _ in values for name in ("forward", "_old_forward")]
+    attached = any(
+        getattr(forward, "func", None) is _adapted_values and forward.args[0].attached for forward in forwards
+    )
+    attached = attached or hasattr(model, "image_lora")
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
     ids = sorted({getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)})

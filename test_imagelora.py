@@ -220,7 +220,10 @@ def test_embeddings_alone_need_an_explicit_mask():
         model(inputs_embeds=x)
     with adapter.visual_mask(mask):
         assert torch.equal(model(inputs_embeds=x), adapted)
-        beams = model(inputs_embeds=x.repeat_interleave(2, 0))  # as generate() repeats each prompt
+        with adapter.visual_mask(mask.repeat_interleave(2, 0)):  # as generate() repeats each prompt for its beams
+            beams = model(inputs_embeds=x.repeat_interleave(2, 0))
+        with pytest.raises(RuntimeError, match=r"for beams is mask.repeat_interleave\(num_beams, 0\)"):
+            model(inputs_embeds=x.repeat_interleave(2, 0))
     torch.testing.assert_close(beams, adapted.repeat_interleave(2, 0))
     with adapter.visual_mask(mask.flip(0)):
         assert torch.equal(model(input_ids=ids), adapted)  # the ids know better
