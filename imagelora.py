@@ -122,7 +122,7 @@ class ImageLoRA(nn.Module):
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.requires_grad_(False)
-        self._replaced = []  # (module, the forward of its own that it had, if any, ours)
+        self._replaced = []  # (module, name of its forward, the one of its own that it had, if any, ours)
         self._replace_forward(model, self.visual.call, self)
         for layer, adapter in self.layers.items():
             self._replace_forward(values[int(layer)][0], _adapted_values, self.visual, adapter)
@@ -135,13 +135,12 @@ class ImageLoRA(nn.Module):
         ours = partial(function, *given, own or partial(_forward_of_class, module))
         ours.__signature__ = inspect.signature(getattr(module, name))
         setattr(module, name, ours)
-        self._replaced.append((module, own, ours))
+        self._replaced.append((module, name, own, ours))
 
     def disabled(self):
-        """A context in which no row is visual: the base model; for the thread that enters it, as `torch.no_grad()`.
+        """A context in which no row is visual: the base model. A training step in it has all of a step's other work.
 
-        A training step in it has all of a step's other work: parameters get gradients of zero. Where a checkpoint runs
-        the whole model again, leave the context (and that of `visual_mask`) after the backward pass.
+        It is of the thread that enters it, as `torch.no_grad()`. Leave it after the backward pass, not before.
         """
         return self.visual.within(enabled=False)
 
@@ -157,13 +156,10 @@ class ImageLoRA(nn.Module):
     def detach(self) -> nn.Module:
         """Restore the original model (forward, requires_grad) and return it. Raises RuntimeError when called twice."""
         _require(self.visual.attached, "this Image-LoRA is already detached", RuntimeError)
-        self.visual.attached = False  # where others have wrapped our forward since, it stays, and does nothing
-        for module, own, ours in self._replaced:
-            if vars(module).get("_old_forward") is ours:
-                module._old_forward = own or partial(_forward_of_class, module)
-            elif vars(module).get("forward") is ours:
-                del module.forward
-                vars(module).update({} if own is None else {"forward": own})
+        self.visual.attached = False  # a forward of ours that others have wrapped since stays, and does nothing
+        for module, name, own, ours in self._replaced:
+            if vars(module).get(name) is ours:
+                delattr(module, name) if own is None else setattr(module, name, own)
         model = self._replaced[0][0]
         del model.image_lora
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -435,11 +431,8 @@ def _value_projections(model):
 def _checked(model, r, lora_alpha, heads, normalize):
     """The value projections, the ids of visual tokens and the heads, sorted. Raises ValueError on a bad argument."""
     values, config = _value_projections(model), getattr(model, "config", None)
-    forwards = [vars(v_proj).get(name) for v_proj, _, _ in values for name in ("forward", "_old_forward")]
-    attached = any(
-        getattr(forward, "func", None) is _adapted_values and forward.args[0].attached for forward in forwards
-    )
-    attached = attached or hasattr(model, "image_lora")
+    ours = [v_proj.forward for v_proj, _, _ in values if getattr(v_proj.forward, "func", None) is _adapted_values]
+    attached = hasattr(model, "image_lora") or any(forward.args[0].attached for forward in ours)  # a part may be
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
     ids = sorted({getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)})
