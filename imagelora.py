@@ -37,6 +37,7 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ class ValueAdapter(nn.Module):
         return value.reshape(-1, d_h).index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
 
-def is_visual(input_ids: Tensor, image_token_ids: list[int]) -> Tensor:
+def is_visual(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
     """The diagonal of M [B, T], bool. It is of each call anew: the prompt's, or that of one decoded token."""
     return reduce(torch.logical_or, [input_ids == image for image in image_token_ids])
 
@@ -230,7 +231,7 @@ def score_heads(model, batches, loss_fn=None, probe: str = "rank1", seed: int = 
                 a.A.requires_grad_(False).copy_(A)
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
-            finite = loss is not None and loss.isfinite()
+            finite = isinstance(loss, Tensor) and loss.isfinite().all()
             _require(finite, f"the loss of probe batch {count} is {loss}: do its labels hold an answer?")
             adapter.zero_grad()
             loss.backward()
@@ -274,11 +275,14 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
 class Call:
     """A call of the model: whether gradients are wanted, and which tokens are visual."""
 
-    grad: bool
+    grad: bool = False
     rows: Tensor | None = None  # [N], the visual ones of B * T; None: nothing to do
-    shape: torch.Size | None = None  # [B, T]
-    adapters: set = field(default_factory=set)  # those that it has run
+    shape: torch.Size = torch.Size()  # [B, T]
+    adapters: set[int] = field(default_factory=set)  # those that have run in it
     nodes: range = range(0)  # of autograd, those made in it
+
+
+TEXT = Call()
 
 
 class ThisThread(threading.local):
@@ -297,7 +301,7 @@ class VisualRows:
     loss.backward()      gradient checkpointing runs layers again: rows_for(x) knows of which call
     """
 
-    def __init__(self, image_token_ids: list[int]):
+    def __init__(self, image_token_ids: set[int]):
         self.image_token_ids, self.attached, self.now = image_token_ids, True, ThisThread()
         self.recent = deque(maxlen=64)  # calls with gradients
 
@@ -306,23 +310,23 @@ class VisualRows:
 
     def call(self, adapter, forward, *args, **kwargs):
         """Runs in place of `model.forward`, which it calls."""
-        args = args[
-            isinstance(args[0], nn.Module) if args else 0 :
-        ]  # accelerate binds it anew where it unwraps a model
+        args = args[1:] if args and isinstance(args[0], nn.Module) else args  # accelerate binds what it unwraps anew
         if not self.attached:
             return forward(*args, **kwargs)
-        outer, first = self.now.call, torch.autograd._get_sequence_nr()
-        call = self.now.call = self.find(*args, **kwargs)
+        now, first = self.now, torch.autograd._get_sequence_nr()
+        outer, call = now.call, self.find(*args, **kwargs)
+        now.call = call
         try:
             output = forward(*args, **kwargs)
         finally:
-            self.now.call = outer
+            now.call = outer
             if call.grad:
                 call.nodes = range(first, torch.autograd._get_sequence_nr())
                 self.recent.append(call)
-        missing = call.rows is not None and len(call.rows) > 0 and len(call.adapters) < len(adapter.heads)
-        replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, quantized)"
-        _require(not missing, f"{replaced} is not adapted: detach() first, then attach or load again", RuntimeError)
+        if call.rows is not None and len(call.rows):
+            replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, "
+            replaced += "quantized) is not adapted: detach() first, then attach or load again"
+            _require(len(call.adapters) == len(adapter.heads), replaced, RuntimeError)
         if call.grad and isinstance(getattr(output, "logits", None), Tensor):
             lost = not output.logits.requires_grad and any(p.requires_grad for p in adapter.parameters())
             why = "no gradient reaches the adapter; re-entrant checkpointing needs model.enable_input_require_grads()"
@@ -331,35 +335,35 @@ class VisualRows:
 
     def find(self, *args, **kwargs) -> Call:
         """The arguments of a call -> visual [B, T] bool -> its rows [N]."""
-        now, call, visual = self.now, Call(torch.is_grad_enabled()), None
-        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        now, grad, visual = self.now, torch.is_grad_enabled(), None
+        ids = kwargs.get("input_ids", args[0] if args else None)
         if not now.enabled:
-            visual = torch.zeros(0, dtype=torch.bool)
-        elif ids is not None and not ids.is_floating_point():
+            return Call(grad, torch.zeros(0, dtype=torch.long)) if grad else TEXT
+        if ids is not None and not ids.is_floating_point():
             # Most calls decode one text token a row: looked up in Python, as tensor operations cost several times more.
-            one = ids.shape[-1] == 1 and not call.grad
-            if one and set(self.image_token_ids).isdisjoint(ids.flatten().tolist()):
-                return call
+            if not grad and ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(chain(*ids.tolist())):
+                return TEXT
             visual = is_visual(ids, self.image_token_ids)
-        elif embeds is not None:
+        elif kwargs.get("inputs_embeds") is not None:
             visual = now.mask
         unknown = "which tokens are visual? pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
         _require(visual is not None, unknown)
-        if call.grad or visual.any():
-            call.rows, call.shape = visual.flatten().nonzero().squeeze(1), visual.shape
-        return call
+        if not grad and not visual.any():
+            return TEXT
+        return Call(grad, visual.flatten().nonzero().squeeze(1), visual.shape)
 
     def rows_for(self, adapter, x: Tensor) -> Tensor | None:
         """The visual rows of a v_proj input [B, T, D]; None where nothing is to do. Raises rather than guess."""
-        call, node = self.now.call, torch._C._current_autograd_node()
-        if call is None and node is not None:  # checkpointing: a node that the call made runs one of its layers again
+        call = self.now.call
+        if call is None and (node := torch._C._current_autograd_node()) is not None:
+            # checkpointing: a node that the call made runs one of its layers again
             found = [call for call in self.recent if node._sequence_nr() in call.nodes]
-            _require(len(found) == 1, "a checkpoint's forward is too long ago, or of another thread", RuntimeError)
+            lost = "a checkpoint's forward is too long ago, of another thread or nested in another"
+            _require(len(found) == 1, lost, RuntimeError)
             call = found[0]
         alone = (
-            "the language model was called without the model that attach() adapted (call model(...) itself), or its "
+            "called without the model that attach() adapted: call model(...) itself; or its forward was replaced since"
         )
-        alone += "forward was replaced after attach()"
         _require(call is not None, alone, RuntimeError)
         if call.rows is None:
             return None
@@ -435,7 +439,7 @@ def _checked(model, r, lora_alpha, heads, normalize):
     attached = hasattr(model, "image_lora") or any(forward.args[0].attached for forward in ours)  # a part may be
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
-    ids = sorted({getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)})
+    ids = {getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)}
     _require(ids, "model.config has no image_token_id, so visual tokens cannot be told from text tokens")
     D = min(v_proj.in_features for v_proj, _, _ in values)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")

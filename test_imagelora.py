@@ -234,7 +234,7 @@ def test_embeddings_alone_need_an_explicit_mask():
             adapter.visual_mask(wrong)
     with adapter.visual_mask(mask[:, 1:]), pytest.raises(RuntimeError, match=r"\[2, 6\].* told of \[2, 5\]"):
         model(inputs_embeds=x)
-    with pytest.raises(RuntimeError, match="without the model that attach"):
+    with pytest.raises(RuntimeError, match="called without the model that attach"):
         model.language_model(x, torch.arange(6)[None])
 
 

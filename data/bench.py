@@ -1,11 +1,12 @@
 """The time an adapter costs, as ratios to no adapter: python -m data.bench (needs transformers and peft).
 
-Repetitions of all methods are interleaved, each divided by its neighbour without an adapter; the median of a round's is
-one measurement, a line the mean over rounds and its standard error. Methods of a round share one model, as the place of
-its weights in memory alone can change a time by 3 %. 'no adapter, again' is what the machine's noise makes of 1.
+Every time is divided by that of a run without an adapter beside it, first before it, then after it; the median of a
+round's ratios is one measurement, a line the mean over rounds and its standard error. All methods share one model, as
+the place of its weights in memory alone can change a time by 3 %. 'no adapter, again' is what noise makes of 1.
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -24,6 +25,7 @@ def qwen(hidden_size: int, layers: int, heads: int) -> nn.Module:
     """Qwen2.5-VL with random weights."""
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()
     size = hidden_size // heads // 6
     rope = {
         "rope_type": "default",
@@ -69,7 +71,7 @@ def peft_lora(model, projections):
     adapted.unload()
 
 
-FLOOR = {"no adapter": no_adapter, "no adapter, again": no_adapter}
+FLOOR = {"no adapter, again": no_adapter}
 HALF, DISABLED = partial(image_lora, share=0.5), partial(image_lora, disabled=True)
 PEFT = {"PEFT LoRA on v": partial(peft_lora, projections="v_proj")}
 PEFT |= {"PEFT LoRA on q, k, v, o": partial(peft_lora, projections="[qkvo]_proj")}
@@ -98,29 +100,35 @@ def decoding(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> float:
 
 
 def measure(methods: dict, model_of, run, visual: int, text: int, args) -> None:
-    """Prints a line for each method but the first, whose times the others are divided by."""
-    ids, medians, names = (
-        torch.tensor([[IMAGE] * visual + list(range(text))]),
-        {name: [] for name in methods},
-        [*methods],
-    )
+    """Prints a line for each method."""
+    ids, medians = torch.tensor([[IMAGE] * visual + list(range(text))]), {name: [] for name in methods}
+
+    def seconds(method, model) -> float:
+        with method(model) as parameters:
+            return run(model, list(parameters), ids)
+
     for _ in range(args.rounds):
-        model, times = model_of(), {name: [] for name in methods}
-        for i in range(args.repetitions):
-            for name in names[i % len(names) :] + names[: i % len(names)]:  # no method always comes first
-                with methods[name](model) as parameters:
-                    times[name].append(run(model, list(parameters), ids))
+        model, ratios = model_of(), {name: [] for name in methods}
+        for i in range(2 * args.repetitions):
+            for name in random.sample(list(methods), len(methods)):
+                pair = [seconds(method, model) for method in (no_adapter, methods[name])[:: (-1) ** i]]  # in turn
+                ratios[name].append(pair[1 - i % 2] / pair[i % 2])
         for name in methods:
-            medians[name].append(statistics.median(t / floor for t, floor in zip(times[name], times["no adapter"])))
-    for name in names[1:]:
+            medians[name].append(statistics.median(ratios[name]))
+    for name in methods:
         error = statistics.stdev(medians[name]) / args.rounds**0.5
         print(f"  {name:32}{statistics.mean(medians[name]):.3f} ± {error:.3f}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8, help="at least 2; measurements a line is the mean of")
-    parser.add_argument("--repetitions", type=int, default=25, help="a measurement is the median of")
+    parser.add_argument("--rounds", type=int, default=6, help="at least 2; measurements a line is the mean of")
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        default=10,
+        help="pairs, of either order; twice as many a measurement is the median of",
+    )
     args = parser.parse_args(arguments)
     if args.rounds < 2 or args.repetitions < 1:
         parser.error("--rounds must be at least 2, --repetitions at least 1")
