@@ -112,12 +112,11 @@ class ImageLoRA(nn.Module):
         self.visual = VisualRows(image_token_ids)
         self.layers = nn.ModuleDict()
         for layer, selected in self.heads.items():
-            v_proj, head_dim, count = values[layer]
+            v_proj, d_h, H = values[layer]
             device = next((t.device for t in [*v_proj.parameters(), *v_proj.buffers()]), None)
             device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
-            self.layers[str(layer)] = ValueAdapter(
-                v_proj.in_features, head_dim, count, selected, r, lora_alpha, normalize, device
-            )
+            sizes = v_proj.in_features, d_h, H
+            self.layers[str(layer)] = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, device)
         if state is not None:
             self.load_state_dict(state)
         # From here on the model is changed, and nothing can fail.
@@ -426,9 +425,7 @@ def _value_projections(model):
         later = [child for child, _ in attention.named_children() if child.startswith("v_") and child != "v_proj"]
         _require(not later, f"{name} changes its values after v_proj, in {later}; they cannot be adapted")
         values.append((v_proj, d_h, features // d_h))
-    _require(
-        len({id(v_proj) for v_proj, _, _ in values}) == len(values), "layers share a v_proj; they cannot be adapted"
-    )
+    _require(len({v for v, _, _ in values}) == len(values), "layers share a v_proj; they cannot be adapted")
     return values
 
 

@@ -227,29 +227,14 @@ def summary(rows: list[dict], title: str, columns: dict, by: str = "name") -> st
     return table(title, {name: {column: cell(group) for column, cell in columns.items()} for name, group in lines})
 
 
-def largest_change(rows: list[dict]) -> str:
-    return f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}"
-
-
-def no_point(rows: list[dict]) -> str:
-    return f"{number(rows, 'wrong_format_num')} of {rows[0]['num_total']:,}"
-
-
-def share(rows: list[dict]) -> str:
-    return f"{mean(rows, 'adapter_flops_per_screen') / mean(rows, 'step_flops_per_screen'):.2%}"
-
-
-def update(rows: list[dict]) -> str:
-    return f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"
-
-
+FLOPS = "adapter_flops_per_screen"
 BESIDE = {  # what else changes
     "parameters": partial(number, name="trainable_parameters"),
-    "adapter kFLOP": partial(number, name="adapter_flops_per_screen", unit=1e3),
+    "adapter kFLOP": partial(number, name=FLOPS, unit=1e3),
     "source %": partial(percent, name="source_acc"),
     "word problems %": partial(percent, name="word_problem_acc"),
     "after an image %": partial(percent, name="word_problem_after_image_acc"),
-    "text logits": largest_change,
+    "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
     "lr": lambda rows: f"{rows[0]['lr']:g}",
 }
 CLICKS = {"click %": percent, "words": partial(percent, name="text_acc"), "icons": partial(percent, name="icon_acc")}
@@ -259,12 +244,12 @@ CONTROLS = {
     "+ best offset": partial(percent, name="offset_acc"),
     "switches erased": partial(percent, name="erased_acc"),
     "exchanged": partial(percent, name="exchanged_acc"),
-    "no point, of": no_point,
+    "no point, of": lambda rows: f"{number(rows, 'wrong_format_num')} of {rows[0]['num_total']:,}",
 }
 STEP = {
-    "adapter kFLOP a screen": partial(number, name="adapter_flops_per_screen", unit=1e3),
+    "adapter kFLOP a screen": partial(number, name=FLOPS, unit=1e3),
     "counted": partial(number, name="counted_flops_per_screen", unit=1e3),
-    "of the whole step": share,
+    "of the whole step": lambda rows: f"{mean(rows, FLOPS) / mean(rows, 'step_flops_per_screen'):.2%}",
     "kept for the backward pass, KiB a screen": partial(number, name="saved_bytes_per_screen", unit=1024),
 }
 LOWEST = {
@@ -273,6 +258,7 @@ LOWEST = {
     "ms a step": partial(number, name="step_ms", digits=1),
 }
 KFLOP, WORD_PROBLEMS, NAMES = BESIDE["adapter kFLOP"], BESIDE["word problems %"], partial(percent, name="name_acc")
+UPDATE = lambda rows: f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"  # noqa: E731
 PIVOTS = {  # table -> part, title, what a line and a column have in common, cells
     "probe": ("probe", "settings, click % by choice of heads", "{name}", "K = {num_heads}", percent),
     "single": ("single", "settings, click % of one head", "{name}", "head {heads_from[2]}", percent),
@@ -282,7 +268,7 @@ PIVOTS = {  # table -> part, title, what a line and a column have in common, cel
     "regimes": ("regimes", "settings, click %", "{name}", "after {history} word problems", percent),
     "regime costs": ("regimes", "settings, adapter kFLOP a screen", "{name}", "after {history} word problems", KFLOP),
     "prior": ("prior", "dark, click %", "{name}", "language prior: {prior}", percent),
-    "normalization": ("normalization", "layer 0's update", "{steps} steps, normalize: {normalize}", "{name}", update),
+    "normalization": ("normalization", "layer 0's update", "{steps} steps, normalize: {normalize}", "{name}", UPDATE),
 }
 
 

@@ -1,4 +1,4 @@
-"""A screen and its questions as token ids; answers decoded and scored.
+"""A screen and its questions as token ids; answers decoded and scored; the data of a fine-tuning run, and its measures.
 
     <bos> [word problems] <image> x P, then questions with their answers; the loss is on answers only
 
