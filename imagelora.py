@@ -132,7 +132,8 @@ class ImageLoRA(nn.Module):
         # No hook: torch.compile guards on a forward, not on hooks; `finally` runs after Ctrl-C, too; and it is faster.
         name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the one inside of accelerate's
         own = vars(module).get(name)
-        ours = partial(function, *given, own or partial(_forward_of_class, module))
+        of_class = own is None or getattr(own, "__func__", None) is type(module).forward
+        ours = partial(function, *given, partial(_forward_of_class, module) if of_class else own)
         ours.__signature__ = inspect.signature(getattr(module, name))
         setattr(module, name, ours)
         self._replaced.append((module, name, own, ours))

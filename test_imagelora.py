@@ -632,6 +632,20 @@ def test_a_forward_that_others_wrap_stays_theirs_and_the_models_is_as_good_as_a_
     assert not torch.equal(model(**EARLY).logits, base)
 
 
+def test_accelerates_hooks_come_and_go_and_a_patched_class_counts():
+    accelerate, model, twice = pytest.importorskip("accelerate"), tiny_vlm(), type("Twice", (nn.Linear,), {})
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    adapter, expected = attach_trained(model), model(**EARLY).logits
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(**EARLY).logits, expected)
+    v_proj(model, 0).__class__, twice.forward = twice, lambda self, x: 2 * nn.Linear.forward(self, x)
+    changed = model(**EARLY).logits
+    v_proj(model, 0).__class__ = nn.Linear
+    v_proj(model, 0).weight.data *= 2
+    torch.testing.assert_close(changed, model(**EARLY).logits)
+    assert adapter.detach() is model and not torch.equal(model(**EARLY).logits, changed)
+
+
 def test_a_replaced_or_split_v_proj_is_noticed():
     model = tiny_vlm()
     adapter = attach_trained(model, **SOME)
@@ -1195,6 +1209,10 @@ REFUSED = [
     (lambda m: [setattr(m, "language_model", None), attach(m)], "found none"),
     (lambda m: [setattr(m.language_model.layers[1].self_attn, "v_proj", None), attach(m)], "1.self_attn has no v_proj"),
     (lambda m: [setattr(m.language_model.layers[1].self_attn, "head_dim", 5), attach(m)], "head_dim is 5, v_proj has"),
+    (
+        lambda m: [setattr(m.language_model.layers[1], "self_attn", m.language_model.layers[0].self_attn), attach(m)],
+        "share",
+    ),
     (hf("LlamaForCausalLM", **DECODER), "no image_token_id"),
     (hf("Gemma3nForCausalLM", **UNSHARED, num_kv_shared_layers=1), "share their values"),
     (hf("Gemma3nForCausalLM", **UNSHARED, num_kv_shared_layers=0), "changes its values after v_proj, in .*v_norm"),
