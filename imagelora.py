@@ -361,15 +361,13 @@ class VisualRows:
             lost = "a checkpoint's forward is too long ago, of another thread or nested in another"
             _require(len(found) == 1, lost, RuntimeError)
             call = found[0]
-        alone = (
-            "called without the model that attach() adapted: call model(...) itself; or its forward was replaced since"
-        )
+        alone = "called without the model that attach() adapted: call model(...) itself; or was its forward replaced?"
         _require(call is not None, alone, RuntimeError)
         if call.rows is None:
             return None
         call.adapters.add(id(adapter))
-        wrong = f"v_proj got tokens {list(x.shape[:-1])}, but the visual tokens are told of {list(call.shape)}"
-        wrong += "; a visual_mask() for beams is mask.repeat_interleave(num_beams, 0)"
+        wrong = f"v_proj got tokens {list(x.shape[:-1])}, but input_ids or the visual mask told of {list(call.shape)}; "
+        wrong += "a mask for beams is mask.repeat_interleave(num_beams, 0)"
         _require(x.shape[:-1] == call.shape or not len(call.rows), wrong, RuntimeError)
         return call.rows.to(x.device)
 

@@ -222,7 +222,7 @@ def test_embeddings_alone_need_an_explicit_mask():
         assert torch.equal(model(inputs_embeds=x), adapted)
         with adapter.visual_mask(mask.repeat_interleave(2, 0)):  # as generate() repeats each prompt for its beams
             beams = model(inputs_embeds=x.repeat_interleave(2, 0))
-        with pytest.raises(RuntimeError, match=r"for beams is mask.repeat_interleave\(num_beams, 0\)"):
+        with pytest.raises(RuntimeError, match=r"a mask for beams is mask.repeat_interleave\(num_beams, 0\)"):
             model(inputs_embeds=x.repeat_interleave(2, 0))
     torch.testing.assert_close(beams, adapted.repeat_interleave(2, 0))
     with adapter.visual_mask(mask.flip(0)):
