@@ -623,6 +623,7 @@ def test_a_forward_that_others_wrap_stays_theirs_and_the_models_is_as_good_as_a_
     base, adapter = model(**EARLY).logits, attach_trained(model)
     assert inspect.signature(model.forward) == signature and list(signature.parameters)[0] == "input_ids"
     assert torch.equal(model.forward(**EARLY).logits, model(**EARLY).logits)
+    assert torch.equal(model.forward(model, *EARLY.values()).logits, model(**EARLY).logits)  # bound by accelerate
     ours = model.forward
     model.forward = theirs = lambda *args, **kwargs: ours(*args, **kwargs)
     assert adapter.detach().forward is theirs
