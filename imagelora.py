@@ -51,7 +51,7 @@ class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
     B starts at zero: the model starts as the base. A starts as in LoRA, and gamma at 1, so that learning rates known
-    from LoRA serve here; with gamma near 0 the same step of B would be a much smaller update.
+    from LoRA, or a few times these, serve here; with gamma near 0 the same step of B would be a much smaller update.
     """
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
@@ -91,7 +91,7 @@ class ValueAdapter(nn.Module):
 
 
 def is_visual(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
-    """The diagonal of M [B, T], bool. It is of each call anew: the prompt's, or that of one decoded token."""
+    """The diagonal of M [B, T], bool, found at each call: of a prompt, or of one decoded token."""
     return reduce(torch.logical_or, [input_ids == image for image in image_token_ids])
 
 
@@ -139,7 +139,7 @@ class ImageLoRA(nn.Module):
         self._replaced.append((module, name, own, ours))
 
     def disabled(self):
-        """A context in which no row is visual: the base model. A training step in it has all of a step's other work.
+        """A context in which no row is visual: the base model. A training step in it costs a step without the adapter.
 
         It is of the thread that enters it, as `torch.no_grad()`. Leave it after the backward pass, not before.
         """
@@ -532,7 +532,7 @@ SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size, MLP
 def main(arguments: list[str] | None = None) -> None:
     """What LoRA (q, k, v, o of all tokens) and Image-LoRA cost at the scale of real models.
 
-    The whole step is of the decoder layers, forward and back to their inputs; no vision tower, no vocabulary.
+    The whole step is of the decoder layers, forward and back to all their inputs; no vision tower, no vocabulary.
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="qwen2.5-vl-7b", choices=SHAPES)

@@ -266,8 +266,7 @@ def report(cfg: Config, result: dict) -> None:
     counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
     small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA)"
     print(f"{small} · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / lora:.0%} of LoRA), {counted}")
-    whole = f"of the whole training step's {step / 1e6:.0f} MFLOP a screen"
-    print(f"         {flops / step:.1%} {whole} (LoRA's: {lora / (step - flops + lora):.1%})")
+    print(f"         {flops / step:.1%} of the whole training step's {step / 1e6:.0f} MFLOP a screen")
 
 
 # ---- The baseline: standard LoRA on whole Linear layers --------------------------------------------------------------
@@ -449,7 +448,7 @@ def explain(cfg: Config) -> None:
     x, value = now["v"]
     update = (value - F.linear(x, attention.v_proj.weight))[0]  # [T, H * d_h]
     rows = update.abs().sum(1).nonzero().squeeze(1)
-    station("6 M X", f"values adapted in rows {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
+    station("6 M X", f"trained; rows adapted: {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
     norms = update.unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
     shown = "  ".join(f"{norm:.3f}{'*' * (head in heads[layer])}" for head, norm in enumerate(norms))
     station("7 A B(h)", f"its norm by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
