@@ -299,6 +299,8 @@ class VisualRows:
 
     model(input_ids)     call: finds the visual rows, and every v_proj asks rows_for(x)
     loss.backward()      gradient checkpointing runs layers again: rows_for(x) knows of which call
+
+    It knows by the number of the autograd node, which is a thread's own: with checkpointing, train in one thread only.
     """
 
     def __init__(self, image_token_ids: set[int]):
