@@ -26,15 +26,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import imagelora
 from data import SPLITS, check_options, figures, option, parse, progress, prompts, replacing
 from data.compare import CompareConfig, compare
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
-from data.tokenizer import decode, parse_point
 from tiny_vlm import TinyVLM
 
 METHODS = ("image_lora", "lora", "lora_visual", "lora_value", "none")
@@ -109,27 +106,35 @@ def run(cfg: Config) -> dict:
 def finetune(cfg: Config, out: Path | None = None) -> dict:
     """before -> probe -> select -> attach -> train -> after -> cost; with `out` said, and saved there."""
     start, say = time.time(), print if out else lambda line: None
-    model, heads, before, base_given = load_base(cfg.device), None, None, []
-    size, patches = sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_patches
+    model = load_base(cfg.device)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    patches = model.config.num_patches
     say(f"base     {prompts.BASE.name} · {size:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
+    before, base_given = None, []
     if out or cfg.method == "none":
         before, base_given = prompts.measure(cfg, model)
         say(f"before   {prompts.score_line(cfg.domain, before)}")
     base_text = prompts.text_logits(model)
 
     data = prompts.training_data(cfg, model.device)
-    batches = [prompts.batch_of(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
+    batches = prompts.probe_batches(cfg, data)
+    heads = None
     if cfg.method == "image_lora":
         scores = imagelora.score_heads(model, batches, seed=cfg.seed)
         heads = choose_heads(cfg, scores)
-        shown = f"{len(batches) * cfg.screens} screens:  {bars(scores, heads)}"
+        shown = f"{len(batches) * cfg.screens} screens:  {figures.bars(scores, heads)}"
         say(f"probe    rank-1 influence of {scores.numel()} heads, {shown}")
         chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
         say(f"select   {sum(map(len, heads.values()))} of {scores.numel()} heads: {chosen}")
 
     torch.manual_seed(cfg.seed)
     adapter = make_adapter(cfg, model, heads)
-    result = {"heads": heads, "heads_from": cfg.heads, "device": str(model.device), "torch": torch.__version__}
+    result = {
+        "heads": heads,
+        "heads_from": cfg.heads,
+        "device": str(model.device),
+        "torch": torch.__version__,
+    }
     if adapter is None:
         after, given = before, base_given
     else:
@@ -138,11 +143,15 @@ def finetune(cfg: Config, out: Path | None = None) -> dict:
         result["step_ms"] = 1000 * (time.time() - begun) / cfg.steps
         after, given = prompts.measure(cfg, model)
         result |= costs(cfg, model, adapter, prompts.batch_of(cfg, data, prompts.PROBE_BATCHES)[0])
-    difference = (prompts.text_logits(model) - base_text).abs().max().item()
-    result |= {"before": before, "after": after, "text_logits_max_abs_diff": difference}
+    difference = prompts.text_logits(model) - base_text
+    result |= {
+        "before": before,
+        "after": after,
+        "text_logits_max_abs_diff": difference.abs().max().item(),
+    }
     result |= prompts.controls(cfg, model, base_given, given)
     if cfg.method == "none" and not out:
-        result["scores"] = {name: scores.tolist() for name, scores in prompts.all_scores(model, batches).items()}
+        result["scores"] = prompts.all_scores(model, batches)
     if out:
         report(cfg, result)
         figures.save(figures.predictions(base_given, given), out / "predictions.png")
@@ -156,7 +165,9 @@ def load_base(device: str) -> TinyVLM:
     there = [found.type, "cpu"] if found else ["cpu"]
     if device not in ("auto", *there):
         raise ValueError(f"device {device} is not available here; expected one of {', '.join(there)}")
-    return TinyVLM.from_pretrained(prompts.BASE).to(there[0] if device == "auto" else device)
+    if device == "auto":
+        device = there[0]
+    return TinyVLM.from_pretrained(prompts.BASE).to(device)
 
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, out: Path | None) -> None:
@@ -194,8 +205,13 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, out: Pat
 
 
 def save_checkpoint(cfg: Config, adapter: nn.Module, optimizer, step: int, out: Path) -> None:
-    state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
-    imagelora.safe_save({"settings": asdict(cfg), "step": step} | state, out / "checkpoint.pt")
+    content = {
+        "settings": asdict(cfg),
+        "step": step,
+        "adapter": adapter.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    imagelora.safe_save(content, out / "checkpoint.pt")
 
 
 def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> int:
@@ -205,8 +221,9 @@ def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> in
         print(f"resume   there is no {path}; from the start")
         return 0
     saved = imagelora.safe_load(path)
+    settings = saved.get("settings", {})
     for name, value in asdict(cfg).items():
-        if name not in ("device", "out", "resume") and saved.get("settings", {}).get(name) != value:
+        if name not in ("device", "out", "resume") and settings.get(name) != value:
             raise ValueError(f"{path} is of a run with other settings; {name} is {value!r} here")
     adapter.load_state_dict(saved["adapter"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -224,8 +241,9 @@ def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     num_heads, rng = scores.shape[1], np.random.default_rng(cfg.seed)
     if cfg.heads in ("top", "matched"):
         top = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
-        matched = {layer: sorted(rng.permutation(num_heads)[: len(top[layer])].tolist()) for layer in top}
-        return top if cfg.heads == "top" else matched
+        if cfg.heads == "top":
+            return top
+        return {layer: sorted(rng.permutation(num_heads)[: len(heads)].tolist()) for layer, heads in top.items()}
     order = {
         "all": range(scores.numel()),
         "lowest": range(cfg.num_heads),
@@ -236,16 +254,6 @@ def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     for i in sorted(map(int, order[cfg.heads])):
         heads.setdefault(i // num_heads, []).append(i % num_heads)
     return heads
-
-
-def bars(scores: Tensor, heads: dict) -> str:
-    """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
-    heights = (scores / scores.max().clamp(min=1e-30) * 8).ceil().int().tolist()
-    layers = []
-    for layer, row in enumerate(heights):
-        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
-        layers.append("".join(f"[{m}]" if head in heads.get(layer, []) else m for head, m in enumerate(marks)))
-    return " · ".join(layers)
 
 
 def report(cfg: Config, result: dict) -> None:
@@ -280,9 +288,12 @@ class LoRA(nn.Module):
 
     def __init__(self, model: TinyVLM, r: int, lora_alpha: float, names: str = "qkvo", visual_only: bool = False):
         super().__init__()
-        self.r, self.scaling, self.names, self.visual_only = r, lora_alpha / r, names, visual_only
-        self.shape, self.enabled, self.rows = shape_of(model), True, None
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.r, self.scaling = r, lora_alpha / r
+        self.names, self.visual_only = names, visual_only
+        self.shape = shape_of(model)
+        self.enabled, self.rows = True, None
+        self.A = nn.ParameterList()
+        self.B = nn.ParameterList()
         model.requires_grad_(False)
         model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
         for layer in model.language_model.layers:
@@ -290,21 +301,26 @@ class LoRA(nn.Module):
                 linear = getattr(layer.self_attn, f"{name}_proj")
                 linear.register_forward_hook(partial(self._add, len(self.A)))
                 A = torch.empty(linear.in_features, r, device=model.device)
-                self.A.append(nn.init.kaiming_uniform_(A.T, a=math.sqrt(5)).T)
+                nn.init.kaiming_uniform_(A.T, a=math.sqrt(5))
+                self.A.append(A)
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
         """The rows of B * T that are updated: None for all of them; inside `disabled()` none."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         visual = (ids == model.config.image_token_id).flatten() & self.enabled
-        self.rows = visual.nonzero().squeeze(1) if self.visual_only or not self.enabled else None
+        self.rows = None
+        if self.visual_only or not self.enabled:
+            self.rows = visual.nonzero().squeeze(1)
 
     def _add(self, i: int, linear, inputs, y: Tensor) -> Tensor:
-        x, flat = inputs[0].flatten(0, -2), y.flatten(0, -2)  # [B * T, d_in], [B * T, d_out]
-        x = x if self.rows is None else x[self.rows]
+        x = inputs[0].flatten(0, -2)  # [B * T, d_in]
+        if self.rows is not None:
+            x = x[self.rows]
         update = self.scaling * (x @ self.A[i]) @ self.B[i]
-        adapted = flat + update if self.rows is None else flat.index_add(0, self.rows, update)
-        return adapted.view_as(y)
+        if self.rows is None:
+            return y + update.view_as(y)
+        return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
 
     @contextmanager
     def disabled(self):
@@ -342,13 +358,17 @@ def make_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> 
 def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
     """Parameters, and FLOPs of a training step a screen: the adapter's, computed and counted, and the whole step's."""
     ids = batch["input_ids"]
-    visual, tokens = int((ids == model.config.image_token_id).sum()), ids.numel()
+    tokens = ids.numel()
+    visual = int((ids == model.config.image_token_id).sum())
     updated = tokens if cfg.method in ("lora", "lora_value") else visual
     lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model), tokens, 8)
-    step, kept = count_step(model, batch)
-    updates = watch(model, batch, **adapter.layers) if cfg.method == "image_lora" else {}
+    step, kept = prompts.count_step(model, batch)
+    norms = {}  # root mean square over visual tokens of ||Delta V_l||
+    if cfg.method == "image_lora":
+        for layer, (_, update) in watch(model, batch, **adapter.layers).items():
+            norms[layer] = update.square().sum(1).mean().sqrt().item()
     with adapter.disabled():
-        floor, kept_by_backbone = count_step(model, batch)
+        floor, kept_by_backbone = prompts.count_step(model, batch)
     adapter.zero_grad()
     return {
         "trainable_parameters": sum(p.numel() for p in adapter.parameters()),
@@ -359,25 +379,8 @@ def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
         "step_flops_per_screen": step / len(ids),
         "saved_bytes_per_screen": (kept - kept_by_backbone) / len(ids),
         "visual_fraction": visual / tokens,
-        # root mean square over visual tokens of ||Delta V_l||
-        "update_norms": {layer: out.square().sum(1).mean().sqrt().item() for layer, (_, out) in updates.items()},
+        "update_norms": norms,
     }
-
-
-def count_step(model: TinyVLM, batch: dict) -> tuple[int, int]:
-    """FLOPs of a forward and a backward pass as PyTorch counts them, and bytes kept from the first for the second."""
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    # of the attention kernels the counter knows on a CPU only this one
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**batch).loss
-        loss.backward()
-    return counter.get_total_flops(), sum(kept.values())
 
 
 # ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------
@@ -404,10 +407,6 @@ def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, tuple[
     return found
 
 
-def reply(model: TinyVLM, batch: dict) -> str:
-    return decode(model.generate(**batch, max_new_tokens=3)[0, batch["input_ids"].shape[1] :].tolist())
-
-
 def explain(cfg: Config) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
     if cfg.method != "image_lora":
@@ -415,14 +414,15 @@ def explain(cfg: Config) -> None:
     out, model = Path(cfg.out or "runs/explain"), load_base(cfg.device)
     out.mkdir(parents=True, exist_ok=True)
     drawn, features = prompts.seen(cfg.domain, "test", 4, model.device)
-    asked = list(dict(reversed(prompts.exam(drawn))).values())[::-1]  # the first target of each screen
-    questions = [prompts.question(sample["instruction"], features[[i]]) for i, sample in enumerate(asked)]
-    one, base_answers = questions[0], [reply(model, question) for question in questions]
-    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {asked[0]['instruction']}")
+    asked = [prompts.exam([screen])[0][1] for screen in drawn]  # the first target of each screen
+    instructions = [sample["instruction"] for sample in asked]
+    questions = [prompts.question(text, features[[i]]) for i, text in enumerate(instructions)]
+    one, base_answers = questions[0], prompts.answer(model, instructions, features)
+    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {instructions[0]}")
     station("", f"right answer {asked[0]['answer']} (a cell of 16 x 16), the base model's {base_answers[0]}")
 
     data = prompts.training_data(cfg, model.device)
-    batches = [prompts.batch_of(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
+    batches = prompts.probe_batches(cfg, data)
     scores = imagelora.score_heads(model, batches, seed=cfg.seed)
     station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line a layer, the largest = 1", imagelora.score_heads)
     for row in (scores / scores.max()).tolist():
@@ -458,12 +458,12 @@ def explain(cfg: Config) -> None:
     station("9 text", f"logits of {len(base_text)} prompts without an image: max change {change:g}")
     adapted = []  # rows, at every call of the adapter
     values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
-    tuned_answers = [reply(model, question) for question in questions]
-    station("10 decoding", f"rows adapted for {len(asked)} answers: {adapted}, at prefill", imagelora.VisualRows.find)
+    tuned_answers = prompts.answer(model, instructions, features)
+    station("10 decoding", f"rows adapted for {len(asked)} answers: {adapted}, in prefill", imagelora.VisualRows.find)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     (layer, head), looks = figures.where_it_looks(model, adapter, questions)
-    clicks = [[parse_point(answer) for answer in answers] for answers in (base_answers, tuned_answers)]
-    figures.save(figures.look(drawn, asked, looks, *clicks), out / "look.png")
+    picture = figures.look(drawn, asked, looks, base_answers, tuned_answers)
+    figures.save(picture, out / "look.png")
     station("12 picture", f"{out}/look.png: where head {head} of layer {layer} looks, the most focused one")
 
 

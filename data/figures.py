@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import replacing
 from data.screens import SIZE, is_hit
+from data.tokenizer import parse_point
 
 BLUE, ORANGE, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart (Okabe and Ito)
 K = 2  # pixels a unit of length, so that figures are sharp on dense displays
@@ -114,7 +115,7 @@ def where_it_looks(model, adapter, questions: list[dict]) -> tuple[tuple[int, in
 
 
 def look(screens: list, samples: list, weights: list, base: list, tuned: list) -> Image.Image:
-    """A row for each screen: where a head looks, by its weights [P], and the clicks, each before and after."""
+    """A row for each screen: where a head looks, by its weights [P], and the answers, each before and after."""
     side, gap = SIZE, 12
     image, draw, text = _canvas(4 * (side + gap) + gap, len(screens) * (side + 22) + 44)
     _legend(draw, text)
@@ -131,7 +132,7 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
             shade = (230 - 230 * (seen / seen.max()).sqrt()).byte().reshape(patches, patches).numpy()
             shade = Image.fromarray(shade).resize((side * K, side * K), Image.Resampling.NEAREST)
             image.paste("#101828", (x * K, y * K), shade)
-        _target(draw, places[3], y, sample["bbox"], before, after)
+        _target(draw, places[3], y, sample["bbox"], parse_point(before), parse_point(after))
         text(places[0], y + side + 8, sample["instruction"], 9)
     return image
 
@@ -139,3 +140,13 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
 def save(picture: Image.Image, path: Path) -> None:
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)
+
+
+def bars(scores: torch.Tensor, heads: dict) -> str:
+    """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
+    heights = (scores / scores.max().clamp(min=1e-30) * 8).ceil().int().tolist()
+    layers = []
+    for layer, row in enumerate(heights):
+        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
+        layers.append("".join(f"[{m}]" if head in heads.get(layer, []) else m for head, m in enumerate(marks)))
+    return " · ".join(layers)

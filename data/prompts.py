@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import screens
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
@@ -247,6 +249,10 @@ def batch_of(cfg, data: tuple[list[screens.Screen], Tensor], i: int):
     return batch | {"image_features": features[picks]}, boxes
 
 
+def probe_batches(cfg, data: tuple[list[screens.Screen], Tensor]) -> list[dict]:
+    return [batch_of(cfg, data, i)[0] for i in range(PROBE_BATCHES)]
+
+
 def measure(cfg, model) -> tuple[dict, list]:
     """The task's accuracy and what else the model can do: source screens, word problems, these after an image."""
     drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device)
@@ -272,7 +278,7 @@ def controls(cfg, model, base_given: list, tuned_given: list) -> dict:
     return found
 
 
-def all_scores(model, batches: list[dict]) -> dict[str, Tensor]:
+def all_scores(model, batches: list[dict]) -> dict[str, list]:
     """Head scores [L, H] of both probes and of the authors' release, the squared gradient of a gate on the values."""
     scores = {probe: score_heads(model, batches, probe=probe) for probe in ("rank1", "exact")}
     # a gate g on the values of head h: dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
@@ -282,4 +288,21 @@ def all_scores(model, batches: list[dict]) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(model(**batch).loss, weights)
         products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
         gates += products.unflatten(1, (gates.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
-    return scores | {"gate": gates.detach()}
+    scores["gate"] = gates.detach()
+    return {name: score.tolist() for name, score in scores.items()}
+
+
+def count_step(model, batch: dict) -> tuple[int, int]:
+    """FLOPs of a forward and a backward pass as PyTorch counts them, and bytes kept from the first for the second."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    # of the attention kernels the counter knows on a CPU only this one
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch).loss
+        loss.backward()
+    return counter.get_total_flops(), sum(kept.values())
