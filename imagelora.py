@@ -544,12 +544,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     *shape, mlp = args.shape or SHAPES[args.model]
     layers, D, H_q, H, d_h = shape
-    N, T, r, K = (
-        args.visual_tokens,
-        args.visual_tokens + args.text_tokens,
-        args.r,
-        args.num_heads or -(-layers * H // 2),
-    )
+    N, r, K = args.visual_tokens, args.r, args.num_heads or -(-layers * H // 2)
+    T = N + args.text_tokens
     if min(*shape, mlp, N, T + 1 - N, r, K) < 1 or K > layers * H:
         parser.error(f"sizes must be positive, and --num-heads in 1..{layers * H}")
     heads = select_heads(torch.ones(layers, H), K, tau=0)
