@@ -129,7 +129,7 @@ class ImageLoRA(nn.Module):
         model.image_lora = self
 
     def _replace_forward(self, module, function, *given):
-        # No hook: torch.compile guards on a forward, not on hooks; `finally` runs after Ctrl-C, too; and it is faster.
+        # No hook: torch.compile guards on a forward, not on hooks; Ctrl-C skips a hook after the call; this is faster.
         name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the one inside of accelerate's
         own = vars(module).get(name)
         of_class = own is None or getattr(own, "__func__", None) is type(module).forward
@@ -139,7 +139,7 @@ class ImageLoRA(nn.Module):
         self._replaced.append((module, name, own, ours))
 
     def disabled(self):
-        """A context in which no row is visual: the base model. A training step in it costs a step without the adapter.
+        """A context in which no row is visual: the base model. A training step in it costs what one without does.
 
         It is of the thread that enters it, as `torch.no_grad()`. Leave it after the backward pass, not before.
         """
@@ -286,7 +286,7 @@ TEXT = Call()
 
 
 class ThisThread(threading.local):
-    """What the thread that asks is in."""
+    """Of the thread that asks: its contexts and its call."""
 
     def __init__(self):
         self.enabled = True  # False: in disabled()
@@ -300,7 +300,7 @@ class VisualRows:
     model(input_ids)     call: finds the visual rows, and every v_proj asks rows_for(x)
     loss.backward()      gradient checkpointing runs layers again: rows_for(x) knows of which call
 
-    It knows by the number of the autograd node, which is a thread's own: with checkpointing, train in one thread only.
+    It knows by the numbers of autograd nodes, counted by thread: with checkpointing, train in one thread only.
     """
 
     def __init__(self, image_token_ids: set[int]):
@@ -312,7 +312,7 @@ class VisualRows:
 
     def call(self, adapter, forward, *args, **kwargs):
         """Runs in place of `model.forward`, which it calls."""
-        args = args[1:] if args and isinstance(args[0], nn.Module) else args  # accelerate binds what it unwraps anew
+        args = args[1:] if args and isinstance(args[0], nn.Module) else args  # accelerate passes the model itself first
         if not self.attached:
             return forward(*args, **kwargs)
         now, first = self.now, torch.autograd._get_sequence_nr()
@@ -336,7 +336,7 @@ class VisualRows:
         return output
 
     def find(self, *args, **kwargs) -> Call:
-        """The arguments of a call -> visual [B, T] bool -> its rows [N]."""
+        """The arguments of a call -> visual [B, T] bool -> the Call, with its rows [N]."""
         now, grad, visual = self.now, torch.is_grad_enabled(), None
         ids = kwargs.get("input_ids", args[0] if args else None)
         if not now.enabled:
@@ -534,7 +534,7 @@ SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size, MLP
 def main(arguments: list[str] | None = None) -> None:
     """What LoRA (q, k, v, o of all tokens) and Image-LoRA cost at the scale of real models.
 
-    The whole step is of the decoder layers, forward and back to all their inputs; no vision tower, no vocabulary.
+    The decoder's step is of its layers, forward and back to all their inputs; no vision tower, no vocabulary.
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="qwen2.5-vl-7b", choices=SHAPES)
@@ -552,14 +552,14 @@ def main(arguments: list[str] | None = None) -> None:
     parameters, ours = len(heads) * (D * r + 1) + K * r * d_h, image_lora_flops(N, D, d_h, heads, r)
     lora_parameters, lora = lora_costs(*shape, T, r)
     visual, values = lora_costs(*shape, N, r)[1], lora_costs(*shape, N, r, "v")[1]
-    # Frozen weights take part forward and back to their inputs; so do QK^T and PV, with two products each way back.
+    # Frozen weights take part forward and back to their inputs; so do QK^T and PV, each with two products back.
     step = layers * (4 * T * D * (2 * (H_q + H) * d_h + 3 * mlp) + 12 * T**2 * H_q * d_h)
     print(f"{N} visual and {T - N} text tokens, r = {r}, {K} of {layers * H} value heads")
     print(f"{'':38}{'LoRA':>16}{'Image-LoRA':>16}{'saved':>9}")
     for name, theirs, mine, form in (
         ("trainable parameters", lora_parameters, parameters, ","),
         ("adapter training FLOP a sequence", lora, ours, ","),
-        ("their share of the whole step", lora / (step + lora), ours / (step + ours), ".3%"),
+        ("their share of the decoder's step", lora / (step + lora), ours / (step + ours), ".3%"),
     ):
         print(f"{name:38}{theirs:16{form}}{mine:16{form}}{1 - mine / theirs:9.1%}")
     factors = visual / lora, values / visual, ours / values, ours / lora

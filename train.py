@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch what the paper says happen.
 
-    python train.py                  before, probe, select, train, after, cost: half a minute on two CPU cores
+    python train.py                  before, probe, select, train, after, cost: under a minute on two CPU cores
     python train.py --method lora    the same with standard LoRA (q, k, v, o of every layer, all tokens)
     python train.py --explain        a guided walk: one question through every step, tensor by tensor
     python train.py --pretrain       make a base model like data/tiny_vlm.pt from nothing
@@ -104,7 +104,7 @@ def run(cfg: Config) -> dict:
 
 
 def finetune(cfg: Config, out: Path | None = None) -> dict:
-    """before -> probe -> select -> attach -> train -> after -> cost; with `out` said, and saved there."""
+    """before -> probe -> select -> attach -> train -> after -> cost; with `out`, printed and saved there."""
     start, say = time.time(), print if out else lambda line: None
     model = load_base(cfg.device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -122,7 +122,7 @@ def finetune(cfg: Config, out: Path | None = None) -> dict:
     if cfg.method == "image_lora":
         scores = imagelora.score_heads(model, batches, seed=cfg.seed)
         heads = choose_heads(cfg, scores)
-        shown = f"{len(batches) * cfg.screens} screens:  {figures.bars(scores, heads)}"
+        shown = f"{len(batches)}×{cfg.screens} screens:  {figures.bars(scores, heads)}"
         say(f"probe    rank-1 influence of {scores.numel()} heads, {shown}")
         chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
         say(f"select   {sum(map(len, heads.values()))} of {scores.numel()} heads: {chosen}")
@@ -183,7 +183,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, out: Pat
         lr = cfg.lr * min((step + 1) / warm_up, 1 - step / cfg.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch, boxes = prompts.batch_of(cfg, data, prompts.PROBE_BATCHES + step)
+        batch, boxes = prompts.batch_of(cfg, data, prompts.PROBE_BATCHES + step)  # after the probe's
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             output = model(**batch)
         logits, loss = output.logits, output.loss
@@ -419,7 +419,7 @@ def explain(cfg: Config) -> None:
     questions = [prompts.question(text, features[[i]]) for i, text in enumerate(instructions)]
     one, base_answers = questions[0], prompts.answer(model, instructions, features)
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {instructions[0]}")
-    station("", f"right answer {asked[0]['answer']} (a cell of 16 x 16), the base model's {base_answers[0]}")
+    station("", f"right answer {asked[0]['answer']} (cells of a 16 x 16 grid), the base model's {base_answers[0]}")
 
     data = prompts.training_data(cfg, model.device)
     batches = prompts.probe_batches(cfg, data)
@@ -451,15 +451,16 @@ def explain(cfg: Config) -> None:
     station("6 M X", f"trained; rows adapted: {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
     norms = update.unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
     shown = "  ".join(f"{norm:.3f}{'*' * (head in heads[layer])}" for head, norm in enumerate(norms))
-    station("7 A B(h)", f"its norm by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
+    station("7 update", f"its norm by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
     queries, keys = ((now[name][1] - base[name][1]).abs().max() for name in "qk")
     station("8 looking", f"layer {lowest}: queries changed by {queries:g}, keys by {keys:g}: it looks where it looked")
     change = (prompts.text_logits(model) - base_text).abs().max()
     station("9 text", f"logits of {len(base_text)} prompts without an image: max change {change:g}")
-    adapted = []  # rows, at every call of the adapter
-    values.register_forward_pre_hook(lambda module, inputs: adapted.append(len(inputs[0])))
+    adapted = []  # rows, in each forward pass
+    model.register_forward_pre_hook(lambda module, inputs: adapted.append(0))
+    values.register_forward_pre_hook(lambda module, inputs: adapted.append(adapted.pop() + len(inputs[0])))
     tuned_answers = prompts.answer(model, instructions, features)
-    station("10 decoding", f"rows adapted for {len(asked)} answers: {adapted}, in prefill", imagelora.VisualRows.find)
+    station("10 decoding", f"rows adapted for {len(asked)} questions, by pass: {adapted}", imagelora.VisualRows.find)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     (layer, head), looks = figures.where_it_looks(model, adapter, questions)
     picture = figures.look(drawn, asked, looks, base_answers, tuned_answers)

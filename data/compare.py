@@ -315,6 +315,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         found["lowest"] = summary(part["lowest"], "all heads of, settings", LOWEST)
         found["correlation"] = correlations(part)
         regular = [row for row in domains["settings"] if row["name"] in (LORA, LORA_VALUE, IMAGE_LORA)]
+        part["probe"].sort(key=lambda row: row["num_heads"])
         part["regimes"] = regular + part["regimes"]
         part["prior"] = [row for row in shown if row["domain"] == "dark" and row["name"] != FROZEN] + part["prior"]
     for name, (of, *how) in PIVOTS.items():
