@@ -56,11 +56,12 @@ class ValueAdapter(nn.Module):
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
         super().__init__()
-        self.num_kv_heads, self.heads = num_kv_heads, heads
+        self.num_kv_heads = num_kv_heads
         self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
         self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))  # shared by the layer's heads
         self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))  # a block for each head
         self.gamma = nn.Parameter(torch.ones(1, device=device))  # of one element: FSDP shards no scalars
+        self.register_buffer("heads", torch.tensor(heads, device=device))  # [|S|], in the state_dict, too
         nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))  # uniform in +-1/sqrt(D), as PEFT's LoRA
 
     def forward(self, x_vis: Tensor) -> Tensor:
@@ -76,17 +77,17 @@ class ValueAdapter(nn.Module):
         M X is a gather of rows, not a product with M: nothing is computed for a text token. Without any row the values
         stay as they are, but every parameter gets a gradient (of zero), which data-parallel training needs.
         """
-        H, d_h = self.num_kv_heads, self.B.shape[2]
+        H, (S, _, d_h) = self.num_kv_heads, self.B.shape
         split = f"v_proj gave {value.shape[-1]} features, not {H} heads of {d_h}: are heads split over devices?"
         _require(value.shape[-1] == H * d_h, split, RuntimeError)
         # M X, without its zero rows
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h), put back into the rows it came from
-        if len(self.heads) == H:  # whole rows: one index per token instead of one per head, faster
+        if S == H:  # whole rows: one index per token instead of one per head, faster
             return value.flatten(0, -2).index_add(0, rows, delta).view_as(value)
         # In the values seen as [B * T * H, d_h], head h of token n is row n * H + h.
-        head_rows = torch.stack([rows * H + h for h in self.heads], dim=1).flatten()  # [N * |S|]
+        head_rows = (rows[:, None] * H + self.heads).flatten()  # [N * |S|]
         return value.reshape(-1, d_h).index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
 
@@ -98,20 +99,23 @@ def is_visual(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
 class ImageLoRA(nn.Module):
     """The adapters of a model, made by `attach` or `load`; `.parameters()` are exactly the trainable A, B and gamma.
 
-    As `model.image_lora` it moves with the model, and is in `model.state_dict()`. float32, whatever the model's type.
+    As `model.image_lora` it moves with the model, and is in `model.state_dict()`. float32, whatever type the model has
+    or is given.
     """
 
-    def __init__(self, model, r, lora_alpha, heads, normalize, state=None):
+    def __init__(self, model, r, lora_alpha, heads, normalize, state=None, head_counts=None):
         super().__init__()
         model = getattr(model, "_orig_mod", model)  # torch.compile's and PEFT's wrappers call the model inside them
         model = getattr(model, "get_base_model", lambda: model)()
-        values, image_token_ids, self.heads = _checked(model, r, lora_alpha, heads, normalize)
+        values, image_token_ids, heads = _checked(model, r, lora_alpha, heads, normalize)
         self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
         self.head_counts = [count for _, _, count in values]
+        other = f"it is of a model with {head_counts} value heads in its layers, this one has {self.head_counts}"
+        _require(head_counts in (None, self.head_counts), other)
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.visual = VisualRows(image_token_ids)
         self.layers = nn.ModuleDict()
-        for layer, selected in self.heads.items():
+        for layer, selected in heads.items():
             v_proj, d_h, H = values[layer]
             device = next((t.device for t in [*v_proj.parameters(), *v_proj.buffers()]), None)
             device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
@@ -137,6 +141,10 @@ class ImageLoRA(nn.Module):
         ours.__signature__ = inspect.signature(getattr(module, name))
         setattr(module, name, ours)
         self._replaced.append((module, name, own, ours))
+
+    @property
+    def heads(self) -> Heads:
+        return {int(layer): adapter.heads.tolist() for layer, adapter in self.layers.items()}
 
     def disabled(self):
         """A context in which no row is visual: the base model. A training step in it costs what one without does.
@@ -169,7 +177,10 @@ class ImageLoRA(nn.Module):
         return model
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the adapter in the layout of the authors' release, atomically. Raises ValueError on NaN."""
+        """Write the adapter in the layout of the authors' release, atomically; with FSDP, on all ranks at once.
+
+        Raises ValueError on NaN.
+        """
         layers = {layer: {} for layer in self.layers}
         for name, tensor in self.named_parameters():
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
@@ -178,8 +189,7 @@ class ImageLoRA(nn.Module):
             layers[layer][kind] = tensor.detach().cpu()[0 if kind == "gamma" else ...]
         content = {"model_name": self.model_name, "r": self.r, "alpha": float(self.lora_alpha), "layers": layers}
         content["kv_indices"] = {str(layer): selected for layer, selected in self.heads.items()}
-        if not self.normalize:
-            content["normalize"] = False  # a key of ours
+        content |= {"normalize": self.normalize, "head_counts": self.head_counts}  # keys of ours
         safe_save(content, path)
 
     def flops(self, num_visual_tokens: int) -> int:
@@ -191,6 +201,13 @@ class ImageLoRA(nn.Module):
         chosen, total = sum(map(len, self.heads.values())), sum(self.head_counts)
         count = sum(p.numel() for p in self.parameters())
         return f"{chosen} of {total} heads {self.heads}, r={self.r}, lora_alpha={self.lora_alpha}, {count:,} parameters"
+
+    def _apply(self, fn, recurse=True):
+        def moved(t):  # to another device, but to no narrower type: in bfloat16 small steps would be lost
+            new = fn(t)
+            return new if new.element_size() >= t.element_size() else t.to(new.device)
+
+        return super()._apply(moved, recurse)
 
     def forward(self, *args, **kwargs):
         raise RuntimeError("the adapter is no model; call, and give a Trainer, the model that it is attached to")
@@ -328,10 +345,11 @@ class VisualRows:
         if call.rows is not None and len(call.rows):
             replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, "
             replaced += "quantized) is not adapted: detach() first, then attach or load again"
-            _require(len(call.adapters) == len(adapter.heads), replaced, RuntimeError)
+            _require(len(call.adapters) == len(adapter.layers), replaced, RuntimeError)
         if call.grad and isinstance(getattr(output, "logits", None), Tensor):
             lost = not output.logits.requires_grad and any(p.requires_grad for p in adapter.parameters())
-            why = "no gradient reaches the adapter; re-entrant checkpointing needs model.enable_input_require_grads()"
+            why = "no gradient reaches the adapter: is this inference_mode(), or re-entrant checkpointing without "
+            why += "model.enable_input_require_grads()?"
             _require(not lost, why, RuntimeError)
         return output
 
@@ -363,7 +381,8 @@ class VisualRows:
             lost = "a checkpoint's forward is too long ago, of another thread or nested in another"
             _require(len(found) == 1, lost, RuntimeError)
             call = found[0]
-        alone = "called without the model that attach() adapted: call model(...) itself; or was its forward replaced?"
+        alone = "called without the model that attach() adapted: call that, or attach to the part that is called (by "
+        alone += "generate(), it may be) and give it a visual_mask(); or was its forward replaced?"
         _require(call is not None, alone, RuntimeError)
         if call.rows is None:
             return None
@@ -417,12 +436,12 @@ def _value_projections(model):
     for i, layer in enumerate(stacks[found]):
         name, attention = f"{found}.{i}.self_attn", getattr(layer, "self_attn", None)
         parts = ", ".join(child for child, _ in layer.named_children())
-        other = "cross-attention to images" if "cross" in parts else "a hybrid with layers that have no values"
+        other = "cross-attention to images" if "cross" in parts else "layers without it, as a hybrid has,"
         _require(attention is not None, f"there is no {name} but {parts}: {other} cannot be adapted")
         v_proj, d_h = getattr(attention, "v_proj", None), getattr(attention, "head_dim", None)
-        _require(v_proj is not None, f"{name} has no v_proj; a fused qkv projection has no value slice to adapt")
-        features = v_proj.out_features
-        _require(d_h and features % d_h == 0, f"{name}.head_dim is {d_h}, v_proj has {features} features")
+        _require(v_proj is not None, f"{name} has no v_proj; fused qkv or latent values cannot be adapted")
+        features = getattr(v_proj, "out_features", 0)
+        _require(d_h and features and features % d_h == 0, f"{name}.head_dim is {d_h}, v_proj has {features} features")
         later = [child for child, _ in attention.named_children() if child.startswith("v_") and child != "v_proj"]
         _require(not later, f"{name} changes its values after v_proj, in {later}; they cannot be adapted")
         values.append((v_proj, d_h, features // d_h))
@@ -438,7 +457,7 @@ def _checked(model, r, lora_alpha, heads, normalize):
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
     ids = {getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)}
-    _require(ids, "model.config has no image_token_id, so visual tokens cannot be told from text tokens")
+    _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the model in a wrapper")
     D = min(v_proj.in_features for v_proj, _, _ in values)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
     right = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
@@ -448,7 +467,7 @@ def _checked(model, r, lora_alpha, heads, normalize):
     heads = existing if heads is None else heads
     for layer, selected in heads.items():
         right = {type(n) for n in (layer, *selected)} == {int} and set(selected) <= set(existing.get(layer, ()))
-        wrong = f"layer {layer!r} of {len(values)} has no such heads, or one is named twice: {selected}"
+        wrong = f"layer {layer!r} of {len(values)} has no such heads, or not as integers named once: {selected}"
         _require(right and len(set(selected)) == len(selected), wrong)
     heads = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
     _require(heads, "no head is selected; name at least one")
@@ -485,13 +504,13 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         for layer, saved in content["layers"].items():
-            order = torch.tensor(heads[int(layer)]).argsort()  # the file's order of heads is its own, ours is sorted
-            state[f"layers.{layer}.A"] = saved["A"]
-            state[f"layers.{layer}.B"] = saved["B"][order]
-            state[f"layers.{layer}.gamma"] = saved["gamma"].reshape(1)
-        right = all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in state.values())
-        _require(right, "its tensors must be finite floating-point numbers")
-        return ImageLoRA(model, content["r"], content["alpha"], heads, content.get("normalize", True), state)
+            chosen, order = torch.tensor(heads[int(layer)]).sort()  # the file's order of heads is its own, ours sorted
+            tensors = {"A": saved["A"], "B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
+            right = all(t.is_floating_point() and t.float().isfinite().all() for t in tensors.values())
+            _require(right, "its tensors must be finite floating-point numbers")
+            state |= {f"layers.{layer}.{name}": t for name, t in (tensors | {"heads": chosen}).items()}
+        ours = content.get("normalize", True), state, content.get("head_counts")  # not in the authors' files
+        return ImageLoRA(model, content["r"], content["alpha"], heads, *ours)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{path} does not fit this model ({reason})") from None
