@@ -126,21 +126,10 @@ class ImageLoRA(nn.Module):
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.requires_grad_(False)
-        self._replaced = []  # (module, name of its forward, the one of its own that it had, if any, ours)
-        self._replace_forward(model, self.visual.call, self)
+        self._replaced = [_replace_forward(model, self.visual.call, self)]
         for layer, adapter in self.layers.items():
-            self._replace_forward(values[int(layer)][0], _adapted_values, self.visual, adapter)
+            self._replaced.append(_replace_forward(values[int(layer)][0], _adapted_values, self.visual, adapter))
         model.image_lora = self
-
-    def _replace_forward(self, module, function, *given):
-        # No hook: torch.compile guards on a forward, not on hooks; Ctrl-C skips a hook after the call; this is faster.
-        name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the one inside of accelerate's
-        own = vars(module).get(name)
-        of_class = own is None or getattr(own, "__func__", None) is type(module).forward
-        ours = partial(function, *given, partial(_forward_of_class, module) if of_class else own)
-        ours.__signature__ = inspect.signature(getattr(module, name))
-        setattr(module, name, ours)
-        self._replaced.append((module, name, own, ours))
 
     @property
     def heads(self) -> Heads:
@@ -401,6 +390,20 @@ class VisualRows:
             yield
         finally:
             vars(self.now).update(before)
+
+
+def _replace_forward(module, function, *given):
+    """Puts `function` in place of `module.forward`; returns (module, forward's name, the module's own if any, ours).
+
+    No hook: torch.compile guards on a forward, not on hooks; Ctrl-C skips a hook after the call; and this is faster.
+    """
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the one inside of accelerate's
+    own = vars(module).get(name)
+    of_class = own is None or getattr(own, "__func__", None) is type(module).forward
+    ours = partial(function, *given, partial(_forward_of_class, module) if of_class else own)
+    ours.__signature__ = inspect.signature(getattr(module, name))
+    setattr(module, name, ours)
+    return module, name, own, ours
 
 
 def _forward_of_class(module, *args, **kwargs):
