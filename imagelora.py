@@ -294,7 +294,7 @@ TEXT = Call()
 class ThisThread(threading.local):
     """Of the thread that asks: its contexts and its call."""
 
-    def __init__(self):
+    def __init__(self):  # no defaults of the class: torch.compile would not notice their change
         self.enabled = True  # False: in disabled()
         self.mask = None  # [B, T]: in visual_mask()
         self.call = None
