@@ -67,6 +67,9 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
     for budget in (4, 10, 1):
         for choice in CHOICES:
             add("probe", choice, num_heads=budget, heads=choice)
+    for tau in (0.0, 0.5, 1.0, 4.0):
+        for domain in ("settings", "row"):
+            add("tau", f"τ = {tau:g}", domain=domain, tau=tau)
     for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
         for lr in rates:
             add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
@@ -261,6 +264,8 @@ KFLOP, WORD_PROBLEMS, NAMES = BESIDE["adapter kFLOP"], BESIDE["word problems %"]
 UPDATE = lambda rows: f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"  # noqa: E731
 PIVOTS = {  # table -> part, title, what a line and a column have in common, cells
     "probe": ("probe", "settings, click % by choice of heads", "{name}", "K = {num_heads}", percent),
+    "tau": ("tau", "click %, K = 10", "{name}", "{domain}", percent),
+    "tau costs": ("tau", "adapter kFLOP a screen, K = 10", "{name}", "{domain}", KFLOP),
     "single": ("single", "settings, click % of one head", "{name}", "head {heads_from[2]}", percent),
     "click": ("rates", "LoRA, settings, click %", "{name}", "lr {lr:g}", percent),
     "word problems": ("rates", "LoRA, settings, word problems %", "{name}", "lr {lr:g}", WORD_PROBLEMS),
