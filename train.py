@@ -451,7 +451,7 @@ def explain(cfg: Config) -> None:
     station("6 M X", f"trained; rows adapted: {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
     norms = update.unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
     shown = "  ".join(f"{norm:.3f}{'*' * (head in heads[layer])}" for head, norm in enumerate(norms))
-    station("7 update", f"its norm by head of layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
+    station("7 update", f"norm over rows by head, layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
     queries, keys = ((now[name][1] - base[name][1]).abs().max() for name in "qk")
     station("8 looking", f"layer {lowest}: queries changed by {queries:g}, keys by {keys:g}: it looks where it looked")
     change = (prompts.text_logits(model) - base_text).abs().max()
