@@ -136,7 +136,7 @@ class ImageLoRA(nn.Module):
         return {int(layer): adapter.heads.tolist() for layer, adapter in self.layers.items()}
 
     def disabled(self):
-        """A context in which no row is visual: the base model. A training step in it costs the adapter's FLOPs less.
+        """A context in which no row is visual: the base model. A training step in it saves the adapter's FLOPs.
 
         It is of the thread that enters it, as `torch.no_grad()`. Leave it after the backward pass, not before.
         """
