@@ -61,7 +61,8 @@ class ValueAdapter(nn.Module):
         self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))  # shared by the layer's heads
         self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))  # a block for each head
         self.gamma = nn.Parameter(torch.ones(1, device=device))  # of one element: FSDP shards no scalars
-        self.register_buffer("heads", torch.tensor(heads, device=device))  # [|S|], in the state_dict, too
+        selected = [head in heads for head in range(num_kv_heads)]
+        self.register_buffer("selected", torch.tensor(selected, device=device))  # [H]: S, as a state_dict carries it
         nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))  # uniform in +-1/sqrt(D), as PEFT's LoRA
 
     def forward(self, x_vis: Tensor) -> Tensor:
@@ -87,8 +88,16 @@ class ValueAdapter(nn.Module):
         if S == H:  # whole rows: one index per token instead of one per head, faster
             return value.flatten(0, -2).index_add(0, rows, delta).view_as(value)
         # In the values seen as [B * T * H, d_h], head h of token n is row n * H + h.
-        head_rows = (rows[:, None] * H + self.heads).flatten()  # [N * |S|]
+        heads = (~self.selected).byte().argsort(stable=True)[:S]  # unlike nonzero() it does not wait for a GPU
+        head_rows = (rows[:, None] * H + heads).flatten()  # [N * |S|]
         return value.reshape(-1, d_h).index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
+
+    def _apply(self, fn, recurse=True):
+        def moved(t):  # to another device, but to no type in which small steps would be lost
+            new = fn(t)
+            return t.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
+
+        return super()._apply(moved, recurse)
 
 
 def is_visual(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
@@ -99,8 +108,8 @@ def is_visual(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
 class ImageLoRA(nn.Module):
     """The adapters of a model, made by `attach` or `load`; `.parameters()` are exactly the trainable A, B and gamma.
 
-    As `model.image_lora` it moves with the model, and is in `model.state_dict()`. float32, whatever type the model has
-    or is given.
+    As `model.image_lora` it moves with the model, and is in `model.state_dict()` (but for lora_alpha and normalize).
+    float32, whatever type the model has or is given.
     """
 
     def __init__(self, model, r, lora_alpha, heads, normalize, state=None, head_counts=None):
@@ -122,7 +131,7 @@ class ImageLoRA(nn.Module):
             sizes = v_proj.in_features, d_h, H
             self.layers[str(layer)] = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, device)
         if state is not None:
-            self.load_state_dict(state)
+            self.load_state_dict({k: t for k, t in self.state_dict().items() if k.endswith("selected")} | state)
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.requires_grad_(False)
@@ -133,7 +142,7 @@ class ImageLoRA(nn.Module):
 
     @property
     def heads(self) -> Heads:
-        return {int(layer): adapter.heads.tolist() for layer, adapter in self.layers.items()}
+        return {int(layer): a.selected.nonzero().flatten().tolist() for layer, a in self.layers.items()}
 
     def disabled(self):
         """A context in which no row is visual: the base model. A training step in it saves the adapter's FLOPs.
@@ -166,16 +175,17 @@ class ImageLoRA(nn.Module):
         return model
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the adapter in the layout of the authors' release, atomically; with FSDP, on all ranks at once.
+        """Write the adapter in the layout of the authors' release, atomically; with FSDP2, on all ranks at once.
 
         Raises ValueError on NaN.
         """
         layers = {layer: {} for layer in self.layers}
-        for name, tensor in self.named_parameters():
+        for name, tensor in self.state_dict().items():  # parameters() may be FSDP's copies in bfloat16
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
             _require(tensor.isfinite().all(), f"{name} is not finite; the adapter is not saved")
             _, layer, kind = name.split(".")
-            layers[layer][kind] = tensor.detach().cpu()[0 if kind == "gamma" else ...]
+            if kind != "selected":
+                layers[layer][kind] = tensor.detach().cpu()[0 if kind == "gamma" else ...]
         content = {"model_name": self.model_name, "r": self.r, "alpha": float(self.lora_alpha), "layers": layers}
         content["kv_indices"] = {str(layer): selected for layer, selected in self.heads.items()}
         content |= {"normalize": self.normalize, "head_counts": self.head_counts}  # keys of ours
@@ -187,16 +197,10 @@ class ImageLoRA(nn.Module):
         return image_lora_flops(num_visual_tokens, first.A.shape[0], first.B.shape[2], self.heads, self.r)
 
     def extra_repr(self) -> str:
-        chosen, total = sum(map(len, self.heads.values())), sum(self.head_counts)
-        count = sum(p.numel() for p in self.parameters())
-        return f"{chosen} of {total} heads {self.heads}, r={self.r}, lora_alpha={self.lora_alpha}, {count:,} parameters"
-
-    def _apply(self, fn, recurse=True):
-        def moved(t):  # to another device, but to no narrower type: in bfloat16 small steps would be lost
-            new = fn(t)
-            return new if new.element_size() >= t.element_size() else t.to(new.device)
-
-        return super()._apply(moved, recurse)
+        chosen, total = sum(len(a.B) for a in self.layers.values()), sum(self.head_counts)
+        count, meta = sum(p.numel() for p in self.parameters()), any(p.is_meta for p in self.parameters())
+        heads = "on meta" if meta else self.heads
+        return f"{chosen} of {total} heads {heads}, r={self.r}, lora_alpha={self.lora_alpha}, {count:,} parameters"
 
     def forward(self, *args, **kwargs):
         raise RuntimeError("the adapter is no model; call, and give a Trainer, the model that it is attached to")
@@ -507,11 +511,11 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         for layer, saved in content["layers"].items():
-            chosen, order = torch.tensor(heads[int(layer)]).sort()  # the file's order of heads is its own, ours sorted
+            order = torch.tensor(heads[int(layer)]).argsort()  # the file's order of heads is its own, ours is sorted
             tensors = {"A": saved["A"], "B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
             right = all(t.is_floating_point() and t.float().isfinite().all() for t in tensors.values())
             _require(right, "its tensors must be finite floating-point numbers")
-            state |= {f"layers.{layer}.{name}": t for name, t in (tensors | {"heads": chosen}).items()}
+            state |= {f"layers.{layer}.{name}": t for name, t in tensors.items()}
         ours = content.get("normalize", True), state, content.get("head_counts")  # not in the authors' files
         return ImageLoRA(model, content["r"], content["alpha"], heads, *ours)
     except Exception as error:

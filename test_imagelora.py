@@ -261,9 +261,14 @@ def test_a_state_dict_carries_the_heads_too_and_a_narrower_type_is_the_models_al
     attach(other, heads={0: [2], 2: [1, 2]})
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(**EARLY).logits, expected) and other.image_lora.heads == adapter.heads
+    other.load_state_dict({name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()})  # averaged
+    torch.testing.assert_close(other(**EARLY).logits, expected)
+    with pytest.raises(RuntimeError, match="size mismatch for layers.0.selected"):
+        attach(tiny_vlm(num_key_value_heads=6), heads=adapter.heads).load_state_dict(adapter.state_dict())
     assert v_proj(model.bfloat16(), 0).weight.dtype == torch.bfloat16
     assert all(map(torch.equal, adapter.parameters(), trained))
-    assert model.double().image_lora.layers["0"].A.dtype == torch.double
+    assert model.double().image_lora.layers["0"].A.dtype == torch.double != model.float().image_lora.layers["0"].A.dtype
+    assert "on meta" in repr(model.to("meta"))
 
 
 # 4. Which heads: the probe and the budget
