@@ -198,8 +198,8 @@ class ImageLoRA(nn.Module):
 
     def extra_repr(self) -> str:
         chosen, total = sum(len(a.B) for a in self.layers.values()), sum(self.head_counts)
-        count, meta = sum(p.numel() for p in self.parameters()), any(p.is_meta for p in self.parameters())
-        heads = "on meta" if meta else self.heads
+        count = sum(p.numel() for p in self.parameters())
+        heads = "on meta" if any(p.is_meta for p in self.parameters()) else self.heads
         return f"{chosen} of {total} heads {heads}, r={self.r}, lora_alpha={self.lora_alpha}, {count:,} parameters"
 
     def forward(self, *args, **kwargs):
@@ -512,10 +512,11 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         for layer, saved in content["layers"].items():
             order = torch.tensor(heads[int(layer)]).argsort()  # the file's order of heads is its own, ours is sorted
-            tensors = {"A": saved["A"], "B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
-            right = all(t.is_floating_point() and t.float().isfinite().all() for t in tensors.values())
-            _require(right, "its tensors must be finite floating-point numbers")
-            state |= {f"layers.{layer}.{name}": t for name, t in tensors.items()}
+            state[f"layers.{layer}.A"] = saved["A"]
+            state[f"layers.{layer}.B"] = saved["B"][order]
+            state[f"layers.{layer}.gamma"] = saved["gamma"].reshape(1)
+        right = all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in state.values())
+        _require(right, "its tensors must be finite floating-point numbers")
         ours = content.get("normalize", True), state, content.get("head_counts")  # not in the authors' files
         return ImageLoRA(model, content["r"], content["alpha"], heads, *ours)
     except Exception as error:

@@ -64,7 +64,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
             add("ladder", name, 1 if cfg.quick or name == FROZEN else cfg.seeds, domain=domain, **settings)
     if cfg.quick:
         return [{"lr": 0.01} | job for job in jobs]
-    for budget in (4, 10, 1):
+    for budget in (1, 4, 10):
         for choice in CHOICES:
             add("probe", choice, num_heads=budget, heads=choice)
     for tau in (0.0, 0.5, 1.0, 4.0):
@@ -320,7 +320,6 @@ def tables(rows: list[dict]) -> dict[str, str]:
         found["lowest"] = summary(part["lowest"], "all heads of, settings", LOWEST)
         found["correlation"] = correlations(part)
         regular = [row for row in domains["settings"] if row["name"] in (LORA, LORA_VALUE, IMAGE_LORA)]
-        part["probe"].sort(key=lambda row: row["num_heads"])
         part["regimes"] = regular + part["regimes"]
         part["prior"] = [row for row in shown if row["domain"] == "dark" and row["name"] != FROZEN] + part["prior"]
     for name, (of, *how) in PIVOTS.items():

@@ -1,4 +1,4 @@
-"""Pictures, drawn with Pillow: clicks on screens, and where a head looks."""
+"""Pictures, drawn with Pillow: clicks on screens, and where a head looks; and a bar chart in text."""
 
 from pathlib import Path
 from unittest.mock import patch
