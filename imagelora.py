@@ -112,15 +112,13 @@ class ImageLoRA(nn.Module):
     float32, whatever type the model has or is given.
     """
 
-    def __init__(self, model, r, lora_alpha, heads, normalize, state=None, head_counts=None):
+    def __init__(self, model, r, lora_alpha, heads, normalize):
         super().__init__()
         model = getattr(model, "_orig_mod", model)  # torch.compile's and PEFT's wrappers call the model inside them
         model = getattr(model, "get_base_model", lambda: model)()
         values, image_token_ids, heads = _checked(model, r, lora_alpha, heads, normalize)
         self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
         self.head_counts = [count for _, _, count in values]
-        other = f"it is of a model with {head_counts} value heads in its layers, this one has {self.head_counts}"
-        _require(head_counts in (None, self.head_counts), other)
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.visual = VisualRows(image_token_ids)
         self.layers = nn.ModuleDict()
@@ -130,8 +128,7 @@ class ImageLoRA(nn.Module):
             device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
             sizes = v_proj.in_features, d_h, H
             self.layers[str(layer)] = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, device)
-        if state is not None:
-            self.load_state_dict({k: t for k, t in self.state_dict().items() if k.endswith("selected")} | state)
+        self.register_load_state_dict_post_hook(_check_loaded)
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.requires_grad_(False)
@@ -481,6 +478,13 @@ def _checked(model, r, lora_alpha, heads, normalize):
     return values, ids, heads
 
 
+def _check_loaded(adapter, keys):
+    """Runs after every load_state_dict(), as a Trainer passes strict=False to it."""
+    right = not any(key.endswith(".selected") for key in keys.unexpected_keys)
+    right = right and all(a.selected.is_meta or a.selected.sum() == len(a.B) for a in adapter.layers.values())
+    _require(right, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
+
+
 def safe_save(content: dict, path: str | os.PathLike) -> None:
     """`torch.save` beside `path`, then moved into place: a killed save leaves the old file."""
     buffer, beside = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
@@ -507,7 +511,7 @@ def safe_load(path: str | os.PathLike) -> dict:
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     """Attach the adapter in `path`, ours or the authors'. ValueError, the model untouched, where it does not fit."""
-    content, state = safe_load(path), {}
+    content, state, adapter = safe_load(path), {}, None
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         for layer, saved in content["layers"].items():
@@ -517,9 +521,15 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
             state[f"layers.{layer}.gamma"] = saved["gamma"].reshape(1)
         right = all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in state.values())
         _require(right, "its tensors must be finite floating-point numbers")
-        ours = content.get("normalize", True), state, content.get("head_counts")  # not in the authors' files
-        return ImageLoRA(model, content["r"], content["alpha"], heads, *ours)
+        adapter = attach(model, content["r"], content["alpha"], heads, content.get("normalize", True))
+        counts = content.get("head_counts", adapter.head_counts)  # like normalize, not in the authors' files
+        other = f"it is of a model with {counts} value heads in its layers, this one has {adapter.head_counts}"
+        _require(counts == adapter.head_counts, other)
+        adapter.load_state_dict({k: t for k, t in adapter.state_dict().items() if k.endswith("selected")} | state)
+        return adapter
     except Exception as error:
+        if adapter:
+            adapter.detach()
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{path} does not fit this model ({reason})") from None
 
