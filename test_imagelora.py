@@ -14,7 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -737,14 +737,13 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(refer, 
 
 
 def test_word_problems_of_the_test_are_new_sentence_pairs_and_new_numbers():
-    seen = {}
+    new, known = set(), set()
     for split in SPLITS:
         texts = [word_problem(split, i)["instruction"].partition(" has ")[2] for i in range(600)]
-        sentences = {re.sub(r"\d+", "", text.partition(" then ")[2]) for text in texts}
-        numbers = {tuple(found) for found in (re.findall(r"\d+", text) for text in texts) if len(found) == 3}
-        seen[split] = sentences | numbers
-    new = seen.pop("test")
-    assert len(seen) == 3 and not new & set().union(*seen.values())
+        seen = new if split == "test" else known
+        seen |= {re.sub(r"\d+", "", text.partition(" then ")[2]) for text in texts}
+        seen |= {tuple(found) for found in (re.findall(r"\d+", text) for text in texts) if len(found) == 3}
+    assert new and not new & known
 
 
 def test_the_best_constant_and_the_best_offset_are_those_that_hit_most():
@@ -756,9 +755,8 @@ def test_the_best_constant_and_the_best_offset_are_those_that_hit_most():
 
 # 9. The main job and the comparison
 def test_the_controls_of_the_probe_are_what_they_are_called():
-    scores, chosen = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0, 6, 0.1]]), {}
-    for heads in train.HEADS:
-        chosen[heads] = train.choose_heads(train.Config(heads=heads, num_heads=5, tau=1.0), scores)
+    scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0, 6, 0.1]])
+    chosen = {kind: train.choose_heads(train.Config(heads=kind, num_heads=5, tau=1.0), scores) for kind in train.HEADS}
     budget = {layer: len(heads) for layer, heads in chosen["top"].items()}
     assert budget == {layer: len(heads) for layer, heads in chosen["matched"].items()} and len(budget) > 1
     assert chosen["top"] == select_heads(scores, 5, 1.0) != chosen["matched"]
@@ -768,17 +766,15 @@ def test_the_controls_of_the_probe_are_what_they_are_called():
 
 @pytest.fixture
 def small_base(monkeypatch, tmp_path):
-    """train.py in an empty directory, on a small base with random weights."""
+    """train.py in a directory of its own, on a small base with random weights."""
     model = tiny_vlm(**SMALL)
     torch.save({"config": asdict(model.config), "state": model.state_dict()}, tmp_path / "base.pt")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "BASE", tmp_path / "base.pt")
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
+    monkeypatch.setattr(prompts, "seen", cache(prompts.seen.__wrapped__))
     torch.set_num_threads(1)
-    prompts.seen.cache_clear()
-    yield model
-    prompts.seen.cache_clear()
+    return model
 
 
 def command(line: str | list[str], capsys) -> tuple[int, str, str]:
@@ -829,15 +825,13 @@ def test_the_main_job_prints_and_writes_what_it_says_and_a_row_is_the_same_run(s
 
 def test_ctrl_c_says_how_to_go_on_and_that_ends_in_the_same_last_digit(small_base, monkeypatch, capsys):
     def interrupted(cfg, used, i, batch_of=prompts.batch_of):
-        if i == prompts.PROBE_BATCHES + 25:
+        if (cfg.out, cfg.resume, i) == ("cut", False, prompts.PROBE_BATCHES + 25):
             raise KeyboardInterrupt
         return batch_of(cfg, used, i)
 
-    options = [*OPTIONS, "--steps=30"]
-    assert command([*options, "--out=whole"], capsys)[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(prompts, "batch_of", interrupted)
-        status, printed, _ = command([*options, "--out=cut"], capsys)
+    monkeypatch.setattr(prompts, "batch_of", interrupted)
+    assert command([*OPTIONS, "--steps=30", "--out=whole"], capsys)[0] == 0
+    status, printed, _ = command([*OPTIONS, "--steps=30", "--out=cut"], capsys)
     assert status == 130 and not Path("cut/metrics.json").exists()
     go_on = re.search(r"^stopped; go on with: python train.py (.*)$", printed, re.M)[1]
     assert command(f"{go_on} --lr=0.1", capsys)[2].endswith("with other settings; lr is 0.1 here")
@@ -856,20 +850,18 @@ def test_a_loss_that_is_not_finite_ends_with_1_the_step_and_a_hint_and_the_last_
 BAD = ["--domain=marble", "--method=magic", "--device=abacus", "--what=1", "--steps=many", "--seed=-1", "--tau=inf"]
 BAD += [f"{name}=0" for name in ("--r", "--num-heads", "--steps", "--screens", "--questions", "--test-screens")]
 BAD += ["--num-heads=5", "--r=33", "--seed=1" + 30 * "0", "--lr=nan", "--lr=-1", "--lora-alpha=inf", "--heads=best"]
-BAD += ["--heads=0:9", "--heads=0:1,1", "--out=/dev/null/x", "--out=a_file", "extra"]
-BAD += ["--pretrain --steps=0", "--pretrain --lr=nan", "--pretrain --out=nowhere/base.pt", "--compare --out=a_file"]
-BAD += ["--compare --seeds=0", "--explain --pretrain", "--explain --method=lora"]
-BAD += ["--compare --out=foreign"] + ["--device=cuda"] * (not torch.cuda.is_available())
+BAD += ["--heads=0:9", "--heads=0:1,1", "--out=/dev/null/x", "--out=base.pt", "extra", "--explain --method=lora"]
+BAD += ["--pretrain --steps=0", "--pretrain --lr=nan", "--pretrain --out=nowhere/base.pt", "--explain --pretrain"]
+BAD += ["--compare --seeds=0", "--compare --out=base.pt", "--compare --out=."]
+BAD += ["--device=cuda"] * (not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_the_command_cannot_do_is_one_sentence_and_writes_nothing(bad, small_base, capsys):
-    Path("a_file").touch()
-    Path("foreign").mkdir()
-    Path("foreign/compare.json").write_text('[{"part": "ladder"}]')  # no comparison
+    Path("compare.json").write_text('[{"part": "ladder"}]')  # no comparison
     status, _, error = command(bad if re.match("--(pretrain|compare)", bad) else [*OPTIONS, *bad.split()], capsys)
     assert status == 2 and "error: " in error and len(error) < 300, error
-    assert {path.name for path in Path().rglob("*") if path.is_file()} == {"a_file", "compare.json"}
+    assert {path.name for path in Path().rglob("*") if path.is_file()} == {"base.pt", "compare.json"}
 
 
 def test_the_comparison_stops_goes_on_and_runs_nothing_twice(small_base, monkeypatch, capsys):
@@ -921,9 +913,8 @@ def blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=["README", "data/README"])
 def test_commands_links_and_figures_of_a_page_exist(page, monkeypatch):
-    monkeypatch.setattr(train, "main_job", lambda cfg: None)
-    for mode, (config, _) in train.MODES.items():
-        monkeypatch.setitem(train.MODES, mode, (config, lambda cfg: None))
+    idle = {mode: (config, lambda cfg: None) for mode, (config, _) in train.MODES.items()}
+    monkeypatch.setattr(train, "MODES", idle | {"": (train.Config, lambda cfg: None)})
     commands = re.findall(r"\bpython (?:-m )?([a-z]\S+)(.*)", "\n".join(blocks(page)))
     for name, options in commands:
         assert name == "tune.py," or (ROOT / (name.removesuffix(".py").replace(".", "/") + ".py")).exists()
@@ -1114,8 +1105,7 @@ def test_the_example_of_readme_trains_on_two_processes_as_on_one_goes_on_and_ans
     script = next(block for block in blocks(PAGES[0]) if block.startswith("# tune.py:"))
     script = script.replace("llava-hf/llava-1.5-7b-hf", "llava")
     script = script.replace("save_steps=100", "save_steps=2").replace("warmup_steps=20", "warmup_steps=0")
-    script += '\nadapter.save(f"rank{args.process_index}.pt")\n'
-    script += 'torch.save(dict(collate(examples[:2])), f"batch{args.process_index}.pt")\n'
+    script += '\ntorch.save([adapter.state_dict(), dict(collate(examples[:2]))], f"rank{args.process_index}.pt")\n'
     Path("tune.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tune.py"]
 
@@ -1127,10 +1117,9 @@ def test_the_example_of_readme_trains_on_two_processes_as_on_one_goes_on_and_ans
         return imagelora.safe_load("adapter.pt")["layers"]
 
     kept = launch(torchrun)
-    for rank in (0, 1):
-        torch.testing.assert_close(imagelora.safe_load(f"rank{rank}.pt")["layers"], kept, rtol=0, atol=0)
+    (first, batch), (second, _) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert all(saved["B"].any() and saved["B"].dtype == torch.float32 for saved in kept.values())
-    batch = torch.load("batch0.pt", weights_only=True)
     assert batch["labels"].tolist() == [[-100] * 7 + [4, 5, 2]] * 2  # a cat </s>
     assert batch["input_ids"].eq(PICTURE).sum(1).tolist() == [4, 0]
     written = Path("run/checkpoint-2/trainer_state.json").stat().st_mtime_ns
