@@ -250,13 +250,16 @@ def test_only_the_adapter_is_trained():
 def test_a_state_dict_carries_the_heads_too_and_a_narrower_type_is_the_models_alone():
     adapter, other = attach_trained(model := tiny_vlm(), heads={0: [1], 2: [0, 2]}), tiny_vlm()
     expected, trained = model(**EARLY).logits, [p.clone() for p in adapter.parameters()]
-    attach(other, heads={0: [2], 2: [1, 2]})
+    attach_trained(other, heads={0: [2], 2: [1, 2]})
+    union = {name: (t + other.state_dict()[name]) / 2 for name, t in model.state_dict().items()}  # of their heads
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(**EARLY).logits, expected) and other.image_lora.heads == adapter.heads
     other.load_state_dict({name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()})  # averaged
     torch.testing.assert_close(other(**EARLY).logits, expected)
-    with pytest.raises(RuntimeError, match="size mismatch for layers.0.selected"):
-        attach(tiny_vlm(num_key_value_heads=6), heads=adapter.heads).load_state_dict(adapter.state_dict())
+    wider, lower = attach(tiny_vlm(num_key_value_heads=6), heads=adapter.heads), attach(tiny_vlm(), heads={0: [1]})
+    for each, wrong in ((other, union), (wider, adapter.state_dict()), (lower, adapter.state_dict())):
+        with pytest.raises(RuntimeError, match="in other layers or heads|size mismatch for layers.0.selected"):
+            each.load_state_dict(wrong, strict=False)
     assert v_proj(model.bfloat16(), 0).weight.dtype == torch.bfloat16
     assert all(map(torch.equal, adapter.parameters(), trained))
     assert model.double().image_lora.layers["0"].A.dtype == torch.double != model.float().image_lora.layers["0"].A.dtype
