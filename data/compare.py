@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data import check_options, option, progress, replacing
+from data.screens import PAIRED
 
 LADDER = {  # projections · tokens · heads of what is trained -> settings
     "none · frozen": {"method": "none", "lr": 0.0},
@@ -200,6 +201,10 @@ def number(rows: list[dict], name: str, unit: float = 1, digits: int = 0) -> str
     return f"{mean(rows, name) / unit:,.{digits}f}" if all(name in row for row in rows) else ""
 
 
+def on_settings(cell):
+    return lambda rows: cell([row for row in rows if row["domain"] == "settings"])
+
+
 def grouped(rows: list[dict], name: str) -> dict:
     """Rows by a field, in order of appearance."""
     groups = {}
@@ -208,38 +213,18 @@ def grouped(rows: list[dict], name: str) -> dict:
     return groups
 
 
-def table(title: str, lines: dict[str, dict[str, str]]) -> str:
-    """A Markdown table of {line: {column: cell}}, its title above the first column."""
-    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
-    body = [[line, *(cells.get(column, "") for column in columns)] for line, cells in lines.items()]
-    rows = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1), *body]
-    return "\n".join(f"|{'|'.join(row)}|" for row in rows)
-
-
-def pivot(rows: list[dict], title: str, line: str, column: str, cell=percent) -> str:
-    """Cells of the rows that agree in both texts; `line` and `column` are texts with {fields} of a row."""
-    lines = {}
-    for row in rows:
-        lines.setdefault(line.format(**row), {}).setdefault(column.format(**row), []).append(row)
-    return table(title, {name: {key: cell(group) for key, group in cells.items()} for name, cells in lines.items()})
-
-
-def summary(rows: list[dict], title: str, columns: dict, by: str = "name") -> str:
-    """A line for each value of a field, its cells made by {column: function of the line's rows}."""
-    lines = grouped(rows, by).items()
-    return table(title, {name: {column: cell(group) for column, cell in columns.items()} for name, group in lines})
-
-
 FLOPS = "adapter_flops_per_screen"
+KFLOP, WORD_PROBLEMS = partial(number, name=FLOPS, unit=1e3), partial(percent, name="word_problem_acc")
 BESIDE = {  # what else changes
     "parameters": partial(number, name="trainable_parameters"),
-    "adapter kFLOP": partial(number, name=FLOPS, unit=1e3),
+    "adapter kFLOP": KFLOP,
     "source %": partial(percent, name="source_acc"),
-    "word problems %": partial(percent, name="word_problem_acc"),
+    "word problems %": WORD_PROBLEMS,
     "after an image %": partial(percent, name="word_problem_after_image_acc"),
     "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
     "lr": lambda rows: f"{rows[0]['lr']:g}",
 }
+OVERVIEW = ("parameters", "adapter kFLOP", "source %", "word problems %", "text logits")
 CLICKS = {"click %": percent, "words": partial(percent, name="text_acc"), "icons": partial(percent, name="icon_acc")}
 CONTROLS = {
     "click %": percent,
@@ -250,7 +235,7 @@ CONTROLS = {
     "no point, of": lambda rows: f"{number(rows, 'wrong_format_num')} of {rows[0]['num_total']:,}",
 }
 STEP = {
-    "adapter kFLOP a screen": partial(number, name=FLOPS, unit=1e3),
+    "adapter kFLOP a screen": KFLOP,
     "counted": partial(number, name="counted_flops_per_screen", unit=1e3),
     "of the whole step": lambda rows: f"{mean(rows, FLOPS) / mean(rows, 'step_flops_per_screen'):.2%}",
     "kept for the backward pass, KiB a screen": partial(number, name="saved_bytes_per_screen", unit=1024),
@@ -260,69 +245,71 @@ LOWEST = {
     "whole step, MFLOP a screen": partial(number, name="step_flops_per_screen", unit=1e6, digits=1),
     "ms a step": partial(number, name="step_ms", digits=1),
 }
-KFLOP, WORD_PROBLEMS, NAMES = BESIDE["adapter kFLOP"], BESIDE["word problems %"], partial(percent, name="name_acc")
-UPDATE = lambda rows: f"{np.mean([row['update_norms']['0'] for row in rows]):.2f}"  # noqa: E731
-PIVOTS = {  # table -> part, title, what a line and a column have in common, cells
-    "probe": ("probe", "settings, click % by choice of heads", "{name}", "K = {num_heads}", percent),
-    "tau": ("tau", "click %, K = 10", "{name}", "{domain}", percent),
-    "tau costs": ("tau", "adapter kFLOP a screen, K = 10", "{name}", "{domain}", KFLOP),
-    "single": ("single", "settings, click % of one head", "{name}", "head {heads_from[2]}", percent),
-    "click": ("rates", "LoRA, settings, click %", "{name}", "lr {lr:g}", percent),
-    "word problems": ("rates", "LoRA, settings, word problems %", "{name}", "lr {lr:g}", WORD_PROBLEMS),
-    "referring": ("referring", "names right, %", "{name}", "{domain}", NAMES),
-    "regimes": ("regimes", "settings, click %", "{name}", "after {history} word problems", percent),
-    "regime costs": ("regimes", "settings, adapter kFLOP a screen", "{name}", "after {history} word problems", KFLOP),
-    "prior": ("prior", "dark, click %", "{name}", "language prior: {prior}", percent),
-    "normalization": ("normalization", "layer 0's update", "{steps} steps, normalize: {normalize}", "{name}", UPDATE),
+RHO = {"{of}": partial(number, name="rho", digits=2)}
+UPDATE = {"{name}": lambda rows: number([row["update_norms"] for row in rows], "0", digits=2)}
+TABLES = {  # table -> part, title, {column: its cells}, and what is in a line where that is not all of a name
+    "ladder": ("ladder", RUNGS, {"{domain} %": percent} | {name: on_settings(BESIDE[name]) for name in OVERVIEW}),
+    **{domain: (domain, f"{domain}: {RUNGS}", CLICKS | BESIDE) for domain in DOMAINS},
+    "controls": ("controls", "controls", CONTROLS, "{domain}: {name}"),
+    "step": ("step", "the whole training step, settings", STEP),
+    "lowest": ("lowest", "all heads of, settings", LOWEST),
+    "correlation": ("correlation", "rank correlation of score and click accuracy, settings", RHO),
+    "probe": ("probe", "settings, click % by choice of heads", {"K = {num_heads}": percent}),
+    "tau": ("tau", "click %, K = 10", {"{domain}": percent}),
+    "tau costs": ("tau", "adapter kFLOP a screen, K = 10", {"{domain}": KFLOP}),
+    "single": ("single", "settings, click % of one head", {"head {heads_from[2]}": percent}),
+    "click": ("rates", "LoRA, settings, click %", {"lr {lr:g}": percent}),
+    "word problems": ("rates", "LoRA, settings, word problems %", {"lr {lr:g}": WORD_PROBLEMS}),
+    "referring": ("referring", "names right, %", {"{domain}": partial(percent, name="name_acc")}),
+    "regimes": ("regimes", "settings, click %", {"after {history} word problems": percent}),
+    "regime costs": ("regimes", "settings, adapter kFLOP a screen", {"after {history} word problems": KFLOP}),
+    "prior": ("prior", "dark, click %", {"language prior: {prior}": percent}),
+    "normalization": ("normalization", "layer 0's update", UPDATE, "{steps} steps, normalize: {normalize}"),
 }
 
 
-def overview(ladder: list[dict]) -> str:
-    """The ladder in one table: clicks on every kind of screen; what else changed is of the runs on settings."""
-    lines = {}
-    for name, group in grouped(ladder, "name").items():
-        own = grouped(group, "domain")
-        lines[name] = {f"{domain} %": percent(of_domain) for domain, of_domain in own.items()}
-        for column in ("parameters", "adapter kFLOP", "source %", "word problems %", "text logits"):
-            lines[name][column] = BESIDE[column](own["settings"])
-    return table(RUNGS, lines)
+def table(rows: list[dict], title: str, columns: dict, line: str = "{name}") -> str:
+    """A Markdown table, its title above the first column.
+
+    Lines and columns are texts with {fields} of a row; a cell is made of the rows that agree in both."""
+    cells = {}
+    for column, cell in columns.items():
+        groups = {}
+        for row in rows:
+            groups.setdefault((line.format(**row), column.format(**row)), []).append(row)
+        cells |= {place: cell(group) for place, group in groups.items()}
+    names, heads = (dict.fromkeys(texts) for texts in zip(*cells))
+    body = [[name, *(cells.get((name, head), "") for head in heads)] for name in names]
+    return "\n".join(f"|{'|'.join(each)}|" for each in ([f"**{title}**", *heads], ["---"] * (len(heads) + 1), *body))
 
 
-def correlations(part: dict[str, list[dict]]) -> str:
+def correlations(part: dict[str, list[dict]]) -> list[dict]:
     """How well a score of heads foretells what they gain, alone and as sets of 4 and of 10: Spearman's rho."""
     scores = next(row["scores"] for row in part["ladder"] if "scores" in row)
     scores["layer order"] = [[-layer for _ in heads] for layer, heads in enumerate(scores["exact"])]
     groups = {"each head alone": part["single"]}
     groups |= {f"sets of {k}": [row for row in part["probe"] if row["num_heads"] == k] for k in (4, 10)}
-    lines = {probe: {} for probe in scores}
-    for probe, score in scores.items():
-        for column, rows in groups.items():
+    found = []
+    for name, score in scores.items():
+        for of, rows in groups.items():
             summed = [sum(score[int(layer)][h] for layer, heads in row["heads"].items() for h in heads) for row in rows]
             pairs = summed, [row["action_acc"] for row in rows]
             ranks = [np.argsort(np.argsort(np.array(values, dtype=float), kind="stable")) for values in pairs]
-            lines[probe][column] = f"{np.corrcoef(*ranks)[0, 1]:.2f}"
-    return table("rank correlation of score and click accuracy, settings", lines)
+            found.append({"name": name, "of": of, "rho": np.corrcoef(*ranks)[0, 1]})
+    return found
 
 
 def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown, by name."""
     part = grouped(rows, "part")
-    domains = grouped(part["ladder"], "domain")
-    found = {"ladder": overview(part["ladder"])}
-    for domain, own in domains.items():
-        found[domain] = summary(own, f"{domain}: {RUNGS}", CLICKS | BESIDE)
+    part |= grouped(part["ladder"], "domain")
+    part["step"] = [row for row in part["settings"] if row["name"] != FROZEN]
     shown = [row for row in part["ladder"] if row["name"] in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)]
-    lines = [row | {"line": f"{row['domain']}: {row['name']}"} for row in shown]
-    lines = [row for row in lines if "erased_acc" in row or row["name"] == FROZEN]
-    found["controls"] = summary(lines, "controls", CONTROLS, by="line")
-    found["step"] = summary(domains["settings"][1:], "the whole training step, settings", STEP)
-    if "lowest" in part:
-        found["lowest"] = summary(part["lowest"], "all heads of, settings", LOWEST)
-        found["correlation"] = correlations(part)
-        regular = [row for row in domains["settings"] if row["name"] in (LORA, LORA_VALUE, IMAGE_LORA)]
-        part["regimes"] = regular + part["regimes"]
-        part["prior"] = [row for row in shown if row["domain"] == "dark" and row["name"] != FROZEN] + part["prior"]
-    for name, (of, *how) in PIVOTS.items():
-        if of in part:
-            found[name] = pivot(part[of], *how)
-    return found
+    part["controls"] = [row for row in shown if row["name"] == FROZEN or row["domain"] in PAIRED]
+    if "single" in part:
+        part["correlation"] = correlations(part)
+    for name, domain in (("regimes", "settings"), ("prior", "dark")):
+        if name in part:  # beside the same methods' runs on the ladder
+            methods = {row["name"] for row in part[name]}
+            part[name] = [row for row in part[domain] if row["name"] in methods] + part[name]
+    return {name: table(part[of], *how) for name, (of, *how) in TABLES.items() if of in part}
