@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ LADDER = {  # projections · tokens · heads of what is trained -> settings
 }
 FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
 DOMAINS = ("settings", "row", "dark", "blueprint")
-RATES = tuple(0.01 * 2.0**i for i in range(-5, 6))  # the grid; tuning starts at its middle
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
 RUNGS = "projections · tokens · heads"
 CHOICES = ("top", "matched", "lowest", "random", "least")
@@ -52,14 +52,17 @@ class CompareConfig:
 
 
 def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
-    """Every run but those that choose learning rates; where lr is missing it is to be chosen."""
+    """Every run but those that choose learning rates; where lr is missing it is that of the job's kind.
+
+    kind: the run whose learning rate a job takes, as its name on the ladder, number of heads and choice of them."""
     jobs = []
 
-    def add(part: str, name: str, seeds: int = cfg.seeds, **settings) -> None:
-        common = {"part": part, "name": name, "steps": STEPS, "test_screens": TEST_SCREENS}
+    def add(part: str, name: str, seeds: int = cfg.seeds, kind: tuple | None = None, **settings) -> None:
+        rung = name if name in LADDER else IMAGE_LORA
+        kind = kind or (rung, 10, LADDER[rung].get("heads", "top"))
+        common = {"part": part, "name": name, "kind": kind, "steps": STEPS, "test_screens": TEST_SCREENS}
         jobs.extend(common | {"seed": seed} | settings for seed in range(seeds))
 
-    two = min(cfg.seeds, 2)
     for domain in DOMAINS[:1] if cfg.quick else DOMAINS:
         for name, settings in LADDER.items():
             add("ladder", name, 1 if cfg.quick or name == FROZEN else cfg.seeds, domain=domain, **settings)
@@ -67,10 +70,11 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         return [{"lr": 0.01} | job for job in jobs]
     for budget in (1, 4, 10):
         for choice in CHOICES:
-            add("probe", choice, num_heads=budget, heads=choice)
+            add("probe", choice, kind=(IMAGE_LORA, budget, choice), num_heads=budget, heads=choice)
     for tau in (0.0, 0.5, 1.0, 4.0):
         for domain in ("settings", "row"):
             add("tau", f"τ = {tau:g}", domain=domain, tau=tau)
+    two = min(cfg.seeds, 2)
     for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
         for lr in rates:
             add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
@@ -83,31 +87,22 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         for size in (1, 2, 3, num_heads):
             for normalize in (True, False):
                 heads = f"0:{','.join(map(str, range(size)))}"
-                options = {"steps": steps, "heads": heads, "normalize": normalize} | brief
-                add("normalization", f"{size} heads", two, **options)
+                add("normalization", f"{size} heads", two, steps=steps, heads=heads, normalize=normalize, **brief)
     for layer in range(num_layers):
         for head in range(num_heads):
-            add("single", f"layer {layer}", 1, heads=f"{layer}:{head}")
+            add("single", f"layer {layer}", 1, kind=(IMAGE_LORA, 1, "top"), heads=f"{layer}:{head}")
     for name in (LORA, LORA_VALUE, IMAGE_LORA):
         add("regimes", name, history=9, **LADDER[name])
     for name in (LORA, LORA_VISUAL, IMAGE_LORA):
         add("prior", name, domain="dark", prior=True, **LADDER[name])
     for lowest in range(num_layers):
         heads = " ".join(f"{layer}:{','.join(map(str, range(num_heads)))}" for layer in range(lowest, num_layers))
-        add("lowest", f"layers {lowest} to {num_layers - 1}", 1, heads=heads)
+        add("lowest", f"layers {lowest} to {num_layers - 1}", 1, kind=(ALL_HEADS, 10, "all"), heads=heads)
     return jobs
 
 
-def tuned_as(job: dict) -> tuple[str, int, str]:
-    """The kind of run whose learning rate a job takes: its name on the ladder, number of heads and choice of them."""
-    if job["part"] in ("probe", "single"):
-        return IMAGE_LORA, job.get("num_heads", 1), job["heads"] if job["part"] == "probe" else "top"
-    name = job["name"] if job["name"] in LADDER else ALL_HEADS if job["part"] == "lowest" else IMAGE_LORA
-    return name, 10, LADDER[name].get("heads", "top")
-
-
-def tuning_jobs(kind: tuple[str, int, str], rates: set[int]) -> list[dict]:
-    """A kind of run at these places of the grid, half as long, judged on validation screens.
+def tuning_jobs(kind: tuple[str, int, str], rates: list[float]) -> list[dict]:
+    """A kind of run at these learning rates, half as long, judged on validation screens.
 
     On the ladder these are of every domain; other choices of heads are compared on settings alone: two seeds."""
     name, num_heads, choice = kind
@@ -116,71 +111,59 @@ def tuning_jobs(kind: tuple[str, int, str], rates: set[int]) -> list[dict]:
     common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS}
     common |= LADDER[name] | {"num_heads": num_heads, "heads": choice}
     return [
-        common | {"domain": domain, "lr": RATES[i], "seed": 100 + seed}
-        for i in sorted(rates)
+        common | {"domain": domain, "lr": lr, "seed": 100 + seed}
+        for lr in rates
         for seed, domain in enumerate(DOMAINS if on_ladder else ("settings", "settings"))
     ]
 
 
 def best_rate(kind: tuple[str, int, str], finish) -> float:
     """The learning rate of a kind of run: three are tried, and more until the best is not the last of them."""
-    middle = best = len(RATES) // 2
-    grid, tried = set(range(len(RATES))), set()
-    while not {best - 1, best + 1} & grid <= tried:
-        tried |= {best - 1, best, best + 1} & grid
-        rows = grouped(finish(tuning_jobs(kind, tried)), "lr")
-        scores = {i: mean(rows[RATES[i]], "action_acc") for i in sorted(tried, key=lambda i: abs(i - middle))}
-        best = max(scores, key=scores.get)
-    return RATES[best]
+    best, scores = 0.01, {}
+    while new := [lr for lr in (best, best / 2, 2 * best) if lr not in scores and 0.01 / 32 <= lr <= 0.01 * 32]:
+        rows = grouped(finish(tuning_jobs(kind, new)), "lr")
+        scores |= {lr: mean(rows[lr], "action_acc") for lr in new}
+        best = max(scores, key=scores.get)  # of equals the one nearest to 0.01
+    return best
 
 
 def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: int) -> None:
     """Run (or go on with) the comparison, print its tables. A stop loses only the runs under way.
 
-    make_config(**fields) gives the settings of a run, run(settings) its row.
-    """
+    make_config(**fields) gives the settings of a run, run(settings) its row, whose device is the one used."""
     path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(path) if path.exists() else []
+    key = itemgetter("part", "name", *(f.name for f in fields(make_config) if f.name != "device"))
+
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        known = {key(row | {"heads": row["heads_from"]}): row for row in rows}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
+
+    def finish(jobs: list[dict]) -> list[dict]:
+        """The rows of these jobs, run where they are missing; every new row is written at once."""
+        made = [make_config(**{name: job[name] for name in job.keys() - {"part", "name", "kind"}}) for job in jobs]
+        keys = [key(job | asdict(each)) for job, each in zip(jobs, made)]
+        missing = [i for i, at in enumerate(keys) if at not in known]
+        bar.total = max(bar.total, bar.n + len(missing))
+        for i, measured in zip(missing, pool.imap(run, [made[i] for i in missing])):
+            row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
+            known[keys[i]] = json.loads(json.dumps(row))
+            with replacing(path) as temporary:  # a row a line
+                temporary.write_text("[\n" + ",\n".join(map(json.dumps, known.values())) + "\n]\n")
+            bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
+            bar.update()
+        return [known[at] for at in keys]
+
     jobs = jobs_of(cfg, num_layers, num_heads)
-    kinds = dict.fromkeys(tuned_as(job) for job in jobs if "lr" not in job)
-    expected = len(jobs) + sum(len(tuning_jobs(kind, {0, 1, 2})) for kind in kinds)
-    with get_context("spawn").Pool(cfg.workers) as pool, progress(len(rows), expected, "compare") as bar:
-        finish = partial(finished, rows, path, pool, bar, make_config, run)
+    kinds = dict.fromkeys(job["kind"] for job in jobs if "lr" not in job)
+    expected = len(jobs) + sum(len(tuning_jobs(kind, [0.005, 0.01, 0.02])) for kind in kinds)
+    with get_context("spawn").Pool(cfg.workers) as pool, progress(len(known), expected, "compare") as bar:
         rates = {kind: best_rate(kind, finish) for kind in kinds}
-        done = finish([job if "lr" in job else job | {"lr": rates[tuned_as(job)]} for job in jobs])
+        done = finish([job if "lr" in job else job | {"lr": rates[job["kind"]]} for job in jobs])
     print("\n" + "\n\n".join(tables(done).values()))
     print(f"\nsaved {path}")
-
-
-def finished(rows: list[dict], path: Path, pool, bar, make_config, run, jobs: list[dict]) -> list[dict]:
-    """The rows of these jobs, run where `rows` does not hold them yet; every new row is written at once."""
-    settings = [make_config(**{k: v for k, v in job.items() if k not in ("part", "name")}) for job in jobs]
-    names = ("part", "name", *(f.name for f in fields(make_config) if f.name != "device"))  # a row has the one used
-    keys = [tuple((job | asdict(made))[name] for name in names) for job, made in zip(jobs, settings)]
-    known = {tuple((row | {"heads": row["heads_from"]})[name] for name in names): row for row in rows}
-    missing = [i for i, key in enumerate(keys) if key not in known]
-    bar.total = max(bar.total, bar.n + len(missing))
-    for i, measured in zip(missing, pool.imap(run, [settings[i] for i in missing])):
-        row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
-        known[keys[i]] = json.loads(json.dumps(row))
-        rows.append(known[keys[i]])
-        with replacing(path) as temporary:  # a row a line
-            temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-        bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
-        bar.update()
-    return [known[key] for key in keys]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The finished rows of a comparison. Raises ValueError where the file is none."""
-    try:
-        rows = json.loads(path.read_text())
-        if type(rows) is list and all(row["part"] and row["name"] for row in rows):
-            return rows
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path} is not a comparison of this project; move it away to start anew")
 
 
 # ---- What the rows say -----------------------------------------------------------------------------------------------
