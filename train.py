@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import imagelora
-from data import SPLITS, check_options, figures, option, parse, progress, prompts, replacing
+from data import SPLITS, Settings, figures, option, parse, progress, prompts, replacing
 from data.compare import CompareConfig, compare
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
@@ -39,7 +39,7 @@ HEADS = ("top", "matched", "lowest", "random", "least", "all")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """One fine-tuning run; each field is an option of the command line too."""
 
     method: str = option("image_lora", "lora: q k v o, all tokens; _visual: visual tokens; _value: v", METHODS)
@@ -66,7 +66,7 @@ class Config:
     resume: bool = option(False, "go on from OUT/checkpoint.pt")
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         if self.heads not in HEADS:
             parse_heads(self.heads)
 

@@ -23,14 +23,16 @@ def option(default, help: str, choices: tuple[str, ...] = (), least: float | Non
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
-def check_options(settings) -> None:
-    """Raises ValueError naming the first field that is none of its choices, too small, too large or not finite."""
-    for f in fields(settings):
-        value, least, choices = getattr(settings, f.name), f.metadata["least"], f.metadata["choices"]
-        if choices and value not in choices:
-            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-        if least is not None and not least <= value < 2**63:
-            raise ValueError(f"{f.name} must be finite and at least {least}, got {value}")
+class Settings:
+    """What dataclasses of options inherit. ValueError names one that is none of its choices, too small or not finite."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+            if least is not None and not least <= value < 2**63:
+                raise ValueError(f"{f.name} must be finite and at least {least}, got {value}")
 
 
 def parse(settings_class, arguments: list[str], prog: str, description: str):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import check_options, option, progress, replacing
+from data import Settings, option, progress, replacing
 from data.screens import PAIRED
 
 LADDER = {  # projections · tokens · heads of what is trained -> settings
@@ -36,16 +36,13 @@ CHOICES = ("top", "matched", "lowest", "random", "least")
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """The comparison's settings; each field is an option of the command line too."""
 
     quick: bool = option(False, "the ladder on settings alone, one seed, one learning rate")
     seeds: int = option(5, "runs of each kind", least=1)
     workers: int = option(2, "processes, of one thread each", least=1)
     out: str = option("runs/compare", "directory of compare.json; finished rows found there are kept")
-
-    def __post_init__(self):
-        check_options(self)
 
 
 # ---- The runs --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import check_options, option, progress, replacing, screens
+from data import Settings, option, progress, replacing, screens
 from data.prompts import evaluate, evaluate_word_problems, image_features, pixels, score_line, training_batch, turn
 from data.tokenizer import ID, VOCABULARY
 from data.word_problems import word_problem
@@ -35,7 +35,7 @@ LENS += [tuple(f"<{axis}{i}>" for i in range(screens.BINS)) for axis in "xy"]
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """How the base model is made."""
 
     steps: int = option(3600, "training steps", least=1)
@@ -50,9 +50,6 @@ class PretrainConfig:
     lr: float = option(2e-3, "peak learning rate of AdamW, for embeddings, norms and biases", least=0)
     seed: int = option(1, "of the data and the model's start", least=0)
     out: str = option("base.pt", "file to write; its accuracies go beside it as .json")
-
-    def __post_init__(self):
-        check_options(self)
 
 
 class VisionTeacher(nn.Module):
