@@ -5,20 +5,27 @@ round's ratios is one measurement, a line the mean over rounds and its standard 
 the place of its weights in memory alone can change a time by 3 %. 'no adapter, again' is what noise makes of 1.
 """
 
-import argparse
 import random
 import statistics
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from data import Settings, option, parse
 from imagelora import attach
 
 IMAGE = 1000  # the placeholder's id; here it has an embedding of its own, as no vision tower is run
+
+
+@dataclass(frozen=True)
+class BenchConfig(Settings):
+    rounds: int = option(6, "measurements a line is the mean of", least=2)
+    repetitions: int = option(10, "pairs, of either order; twice as many a measurement is the median of", least=1)
 
 
 def qwen(hidden_size: int, layers: int, heads: int) -> nn.Module:
@@ -26,12 +33,8 @@ def qwen(hidden_size: int, layers: int, heads: int) -> nn.Module:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    size = hidden_size // heads // 6
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [hidden_size // heads // 2 - 2 * size, size, size],
-    }
+    size = hidden_size // heads
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [size // 4, size // 8, size // 8]}
     text = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": layers}
     text |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "vocab_size": 1024}
     text |= {"rope_parameters": rope, "rope_scaling": rope}  # transformers 5's name and 4's
@@ -57,7 +60,7 @@ def image_lora(model, share=1, disabled=False):
     heads = list(range(int(config.num_key_value_heads * share)))
     adapter = attach(model, heads=dict.fromkeys(range(config.num_hidden_layers), heads))
     with adapter.disabled() if disabled else nullcontext():
-        yield adapter.parameters()
+        yield list(adapter.parameters())
     adapter.detach()
 
 
@@ -79,70 +82,58 @@ TRAINING = FLOOR | {"Image-LoRA, all heads": image_lora, "Image-LoRA, half of th
 DECODING = FLOOR | {"Image-LoRA": image_lora, "Image-LoRA inside disabled()": DISABLED} | PEFT
 
 
-def training_step(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> float:
+def training_step(model: nn.Module, method, ids: Tensor) -> float:
     """Processor seconds of a forward and a backward pass, the second of two, as the first one warms up."""
-    for _ in range(2):
-        for parameter in parameters:
-            parameter.grad = None
-        start = time.process_time()
-        model(input_ids=ids, labels=ids).loss.backward()
-    return time.process_time() - start
+    with method(model) as parameters:
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = None
+            start = time.process_time()
+            model(input_ids=ids, labels=ids).loss.backward()
+        return time.process_time() - start
 
 
-def decoding(model: nn.Module, parameters: list[Tensor], ids: Tensor) -> float:
+def decoding(model: nn.Module, method, ids: Tensor) -> float:
     """Processor seconds of 24 decoded tokens, after a first one."""
     marks = []
     stop = [lambda ids, scores: marks.append(time.process_time()) or torch.zeros(1, dtype=torch.bool)]
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
-    mask = torch.ones_like(ids)
-    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=25, stopping_criteria=stop, **options)
+    options |= {"max_new_tokens": 25, "stopping_criteria": stop}
+    with method(model):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return marks[-1] - marks[0]
 
 
-def measure(methods: dict, model_of, run, visual: int, text: int, args) -> None:
+def measure(cfg: BenchConfig, methods: dict, model_of, run, visual: int, text: int) -> None:
     """Prints a line for each method."""
     ids, medians = torch.tensor([[IMAGE] * visual + list(range(text))]), {name: [] for name in methods}
-
-    def seconds(method, model) -> float:
-        with method(model) as parameters:
-            return run(model, list(parameters), ids)
-
-    for _ in range(args.rounds):
+    for _ in range(cfg.rounds):
         model, ratios = model_of(), {name: [] for name in methods}
-        for i in range(2 * args.repetitions):
+        for i in range(2 * cfg.repetitions):
             for name in random.sample(list(methods), len(methods)):
-                pair = [seconds(method, model) for method in (no_adapter, methods[name])[:: (-1) ** i]]  # in turn
+                pair = [run(model, method, ids) for method in (no_adapter, methods[name])[:: (-1) ** i]]  # in turn
                 ratios[name].append(pair[1 - i % 2] / pair[i % 2])
         for name in methods:
             medians[name].append(statistics.median(ratios[name]))
     for name in methods:
-        error = statistics.stdev(medians[name]) / args.rounds**0.5
+        error = statistics.stdev(medians[name]) / cfg.rounds**0.5
         print(f"  {name:32}{statistics.mean(medians[name]):.3f} ± {error:.3f}", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6, help="at least 2; measurements a line is the mean of")
-    parser.add_argument(
-        "--repetitions",
-        type=int,
-        default=10,
-        help="pairs, of either order; twice as many a measurement is the median of",
-    )
-    args = parser.parse_args(arguments)
-    if args.rounds < 2 or args.repetitions < 1:
-        parser.error("--rounds must be at least 2, --repetitions at least 1")
+def main(cfg: BenchConfig) -> None:
     torch.set_num_threads(1)
-    print(f"ratios to no adapter, {args.rounds} medians of {args.repetitions}, one thread, processor time")
+    print(f"ratios to no adapter, {cfg.rounds} medians of {cfg.repetitions}, one thread, processor time")
     for visual, text in ((256, 64), (64, 256)):
         print(f"training step, 2 layers of 256 features, {visual} visual and {text} text tokens")
-        measure(TRAINING, lambda: qwen(256, 2, 8).train(), training_step, visual, text, args)
+        measure(cfg, TRAINING, lambda: qwen(256, 2, 8).train(), training_step, visual, text)
     print("decoding a token, 3 layers of 64 features, after 16 visual and 8 text tokens")
-    measure(DECODING, lambda: qwen(64, 3, 4).eval(), decoding, 16, 8, args)
+    measure(cfg, DECODING, lambda: qwen(64, 3, 4).eval(), decoding, 16, 8)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(parse(BenchConfig, sys.argv[1:], "python -m data.bench", __doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"the bench compares with PEFT on a model of transformers: pip install {error.name}")
