@@ -24,7 +24,7 @@ def option(default, help: str, choices: tuple[str, ...] = (), least: float | Non
 
 
 class Settings:
-    """What dataclasses of options inherit. ValueError names one that is not one of its choices, too small or infinite."""
+    """What dataclasses of options inherit. ValueError names one that is none of its choices, too small or infinite."""
 
     def __post_init__(self):
         for f in fields(self):

@@ -23,11 +23,9 @@ LABELS = ("wifi", "sound", "light", "sync", "lock", "mail", "maps", "news")
 LABELS += ("photo", "clock", "files", "music", "games", "notes", "home", "help")
 ICONS = ("circle", "square", "triangle", "star", "heart", "plus", "moon", "arrow")
 VERBS = ("click", "tap", "press", "select")
-LIGHT = {"red": "#dc2828", "yellow": "#e6b40a", "green": "#28a046", "blue": "#2864e6", "purple": "#9637c8"}
-LIGHT["brown"] = "#8c5528"
-DARK = {"red": "#ff6e64", "yellow": "#ffe16e", "green": "#78e68c", "blue": "#78aaff", "purple": "#d28cff"}
-DARK["brown"] = "#c8966e"
-COLOURS = tuple(LIGHT)
+COLOURS = ("red", "yellow", "green", "blue", "purple", "brown")
+LIGHT = dict(zip(COLOURS, ("#dc2828", "#e6b40a", "#28a046", "#2864e6", "#9637c8", "#8c5528")))
+DARK = dict(zip(COLOURS, ("#ff6e64", "#ffe16e", "#78e68c", "#78aaff", "#d28cff", "#c8966e")))
 SWITCH = (16, 10)  # pixels, its size
 GAP = 6  # pixels between a name and its switch on `settings`, at least so many on `row`
 SWITCHES = ("drawn", "erased", "exchanged")
@@ -108,29 +106,23 @@ def _icon_outline(name: str) -> list[tuple[float, float]]:
 def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.Image:
     """An element as an RGBA picture, drawn once at 4 times its size and averaged down (anti-aliasing)."""
     palette, k = PALETTES[domain], 4
+    width, height = SWITCH if kind == "switch" else (size, size)
     if kind == "text":
         font = ImageFont.load_default(size * k)
         width, height = round(font.getlength(name) / k) + 8, size + 5
-        sprite = Image.new("RGBA", (width * k, height * k))
-        draw = ImageDraw.Draw(sprite)
+    sprite = Image.new("RGBA", (width * k, height * k))
+    draw, right, bottom = ImageDraw.Draw(sprite), width * k - 1, height * k - 1
+    if kind == "text":
         fill = None if palette.outline else palette.button
-        draw.rounded_rectangle((0, 0, width * k - 1, height * k - 1), 3 * k, fill, palette.button, k)
+        draw.rounded_rectangle((0, 0, right, bottom), 3 * k, fill, palette.button, k)
         draw.text((width * k / 2, height * k / 2), name, fill=palette.text, font=font, anchor="mm")
     elif kind == "switch":
-        width, height = SWITCH
-        sprite = Image.new("RGBA", (width * k, height * k))
-        draw = ImageDraw.Draw(sprite)
-        on = name == "on"
-        track = "#3c4657" if on else "#b4bac4"
-        draw.rounded_rectangle((0, 0, width * k - 1, height * k - 1), height * k // 2, fill=track)
-        x = (width - height) * k if on else 0
+        track, x = ("#3c4657", (width - height) * k) if name == "on" else ("#b4bac4", 0)
+        draw.rounded_rectangle((0, 0, right, bottom), height * k // 2, fill=track)
         draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
     else:
-        width = height = size
-        sprite = Image.new("RGBA", (size * k, size * k))
-        corners = [(x * (size * k - 1), y * (size * k - 1)) for x, y in _icon_outline(name)]
-        line = palette.icons[colour]
-        ImageDraw.Draw(sprite).polygon(corners, None if palette.outline else line, line, width=6)
+        line, corners = palette.icons[colour], [(x * right, y * bottom) for x, y in _icon_outline(name)]
+        draw.polygon(corners, None if palette.outline else line, line, width=6)
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
@@ -146,18 +138,15 @@ def _contents(rng: np.random.Generator, count: int, domain: str) -> list[tuple[s
     return items
 
 
-def _place_freely(rng, sizes: list[tuple[int, int]], margin: int = 3) -> list[Box] | None:
-    """Random boxes that do not overlap, or None after too many attempts."""
-    boxes = []
+def _place_freely(rng, sizes: list[tuple[int, int]]) -> list[Box] | None:
+    """Random boxes, 3 pixels or more apart, or None after too many attempts."""
+    boxes, taken = [], np.zeros((SIZE, SIZE), bool)
     for width, height in sizes:
         for _ in range(40):
             x, y = int(rng.integers(1, SIZE - width)), int(rng.integers(1, SIZE - height))
-            box = (x, y, x + width, y + height)
-            if all(
-                box[2] + margin <= o[0] or o[2] + margin <= box[0] or box[3] + margin <= o[1] or o[3] + margin <= box[1]
-                for o in boxes
-            ):
-                boxes.append(box)
+            if not taken[max(y - 3, 0) : y + height + 3, max(x - 3, 0) : x + width + 3].any():
+                taken[y : y + height, x : x + width] = True
+                boxes.append((x, y, x + width, y + height))
                 break
         else:
             return None
