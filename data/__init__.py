@@ -8,14 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SPLITS = ("train", "validation", "test", "pretrain")
-
-
-def split_id(split: str) -> int:
-    """Position of `split` in SPLITS: part of every sample's random seed, so that no two splits share a sample."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-    return SPLITS.index(split)
+SPLITS = ("train", "validation", "test", "pretrain")  # a sample's random seed has the place of its split among these
 
 
 def option(default, help: str, choices: tuple[str, ...] = (), least: float | None = None):

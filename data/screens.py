@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import split_id
+from data import SPLITS
 
 SIZE = 128  # pixels, width and height of a screen
 BINS = 16  # coordinate tokens per axis
@@ -169,10 +169,10 @@ def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: st
     switches: "erased" leaves them out of the picture, the right click stays where they would be; "exchanged" puts them
     at the left end of their pair and the name at the right end. Nothing else of the screen changes.
     """
-    for given, known in ((domain, DOMAINS), (switches, SWITCHES)):
+    for given, known in ((domain, DOMAINS), (split, SPLITS), (switches, SWITCHES)):
         if given not in known:
             raise ValueError(f"expected one of {', '.join(known)}, got {given!r}")
-    rng = np.random.default_rng([split_id(split), DOMAINS.index(domain), index, seed])
+    rng = np.random.default_rng([SPLITS.index(split), DOMAINS.index(domain), index, seed])
     least, most = COUNTS[domain]
     beside = GAP + SWITCH[0] if domain in PAIRED else 0  # of the name in its pair
     boxes = None

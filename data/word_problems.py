@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import split_id
+from data import SPLITS
 
 NAMES = ("tom", "nina", "ali", "rosa", "liam", "mei")
 THINGS = ("apples", "books", "coins", "cards", "pens", "shells")
@@ -30,7 +30,7 @@ _STEPS = tuple(STEPS)
 @lru_cache(4096)  # those of an evaluation are asked for again
 def word_problem(split: str, index: int, seed: int = 0) -> dict:
     """Problem number `index` of a split: {"instruction", "answer"}; the same arguments give the same problem."""
-    rng = np.random.default_rng([split_id(split), 1000, index, seed])
+    rng = np.random.default_rng([SPLITS.index(split), 1000, index, seed])
     test = split == "test"
     while True:
         first, second = rng.integers(len(_STEPS), size=2).tolist()
