@@ -137,9 +137,9 @@ def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor
     before = [[turn(problem) for problem in problems[i :: cfg.screens]] for i in range(cfg.screens)]
     patches = (screens.SIZE // patch) ** 2
     asked = shown[: cfg.screens]
-    batch, _ = training_batch(asked, cfg.questions, patches, rng, cfg.refer, cfg.by_colour, before=before)
+    batch, _ = training_batch(asked, cfg.questions, patches, rng, cfg.refer, before, cfg.by_colour)
     targets = np.stack([patch_targets(screen, patch, places=i < source) for i, screen in enumerate(shown)])
-    return batch, pixels(screen.image for screen in shown), torch.from_numpy(targets)
+    return batch, pixels(shown), torch.from_numpy(targets)
 
 
 def pretrain(cfg: PretrainConfig) -> None:

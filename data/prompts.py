@@ -5,8 +5,8 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
 """
 
-from collections.abc import Iterable
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +41,16 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
     return torch.tensor([f + row if left else row + f for f, row in zip(fill, rows)])
 
 
-def pixels(images: Iterable[np.ndarray]) -> Tensor:
-    """uint8 images [side, side, 3] -> pixel_values [N, 3, side, side] in 0..1."""
-    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float() / 255
+def pixels(drawn: list[screens.Screen]) -> Tensor:
+    """pixel_values [N, 3, side, side] in 0..1."""
+    return torch.from_numpy(np.stack([screen.image for screen in drawn])).permute(0, 3, 1, 2).float() / 255
 
 
 @torch.no_grad()
 def image_features(model, drawn: list[screens.Screen]) -> Tensor:
     """What the vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so once is enough."""
     chunks = [drawn[i : i + CHUNK] for i in range(0, len(drawn), CHUNK)]
-    return torch.cat([model.get_image_features(pixels(s.image for s in c).to(model.device)) for c in chunks])
+    return torch.cat([model.get_image_features(pixels(chunk).to(model.device)) for chunk in chunks])
 
 
 def fits_prior(target: screens.Element) -> bool:
@@ -65,11 +65,11 @@ def training_batch(
     questions: int,
     patches: int,
     rng: np.random.Generator,
-    refer: float = 0.0,
+    refer: float,
+    before: list[list[Turn]],
     by_colour: float = 0.0,
     distinct: bool = False,
     prior: bool = False,
-    before: list[list[Turn]] | None = None,
 ):
     """One sequence a screen: the turns `before` it, its image, `questions` about it, padded on the right.
 
@@ -78,9 +78,9 @@ def training_batch(
     the language prior are asked for.
     Returns ({input_ids, labels} [B, T], the target's box of every question; None where the point is given).
     """
-    ids, labels, boxes = [], [], []
-    for i, screen in enumerate(drawn):
-        turns = [([ID[BOS]], [-100]), *(before[i] if before else []), ([ID[IMAGE]] * patches, [-100] * patches)]
+    rows, boxes = [], []
+    for screen, told in zip(drawn, before):
+        turns = [([ID[BOS]], [-100]), *told, ([ID[IMAGE]] * patches, [-100] * patches)]
         targets = [target for target in screen.targets() if fits_prior(target) or not prior]
         order = rng.permutation(len(targets)) if distinct else None
         for j in range(questions):
@@ -91,8 +91,8 @@ def training_batch(
             else:
                 turns.append(turn(screens.grounding(screen, target, rng, rng.random() < by_colour)))
                 boxes.append(target.click)
-        ids.append([t for tokens, _ in turns for t in tokens])
-        labels.append([t for _, tokens in turns for t in tokens])
+        rows.append([list(chain(*tokens)) for tokens in zip(*turns)])
+    ids, labels = zip(*rows)
     return {"input_ids": pad(ids, ID[PAD]), "labels": pad(labels, -100)}, boxes
 
 
@@ -135,24 +135,19 @@ def evaluate(model, drawn: list[screens.Screen], features: Tensor, task: str = "
     grounding: ScreenSpot's action_acc, text_acc, icon_acc, wrong_format_num (answers that are no point), num_total.
     referring: name_acc, the name (of an icon: colour and name) exactly right, and num_total.
     """
-    asked = exam(drawn, task)
-    order = [i for i, _ in asked]
-    answers = answer(model, [sample["instruction"] for _, sample in asked], features[order], history)
+    order, samples = zip(*exam(drawn, task))
+    answers = answer(model, [sample["instruction"] for sample in samples], features[list(order)], history)
     if task == "referring":
-        right = [given == sample["answer"] for given, (_, sample) in zip(answers, asked)]
+        right = [given == sample["answer"] for given, sample in zip(answers, samples)]
         metrics = {"name_acc": float(np.mean(right))}
     else:
         answers = [parse_point(given) for given in answers]
-        hits = np.array([screens.is_hit(point, sample["bbox"]) for point, (_, sample) in zip(answers, asked)])
-        words = np.array([sample["data_type"] == "text" for _, sample in asked])
-        metrics = {
-            "action_acc": float(hits.mean()),
-            "text_acc": float(hits[words].mean()),
-            "icon_acc": float(hits[~words].mean()),
-            "wrong_format_num": sum(point is None for point in answers),
-        }
-    given = [(drawn[i], sample, answer) for (i, sample), answer in zip(asked, answers)]
-    return metrics | {"num_total": len(asked)}, given
+        hits = np.array([screens.is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)])
+        words = np.array([sample["data_type"] == "text" for sample in samples])
+        kinds = {"action_acc": hits, "text_acc": hits[words], "icon_acc": hits[~words]}
+        metrics = {name: float(of_kind.mean()) for name, of_kind in kinds.items()}
+        metrics["wrong_format_num"] = answers.count(None)
+    return metrics | {"num_total": len(samples)}, [*zip((drawn[i] for i in order), samples, answers)]
 
 
 def best_constant(given: list) -> float:
@@ -231,20 +226,13 @@ def batch_of(cfg, data: tuple[list[screens.Screen], Tensor], i: int):
     rng = np.random.default_rng([cfg.seed, i])
     picks = rng.choice(len(drawn), cfg.screens, replace=len(drawn) < cfg.screens)
     told = cfg.history + cfg.replay
-    problems = iter(range(i * cfg.screens * told, (i + 1) * cfg.screens * told))
-    before = [  # a screen's replayed problems come last
-        [turn(word_problem("train", next(problems)), learn=j >= cfg.history) for j in range(told)] for _ in picks
-    ]
-    batch, boxes = training_batch(
-        [drawn[pick] for pick in picks],
-        cfg.questions,
-        features.shape[1],
-        rng,
-        refer=float(cfg.task == "referring"),
-        distinct=True,
-        prior=cfg.prior,
-        before=before,
-    )
+    first = i * cfg.screens * told
+    problems = [word_problem("train", first + j) for j in range(cfg.screens * told)]
+    turns = [turn(problem, learn=j % told >= cfg.history) for j, problem in enumerate(problems)]  # replayed ones last
+    before = [turns[j * told : (j + 1) * told] for j in range(cfg.screens)]
+    asked, refer = [drawn[pick] for pick in picks], float(cfg.task == "referring")
+    how = {"distinct": True, "prior": cfg.prior}
+    batch, boxes = training_batch(asked, cfg.questions, features.shape[1], rng, refer, before, **how)
     batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
     return batch | {"image_features": features[picks]}, boxes
 
