@@ -11,77 +11,70 @@ from data import replacing
 from data.screens import SIZE, is_hit
 from data.tokenizer import parse_point
 
-BLUE, ORANGE, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart (Okabe and Ito)
-K = 2  # pixels a unit of length, so that figures are sharp on dense displays
+BLUE, ORANGE = "#0072b2", "#d55e00"  # colour-blind readers can tell them apart (Okabe and Ito)
+K = 2  # a screen is enlarged, so that figures are sharp on dense displays
+SIDE = K * SIZE
 
 
-def _canvas(width: int, height: int):
-    """An empty figure, what draws on it in pixels, and a function that writes on it in units of length."""
-    image = Image.new("RGB", (width * K, height * K), "white")
-    draw = ImageDraw.Draw(image)
-
-    def text(x, y, words, size=16, anchor="lm", fill=INK):
-        draw.text((x * K, y * K), words, fill, ImageFont.load_default(size * K), anchor=anchor)
-
-    return image, draw, text
+def _text(draw, x: float, y: float, words: str, size: int) -> None:
+    draw.text((x, y), words, "#222222", ImageFont.load_default(size), anchor="lm")
 
 
 def _frame(draw, left: float, top: float, right: float, bottom: float) -> None:
     """A black and white box, to be seen on every screen."""
-    for margin, fill in ((1, "black"), (0.5, "white")):
-        box = (left - margin, top - margin, right + margin - 0.5, bottom + margin - 0.5)
-        draw.rectangle([v * K for v in box], None, fill, K)
+    for margin, fill in ((2, "black"), (1, "white")):
+        draw.rectangle((left - margin, top - margin, right + margin - 1, bottom + margin - 1), None, fill, 2)
 
 
 def _click(draw, x: float, y: float, tuned: bool) -> None:
     """A click with a white rim: the base model's is a cross, the tuned model's a ring."""
-    for fill, width in (("white", 3), (BLUE if tuned else ORANGE, 1.5)):
+    for fill, width in (("white", 6), (BLUE if tuned else ORANGE, 3)):
         if tuned:
-            r = 4 + width / 2
-            draw.ellipse([v * K for v in (x - r, y - r, x + r, y + r)], None, fill, int(width * K))
+            r = 8 + width / 2
+            draw.ellipse((x - r, y - r, x + r, y + r), None, fill, width)
         else:
-            for slope in (3, -3):
-                draw.line([v * K for v in (x - 3, y - slope, x + 3, y + slope)], fill, int(width * K))
+            draw.line((x - 6, y - 6, x + 6, y + 6), fill, width)
+            draw.line((x - 6, y + 6, x + 6, y - 6), fill, width)
 
 
-def _legend(draw, text) -> None:
-    _frame(draw, 8, 6, 16, 14)
-    text(22, 10, "target", 8)
-    _click(draw, 60, 10, tuned=False)
-    text(68, 10, "base model's click", 8)
-    _click(draw, 150, 10, tuned=True)
-    text(159, 10, "after fine-tuning", 8)
+def _legend(draw) -> None:
+    _frame(draw, 16, 12, 32, 28)
+    _text(draw, 44, 20, "target", 16)
+    _click(draw, 120, 20, tuned=False)
+    _text(draw, 136, 20, "base model's click", 16)
+    _click(draw, 300, 20, tuned=True)
+    _text(draw, 318, 20, "after fine-tuning", 16)
 
 
 def _picture(screen) -> Image.Image:
-    return Image.fromarray(screen.image).resize((SIZE * K, SIZE * K), Image.Resampling.LANCZOS)
+    return Image.fromarray(screen.image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def _target(draw, x: float, y: float, bbox: tuple, before: tuple | None, after: tuple | None) -> None:
-    """On the screen whose corner is at x, y: the target's box and the clicks, None where an answer is no point."""
+def _target(draw, x: float, y: float, bbox: tuple, *points: tuple | None) -> None:
+    """On the screen whose corner is at x, y: the target's box, the click before and after; None is no click."""
     left, top, right, bottom = bbox
-    _frame(draw, x + left, y + top, x + right, y + bottom)
-    for point, tuned in ((before, False), (after, True)):
+    _frame(draw, x + K * left, y + K * top, x + K * right, y + K * bottom)
+    for point, tuned in zip(points, (False, True)):
         if point is not None:
-            _click(draw, x + point[0], y + point[1], tuned)
+            _click(draw, x + K * point[0], y + K * point[1], tuned)
 
 
-def predictions(base: list, tuned: list, columns: int = 4, rows: int = 3) -> Image.Image:
-    """A grid of screens with the clicks, or names, of (screen, sample, answer) before and after."""
-    side, gap, caption = SIZE, 6, 14
-    image, draw, text = _canvas(columns * (side + gap) + gap, rows * (side + gap + caption) + 20)
-    step = max(len(base) // (columns * rows), 1)
-    for i, ((screen, sample, before), (_, _, after)) in enumerate(list(zip(base, tuned))[::step][: columns * rows]):
-        x, y = gap + i % columns * (side + gap), 20 + i // columns * (side + gap + caption)
-        image.paste(_picture(screen), (x * K, y * K))
+def predictions(base: list, tuned: list) -> Image.Image:
+    """Three rows of four screens with the clicks, or names, of (screen, sample, answer) before and after."""
+    image = Image.new("RGB", (4 * (SIDE + 12) + 12, 3 * (SIDE + 40) + 40), "white")
+    draw = ImageDraw.Draw(image)
+    step = max(len(base) // 12, 1)
+    for i, ((screen, sample, before), (_, _, after)) in enumerate(list(zip(base, tuned))[::step][:12]):
+        x, y = 12 + i % 4 * (SIDE + 12), 40 + i // 4 * (SIDE + 40)
+        image.paste(_picture(screen), (x, y))
         if "bbox" in sample:
             _target(draw, x, y, sample["bbox"], before, after)
             verdict = "right" if is_hit(after, sample["bbox"]) else "wrong"
         else:
             verdict = after if after == sample["answer"] else f"{after} (wrong)"
-        text(x, y + side + 7, f"{sample['instruction']}: {verdict}", 8)
+        _text(draw, x, y + SIDE + 14, f"{sample['instruction']}: {verdict}", 16)
     if "bbox" in base[0][1]:  # where names are asked for there are no clicks
-        _legend(draw, text)
+        _legend(draw)
     return image
 
 
@@ -116,24 +109,23 @@ def where_it_looks(model, adapter, questions: list[dict]) -> tuple[tuple[int, in
 
 def look(screens: list, samples: list, weights: list, base: list, tuned: list) -> Image.Image:
     """A row for each screen: where a head looks, by its weights [P], and the answers, each before and after."""
-    side, gap = SIZE, 12
-    image, draw, text = _canvas(4 * (side + gap) + gap, len(screens) * (side + 22) + 44)
-    _legend(draw, text)
-    places = [gap + column * (side + gap) for column in range(4)]
+    image = Image.new("RGB", (4 * (SIDE + 24) + 24, len(screens) * (SIDE + 44) + 88), "white")
+    draw = ImageDraw.Draw(image)
+    _legend(draw)
+    places = range(24, image.width, SIDE + 24)
     titles = ("the screen", "a head looks at the name", "after fine-tuning, too", "the click moves")
     for x, title in zip(places, titles):
-        text(x, 30, title, 9)
+        _text(draw, x, 60, title, 18)
     for i, (screen, sample, looks, before, after) in enumerate(zip(screens, samples, weights, base, tuned)):
-        y = 40 + i * (side + 22)
+        y = 80 + i * (SIDE + 44)
         for x in places:
-            image.paste(_picture(screen), (x * K, y * K))
+            image.paste(_picture(screen), (x, y))
         for x, seen in zip(places[1:], looks):
             patches = round(len(seen) ** 0.5)
             shade = (230 - 230 * (seen / seen.max()).sqrt()).byte().reshape(patches, patches).numpy()
-            shade = Image.fromarray(shade).resize((side * K, side * K), Image.Resampling.NEAREST)
-            image.paste("#101828", (x * K, y * K), shade)
+            image.paste("#101828", (x, y), Image.fromarray(shade).resize((SIDE, SIDE), Image.Resampling.NEAREST))
         _target(draw, places[3], y, sample["bbox"], parse_point(before), parse_point(after))
-        text(places[0], y + side + 8, sample["instruction"], 9)
+        _text(draw, places[0], y + SIDE + 16, sample["instruction"], 18)
     return image
 
 
