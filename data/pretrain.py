@@ -12,7 +12,6 @@ A run that was stopped starts anew. data/tiny_vlm.pt was made with --out data/ti
 """
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -79,20 +78,18 @@ def patch_targets(screen: screens.Screen, patch: int, places: bool) -> np.ndarra
     """[P, 8]: what each patch shows, as numbers in the four lists of LENS and its box; -1 where that is not told.
 
     A patch shows an element when it overlaps half of the patch or half of the element."""
-    side = screens.SIZE // patch
-    targets = np.full((side, side, 8), -1.0, dtype=np.float32)
+    starts = np.arange(0, screens.SIZE, patch)
+    targets = np.full((len(starts), len(starts), 8), -1.0, dtype=np.float32)
     for element in screen.elements:
         left, top, right, bottom = element.bbox
         what = [LENS[0].index(element.name), LENS[1].index(element.colour) if element.colour else -1]
         if places:
             what += [*screens.centre_bins(element.bbox), *(edge / screens.BIN for edge in element.bbox)]
-        for row in range(top // patch, (bottom - 1) // patch + 1):
-            for column in range(left // patch, (right - 1) // patch + 1):
-                width = min(right, (column + 1) * patch) - max(left, column * patch)
-                height = min(bottom, (row + 1) * patch) - max(top, row * patch)
-                if 2 * width * height >= min((right - left) * (bottom - top), patch**2):
-                    targets[row, column, : len(what)] = what
-    return targets.reshape(side**2, 8)
+        width = (np.minimum(right, starts + patch) - np.maximum(left, starts)).clip(0)  # of its part in each column
+        height = (np.minimum(bottom, starts + patch) - np.maximum(top, starts)).clip(0)
+        shown = 2 * np.outer(height, width) >= min((right - left) * (bottom - top), patch**2)
+        targets[shown, : len(what)] = what
+    return targets.reshape(-1, 8)
 
 
 class Muon(torch.optim.Optimizer):
@@ -104,21 +101,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for shape in {p.shape for p in group["params"]}:
-                matrices = [p for p in group["params"] if p.shape == shape]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
-                for p, momentum in zip(matrices, momenta):
-                    momentum.lerp_(p.grad, 0.05)
-                x = torch.stack([p.grad.lerp(m, 0.95) for p, m in zip(matrices, momenta)])  # Nesterov's [M, n, m]
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                tall = shape[0] > shape[1]
-                x = x.mT if tall else x  # so that the Gram matrices are the smaller ones
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                x = p.grad.lerp(momentum, 0.95)  # Nesterov's
+                tall = p.shape[0] > p.shape[1]
+                x = x.mT if tall else x  # so that the Gram matrix is the smaller one
+                x = x / x.norm().clamp(min=1e-7)
                 for _ in range(5):  # Newton-Schulz: singular values towards 1
                     gram = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                for p, update in zip(matrices, x.mT if tall else x):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(x.mT if tall else x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
 def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor, Tensor]:
@@ -168,7 +161,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         answers = model(**batch, image_features=features[: cfg.screens]).loss
         vision = teacher(features, targets, embeddings)
         loss = answers + vision
-        if not math.isfinite(loss.item()):
+        if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try smaller learning rates")
         muon.zero_grad()
         adam.zero_grad()
