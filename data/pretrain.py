@@ -13,7 +13,7 @@ A run that was stopped starts anew. data/tiny_vlm.pt was made with --out data/ti
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -126,13 +126,12 @@ def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor
     ]
     history = int(rng.choice((0, 1, 2, 3, 12), p=(0.45, 0.2, 0.15, 0.12, 0.08)))  # word problems before the image
     first = step * cfg.screens * 12
-    problems = [word_problem("pretrain", first + i) for i in range(cfg.screens * history)]
-    before = [[turn(problem) for problem in problems[i :: cfg.screens]] for i in range(cfg.screens)]
-    patches = (screens.SIZE // patch) ** 2
-    asked = shown[: cfg.screens]
+    turns = [turn(word_problem("pretrain", first + i)) for i in range(cfg.screens * history)]
+    before = [turns[i :: cfg.screens] for i in range(cfg.screens)]
+    targets = torch.from_numpy(np.stack([patch_targets(shown[i], patch, i < source) for i in range(len(shown))]))
+    asked, patches = shown[: cfg.screens], targets.shape[1]
     batch, _ = training_batch(asked, cfg.questions, patches, rng, cfg.refer, before, cfg.by_colour)
-    targets = np.stack([patch_targets(screen, patch, places=i < source) for i, screen in enumerate(shown)])
-    return batch, pixels(shown), torch.from_numpy(targets)
+    return batch, pixels(shown), targets
 
 
 def pretrain(cfg: PretrainConfig) -> None:
@@ -149,10 +148,8 @@ def pretrain(cfg: PretrainConfig) -> None:
     muon = Muon(matrices, {"lr": cfg.muon_lr, "weight_decay": 0.05})
     adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)
 
-    bar = progress(0, cfg.steps, "pretrain")
-    for step in bar:
-        # rate: up over 100 steps, down to zero over the last 70 %
-        rate = min(1.0, (step + 1) / 100, (1 - step / cfg.steps) / 0.7)
+    for step in (bar := progress(0, cfg.steps, "pretrain")):
+        rate = min(1.0, (step + 1) / 100, (1 - step / cfg.steps) / 0.7)  # up over 100 steps, down over the last 70 %
         muon.param_groups[0]["lr"] = rate * cfg.muon_lr
         adam.param_groups[0]["lr"] = rate * cfg.lr
 
@@ -175,9 +172,10 @@ def pretrain(cfg: PretrainConfig) -> None:
     with replacing(out) as temporary:
         torch.save({"config": asdict(model.config), "state": state}, temporary)
     seconds = round(time.time() - start)
-    options = (f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name != "out")
-    made = {"command": " ".join(["python train.py --pretrain", *options]), "torch": torch.__version__}
-    result = made | {"seconds": seconds} | measured(TinyVLM.from_pretrained(out))  # as it is used: rounded to 16 bits
+    options = (f"--{name.replace('_', '-')} {value}" for name, value in asdict(cfg).items() if name != "out")
+    result = {"command": " ".join(["python train.py --pretrain", *options])}
+    result |= {"torch": torch.__version__, "seconds": seconds}
+    result |= measured(TinyVLM.from_pretrained(out))  # as it is used: rounded to 16 bits
     with replacing(out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(f"saved    {out} after {seconds} s")
