@@ -9,6 +9,7 @@ model: the caller hands it `run`, from settings to what was measured.
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
@@ -32,7 +33,6 @@ FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
 DOMAINS = ("settings", "row", "dark", "blueprint")
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
 RUNGS = "projections · tokens · heads"
-CHOICES = ("top", "matched", "lowest", "random", "least")
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,27 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         common = {"part": part, "name": name, "kind": kind, "steps": STEPS, "test_screens": TEST_SCREENS}
         jobs.extend(common | {"seed": seed} | settings for seed in range(seeds))
 
-    for domain in DOMAINS[:1] if cfg.quick else DOMAINS:
-        for name, settings in LADDER.items():
-            add("ladder", name, 1 if cfg.quick or name == FROZEN else cfg.seeds, domain=domain, **settings)
+    for domain, (name, settings) in product(DOMAINS[:1] if cfg.quick else DOMAINS, LADDER.items()):
+        add("ladder", name, 1 if cfg.quick or name == FROZEN else cfg.seeds, domain=domain, **settings)
     if cfg.quick:
         return [{"lr": 0.01} | job for job in jobs]
-    for budget in (1, 4, 10):
-        for choice in CHOICES:
-            add("probe", choice, kind=(IMAGE_LORA, budget, choice), num_heads=budget, heads=choice)
-    for tau in (0.0, 0.5, 1.0, 4.0):
-        for domain in ("settings", "row"):
-            add("tau", f"τ = {tau:g}", domain=domain, tau=tau)
+    for budget, choice in product((1, 4, 10), ("top", "matched", "lowest", "random", "least")):
+        add("probe", choice, kind=(IMAGE_LORA, budget, choice), num_heads=budget, heads=choice)
+    for tau, domain in product((0.0, 0.5, 1.0, 4.0), ("settings", "row")):
+        add("tau", f"τ = {tau:g}", domain=domain, tau=tau)
     two = min(cfg.seeds, 2)
     for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
         for lr in rates:
             add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
-    for domain in ("dark", "settings"):
-        for name in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA):
-            seeds = 1 if name == FROZEN else cfg.seeds
-            add("referring", name, seeds, task="referring", domain=domain, **LADDER[name])
+    for domain, name in product(("dark", "settings"), (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)):
+        seeds = 1 if name == FROZEN else cfg.seeds
+        add("referring", name, seeds, task="referring", domain=domain, **LADDER[name])
     brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
-    for steps in (1, 3, 6, 50):
-        for size in (1, 2, 3, num_heads):
-            for normalize in (True, False):
-                heads = f"0:{','.join(map(str, range(size)))}"
-                add("normalization", f"{size} heads", two, steps=steps, heads=heads, normalize=normalize, **brief)
-    for layer in range(num_layers):
-        for head in range(num_heads):
-            add("single", f"layer {layer}", 1, kind=(IMAGE_LORA, 1, "top"), heads=f"{layer}:{head}")
+    for steps, size, normalize in product((1, 3, 6, 50), (1, 2, 3, num_heads), (True, False)):
+        heads = f"0:{','.join(map(str, range(size)))}"
+        add("normalization", f"{size} heads", two, steps=steps, heads=heads, normalize=normalize, **brief)
+    for layer, head in product(range(num_layers), range(num_heads)):
+        add("single", f"layer {layer}", 1, kind=(IMAGE_LORA, 1, "top"), heads=f"{layer}:{head}")
     for name in (LORA, LORA_VALUE, IMAGE_LORA):
         add("regimes", name, history=9, **LADDER[name])
     for name in (LORA, LORA_VISUAL, IMAGE_LORA):
