@@ -79,32 +79,27 @@ def predictions(base: list, tuned: list) -> Image.Image:
 
 
 @torch.no_grad()
-def attention_map(model, batch: dict, layer: int, head: int) -> torch.Tensor:
-    """Where a head looks from the last token of one sequence: its attention weights on the visual tokens [P]."""
+def attention_maps(model, batch: dict) -> torch.Tensor:
+    """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H, P]."""
     seen, attend = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, **options):  # [1, heads, T, d], rotated
-        seen.append((q[0], k[0]))
+        seen.append((q[0, :, -1:] @ k[0].mT / q.shape[-1] ** 0.5).softmax(-1))
         return attend(q, k, v, **options)
 
     with patch.object(F, "scaled_dot_product_attention", spy):
         model(**batch)
-    q, k = seen[layer]
-    weights = (q[head, -1] @ k[head].T / q.shape[-1] ** 0.5).softmax(-1)  # [T]
-    return weights[batch["input_ids"][0] == model.config.image_token_id]
+    return torch.stack(seen)[:, :, 0, batch["input_ids"][0] == model.config.image_token_id]
 
 
 def where_it_looks(model, adapter, questions: list[dict]) -> tuple[tuple[int, int], list]:
     """(layer, head) of the most focused adapted head, and its maps [P] for each question, without and with adapter."""
-
-    def maps(place: tuple[int, int]) -> list[torch.Tensor]:
-        return [attention_map(model, question, *place) for question in questions]
-
     with adapter.disabled():
-        places = [(layer, head) for layer, heads in adapter.heads.items() for head in heads]
-        place = max(places, key=lambda place: sum(weights.max() for weights in maps(place)))
-        before = maps(place)
-    return place, list(zip(before, maps(place)))
+        before = [attention_maps(model, question) for question in questions]
+    after = [attention_maps(model, question) for question in questions]
+    places = [(layer, head) for layer, heads in adapter.heads.items() for head in heads]
+    place = max(places, key=lambda place: sum(maps[place].max() for maps in before))
+    return place, [(old[place], new[place]) for old, new in zip(before, after)]
 
 
 def look(screens: list, samples: list, weights: list, base: list, tuned: list) -> Image.Image:
