@@ -6,13 +6,14 @@ Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D h
 """
 
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import screens
@@ -36,9 +37,8 @@ def turn(sample: dict, learn: bool = True) -> Turn:
 
 def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
     """Rows of different lengths -> [B, T]."""
-    width = max(map(len, rows))
-    fill = [[value] * (width - len(row)) for row in rows]
-    return torch.tensor([f + row if left else row + f for f, row in zip(fill, rows)])
+    side = "left" if left else "right"
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
 def pixels(drawn: list[screens.Screen]) -> Tensor:
@@ -160,11 +160,9 @@ def best_offset(given: list) -> float:
     """Click accuracy of these answers, all moved by the same number of bins, the best one in hindsight."""
     steps = [i * screens.BIN for i in range(1 - screens.BINS, screens.BINS)]
     clicks = [(point, sample["bbox"]) for _, sample, point in given if point]
-
-    def moved(dx: int, dy: int) -> float:
-        return sum(screens.is_hit((x + dx, y + dy), box) for (x, y), box in clicks) / len(given)
-
-    return max(moved(dx, dy) for dx in steps for dy in steps)
+    moves = product(steps, steps)
+    hits = [sum(screens.is_hit((x + dx, y + dy), box) for (x, y), box in clicks) for dx, dy in moves]
+    return max(hits) / len(given)
 
 
 def evaluate_word_problems(model, split: str = "test", count: int = 256, features: Tensor | None = None) -> float:
