@@ -58,10 +58,10 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         rung = name if name in LADDER else IMAGE_LORA
         kind = kind or (rung, 10, LADDER[rung].get("heads", "top"))
         common = {"part": part, "name": name, "kind": kind, "steps": STEPS, "test_screens": TEST_SCREENS}
-        jobs.extend(common | {"seed": seed} | settings for seed in range(seeds))
+        jobs.extend(common | {"seed": seed} | settings for seed in range(1 if cfg.quick or name == FROZEN else seeds))
 
     for domain, (name, settings) in product(DOMAINS[:1] if cfg.quick else DOMAINS, LADDER.items()):
-        add("ladder", name, 1 if cfg.quick or name == FROZEN else cfg.seeds, domain=domain, **settings)
+        add("ladder", name, domain=domain, **settings)
     if cfg.quick:
         return [{"lr": 0.01} | job for job in jobs]
     for budget, choice in product((1, 4, 10), ("top", "matched", "lowest", "random", "least")):
@@ -73,8 +73,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         for lr in rates:
             add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
     for domain, name in product(("dark", "settings"), (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)):
-        seeds = 1 if name == FROZEN else cfg.seeds
-        add("referring", name, seeds, task="referring", domain=domain, **LADDER[name])
+        add("referring", name, task="referring", domain=domain, **LADDER[name])
     brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
     for steps, size, normalize in product((1, 3, 6, 50), (1, 2, 3, num_heads), (True, False)):
         heads = f"0:{','.join(map(str, range(size)))}"
@@ -124,7 +123,6 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
     path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     key = itemgetter("part", "name", *(f.name for f in fields(make_config) if f.name != "device"))
-
     try:
         rows = json.loads(path.read_text()) if path.exists() else []
         known = {key(row | {"heads": row["heads_from"]}): row for row in rows}
