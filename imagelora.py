@@ -36,8 +36,7 @@ import zipfile
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,7 +101,7 @@ class ValueAdapter(nn.Module):
 
 def is_visual(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
     """The diagonal of M [B, T], bool, found at each call: of a prompt, or of one decoded token."""
-    return reduce(torch.logical_or, [input_ids == image for image in image_token_ids])
+    return torch.stack([input_ids == image for image in image_token_ids]).any(0)
 
 
 class ImageLoRA(nn.Module):
@@ -280,10 +279,9 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
 
 @dataclass
 class Call:
-    """A call of the model: whether gradients are wanted, and which tokens are visual."""
+    """A call of the model, and which of its tokens are visual."""
 
-    grad: bool = False
-    rows: Tensor | None = None  # [N], the visual ones of B * T; None: nothing to do
+    rows: Tensor = torch.zeros(0, dtype=torch.long)  # [N], the visual ones of B * T
     shape: torch.Size = torch.Size()  # [B, T]
     adapters: set[int] = field(default_factory=set)  # those that have run in it
     nodes: range = range(0)  # of autograd, those made in it
@@ -322,21 +320,21 @@ class VisualRows:
         args = args[1:] if args and isinstance(args[0], nn.Module) else args  # accelerate passes the model itself first
         if not self.attached:
             return forward(*args, **kwargs)
-        now, first = self.now, torch.autograd._get_sequence_nr()
+        now, grad, first = self.now, torch.is_grad_enabled(), torch.autograd._get_sequence_nr()
         outer, call = now.call, self.find(*args, **kwargs)
         now.call = call
         try:
             output = forward(*args, **kwargs)
         finally:
             now.call = outer
-            if call.grad:
+            if grad:
                 call.nodes = range(first, torch.autograd._get_sequence_nr())
                 self.recent.append(call)
-        if call.rows is not None and len(call.rows):
+        if len(call.rows):
             replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, "
             replaced += "quantized) is not adapted: detach() first, then attach or load again"
             _require(len(call.adapters) == len(adapter.layers), replaced, RuntimeError)
-        if call.grad and isinstance(getattr(output, "logits", None), Tensor):
+        if grad and isinstance(getattr(output, "logits", None), Tensor):
             lost = not output.logits.requires_grad and any(p.requires_grad for p in adapter.parameters())
             why = "no gradient reaches the adapter: is this inference_mode(), or re-entrant checkpointing without "
             why += "model.enable_input_require_grads()?"
@@ -345,22 +343,20 @@ class VisualRows:
 
     def find(self, *args, **kwargs) -> Call:
         """The arguments of a call -> visual [B, T] bool -> the Call, with its rows [N]."""
-        now, grad, visual = self.now, torch.is_grad_enabled(), None
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if not now.enabled:
-            return Call(grad, torch.zeros(0, dtype=torch.long)) if grad else TEXT
+        ids, visual = kwargs.get("input_ids", args[0] if args else None), None
+        if not self.now.enabled:
+            return Call()
         if ids is not None and not ids.is_floating_point():
             # Most calls decode one text token a row: looked up in Python, as tensor operations cost several times more.
-            if not grad and ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(chain(*ids.tolist())):
+            decoding = not torch.is_grad_enabled() and ids.shape[-1] == 1
+            if decoding and self.image_token_ids.isdisjoint(sum(ids.tolist(), [])):
                 return TEXT
             visual = is_visual(ids, self.image_token_ids)
         elif kwargs.get("inputs_embeds") is not None:
-            visual = now.mask
+            visual = self.now.mask
         unknown = "which tokens are visual? pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
         _require(visual is not None, unknown)
-        if not grad and not visual.any():
-            return TEXT
-        return Call(grad, visual.flatten().nonzero().squeeze(1), visual.shape)
+        return Call(visual.flatten().nonzero().squeeze(1), visual.shape)
 
     def rows_for(self, adapter, x: Tensor) -> Tensor | None:
         """The visual rows of a v_proj input [B, T, D]; None where nothing is to do. Raises rather than guess."""
@@ -374,7 +370,7 @@ class VisualRows:
         alone = "called without the model that attach() adapted: call that, or attach to the part that is called (by "
         alone += "generate(), it may be) and give it a visual_mask(); or was its forward replaced?"
         _require(call is not None, alone, RuntimeError)
-        if call.rows is None:
+        if call is TEXT or not (len(call.rows) or torch.is_grad_enabled()):
             return None
         call.adapters.add(id(adapter))
         wrong = f"v_proj got tokens {list(x.shape[:-1])}, but input_ids or the visual mask told of {list(call.shape)}; "
