@@ -549,12 +549,14 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
 
 def lora_costs(layers, hidden_size, query_heads, kv_heads, head_dim, num_tokens, r, names="qkvo") -> tuple[int, int]:
     """(Parameters, training FLOPs over so many tokens) of standard LoRA on these projections of every layer."""
-    q, kv, parameters, flops = query_heads * head_dim, kv_heads * head_dim, 0, 0
+    q, kv = query_heads * head_dim, kv_heads * head_dim
     shapes = {"q": (hidden_size, q), "k": (hidden_size, kv), "v": (hidden_size, kv), "o": (q, hidden_size)}
-    for name in names:
-        parameters += layers * r * sum(shapes[name])
-        flops += (layers - 1) * lora_flops(num_tokens, *shapes[name], r)
-        flops += lora_flops(num_tokens, *shapes[name], r, input_grad=name == "o")  # q, k, v read frozen embeddings
+    parameters = flops = 0
+    for layer in range(layers):
+        for name in names:
+            parameters += r * sum(shapes[name])
+            input_grad = layer > 0 or name == "o"  # the lowest q, k, v read frozen embeddings
+            flops += lora_flops(num_tokens, *shapes[name], r, input_grad)
     return parameters, flops
 
 
