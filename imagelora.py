@@ -435,14 +435,13 @@ def _value_projections(model):
     _require(not shared, "layers that share their values with other layers (num_kv_shared_layers) cannot be adapted")
     for i, layer in enumerate(stacks[found]):
         name, attention = f"{found}.{i}.self_attn", getattr(layer, "self_attn", None)
-        parts = ", ".join(child for child, _ in layer.named_children())
-        other = "cross-attention to images" if "cross" in parts else "layers without it, as a hybrid has,"
-        _require(attention is not None, f"there is no {name} but {parts}: {other} cannot be adapted")
-        v_proj, d_h = getattr(attention, "v_proj", None), getattr(attention, "head_dim", None)
-        _require(v_proj is not None, f"{name} has no v_proj; fused qkv or latent values cannot be adapted")
+        parts = dict((attention or layer).named_children())
+        v_proj, d_h = parts.get("v_proj"), getattr(attention, "head_dim", None)
+        other = "fused qkv, latent values, cross-attention and a hybrid's other layers cannot be adapted"
+        _require(v_proj, f"{name} has no v_proj but {', '.join(parts)}; {other}")
         features = getattr(v_proj, "out_features", 0)
         _require(d_h and features and features % d_h == 0, f"{name}.head_dim is {d_h}, v_proj has {features} features")
-        later = [child for child, _ in attention.named_children() if child.startswith("v_") and child != "v_proj"]
+        later = [part for part in parts if part.startswith("v_") and part != "v_proj"]
         _require(not later, f"{name} changes its values after v_proj, in {later}; they cannot be adapted")
         values.append((v_proj, d_h, features // d_h))
     _require(len({v for v, _, _ in values}) == len(values), "layers share a v_proj; they cannot be adapted")
