@@ -125,8 +125,8 @@ class ImageLoRA(nn.Module):
             v_proj, d_h, H = values[layer]
             device = next((t.device for t in [*v_proj.parameters(), *v_proj.buffers()]), None)
             device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
-            sizes = v_proj.in_features, d_h, H
-            self.layers[str(layer)] = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, device)
+            adapter = ValueAdapter(v_proj.in_features, d_h, H, selected, r, lora_alpha, normalize, device)
+            self.layers[str(layer)] = adapter
         self.register_load_state_dict_post_hook(_check_loaded)
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -181,7 +181,7 @@ class ImageLoRA(nn.Module):
             _require(tensor.isfinite().all(), f"{name} is not finite; the adapter is not saved")
             _, layer, kind = name.split(".")
             if kind != "selected":
-                layers[layer][kind] = tensor.detach().cpu()[0 if kind == "gamma" else ...]
+                layers[layer][kind] = tensor.cpu()[0 if kind == "gamma" else ...]
         content = {"model_name": self.model_name, "r": self.r, "alpha": float(self.lora_alpha), "layers": layers}
         content["kv_indices"] = {str(layer): selected for layer, selected in self.heads.items()}
         content |= {"normalize": self.normalize, "head_counts": self.head_counts}  # keys of ours
@@ -465,9 +465,10 @@ def _checked(model, r, lora_alpha, heads, normalize):
     existing = {layer: range(count) for layer, (_, _, count) in enumerate(values)}
     heads = existing if heads is None else heads
     for layer, selected in heads.items():
-        right = {type(n) for n in (layer, *selected)} == {int} and set(selected) <= set(existing.get(layer, ()))
+        whole = {type(n) for n in (layer, *selected)} == {int}
+        found = set(selected) & set(existing.get(layer, ()))
         wrong = f"layer {layer!r} of {len(values)} has no such heads, or not as integers named once: {selected}"
-        _require(right and len(set(selected)) == len(selected), wrong)
+        _require(whole and len(found) == len(selected), wrong)
     heads = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
     _require(heads, "no head is selected; name at least one")
     return values, ids, heads
@@ -520,7 +521,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
         counts = content.get("head_counts", adapter.head_counts)  # like normalize, not in the authors' files
         other = f"it is of a model with {counts} value heads in its layers, this one has {adapter.head_counts}"
         _require(counts == adapter.head_counts, other)
-        adapter.load_state_dict({k: t for k, t in adapter.state_dict().items() if k.endswith("selected")} | state)
+        adapter.load_state_dict(dict(adapter.named_buffers()) | state)
         return adapter
     except Exception as error:
         if adapter:
