@@ -166,7 +166,8 @@ class ImageLoRA(nn.Module):
         model = self._replaced[0][0]
         del model.image_lora
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(parameter.requires_grad or name in self._frozen)
+            if name in self._frozen:
+                parameter.requires_grad_()
         self._replaced = []
         return model
 
@@ -334,11 +335,11 @@ class VisualRows:
             replaced = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, "
             replaced += "quantized) is not adapted: detach() first, then attach or load again"
             _require(len(call.adapters) == len(adapter.layers), replaced, RuntimeError)
-        if grad and isinstance(getattr(output, "logits", None), Tensor):
-            lost = not output.logits.requires_grad and any(p.requires_grad for p in adapter.parameters())
+        logits = getattr(output, "logits", None)
+        if grad and isinstance(logits, Tensor) and not logits.requires_grad:
             why = "no gradient reaches the adapter: is this inference_mode(), or re-entrant checkpointing without "
             why += "model.enable_input_require_grads()?"
-            _require(not lost, why, RuntimeError)
+            _require(not any(p.requires_grad for p in adapter.parameters()), why, RuntimeError)
         return output
 
     def find(self, *args, **kwargs) -> Call:
@@ -454,7 +455,7 @@ def _checked(model, r, lora_alpha, heads, normalize):
     ours = [v_proj.forward for v_proj, _, _ in values if getattr(v_proj.forward, "func", None) is _adapted_values]
     attached = hasattr(model, "image_lora") or any(forward.args[0].attached for forward in ours)  # a part may be
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
-    names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
+    names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)}
     _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the model in a wrapper")
     D = min(v_proj.in_features for v_proj, _, _ in values)
@@ -584,9 +585,11 @@ def main(arguments: list[str] | None = None) -> None:
     if min(*shape, mlp, N, T + 1 - N, r, K) < 1 or K > layers * H:
         parser.error(f"sizes must be positive, and --num-heads in 1..{layers * H}")
     heads = select_heads(torch.ones(layers, H), K, tau=0)
-    parameters, ours = len(heads) * (D * r + 1) + K * r * d_h, image_lora_flops(N, D, d_h, heads, r)
+    parameters = len(heads) * (D * r + 1) + K * r * d_h
+    ours = image_lora_flops(N, D, d_h, heads, r)
     lora_parameters, lora = lora_costs(*shape, T, r)
-    visual, values = lora_costs(*shape, N, r)[1], lora_costs(*shape, N, r, "v")[1]
+    _, visual = lora_costs(*shape, N, r)
+    _, values = lora_costs(*shape, N, r, "v")
     # Frozen weights take part forward and back to their inputs; so do QK^T and PV, each with two products back.
     step = layers * (4 * T * D * (2 * (H_q + H) * d_h + 3 * mlp) + 12 * T**2 * H_q * d_h)
     print(f"{N} visual and {T - N} text tokens, r = {r}, {K} of {layers * H} value heads")
