@@ -115,25 +115,24 @@ class ImageLoRA(nn.Module):
         super().__init__()
         model = getattr(model, "_orig_mod", model)  # torch.compile's and PEFT's wrappers call the model inside them
         model = getattr(model, "get_base_model", lambda: model)()
-        values, image_token_ids, heads = _checked(model, r, lora_alpha, heads, normalize)
+        v_projs, self.head_counts, image_token_ids, heads = _checked(model, r, lora_alpha, heads, normalize)
         self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
-        self.head_counts = [count for _, _, count in values]
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.visual = VisualRows(image_token_ids)
         self.layers = nn.ModuleDict()
         for layer, selected in heads.items():
-            v_proj, d_h, H = values[layer]
+            v_proj, H = v_projs[layer], self.head_counts[layer]
             device = next((t.device for t in [*v_proj.parameters(), *v_proj.buffers()]), None)
             device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
-            adapter = ValueAdapter(v_proj.in_features, d_h, H, selected, r, lora_alpha, normalize, device)
-            self.layers[str(layer)] = adapter
+            sizes = v_proj.in_features, v_proj.out_features // H, H
+            self.layers[str(layer)] = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, device)
         self.register_load_state_dict_post_hook(_check_loaded)
         # From here on the model is changed, and nothing can fail.
         self._frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.requires_grad_(False)
         self._replaced = [_replace_forward(model, self.visual.call, self)]
         for layer, adapter in self.layers.items():
-            self._replaced.append(_replace_forward(values[int(layer)][0], _adapted_values, self.visual, adapter))
+            self._replaced.append(_replace_forward(v_projs[int(layer)], _adapted_values, self.visual, adapter))
         model.image_lora = self
 
     @property
@@ -421,7 +420,7 @@ def _require(right, sentence, error=ValueError):
 
 
 def _value_projections(model):
-    """The v_proj of every decoder layer, its head size and number of heads; no encoder's or resampler's."""
+    """The v_proj of every decoder layer, and their numbers of heads; no encoder's or resampler's."""
     encoders = ("vision", "visual", "audio", "img", "image", "video", "perceiver")
     stacks = {
         name: module
@@ -431,7 +430,7 @@ def _value_projections(model):
     }
     found = ", ".join(stacks) or "none"
     _require(len(stacks) == 1, f"expected one stack of decoder layers besides the vision tower, found {found}")
-    config, values = getattr(model, "config", None), []
+    config, v_projs, head_counts = getattr(model, "config", None), [], []
     shared = getattr(getattr(config, "text_config", config), "num_kv_shared_layers", 0)
     _require(not shared, "layers that share their values with other layers (num_kv_shared_layers) cannot be adapted")
     for i, layer in enumerate(stacks[found]):
@@ -444,35 +443,36 @@ def _value_projections(model):
         _require(d_h and features and features % d_h == 0, f"{name}.head_dim is {d_h}, v_proj has {features} features")
         later = [part for part in parts if part.startswith("v_") and part != "v_proj"]
         _require(not later, f"{name} changes its values after v_proj, in {later}; they cannot be adapted")
-        values.append((v_proj, d_h, features // d_h))
-    _require(len({v for v, _, _ in values}) == len(values), "layers share a v_proj; they cannot be adapted")
-    return values
+        v_projs.append(v_proj)
+        head_counts.append(features // d_h)
+    _require(len(set(v_projs)) == len(v_projs), "layers share a v_proj; they cannot be adapted")
+    return v_projs, head_counts
 
 
 def _checked(model, r, lora_alpha, heads, normalize):
-    """The value projections, the ids of visual tokens and the heads, sorted. Raises ValueError on a bad argument."""
-    values, config = _value_projections(model), getattr(model, "config", None)
-    ours = [v_proj.forward for v_proj, _, _ in values if getattr(v_proj.forward, "func", None) is _adapted_values]
+    """`_value_projections`, the ids of visual tokens and the heads, sorted. Raises ValueError on a bad argument."""
+    (v_projs, head_counts), config = _value_projections(model), getattr(model, "config", None)
+    ours = [v_proj.forward for v_proj in v_projs if getattr(v_proj.forward, "func", None) is _adapted_values]
     attached = hasattr(model, "image_lora") or any(forward.args[0].attached for forward in ours)  # a part may be
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)}
     _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the model in a wrapper")
-    D = min(v_proj.in_features for v_proj, _, _ in values)
+    D = min(v_proj.in_features for v_proj in v_projs)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
     right = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
     _require(right, f"lora_alpha must be a number above 0 and up to 1e9, got {lora_alpha!r}")
     _require(type(normalize) is bool, f"normalize must be True or False, got {normalize!r}")
-    existing = {layer: range(count) for layer, (_, _, count) in enumerate(values)}
+    existing = dict(enumerate(map(range, head_counts)))
     heads = existing if heads is None else heads
     for layer, selected in heads.items():
         whole = {type(n) for n in (layer, *selected)} == {int}
         found = set(selected) & set(existing.get(layer, ()))
-        wrong = f"layer {layer!r} of {len(values)} has no such heads, or not as integers named once: {selected}"
+        wrong = f"layer {layer!r} of {len(v_projs)} has no such heads, or not as integers named once: {selected}"
         _require(whole and len(found) == len(selected), wrong)
     heads = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
     _require(heads, "no head is selected; name at least one")
-    return values, ids, heads
+    return v_projs, head_counts, ids, heads
 
 
 def _check_loaded(adapter, keys):
