@@ -269,7 +269,8 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     budget = [0] * num_layers
     for _ in range(num_heads):  # Sainte-Lague: to the layer of the largest weight / (2 k + 1), k its heads so far
         open_layers = (layer for layer in range(num_layers) if budget[layer] < num_kv_heads)
-        budget[max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))] += 1  # ties: evenly
+        layer = max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))  # ties: evenly
+        budget[layer] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
     return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget) if k}
 
