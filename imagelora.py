@@ -171,10 +171,7 @@ class ImageLoRA(nn.Module):
         return model
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the adapter in the layout of the authors' release, atomically; with FSDP2, on all ranks at once.
-
-        Raises ValueError on NaN.
-        """
+        """Write the adapter in the authors' layout, atomically; with FSDP2 on all ranks at once. ValueError on NaN."""
         layers = {layer: {} for layer in self.layers}
         for name, tensor in self.state_dict().items():  # parameters() may be FSDP's copies in bfloat16
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
