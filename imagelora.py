@@ -190,7 +190,8 @@ class ImageLoRA(nn.Module):
         return image_lora_flops(num_visual_tokens, first.A.shape[0], first.B.shape[2], self.heads, self.r)
 
     def extra_repr(self) -> str:
-        chosen, total = sum(len(a.B) for a in self.layers.values()), sum(self.head_counts)
+        chosen = sum(len(a.B) for a in self.layers.values())
+        total = sum(self.head_counts)
         count = sum(p.numel() for p in self.parameters())
         heads = "on meta" if any(p.is_meta for p in self.parameters()) else self.heads
         return f"{chosen} of {total} heads {heads}, r={self.r}, lora_alpha={self.lora_alpha}, {count:,} parameters"
@@ -221,13 +222,15 @@ def score_heads(model, batches, loss_fn=None, probe: str = "rank1", seed: int = 
     not have score 0. The model is left as it was. Raises ValueError without visual tokens.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
-    loss_fn, count = loss_fn or (lambda model, batch: model(**batch).loss), 0
+    loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     D = _value_projections(model)[0][0].in_features
     r = 1 if probe == "rank1" else D
     adapter = attach(model, r, lora_alpha=r, normalize=False)  # the scale in front of A B is 1
     try:
-        adapters, generator = list(adapter.layers.values()), torch.Generator().manual_seed(seed)
+        adapters = list(adapter.layers.values())
+        generator = torch.Generator().manual_seed(seed)
         scores = torch.zeros(len(adapters), max(adapter.head_counts))
+        count = 0
         for batch in batches:
             for a in adapters:
                 A = torch.randn(D, r, generator=generator) if probe == "rank1" else torch.eye(D)
@@ -307,7 +310,9 @@ class VisualRows:
     """
 
     def __init__(self, image_token_ids: set[int]):
-        self.image_token_ids, self.attached, self.now = image_token_ids, True, ThisThread()
+        self.image_token_ids = image_token_ids
+        self.attached = True
+        self.now = ThisThread()
         self.recent = deque(maxlen=64)  # calls with gradients
 
     def __reduce__(self):
@@ -318,7 +323,8 @@ class VisualRows:
         args = args[1:] if args and isinstance(args[0], nn.Module) else args  # accelerate passes the model itself first
         if not self.attached:
             return forward(*args, **kwargs)
-        now, grad, first = self.now, torch.is_grad_enabled(), torch.autograd._get_sequence_nr()
+        now, grad = self.now, torch.is_grad_enabled()
+        first = torch.autograd._get_sequence_nr()
         outer, call = now.call, self.find(*args, **kwargs)
         now.call = call
         try:
@@ -341,7 +347,8 @@ class VisualRows:
 
     def find(self, *args, **kwargs) -> Call:
         """The arguments of a call -> visual [B, T] bool -> the Call, with its rows [N]."""
-        ids, visual = kwargs.get("input_ids", args[0] if args else None), None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        visual = None
         if not self.now.enabled:
             return Call()
         if ids is not None and not ids.is_floating_point():
@@ -428,13 +435,16 @@ def _value_projections(model):
     }
     found = ", ".join(stacks) or "none"
     _require(len(stacks) == 1, f"expected one stack of decoder layers besides the vision tower, found {found}")
-    config, v_projs, head_counts = getattr(model, "config", None), [], []
+    config = getattr(model, "config", None)
     shared = getattr(getattr(config, "text_config", config), "num_kv_shared_layers", 0)
     _require(not shared, "layers that share their values with other layers (num_kv_shared_layers) cannot be adapted")
+    v_projs, head_counts = [], []
     for i, layer in enumerate(stacks[found]):
-        name, attention = f"{found}.{i}.self_attn", getattr(layer, "self_attn", None)
+        name = f"{found}.{i}.self_attn"
+        attention = getattr(layer, "self_attn", None)
+        d_h = getattr(attention, "head_dim", None)
         parts = dict((attention or layer).named_children())
-        v_proj, d_h = parts.get("v_proj"), getattr(attention, "head_dim", None)
+        v_proj = parts.get("v_proj")
         other = "fused qkv, latent values, cross-attention and a hybrid's other layers cannot be adapted"
         _require(v_proj, f"{name} has no v_proj but {', '.join(parts)}; {other}")
         features = getattr(v_proj, "out_features", 0)
@@ -449,7 +459,8 @@ def _value_projections(model):
 
 def _checked(model, r, lora_alpha, heads, normalize):
     """`_value_projections`, the ids of visual tokens and the heads, sorted. Raises ValueError on a bad argument."""
-    (v_projs, head_counts), config = _value_projections(model), getattr(model, "config", None)
+    v_projs, head_counts = _value_projections(model)
+    config = getattr(model, "config", None)
     ours = [v_proj.forward for v_proj in v_projs if getattr(v_proj.forward, "func", None) is _adapted_values]
     attached = hasattr(model, "image_lora") or any(forward.args[0].attached for forward in ours)  # a part may be
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
@@ -578,8 +589,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     *shape, mlp = args.shape or SHAPES[args.model]
     layers, D, H_q, H, d_h = shape
-    N, r, K = args.visual_tokens, args.r, args.num_heads or -(-layers * H // 2)
+    N, r = args.visual_tokens, args.r
     T = N + args.text_tokens
+    K = args.num_heads or -(-layers * H // 2)
     if min(*shape, mlp, N, T + 1 - N, r, K) < 1 or K > layers * H:
         parser.error(f"sizes must be positive, and --num-heads in 1..{layers * H}")
     heads = select_heads(torch.ones(layers, H), K, tau=0)
