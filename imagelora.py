@@ -442,12 +442,12 @@ def _value_projections(model):
     for i, layer in enumerate(stacks[found]):
         name = f"{found}.{i}.self_attn"
         attention = getattr(layer, "self_attn", None)
-        d_h = getattr(attention, "head_dim", None)
-        parts = dict((attention or layer).named_children())
-        v_proj = parts.get("v_proj")
-        other = "fused qkv, latent values, cross-attention and a hybrid's other layers cannot be adapted"
-        _require(v_proj, f"{name} has no v_proj but {', '.join(parts)}; {other}")
-        features = getattr(v_proj, "out_features", 0)
+        parts = [part for part, _ in (attention or layer).named_children()]
+        other = "cross-attention to images" if "cross" in str(parts) else "layers without it, as a hybrid has,"
+        _require(attention, f"there is no {name} but {', '.join(parts)}: {other} cannot be adapted")
+        v_proj = getattr(attention, "v_proj", None)
+        _require(v_proj, f"{name} has no v_proj; fused qkv or latent values cannot be adapted")
+        d_h, features = getattr(attention, "head_dim", None), getattr(v_proj, "out_features", 0)
         _require(d_h and features and features % d_h == 0, f"{name}.head_dim is {d_h}, v_proj has {features} features")
         later = [part for part in parts if part.startswith("v_") and part != "v_proj"]
         _require(not later, f"{name} changes its values after v_proj, in {later}; they cannot be adapted")
