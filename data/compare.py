@@ -7,8 +7,8 @@ model: the caller hands it `run`, from settings to what was measured.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from operator import itemgetter
@@ -110,8 +110,8 @@ def best_rate(kind: tuple[str, int, str], finish) -> float:
     """The learning rate of a kind of run: three are tried, and more until the best is not the last of them."""
     best, scores = 0.01, {}
     while new := [lr for lr in (best, best / 2, 2 * best) if lr not in scores and 0.01 / 32 <= lr <= 0.01 * 32]:
-        rows = grouped(finish(tuning_jobs(kind, new)), "lr")
-        scores |= {lr: mean(rows[lr], "action_acc") for lr in new}
+        rows = finish(tuning_jobs(kind, new))
+        scores |= {lr: np.mean([row["action_acc"] for row in rows if row["lr"] == lr]) for lr in new}
         best = max(scores, key=scores.get)  # of equals the one nearest to 0.01
     return best
 
@@ -157,85 +157,67 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
 # ---- What the rows say -----------------------------------------------------------------------------------------------
 
 
-def mean(rows: list[dict], name: str) -> float:
-    return float(np.mean([row[name] for row in rows]))
+def cell(rows: list[dict], name: str, unit: float | str = 1, form: str = "{:,.0f}", of=np.mean) -> str:
+    """The mean of a field in a unit, a number or another field; an accuracy's in %, with its deviation over seeds."""
+    values = np.array([row[name] for row in rows if name in row])
+    if not len(values):  # it was not measured
+        return ""
+    if not name.endswith("_acc"):
+        return form.format(of(values) / np.mean([row.get(unit, unit) for row in rows]), **rows[0])
+    spread = f" ±{100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * values.mean():.1f}{spread}"
 
 
-def percent(rows: list[dict], name: str = "action_acc") -> str:
-    """Mean and standard deviation over seeds, in %; empty where it was not measured."""
-    values = 100 * np.array([row[name] for row in rows if name in row])
-    spread = f" ±{values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread}" if len(values) else ""
-
-
-def number(rows: list[dict], name: str, unit: float = 1, digits: int = 0) -> str:
-    return f"{mean(rows, name) / unit:,.{digits}f}" if all(name in row for row in rows) else ""
-
-
-def on_settings(cell):
-    return lambda rows: cell([row for row in rows if row["domain"] == "settings"])
-
-
-def grouped(rows: list[dict], name: str) -> dict:
-    """Rows by a field, in order of appearance."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row[name], []).append(row)
-    return groups
-
-
-FLOPS = "adapter_flops_per_screen"
-KFLOP, WORD_PROBLEMS = partial(number, name=FLOPS, unit=1e3), partial(percent, name="word_problem_acc")
+CLICK, WORD_PROBLEMS, KFLOP = ("action_acc",), ("word_problem_acc",), ("adapter_flops_per_screen", 1e3)
+CLICKS = {"click %": CLICK, "words": ("text_acc",), "icons": ("icon_acc",)}
 BESIDE = {  # what else changes
-    "parameters": partial(number, name="trainable_parameters"),
+    "parameters": ("trainable_parameters",),
     "adapter kFLOP": KFLOP,
-    "source %": partial(percent, name="source_acc"),
+    "source %": ("source_acc",),
     "word problems %": WORD_PROBLEMS,
-    "after an image %": partial(percent, name="word_problem_after_image_acc"),
-    "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
-    "lr": lambda rows: f"{rows[0]['lr']:g}",
+    "after an image %": ("word_problem_after_image_acc",),
+    "text logits": ("text_logits_max_abs_diff", 1, "{:.2g}", np.max),
+    "lr": ("lr", 1, "{:g}"),
 }
 OVERVIEW = ("parameters", "adapter kFLOP", "source %", "word problems %", "text logits")
-CLICKS = {"click %": percent, "words": partial(percent, name="text_acc"), "icons": partial(percent, name="icon_acc")}
 CONTROLS = {
-    "click %": percent,
-    "best constant": partial(percent, name="constant_acc"),
-    "+ best offset": partial(percent, name="offset_acc"),
-    "switches erased": partial(percent, name="erased_acc"),
-    "exchanged": partial(percent, name="exchanged_acc"),
-    "no point, of": lambda rows: f"{number(rows, 'wrong_format_num')} of {rows[0]['num_total']:,}",
+    "click %": CLICK,
+    "best constant": ("constant_acc",),
+    "+ best offset": ("offset_acc",),
+    "switches erased": ("erased_acc",),
+    "exchanged": ("exchanged_acc",),
+    "no point, of": ("wrong_format_num", 1, "{:,.0f} of {num_total:,}"),
 }
 STEP = {
     "adapter kFLOP a screen": KFLOP,
-    "counted": partial(number, name="counted_flops_per_screen", unit=1e3),
-    "of the whole step": lambda rows: f"{mean(rows, FLOPS) / mean(rows, 'step_flops_per_screen'):.2%}",
-    "kept for the backward pass, KiB a screen": partial(number, name="saved_bytes_per_screen", unit=1024),
+    "counted": ("counted_flops_per_screen", 1e3),
+    "of the whole step": ("adapter_flops_per_screen", "step_flops_per_screen", "{:.2%}"),
+    "kept for the backward pass, KiB a screen": ("saved_bytes_per_screen", 1024),
 }
 LOWEST = {
-    "click %": percent,
-    "whole step, MFLOP a screen": partial(number, name="step_flops_per_screen", unit=1e6, digits=1),
-    "ms a step": partial(number, name="step_ms", digits=1),
+    "click %": CLICK,
+    "whole step, MFLOP a screen": ("step_flops_per_screen", 1e6, "{:.1f}"),
+    "ms a step": ("step_ms", 1, "{:.1f}"),
 }
-RHO = {"{of}": partial(number, name="rho", digits=2)}
-UPDATE = {"{name}": lambda rows: number([row["update_norms"] for row in rows], "0", digits=2)}
-TABLES = {  # table -> part, title, {column: its cells}, and what is in a line where that is not all of a name
-    "ladder": ("ladder", RUNGS, {"{domain} %": percent} | {name: on_settings(BESIDE[name]) for name in OVERVIEW}),
+RHO, UPDATE = ("rho", 1, "{:.2f}"), ("0", 1, "{:.2f}")  # the update is layer 0's
+TABLES = {  # table -> part, title, {column: arguments of its cells}, and what is in a line where not a name alone
+    "ladder": ("overview", RUNGS, {"{domain} %": CLICK} | {name: BESIDE[name] for name in OVERVIEW}),
     **{domain: (domain, f"{domain}: {RUNGS}", CLICKS | BESIDE) for domain in DOMAINS},
     "controls": ("controls", "controls", CONTROLS, "{domain}: {name}"),
     "step": ("step", "the whole training step, settings", STEP),
     "lowest": ("lowest", "all heads of, settings", LOWEST),
-    "correlation": ("correlation", "rank correlation of score and click accuracy, settings", RHO),
-    "probe": ("probe", "settings, click % by choice of heads", {"K = {num_heads}": percent}),
-    "tau": ("tau", "click %, K = 10", {"{domain}": percent}),
+    "correlation": ("correlation", "rank correlation of score and click accuracy, settings", {"{of}": RHO}),
+    "probe": ("probe", "settings, click % by choice of heads", {"K = {num_heads}": CLICK}),
+    "tau": ("tau", "click %, K = 10", {"{domain}": CLICK}),
     "tau costs": ("tau", "adapter kFLOP a screen, K = 10", {"{domain}": KFLOP}),
-    "single": ("single", "settings, click % of one head", {"head {heads_from[2]}": percent}),
-    "click": ("rates", "LoRA, settings, click %", {"lr {lr:g}": percent}),
+    "single": ("single", "settings, click % of one head", {"head {heads_from[2]}": CLICK}),
+    "click": ("rates", "LoRA, settings, click %", {"lr {lr:g}": CLICK}),
     "word problems": ("rates", "LoRA, settings, word problems %", {"lr {lr:g}": WORD_PROBLEMS}),
-    "referring": ("referring", "names right, %", {"{domain}": partial(percent, name="name_acc")}),
-    "regimes": ("regimes", "settings, click %", {"after {history} word problems": percent}),
+    "referring": ("referring", "names right, %", {"{domain}": ("name_acc",)}),
+    "regimes": ("regimes", "settings, click %", {"after {history} word problems": CLICK}),
     "regime costs": ("regimes", "settings, adapter kFLOP a screen", {"after {history} word problems": KFLOP}),
-    "prior": ("prior", "dark, click %", {"language prior: {prior}": percent}),
-    "normalization": ("normalization", "layer 0's update", UPDATE, "{steps} steps, normalize: {normalize}"),
+    "prior": ("prior", "dark, click %", {"language prior: {prior}": CLICK}),
+    "normalization": ("normalization", "layer 0's update", {"{name}": UPDATE}, "{steps} steps, normalize: {normalize}"),
 }
 
 
@@ -244,11 +226,11 @@ def table(rows: list[dict], title: str, columns: dict, line: str = "{name}") -> 
 
     Lines and columns are texts with {fields} of a row; a cell is made of the rows that agree in both."""
     cells = {}
-    for column, cell in columns.items():
+    for column, how in columns.items():
         groups = {}
         for row in rows:
             groups.setdefault((line.format(**row), column.format(**row)), []).append(row)
-        cells |= {place: cell(group) for place, group in groups.items()}
+        cells |= {place: cell(group, *how) for place, group in groups.items()}
     names, heads = (dict.fromkeys(texts) for texts in zip(*cells))
     body = [[name, *(cells.get((name, head), "") for head in heads)] for name in names]
     return "\n".join(f"|{'|'.join(each)}|" for each in ([f"**{title}**", *heads], ["---"] * (len(heads) + 1), *body))
@@ -272,11 +254,16 @@ def correlations(part: dict[str, list[dict]]) -> list[dict]:
 
 def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown, by name."""
-    part = grouped(rows, "part")
-    part |= grouped(part["ladder"], "domain")
+    part = defaultdict(list)
+    for row in rows:
+        part[row["part"]].append(row | row["update_norms"] if row["part"] == "normalization" else row)
+        if row["part"] == "ladder":
+            part[row["domain"]].append(row)
+            brief = {field: row[field] for field in ("name", "domain", "action_acc")}
+            part["overview"].append(row if row["domain"] == "settings" else brief)
+            if row["name"] == FROZEN or row["name"] in (LORA, LORA_VISUAL, IMAGE_LORA) and row["domain"] in PAIRED:
+                part["controls"].append(row)
     part["step"] = [row for row in part["settings"] if row["name"] != FROZEN]
-    shown = [row for row in part["ladder"] if row["name"] in (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)]
-    part["controls"] = [row for row in shown if row["name"] == FROZEN or row["domain"] in PAIRED]
     if "single" in part:
         part["correlation"] = correlations(part)
     for name, domain in (("regimes", "settings"), ("prior", "dark")):
