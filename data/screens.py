@@ -41,14 +41,9 @@ class Palette:
     outline: bool = False  # buttons and icons as outlines without their fill
 
 
-_LIGHT = Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT)
-PALETTES = {
-    "source": _LIGHT,
-    "settings": _LIGHT,
-    "row": _LIGHT,
-    "dark": Palette("#14171c", "#303743", "#eef1f6", DARK),
-    "blueprint": Palette("#1f4fa0", "#ffffff", "#ffffff", {"": "#ffffff"}, outline=True),
-}
+PALETTES = dict.fromkeys(("source", "settings", "row"), Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT))
+PALETTES["dark"] = Palette("#14171c", "#303743", "#eef1f6", DARK)
+PALETTES["blueprint"] = Palette("#1f4fa0", "#ffffff", "#ffffff", {"": "#ffffff"}, outline=True)
 DOMAINS = tuple(PALETTES)
 PAIRED = ("settings", "row")  # domains whose names have switches
 COUNTS = dict.fromkeys(DOMAINS, (5, 7)) | {"settings": (4, 6), "row": (4, 5)}  # names on a screen, least and most
@@ -75,31 +70,27 @@ class Screen:
         return [e for e in self.elements if e.click]
 
 
-def _icon_outline(name: str) -> list[tuple[float, float]]:
-    """Corners of an icon on the unit square."""
-    if name == "square":
-        return [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)]
-    if name == "triangle":
-        return [(0.5, 0.03), (1, 0.95), (0, 0.95)]
-    if name == "plus":
-        a, b = 0.34, 0.66
-        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
-    if name == "arrow":
-        return [(0, 0.34), (0.5, 0.34), (0.5, 0.04), (1, 0.5), (0.5, 0.96), (0.5, 0.66), (0, 0.66)]
-    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    if name == "circle":
-        x, y = np.sin(t), np.cos(t)
-    elif name == "star":
-        t = np.linspace(0, 2 * np.pi, 10, endpoint=False)
-        radius = np.where(np.arange(10) % 2, 0.42, 1.0)
-        x, y = radius * np.sin(t), radius * np.cos(t)
-    elif name == "heart":
-        x, y = np.sin(t) ** 3, (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 15 + 0.1
-    else:  # moon: an outer arc and back along an inner one
-        outer, inner = np.linspace(-2.5, 2.5, 32), np.linspace(1.9, -1.9, 32)
-        x = np.concatenate([-np.cos(outer), 0.45 - 0.85 * np.cos(inner)])
-        y = np.concatenate([np.sin(outer), 0.66 * np.sin(inner)])
-    return list(zip((0.5 + 0.5 * x).tolist(), (0.5 - 0.5 * y).tolist()))
+@cache
+def _outlines() -> dict[str, list[tuple[float, float]]]:
+    """The corners of each icon on the unit square."""
+
+    def curve(x, y):  # of coordinates from -1 to 1, upwards
+        return list(zip((0.5 + 0.5 * x).tolist(), (0.5 - 0.5 * y).tolist()))
+
+    t, tenth = (np.linspace(0, 2 * np.pi, corners, endpoint=False) for corners in (48, 10))
+    radius, a, b = np.resize((1.0, 0.42), 10), 0.34, 0.66
+    heart = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    out, back = np.linspace(-2.5, 2.5, 32), np.linspace(1.9, -1.9, 32)  # on the moon's two arcs
+    return {
+        "circle": curve(np.sin(t), np.cos(t)),
+        "square": [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)],
+        "triangle": [(0.5, 0.03), (1, 0.95), (0, 0.95)],
+        "star": curve(radius * np.sin(tenth), radius * np.cos(tenth)),
+        "heart": curve(np.sin(t) ** 3, heart / 15 + 0.1),
+        "plus": [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)],
+        "moon": curve(np.append(-np.cos(out), 0.45 - 0.85 * np.cos(back)), np.append(np.sin(out), 0.66 * np.sin(back))),
+        "arrow": [(0, 0.34), (0.5, 0.34), (0.5, 0.04), (1, 0.5), (0.5, 0.96), (0.5, 0.66), (0, 0.66)],
+    }
 
 
 @cache
@@ -121,7 +112,7 @@ def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.
         draw.rounded_rectangle((0, 0, right, bottom), height * k // 2, fill=track)
         draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
     else:
-        line, corners = palette.icons[colour], [(x * right, y * bottom) for x, y in _icon_outline(name)]
+        line, corners = palette.icons[colour], [(x * right, y * bottom) for x, y in _outlines()[name]]
         draw.polygon(corners, None if palette.outline else line, line, width=6)
     return sprite.resize((width, height), Image.Resampling.BOX)
 
