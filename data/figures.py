@@ -39,23 +39,20 @@ def _click(draw, x: float, y: float, tuned: bool) -> None:
 
 def _legend(draw) -> None:
     _frame(draw, 16, 12, 32, 28)
-    _text(draw, 44, 20, "target", 16)
     _click(draw, 120, 20, tuned=False)
-    _text(draw, 136, 20, "base model's click", 16)
     _click(draw, 300, 20, tuned=True)
-    _text(draw, 318, 20, "after fine-tuning", 16)
+    for x, words in ((44, "target"), (136, "base model's click"), (318, "after fine-tuning")):
+        _text(draw, x, 20, words, 16)
 
 
-def _picture(screen) -> Image.Image:
-    return Image.fromarray(screen.image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-
-
-def _target(draw, x: float, y: float, bbox: tuple, *points: tuple | None) -> None:
-    """On the screen whose corner is at x, y: the target's box, the click before and after; None is no click."""
-    left, top, right, bottom = bbox
-    _frame(draw, x + K * left, y + K * top, x + K * right, y + K * bottom)
-    for point, tuned in zip(points, (False, True)):
-        if point is not None:
+def _screen(image: Image.Image, x: int, y: int, screen, bbox: tuple | None = None, *clicks: tuple | None) -> None:
+    """Puts a screen at x, y, with the target's box and the clicks before and after; None is no click."""
+    image.paste(Image.fromarray(screen.image).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+    draw = ImageDraw.Draw(image)
+    if bbox:
+        _frame(draw, *(corner + K * edge for corner, edge in zip((x, y, x, y), bbox)))
+    for point, tuned in zip(clicks, (False, True)):
+        if bbox and point:
             _click(draw, x + K * point[0], y + K * point[1], tuned)
 
 
@@ -66,9 +63,8 @@ def predictions(base: list, tuned: list) -> Image.Image:
     step = max(len(base) // 12, 1)
     for i, ((screen, sample, before), (_, _, after)) in enumerate(list(zip(base, tuned))[::step][:12]):
         x, y = 12 + i % 4 * (SIDE + 12), 40 + i // 4 * (SIDE + 40)
-        image.paste(_picture(screen), (x, y))
+        _screen(image, x, y, screen, sample.get("bbox"), before, after)
         if "bbox" in sample:
-            _target(draw, x, y, sample["bbox"], before, after)
             verdict = "right" if is_hit(after, sample["bbox"]) else "wrong"
         else:
             verdict = after if after == sample["answer"] else f"{after} (wrong)"
@@ -113,13 +109,13 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
         _text(draw, x, 60, title, 18)
     for i, (screen, sample, looks, before, after) in enumerate(zip(screens, samples, weights, base, tuned)):
         y = 80 + i * (SIDE + 44)
-        for x in places:
-            image.paste(_picture(screen), (x, y))
+        for x in places[:3]:
+            _screen(image, x, y, screen)
         for x, seen in zip(places[1:], looks):
             patches = round(len(seen) ** 0.5)
             shade = (230 - 230 * (seen / seen.max()).sqrt()).byte().reshape(patches, patches).numpy()
             image.paste("#101828", (x, y), Image.fromarray(shade).resize((SIDE, SIDE), Image.Resampling.NEAREST))
-        _target(draw, places[3], y, sample["bbox"], parse_point(before), parse_point(after))
+        _screen(image, places[3], y, screen, sample["bbox"], parse_point(before), parse_point(after))
         _text(draw, places[0], y + SIDE + 16, sample["instruction"], 18)
     return image
 
