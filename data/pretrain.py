@@ -51,27 +51,20 @@ class PretrainConfig(Settings):
     out: str = option("base.pt", "file to write; its accuracies go beside it as .json")
 
 
-class VisionTeacher(nn.Module):
+def vision_loss(features: Tensor, targets: Tensor, embeddings: Tensor, log_scale: Tensor, edges: nn.Linear) -> Tensor:
     """The loss of the patches' features [N, P, D], what they should show given as targets [N, P, 8].
 
     The features are read through the tied token embeddings as words (a 'logit lens'): what is shown, its colour, its x
     and y; and by a linear layer as the edges of the element's box, in bins.
     """
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(0.3).log())
-        self.edges = nn.Linear(hidden_size, 4)
-
-    def forward(self, features: Tensor, targets: Tensor, embeddings: Tensor) -> Tensor:
-        loss = torch.zeros(())
-        for i, words in enumerate(LENS):
-            told = targets[..., i] >= 0  # [N, P]
-            if told.any():
-                logits = self.log_scale.exp() * features[told] @ embeddings[[ID[word] for word in words]].T
-                loss = loss + F.cross_entropy(logits, targets[..., i][told].long())
-        told = targets[..., 4] >= 0
-        return loss + F.l1_loss(self.edges(features[told]), targets[..., 4:][told])
+    loss = 0
+    for words, target in zip(LENS, targets.unbind(-1)):
+        told = target >= 0  # [N, P]
+        if told.any():
+            logits = log_scale.exp() * features[told] @ embeddings[[ID[word] for word in words]].T
+            loss = loss + F.cross_entropy(logits, target[told].long())
+    told = targets[..., 4] >= 0
+    return loss + F.l1_loss(edges(features[told]), targets[..., 4:][told])
 
 
 def patch_targets(screen: screens.Screen, patch: int, places: bool) -> np.ndarray:
@@ -92,26 +85,22 @@ def patch_targets(screen: screens.Screen, patch: int, places: bool) -> np.ndarra
     return targets.reshape(-1, 8)
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for matrices: momentum, of which each step takes the nearest orthogonal matrix.
+@torch.no_grad()
+def muon_step(matrices: list[nn.Parameter], momenta: list[Tensor], lr: float) -> None:
+    """Muon (Jordan et al., 2024): momentum, of which each step takes the nearest orthogonal matrix.
 
     As torch.optim.Muon, but in float32: that one's bfloat16 is ten times slower on CPUs without such instructions.
     """
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                x = p.grad.lerp(momentum, 0.95)  # Nesterov's
-                tall = p.shape[0] > p.shape[1]
-                x = x.mT if tall else x  # so that the Gram matrix is the smaller one
-                x = x / x.norm().clamp(min=1e-7)
-                for _ in range(5):  # Newton-Schulz: singular values towards 1
-                    gram = x @ x.mT
-                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(x.mT if tall else x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+    for p, momentum in zip(matrices, momenta):
+        x = p.grad.lerp(momentum.lerp_(p.grad, 0.05), 0.95)  # Nesterov's
+        tall = p.shape[0] > p.shape[1]
+        x = x.mT if tall else x  # so that the Gram matrix is the smaller one
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(5):  # Newton-Schulz: singular values towards 1
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        p.mul_(1 - 0.05 * lr)  # weight decay
+        p.add_(x.mT if tall else x, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
 def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor, Tensor]:
@@ -141,30 +130,28 @@ def pretrain(cfg: PretrainConfig) -> None:
         raise ValueError(f"there is no directory {out.parent}")
     torch.manual_seed(cfg.seed)
     model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
-    teacher = VisionTeacher(model.config.hidden_size)
+    lens = nn.Parameter(torch.tensor(0.3).log()), nn.Linear(model.config.hidden_size, 4)  # a scale, and boxes' edges
     embeddings = model.language_model.embed_tokens.weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embeddings]
-    others = [p for p in model.parameters() if p.ndim != 2] + [embeddings, *teacher.parameters()]
-    muon = Muon(matrices, {"lr": cfg.muon_lr, "weight_decay": 0.05})
+    others = [p for p in model.parameters() if p.ndim != 2] + [embeddings, lens[0], *lens[1].parameters()]
+    momenta = [torch.zeros_like(p) for p in matrices]
     adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)
 
     for step in (bar := progress(0, cfg.steps, "pretrain")):
         rate = min(1.0, (step + 1) / 100, (1 - step / cfg.steps) / 0.7)  # up over 100 steps, down over the last 70 %
-        muon.param_groups[0]["lr"] = rate * cfg.muon_lr
         adam.param_groups[0]["lr"] = rate * cfg.lr
-
         batch, pixel_values, targets = draw_batch(cfg, step, model.config.patch_size)
         features = model.get_image_features(pixel_values)  # [N, P, D]
         answers = model(**batch, image_features=features[: cfg.screens]).loss
-        vision = teacher(features, targets, embeddings)
+        vision = vision_loss(features, targets, embeddings, *lens)
         loss = answers + vision
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try smaller learning rates")
-        muon.zero_grad()
+        model.zero_grad()
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(matrices + others, 1.0)
-        muon.step()
+        muon_step(matrices, momenta, rate * cfg.muon_lr)
         adam.step()
         bar.set_postfix_str(f"answers {answers.item():.3f}  vision {vision.item():.3f}", refresh=False)
 
@@ -175,15 +162,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     options = (f"--{name.replace('_', '-')} {value}" for name, value in asdict(cfg).items() if name != "out")
     result = {"command": " ".join(["python train.py --pretrain", *options])}
     result |= {"torch": torch.__version__, "seconds": seconds}
-    result |= measured(TinyVLM.from_pretrained(out))  # as it is used: rounded to 16 bits
-    with replacing(out.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"saved    {out} after {seconds} s")
-
-
-def measured(model: TinyVLM) -> dict:
-    """What the model can do before any fine-tuning, printed and returned."""
-    result = {}
+    model = TinyVLM.from_pretrained(out)  # as it is used: rounded to 16 bits
     for domain in screens.DOMAINS:
         drawn = [screens.draw_screen(domain, "test", i) for i in range(TEST_SCREENS)]
         features = image_features(model, drawn)
@@ -194,4 +173,6 @@ def measured(model: TinyVLM) -> dict:
             result[domain] |= metrics
     result["word_problem_acc"] = evaluate_word_problems(model)
     print(f"word problems {result['word_problem_acc']:.1%}")
-    return result
+    with replacing(out.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"saved    {out} after {seconds} s")
