@@ -657,9 +657,9 @@ def test_the_shipped_base_is_what_its_record_says():
     assert record["word_problem_acc"] >= 0.995 and 0.55 <= record["dark"]["action_acc"] <= 0.85
     for domain, task, name in (("source", "referring", "name_acc"), ("dark", "grounding", "action_acc")):
         drawn = [draw_screen(domain, "test", i) for i in range(12)]
-        metrics, _ = prompts.evaluate(model, drawn, prompts.image_features(model, drawn), task)
+        metrics, _ = prompts.evaluate(model, drawn, features := prompts.image_features(model, drawn), task)
         assert metrics[name] == pytest.approx(record[domain][name], abs=0.12), (domain, name)
-    assert prompts.evaluate_word_problems(model, count=32) > 0.95
+    assert prompts.evaluate_word_problems(model, features[:, :0], count=32) > 0.95
     places = draw_batch(PretrainConfig(), 0, 16)[2][..., 2:].flatten(1)  # told of 24 source, then settings, row, dark
     assert (places >= 0).any(1).tolist() == [True] * 24 + [False] * 5
 
@@ -729,7 +729,7 @@ def test_word_problems_of_the_test_are_new_sentence_pairs_and_new_numbers():
 def test_the_best_constant_and_the_best_offset_are_those_that_hit_most():
     boxes = [(0, 0, 16, 16), (8, 8, 24, 24), (64, 64, 80, 80)]  # of pixels; a bin has 8
     given = [(None, {"bbox": box}, point) for box, point in zip(boxes, ((28, 4), (36, 12), None))]
-    assert prompts.best_constant(given) == 2 / 3  # (12, 12) is in two boxes
+    assert prompts.best_offset(given, start=(4, 4)) == 2 / 3  # (12, 12) is in two boxes
     assert prompts.best_offset(given) == 2 / 3  # three bins to the left; no point is a miss
 
 

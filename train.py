@@ -116,8 +116,7 @@ def finetune(cfg: Config, out: Path | None = None) -> dict:
         say(f"before   {prompts.score_line(cfg.domain, before)}")
     base_text = prompts.text_logits(model)
 
-    data = prompts.training_data(cfg, model.device)
-    batches = prompts.probe_batches(cfg, data)
+    data, batches = prompts.training_data(cfg, model.device)
     heads = None
     if cfg.method == "image_lora":
         scores = imagelora.score_heads(model, batches, seed=cfg.seed)
@@ -416,13 +415,12 @@ def explain(cfg: Config) -> None:
     drawn, features = prompts.seen(cfg.domain, "test", 4, model.device)
     asked = [prompts.exam([screen])[0][1] for screen in drawn]  # the first target of each screen
     instructions = [sample["instruction"] for sample in asked]
-    questions = [prompts.question(text, features[[i]]) for i, text in enumerate(instructions)]
+    questions = [prompts.questions([text], features[[i]]) for i, text in enumerate(instructions)]
     one, base_answers = questions[0], prompts.answer(model, instructions, features)
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {instructions[0]}")
     station("", f"right answer {asked[0]['answer']} (cells of a 16 x 16 grid), the base model's {base_answers[0]}")
 
-    data = prompts.training_data(cfg, model.device)
-    batches = prompts.probe_batches(cfg, data)
+    data, batches = prompts.training_data(cfg, model.device)
     scores = imagelora.score_heads(model, batches, seed=cfg.seed)
     station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line a layer, the largest = 1", imagelora.score_heads)
     for row in (scores / scores.max()).tolist():

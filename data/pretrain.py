@@ -114,9 +114,10 @@ def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor
         for i in range(count)
     ]
     history = int(rng.choice((0, 1, 2, 3, 12), p=(0.45, 0.2, 0.15, 0.12, 0.08)))  # word problems before the image
-    first = step * cfg.screens * 12
-    turns = [turn(word_problem("pretrain", first + i)) for i in range(cfg.screens * history)]
-    before = [turns[i :: cfg.screens] for i in range(cfg.screens)]
+    before = [
+        [turn(word_problem("pretrain", (12 * step + j) * cfg.screens + i)) for j in range(history)]
+        for i in range(cfg.screens)
+    ]
     targets = torch.from_numpy(np.stack([patch_targets(shown[i], patch, i < source) for i in range(len(shown))]))
     asked, patches = shown[: cfg.screens], targets.shape[1]
     batch, _ = training_batch(asked, cfg.questions, patches, rng, cfg.refer, before, cfg.by_colour)
@@ -171,7 +172,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             metrics, _ = evaluate(model, drawn, features, task)
             print(score_line(domain, metrics))
             result[domain] |= metrics
-    result["word_problem_acc"] = evaluate_word_problems(model)
+    result["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     print(f"word problems {result['word_problem_acc']:.1%}")
     with replacing(out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -106,26 +106,26 @@ def exam(drawn: list[screens.Screen], task: str = "grounding") -> list[tuple[int
     ]
 
 
-def question(instruction: str, features: Tensor) -> dict[str, Tensor]:
-    """What the model takes to answer an instruction about one screen; features [1, P, D]."""
-    ids = [ID[BOS], *[ID[IMAGE]] * features.shape[1], *encode(instruction)]
-    return {"input_ids": torch.tensor([ids]), "image_features": features}
+def questions(instructions: list[str], features: Tensor, history: int = 0) -> dict[str, Tensor]:
+    """What the model takes to answer instructions, each after `history` word problems and its own image.
+
+    features [B, P, D]; with P = 0 there are no images."""
+    before = [ID[BOS], *(word for i in range(history) for word in turn(word_problem("validation", i))[0])]
+    before += [ID[IMAGE]] * features.shape[1]
+    rows = [before + encode(text) for text in instructions]
+    ids = pad(rows, ID[PAD], left=True).to(features.device)
+    return {"input_ids": ids, "attention_mask": (ids != ID[PAD]).long(), "image_features": features}
 
 
 @torch.no_grad()
-def answer(model, prompts: list[str], features: Tensor | None = None, history: int = 0) -> list[str]:
-    """Greedy answers, each after `history` word problems and its own image [P, D] of features [B, P, D], if any."""
-    told = [t for i in range(history) for t in turn(word_problem("validation", i))[0]]
-    image = [] if features is None else [ID[IMAGE]] * features.shape[1]
+def answer(model, instructions: list[str], features: Tensor, history: int = 0) -> list[str]:
+    """Greedy answers to `questions`."""
     answers = []
-    for start in range(0, len(prompts), CHUNK):
+    for start in range(0, len(instructions), CHUNK):
         part = slice(start, start + CHUNK)
-        rows = [[ID[BOS]] + told + image + encode(prompt) for prompt in prompts[part]]
-        ids = pad(rows, ID[PAD], left=True).to(model.device)
-        seen = None if features is None else features[part]
-        mask = (ids != ID[PAD]).long()
-        out = model.generate(ids, max_new_tokens=3, attention_mask=mask, image_features=seen)
-        answers += [decode(row) for row in out[:, ids.shape[1] :].tolist()]
+        batch = questions(instructions[part], features[part], history)
+        out = model.generate(**batch, max_new_tokens=3)
+        answers += [decode(row) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
     return answers
 
 
@@ -150,25 +150,19 @@ def evaluate(model, drawn: list[screens.Screen], features: Tensor, task: str = "
     return metrics | {"num_total": len(samples)}, [*zip((drawn[i] for i in order), samples, answers)]
 
 
-def best_constant(given: list) -> float:
-    """Click accuracy of the best answer that is the same for every question, in hindsight."""
-    corner = screens.BIN / 2, screens.BIN / 2  # all bins are offsets from the first
-    return best_offset([(screen, sample, corner) for screen, sample, _ in given])
-
-
-def best_offset(given: list) -> float:
-    """Click accuracy of these answers, all moved by the same number of bins, the best one in hindsight."""
+def best_offset(given: list, start: tuple[float, float] | None = None) -> float:
+    """Click accuracy of these answers, or of `start`, moved by the best number of bins in hindsight, one for all."""
     steps = [i * screens.BIN for i in range(1 - screens.BINS, screens.BINS)]
-    clicks = [(point, sample["bbox"]) for _, sample, point in given if point]
+    clicks = [(start or point, sample["bbox"]) for _, sample, point in given if start or point]
     moves = product(steps, steps)
     hits = [sum(screens.is_hit((x + dx, y + dy), box) for (x, y), box in clicks) for dx, dy in moves]
     return max(hits) / len(given)
 
 
-def evaluate_word_problems(model, split: str = "test", count: int = 256, features: Tensor | None = None) -> float:
-    """Share of word problems whose final number is right; with features [N, P, D], each asked after one of these."""
-    problems = [word_problem(split, i) for i in range(count)]
-    seen = None if features is None else features[torch.arange(count) % len(features)]
+def evaluate_word_problems(model, features: Tensor, count: int = 256) -> float:
+    """Share of test word problems whose final number is right, each asked after one of the images of `questions`."""
+    problems = [word_problem("test", i) for i in range(count)]
+    seen = features[torch.arange(count) % len(features)]
     answers = answer(model, [problem["instruction"] for problem in problems], seen)
     return float(np.mean([a.split()[-1:] == p["answer"].split()[-1:] for a, p in zip(answers, problems)]))
 
@@ -210,12 +204,13 @@ def seen(domain: str, split: str, count: int, device: torch.device, switches: st
     return drawn, image_features(TinyVLM.from_pretrained(BASE).to(device), drawn)
 
 
-def training_data(cfg, device: torch.device) -> tuple[list[screens.Screen], Tensor]:
-    """Screens to train on and their features; no more than are needed."""
+def training_data(cfg, device: torch.device):
+    """((the screens to train on, their features), the batches of the probe)."""
     count = min((PROBE_BATCHES + cfg.steps) * cfg.screens, TRAIN_SCREENS)
     drawn, features = seen(cfg.domain, "train", count, device)
     fitting = [i for i, screen in enumerate(drawn) if not cfg.prior or any(map(fits_prior, screen.targets()))]
-    return [drawn[i] for i in fitting], features[fitting]
+    data = [drawn[i] for i in fitting], features[fitting]
+    return data, [batch_of(cfg, data, i)[0] for i in range(PROBE_BATCHES)]
 
 
 def batch_of(cfg, data: tuple[list[screens.Screen], Tensor], i: int):
@@ -224,19 +219,15 @@ def batch_of(cfg, data: tuple[list[screens.Screen], Tensor], i: int):
     rng = np.random.default_rng([cfg.seed, i])
     picks = rng.choice(len(drawn), cfg.screens, replace=len(drawn) < cfg.screens)
     told = cfg.history + cfg.replay
-    first = i * cfg.screens * told
-    problems = [word_problem("train", first + j) for j in range(cfg.screens * told)]
-    turns = [turn(problem, learn=j % told >= cfg.history) for j, problem in enumerate(problems)]  # replayed ones last
-    before = [turns[j * told : (j + 1) * told] for j in range(cfg.screens)]
+    before = [
+        [turn(word_problem("train", (i * cfg.screens + j) * told + k), learn=k >= cfg.history) for k in range(told)]
+        for j in range(cfg.screens)  # the replayed ones last
+    ]
     asked, refer = [drawn[pick] for pick in picks], float(cfg.task == "referring")
     how = {"distinct": True, "prior": cfg.prior}
     batch, boxes = training_batch(asked, cfg.questions, features.shape[1], rng, refer, before, **how)
     batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
     return batch | {"image_features": features[picks]}, boxes
-
-
-def probe_batches(cfg, data: tuple[list[screens.Screen], Tensor]) -> list[dict]:
-    return [batch_of(cfg, data, i)[0] for i in range(PROBE_BATCHES)]
 
 
 def measure(cfg, model) -> tuple[dict, list]:
@@ -246,8 +237,8 @@ def measure(cfg, model) -> tuple[dict, list]:
     if cfg.split == "test":
         source, _ = evaluate(model, *seen("source", "test", cfg.test_screens // 2 + 1, model.device))
         metrics["source_acc"] = source["action_acc"]
-        metrics["word_problem_acc"] = evaluate_word_problems(model)
-        metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features=features)
+        metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
+        metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
     return metrics, given
 
 
@@ -255,7 +246,7 @@ def controls(cfg, model, base_given: list, tuned_given: list) -> dict:
     """What a click accuracy is to be held against: answers without an image, images without the thing asked for."""
     if cfg.task != "grounding" or cfg.split != "test":
         return {}
-    found = {"constant_acc": best_constant(tuned_given)}
+    found = {"constant_acc": best_offset(tuned_given, start=(screens.BIN / 2, screens.BIN / 2))}
     if base_given:
         found["offset_acc"] = best_offset(base_given)
     for switches in ("erased", "exchanged") if cfg.domain in screens.PAIRED else ():
