@@ -25,14 +25,13 @@ from tiny_vlm import TinyVLM
 BASE = Path(__file__).with_name("tiny_vlm.pt")
 PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, the less noise
 TRAIN_SCREENS = 2048
-Turn = tuple[list[int], list[int]]  # (ids, labels) of an instruction and its answer
+Turn = list[tuple[int, int]]  # (id, label) of each word of an instruction and its answer; -100: not to be predicted
 CHUNK = 256  # prompts or screens at a time in evaluation
 
 
 def turn(sample: dict, learn: bool = True) -> Turn:
-    """The ids of an instruction and its answer, and their labels: -100 on what is not to be predicted."""
     question, answer = encode(sample["instruction"]), encode(f"{sample['answer']} {EOS}")
-    return question + answer, [-100] * len(question) + (answer if learn else [-100] * len(answer))
+    return [(word, -100) for word in question] + [(word, word if learn else -100) for word in answer]
 
 
 def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
@@ -80,20 +79,20 @@ def training_batch(
     """
     rows, boxes = [], []
     for screen, told in zip(drawn, before):
-        turns = [([ID[BOS]], [-100]), *told, ([ID[IMAGE]] * patches, [-100] * patches)]
+        row = [(ID[BOS], -100), *chain(*told), *[(ID[IMAGE], -100)] * patches]
         targets = [target for target in screen.targets() if fits_prior(target) or not prior]
         order = rng.permutation(len(targets)) if distinct else None
         for j in range(questions):
             target = targets[order[j % len(order)] if distinct else rng.integers(len(targets))]
             if rng.random() < refer:
-                turns.append(turn(screens.referring(screen, target)))
+                row += turn(screens.referring(screen, target))
                 boxes.append(None)
             else:
-                turns.append(turn(screens.grounding(screen, target, rng, rng.random() < by_colour)))
+                row += turn(screens.grounding(screen, target, rng, rng.random() < by_colour))
                 boxes.append(target.click)
-        rows.append([list(chain(*tokens)) for tokens in zip(*turns)])
-    ids, labels = zip(*rows)
-    return {"input_ids": pad(ids, ID[PAD]), "labels": pad(labels, -100)}, boxes
+        rows.append(row)
+    ids, labels = pad(rows, -100).unbind(-1)
+    return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}, boxes
 
 
 def exam(drawn: list[screens.Screen], task: str = "grounding") -> list[tuple[int, dict]]:
@@ -110,7 +109,7 @@ def questions(instructions: list[str], features: Tensor, history: int = 0) -> di
     """What the model takes to answer instructions, each after `history` word problems and its own image.
 
     features [B, P, D]; with P = 0 there are no images."""
-    before = [ID[BOS], *(word for i in range(history) for word in turn(word_problem("validation", i))[0])]
+    before = [ID[BOS], *(word for i in range(history) for word, _ in turn(word_problem("validation", i)))]
     before += [ID[IMAGE]] * features.shape[1]
     rows = [before + encode(text) for text in instructions]
     ids = pad(rows, ID[PAD], left=True).to(features.device)
@@ -168,9 +167,9 @@ def evaluate_word_problems(model, features: Tensor, count: int = 256) -> float:
 
 
 @torch.no_grad()
-def text_logits(model, count: int = 256) -> Tensor:
-    """Logits of text-only prompts (test word problems with their answers) [count, T, V]."""
-    ids = pad([[ID[BOS]] + turn(word_problem("test", i))[0] for i in range(count)], ID[PAD])
+def text_logits(model) -> Tensor:
+    """Logits of text-only prompts (test word problems with their answers) [256, T, V]."""
+    ids = pad([[ID[BOS], *(word for word, _ in turn(word_problem("test", i)))] for i in range(256)], ID[PAD])
     return model(ids.to(model.device)).logits
 
 
