@@ -1,11 +1,11 @@
 """The time an adapter costs, as ratios to no adapter: python -m data.bench (needs transformers and peft).
 
-Every time is divided by that of a run without an adapter beside it, first before it, then after it; the median of a
-round's ratios is one measurement, a line the mean over rounds and its standard error. All methods share one model, as
-the place of its weights in memory alone can change a time by 3 %. 'no adapter, again' is what noise makes of 1.
+Every time is divided by that of a run without an adapter beside it, first before it, then after it; the median of the
+ratios of a round, which has a model of its own, is one measurement, a line the mean over rounds and its standard error.
+Methods share the models, as the place of weights in memory alone can change a time by 3 %. 'no adapter, again' is what
+noise makes of 1.
 """
 
-import random
 import statistics
 import sys
 import time
@@ -104,20 +104,17 @@ def decoding(model: nn.Module, method, ids: Tensor) -> float:
     return marks[-1] - marks[0]
 
 
-def measure(cfg: BenchConfig, methods: dict, model_of, run, visual: int, text: int) -> None:
+def measure(cfg: BenchConfig, methods: dict, models: list, run, visual: int, text: int) -> None:
     """Prints a line for each method."""
-    ids, medians = torch.tensor([[IMAGE] * visual + list(range(text))]), {name: [] for name in methods}
-    for _ in range(cfg.rounds):
-        model, ratios = model_of(), {name: [] for name in methods}
-        for i in range(2 * cfg.repetitions):
-            for name in random.sample(list(methods), len(methods)):
-                pair = [run(model, method, ids) for method in (no_adapter, methods[name])[:: (-1) ** i]]  # in turn
-                ratios[name].append(pair[1 - i % 2] / pair[i % 2])
-        for name in methods:
-            medians[name].append(statistics.median(ratios[name]))
-    for name in methods:
-        error = statistics.stdev(medians[name]) / cfg.rounds**0.5
-        print(f"  {name:32}{statistics.mean(medians[name]):.3f} ± {error:.3f}", flush=True)
+    ids = torch.tensor([[IMAGE] * visual + list(range(text))])
+    for name, method in methods.items():
+        medians = []
+        for model in models:
+            orders = (1, -1) * cfg.repetitions
+            pairs = [[run(model, each, ids) for each in (no_adapter, method)[::order]][::order] for order in orders]
+            medians.append(statistics.median(adapted / floor for floor, adapted in pairs))
+        error = statistics.stdev(medians) / cfg.rounds**0.5
+        print(f"  {name:32}{statistics.mean(medians):.3f} ± {error:.3f}", flush=True)
 
 
 def main(cfg: BenchConfig) -> None:
@@ -125,9 +122,9 @@ def main(cfg: BenchConfig) -> None:
     print(f"ratios to no adapter, {cfg.rounds} medians of {cfg.repetitions}, one thread, processor time")
     for visual, text in ((256, 64), (64, 256)):
         print(f"training step, 2 layers of 256 features, {visual} visual and {text} text tokens")
-        measure(cfg, TRAINING, lambda: qwen(256, 2, 8).train(), training_step, visual, text)
+        measure(cfg, TRAINING, [qwen(256, 2, 8).train() for _ in range(cfg.rounds)], training_step, visual, text)
     print("decoding a token, 3 layers of 64 features, after 16 visual and 8 text tokens")
-    measure(cfg, DECODING, lambda: qwen(64, 3, 4).eval(), decoding, 16, 8)
+    measure(cfg, DECODING, [qwen(64, 3, 4).eval() for _ in range(cfg.rounds)], decoding, 16, 8)
 
 
 if __name__ == "__main__":
