@@ -70,26 +70,26 @@ class Screen:
 
 
 @cache
-def _outlines() -> dict[str, list[tuple[float, float]]]:
-    """The corners of each icon on the unit square."""
-
-    def curve(x, y):  # of coordinates from -1 to 1, upwards
-        return list(zip((0.5 + 0.5 * x).tolist(), (0.5 - 0.5 * y).tolist()))
-
+def _outlines() -> dict[str, np.ndarray]:
+    """The corners [N, 2] of each icon on the unit square."""
     t, tenth = (np.linspace(0, 2 * np.pi, corners, endpoint=False) for corners in (48, 10))
-    radius, a, b = np.resize((1.0, 0.42), 10), 0.34, 0.66
+    radius = np.resize((1.0, 0.42), 10)
     heart = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
     out, back = np.linspace(-2.5, 2.5, 32), np.linspace(1.9, -1.9, 32)  # on the moon's two arcs
-    return {
-        "circle": curve(np.sin(t), np.cos(t)),
-        "square": [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)],
-        "triangle": [(0.5, 0.03), (1, 0.95), (0, 0.95)],
-        "star": curve(radius * np.sin(tenth), radius * np.cos(tenth)),
-        "heart": curve(np.sin(t) ** 3, heart / 15 + 0.1),
-        "plus": [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)],
-        "moon": curve(np.append(-np.cos(out), 0.45 - 0.85 * np.cos(back)), np.append(np.sin(out), 0.66 * np.sin(back))),
-        "arrow": [(0, 0.34), (0.5, 0.34), (0.5, 0.04), (1, 0.5), (0.5, 0.96), (0.5, 0.66), (0, 0.66)],
+    curves = {  # from -1 to 1, upwards
+        "circle": (np.sin(t), np.cos(t)),
+        "star": (radius * np.sin(tenth), radius * np.cos(tenth)),
+        "heart": (np.sin(t) ** 3, heart / 15 + 0.1),
+        "moon": (np.append(-np.cos(out), 0.45 - 0.85 * np.cos(back)), np.append(np.sin(out), 0.66 * np.sin(back))),
     }
+    polygons = {  # x and y of each corner in percent
+        "square": "10 10 90 10 90 90 10 90",
+        "triangle": "50 3 100 95 0 95",
+        "plus": "34 0 66 0 66 34 100 34 100 66 66 66 66 100 34 100 34 66 0 66 0 34 34 34",
+        "arrow": "0 34 50 34 50 4 100 50 50 96 50 66 0 66",
+    }
+    outlines = {name: np.stack([0.5 + 0.5 * x, 0.5 - 0.5 * y], 1) for name, (x, y) in curves.items()}
+    return outlines | {name: np.array(p.split(), float).reshape(-1, 2) / 100 for name, p in polygons.items()}
 
 
 @cache
@@ -111,8 +111,8 @@ def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.
         draw.rounded_rectangle((0, 0, right, bottom), height * k // 2, fill=track)
         draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
     else:
-        line, corners = palette.icons[colour], [(x * right, y * bottom) for x, y in _outlines()[name]]
-        draw.polygon(corners, None if palette.outline else line, line, width=6)
+        line, corners = palette.icons[colour], _outlines()[name] * (right, bottom)
+        draw.polygon(corners.flatten().tolist(), None if palette.outline else line, line, width=6)
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
