@@ -90,8 +90,7 @@ def main_job(cfg: Config) -> None:
     tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
     result = finetune(cfg, out)
-    with replacing(out / "metrics.json") as path:
-        path.write_text(json.dumps(asdict(cfg) | result, indent=1) + "\n")
+    replacing(out / "metrics.json", lambda path: path.write_text(json.dumps(asdict(cfg) | result, indent=1) + "\n"))
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
 

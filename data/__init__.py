@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -48,12 +47,11 @@ def progress(first: int, total: int, name: str, quiet: bool = False) -> tqdm:
     return tqdm(range(first, total), name, total, initial=first, bar_format=layout, disable=quiet)
 
 
-@contextmanager
-def replacing(path: str | Path):
-    """Yields a path beside `path` to write to, and moves that file into place: `path` is never half-written."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+def replacing(path: Path, write) -> None:
+    """write(a path beside `path`), and that file moved into place: `path` is never half-written."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
+        write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -130,7 +130,7 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
         raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
 
     def finish(jobs: list[dict]) -> list[dict]:
-        """The rows of these jobs, run where they are missing; every new row is written at once."""
+        """The rows of these jobs, run where they are missing; every new row is written at once, a row a line."""
         made = [make_config(**{name: job[name] for name in job.keys() - {"part", "name", "kind"}}) for job in jobs]
         keys = [key(job | asdict(each)) for job, each in zip(jobs, made)]
         missing = [i for i, at in enumerate(keys) if at not in known]
@@ -138,8 +138,7 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
         for i, measured in zip(missing, pool.imap(run, [made[i] for i in missing])):
             row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
             known[keys[i]] = json.loads(json.dumps(row))
-            with replacing(path) as temporary:  # a row a line
-                temporary.write_text("[\n" + ",\n".join(map(json.dumps, known.values())) + "\n]\n")
+            replacing(path, lambda file: file.write_text("[\n" + ",\n".join(map(json.dumps, known.values())) + "\n]\n"))
             bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
             bar.update()
         return [known[at] for at in keys]

@@ -1,5 +1,6 @@
 """Pictures, drawn with Pillow: clicks on screens, and where a head looks; and a bar chart in text."""
 
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -121,8 +122,7 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        picture.save(temporary, "PNG", optimize=True)
+    replacing(path, partial(picture.save, format="PNG", optimize=True))
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:

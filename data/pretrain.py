@@ -25,6 +25,7 @@ from data import Settings, option, progress, replacing, screens
 from data.prompts import evaluate, evaluate_word_problems, image_features, pixels, score_line, training_batch, turn
 from data.tokenizer import ID, VOCABULARY
 from data.word_problems import word_problem
+from imagelora import safe_save
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 TEST_SCREENS = 400  # of each domain
@@ -157,8 +158,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         bar.set_postfix_str(f"answers {answers.item():.3f}  vision {vision.item():.3f}", refresh=False)
 
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    with replacing(out) as temporary:
-        torch.save({"config": asdict(model.config), "state": state}, temporary)
+    safe_save({"config": asdict(model.config), "state": state}, out)
     seconds = round(time.time() - start)
     options = (f"--{name.replace('_', '-')} {value}" for name, value in asdict(cfg).items() if name != "out")
     result = {"command": " ".join(["python train.py --pretrain", *options])}
@@ -174,6 +174,5 @@ def pretrain(cfg: PretrainConfig) -> None:
             result[domain] |= metrics
     result["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     print(f"word problems {result['word_problem_acc']:.1%}")
-    with replacing(out.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    replacing(out.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     print(f"saved    {out} after {seconds} s")
