@@ -1,9 +1,8 @@
 """The time an adapter costs, as ratios to no adapter: python -m data.bench (needs transformers and peft).
 
-Every time is divided by that of a run without an adapter beside it, first before it, then after it; the median of the
-ratios of a round, which has a model of its own, is one measurement, a line the mean over rounds and its standard error.
-Methods share the models, as the place of weights in memory alone can change a time by 3 %. 'no adapter, again' is what
-noise makes of 1.
+Every time is divided by that of a run without an adapter beside it, first before it, then after it; the median of a
+round's ratios is one measurement, a line the mean over rounds and its standard error. All methods share one model, as
+the place of its weights in memory alone can change a time by 3 %. 'no adapter, again' is what noise makes of 1.
 """
 
 import statistics

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import screens
+from data.screens import BIN, BINS, PAIRED, Screen, draw_screen, fits_prior, grounding, is_hit, referring
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
 from data.word_problems import word_problem
 from imagelora import score_heads
@@ -40,27 +40,20 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
-def pixels(drawn: list[screens.Screen]) -> Tensor:
+def pixels(drawn: list[Screen]) -> Tensor:
     """pixel_values [N, 3, side, side] in 0..1."""
     return torch.from_numpy(np.stack([screen.image for screen in drawn])).permute(0, 3, 1, 2).float() / 255
 
 
 @torch.no_grad()
-def image_features(model, drawn: list[screens.Screen]) -> Tensor:
+def image_features(model, drawn: list[Screen]) -> Tensor:
     """What the vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so once is enough."""
     chunks = [drawn[i : i + CHUNK] for i in range(0, len(drawn), CHUNK)]
     return torch.cat([model.get_image_features(pixels(chunk).to(model.device)) for chunk in chunks])
 
 
-def fits_prior(target: screens.Element) -> bool:
-    """Whether a target lies in the quarter of the screen that a language prior gives to its name."""
-    x, y = screens.centre_bins(target.click)
-    names = (*screens.LABELS, *screens.ICONS)
-    return names.index(target.name) % 4 == 2 * (2 * y // screens.BINS) + 2 * x // screens.BINS
-
-
 def training_batch(
-    drawn: list[screens.Screen],
+    drawn: list[Screen],
     questions: int,
     patches: int,
     rng: np.random.Generator,
@@ -85,21 +78,21 @@ def training_batch(
         for j in range(questions):
             target = targets[order[j % len(order)] if distinct else rng.integers(len(targets))]
             if rng.random() < refer:
-                row += turn(screens.referring(screen, target))
+                row += turn(referring(screen, target))
                 boxes.append(None)
             else:
-                row += turn(screens.grounding(screen, target, rng, rng.random() < by_colour))
+                row += turn(grounding(screen, target, rng, rng.random() < by_colour))
                 boxes.append(target.click)
         rows.append(row)
     ids, labels = pad(rows, -100).unbind(-1)
     return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}, boxes
 
 
-def exam(drawn: list[screens.Screen], task: str = "grounding") -> list[tuple[int, dict]]:
+def exam(drawn: list[Screen], task: str = "grounding") -> list[tuple[int, dict]]:
     """Every target of every screen asked once: (number of the screen, sample)."""
     rng = np.random.default_rng(0)
     return [
-        (i, screens.grounding(screen, target, rng) if task == "grounding" else screens.referring(screen, target))
+        (i, grounding(screen, target, rng) if task == "grounding" else referring(screen, target))
         for i, screen in enumerate(drawn)
         for target in screen.targets()
     ]
@@ -128,7 +121,7 @@ def answer(model, instructions: list[str], features: Tensor, history: int = 0) -
     return answers
 
 
-def evaluate(model, drawn: list[screens.Screen], features: Tensor, task: str = "grounding", history: int = 0):
+def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "grounding", history: int = 0):
     """Accuracy on all targets of these screens -> (metrics, [(screen, sample, point or name)]).
 
     grounding: ScreenSpot's action_acc, text_acc, icon_acc, wrong_format_num (answers that are no point), num_total.
@@ -141,7 +134,7 @@ def evaluate(model, drawn: list[screens.Screen], features: Tensor, task: str = "
         metrics = {"name_acc": float(np.mean(right))}
     else:
         answers = [parse_point(given) for given in answers]
-        hits = np.array([screens.is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)])
+        hits = np.array([is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)])
         words = np.array([sample["data_type"] == "text" for sample in samples])
         kinds = {"action_acc": hits, "text_acc": hits[words], "icon_acc": hits[~words]}
         metrics = {name: float(of_kind.mean()) for name, of_kind in kinds.items()}
@@ -151,10 +144,10 @@ def evaluate(model, drawn: list[screens.Screen], features: Tensor, task: str = "
 
 def best_offset(given: list, start: tuple[float, float] | None = None) -> float:
     """Click accuracy of these answers, or of `start`, moved by the best number of bins in hindsight, one for all."""
-    steps = [i * screens.BIN for i in range(1 - screens.BINS, screens.BINS)]
+    steps = [i * BIN for i in range(1 - BINS, BINS)]
     clicks = [(start or point, sample["bbox"]) for _, sample, point in given if start or point]
     moves = product(steps, steps)
-    hits = [sum(screens.is_hit((x + dx, y + dy), box) for (x, y), box in clicks) for dx, dy in moves]
+    hits = [sum(is_hit((x + dx, y + dy), box) for (x, y), box in clicks) for dx, dy in moves]
     return max(hits) / len(given)
 
 
@@ -178,7 +171,7 @@ def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
     answers = labels[:, 1:] >= 0  # each is x, y, <eos>
     words = [VOCABULARY[i] for i in logits[:, :-1][answers].argmax(-1).tolist()]
     points = [parse_point(f"{x} {y}") for x, y in zip(words[::3], words[1::3])]
-    return float(np.mean([screens.is_hit(point, box) for point, box in zip(points, boxes)]))
+    return float(np.mean([is_hit(point, box) for point, box in zip(points, boxes)]))
 
 
 def score_line(domain: str, metrics: dict) -> str:
@@ -199,7 +192,7 @@ def score_line(domain: str, metrics: dict) -> str:
 @cache
 def seen(domain: str, split: str, count: int, device: torch.device, switches: str = "drawn"):
     """The first screens of a split, and what the frozen vision encoder makes of them [N, P, D]: once a process."""
-    drawn = [screens.draw_screen(domain, split, i, switches=switches) for i in range(count)]
+    drawn = [draw_screen(domain, split, i, switches=switches) for i in range(count)]
     return drawn, image_features(TinyVLM.from_pretrained(BASE).to(device), drawn)
 
 
@@ -212,7 +205,7 @@ def training_data(cfg, device: torch.device):
     return data, [batch_of(cfg, data, i)[0] for i in range(PROBE_BATCHES)]
 
 
-def batch_of(cfg, data: tuple[list[screens.Screen], Tensor], i: int):
+def batch_of(cfg, data: tuple[list[Screen], Tensor], i: int):
     """(The arguments of the model, the boxes asked for) of batch number i; the probe takes the first ones."""
     drawn, features = data
     rng = np.random.default_rng([cfg.seed, i])
@@ -245,10 +238,10 @@ def controls(cfg, model, base_given: list, tuned_given: list) -> dict:
     """What a click accuracy is to be held against: answers without an image, images without the thing asked for."""
     if cfg.task != "grounding" or cfg.split != "test":
         return {}
-    found = {"constant_acc": best_offset(tuned_given, start=(screens.BIN / 2, screens.BIN / 2))}
+    found = {"constant_acc": best_offset(tuned_given, start=(BIN / 2, BIN / 2))}
     if base_given:
         found["offset_acc"] = best_offset(base_given)
-    for switches in ("erased", "exchanged") if cfg.domain in screens.PAIRED else ():
+    for switches in ("erased", "exchanged") if cfg.domain in PAIRED else ():
         drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device, switches)
         found[f"{switches}_acc"] = evaluate(model, drawn, features)[0]["action_acc"]
     return found

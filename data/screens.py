@@ -186,27 +186,23 @@ def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: st
     return Screen(np.asarray(image), tuple(elements))
 
 
-def describe(screen: Screen, element: Element, by_colour: bool = False) -> str:
-    """What to call an element: its text, its icon, or colour + icon where the icon alone is ambiguous.
-
-    by_colour: its colour alone, where no other element has it."""
-    if by_colour and element.colour and sum(e.colour == element.colour for e in screen.targets()) == 1:
-        return element.colour
-    same = sum(e.name == element.name for e in screen.targets())
-    return f"{element.colour} {element.name}" if same > 1 else element.name
-
-
 def centre_bins(bbox: Box) -> tuple[int, int]:
     """The (x, y) coordinate bins of a box's centre."""
     return int((bbox[0] + bbox[2]) / 2 / BIN), int((bbox[1] + bbox[3]) / 2 / BIN)
 
 
 def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_colour: bool = False) -> dict:
-    """A sample with ScreenSpot's names (bbox, instruction, data_type) and the `answer` to train on."""
+    """A sample with ScreenSpot's names (bbox, instruction, data_type) and the `answer` to train on.
+
+    An icon is called by its colour too where it is not the only one of its kind; by_colour: by that alone if it can be."""
+    names, colours = zip(*((e.name, e.colour) for e in screen.targets()))
+    name = element.name if names.count(element.name) == 1 else f"{element.colour} {element.name}"
+    if by_colour and element.colour and colours.count(element.colour) == 1:
+        name = element.colour
     x, y = centre_bins(element.click)
     return {
         "bbox": element.click,
-        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {describe(screen, element, by_colour)}",
+        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
         "data_type": element.data_type,
         "answer": f"<x{x}> <y{y}>",
     }
@@ -216,6 +212,13 @@ def referring(screen: Screen, element: Element) -> dict:
     """The question the other way round: a point is given, what a click there acts on is asked."""
     x, y = centre_bins(element.click)
     return {"instruction": f"what is at <x{x}> <y{y}>", "answer": f"{element.colour} {element.name}".strip()}
+
+
+def fits_prior(target: Element) -> bool:
+    """Whether a target lies in the quarter of the screen that a language prior gives to its name."""
+    x, y = centre_bins(target.click)
+    names = (*LABELS, *ICONS)
+    return names.index(target.name) % 4 == 2 * (2 * y // BINS) + 2 * x // BINS
 
 
 def is_hit(point: tuple[float, float] | None, bbox: Box) -> bool:
