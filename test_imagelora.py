@@ -169,12 +169,12 @@ def test_normalization_makes_the_first_update_as_large_for_every_number_of_heads
 
 
 # 2. Which tokens are visual follows from input_ids, at every forward
-@pytest.mark.parametrize("left", [True, False], ids=["padded left", "padded right"])
-def test_a_batch_equals_its_rows(left):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_equals_its_rows(side):
     """Images at different places, two images, none, padding: each row is adapted at its own tokens."""
     rows = [BEFORE + IMAGE + AFTER, IMAGE + AFTER, [1, *IMAGE, 5, *IMAGE, 6, 7], TEXT]
     attach_trained(model := tiny_vlm())
-    batch = prompt(*prompts.pad(rows, 0, left).tolist())
+    batch = prompt(*prompts.pad(rows, 0, side).tolist())
     mask = batch["input_ids"] != 0
     together, pictures = model(**batch, attention_mask=mask).logits, batch["pixel_values"]
     for got, own, row, images in zip(together, mask, rows, (pictures[:1], pictures[1:2], pictures[2:], None)):

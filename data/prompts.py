@@ -34,9 +34,8 @@ def turn(sample: dict, learn: bool = True) -> Turn:
     return [(word, -100) for word in question] + [(word, word if learn else -100) for word in answer]
 
 
-def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+def pad(rows: list, value: int, side: str = "right") -> Tensor:
     """Rows of different lengths -> [B, T]."""
-    side = "left" if left else "right"
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
@@ -105,7 +104,7 @@ def questions(instructions: list[str], features: Tensor, history: int = 0) -> di
     before = [ID[BOS], *(word for i in range(history) for word, _ in turn(word_problem("validation", i)))]
     before += [ID[IMAGE]] * features.shape[1]
     rows = [before + encode(text) for text in instructions]
-    ids = pad(rows, ID[PAD], left=True).to(features.device)
+    ids = pad(rows, ID[PAD], "left").to(features.device)
     return {"input_ids": ids, "attention_mask": (ids != ID[PAD]).long(), "image_features": features}
 
 

@@ -161,26 +161,25 @@ def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: st
     """
     rng = np.random.default_rng([SPLITS.index(split), DOMAINS.index(domain), index, seed])
     least, most = COUNTS[domain]
-    beside = GAP + SWITCH[0] if domain in PAIRED else 0  # of the name in its pair
+    more = GAP + SWITCH[0] if domain in PAIRED else 0  # width of a pair than of its name
     boxes = None
     while boxes is None:
         items = _contents(rng, int(rng.integers(least, most + 1)), domain)
         sprites = [_sprite(*item, domain) for item in items]
-        sizes = [(sprite.width + beside, sprite.height) for sprite in sprites]
+        sizes = [(sprite.width + more, sprite.height) for sprite in sprites]
         boxes = _place_in_rows(rng, sizes) if domain == "row" else _place_freely(rng, sizes)
 
     image, elements = Image.new("RGB", (SIZE, SIZE), PALETTES[domain].background), []
     for (kind, name, colour, _), sprite, (left, top, right, bottom) in zip(items, sprites, boxes):
-        x = right - sprite.width if switches == "exchanged" else left
+        x, beside = (right - sprite.width, left) if switches == "exchanged" else (left, right - SWITCH[0])
         image.paste(sprite, (x, top), sprite)
         box = target = (x, top, x + sprite.width, bottom)
         if domain in PAIRED:
-            state = ("on", "off")[rng.integers(2)]
-            x, y = left if switches == "exchanged" else right - SWITCH[0], (top + bottom - SWITCH[1]) // 2
-            target = (x, y, x + SWITCH[0], y + SWITCH[1])
+            toggle = _sprite("switch", ("on", "off")[rng.integers(2)], "", 0, domain)
+            y = (top + bottom - SWITCH[1]) // 2
+            target = (beside, y, beside + SWITCH[0], y + SWITCH[1])
             if switches != "erased":
-                toggle = _sprite("switch", state, "", 0, domain)
-                image.paste(toggle, (x, y), toggle)
+                image.paste(toggle, (beside, y), toggle)
                 elements.append(Element("switch", "", "icon", target, None))
         elements.append(Element(name, colour, kind, box, target))
     return Screen(np.asarray(image), tuple(elements))
@@ -194,7 +193,7 @@ def centre_bins(bbox: Box) -> tuple[int, int]:
 def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_colour: bool = False) -> dict:
     """A sample with ScreenSpot's names (bbox, instruction, data_type) and the `answer` to train on.
 
-    An icon is called by its colour too where it is not the only one of its kind; by_colour: by that alone if it can be."""
+    An icon is called by its colour too where its kind is ambiguous; by_colour: by that alone where it is enough."""
     names, colours = zip(*((e.name, e.colour) for e in screen.targets()))
     name = element.name if names.count(element.name) == 1 else f"{element.colour} {element.name}"
     if by_colour and element.colour and colours.count(element.colour) == 1:
