@@ -702,8 +702,9 @@ def test_a_switch_is_right_of_its_name_and_erased_or_exchanged_changes_only_that
 def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(refer, learn):
     drawn, problem = [draw_screen("dark", "train", i) for i in range(8)], word_problem("train", 0)
     before, rng = [[prompts.turn(problem, learn)]] * len(drawn), np.random.default_rng(0)
-    batch, boxes = prompts.training_batch(drawn, 5, 16, rng, refer, distinct=True, before=before)
-    for i, (ids, labels, screen) in enumerate(zip(batch["input_ids"], batch["labels"], drawn)):
+    asked = [screens.ask(screen, 5, rng, refer, distinct=True) for screen in drawn]
+    batch = prompts.training_batch(asked, 16, before)
+    for ids, labels, screen, samples in zip(batch["input_ids"], batch["labels"], drawn, asked):
         words, answers = (" ".join(VOCABULARY[t] for t in row) for row in (ids, labels[labels >= 0]))
         assert torch.equal(ids[labels >= 0], labels[labels >= 0])
         assert words.startswith(f"<bos> {problem['instruction']} {problem['answer']} <eos>{' <image>' * 16} ")
@@ -712,7 +713,7 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(refer, 
         points = [parse_point(point) for point in re.findall(r"<x\d+> <y\d+>", words)]
         found = [e for point in points for e in screen.targets() if is_hit(point, e.click)]
         assert len(answers) == len(found) == 5 == len(set(found))
-        assert boxes[5 * i : 5 * i + 5] == [None if refer else e.click for e in found]
+        assert [sample.get("bbox") for sample in samples] == [None if refer else e.click for e in found]
         assert not refer or answers == [f"{e.colour} {e.name}".strip() for e in found]
 
 

@@ -120,9 +120,8 @@ def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor
         for i in range(cfg.screens)
     ]
     targets = torch.from_numpy(np.stack([patch_targets(shown[i], patch, i < source) for i in range(len(shown))]))
-    asked, patches = shown[: cfg.screens], targets.shape[1]
-    batch, _ = training_batch(asked, cfg.questions, patches, rng, cfg.refer, before, cfg.by_colour)
-    return batch, pixels(shown), targets
+    asked = [screens.ask(screen, cfg.questions, rng, cfg.refer, cfg.by_colour) for screen in shown[: cfg.screens]]
+    return training_batch(asked, targets.shape[1], before), pixels(shown), targets
 
 
 def pretrain(cfg: PretrainConfig) -> None:

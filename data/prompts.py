@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.screens import BIN, BINS, PAIRED, Screen, draw_screen, fits_prior, grounding, is_hit, referring
+from data.screens import BIN, BINS, PAIRED, Screen, ask, draw_screen, fits_prior, grounding, is_hit, referring
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
 from data.word_problems import word_problem
 from imagelora import score_heads
@@ -51,40 +51,14 @@ def image_features(model, drawn: list[Screen]) -> Tensor:
     return torch.cat([model.get_image_features(pixels(chunk).to(model.device)) for chunk in chunks])
 
 
-def training_batch(
-    drawn: list[Screen],
-    questions: int,
-    patches: int,
-    rng: np.random.Generator,
-    refer: float,
-    before: list[list[Turn]],
-    by_colour: float = 0.0,
-    distinct: bool = False,
-    prior: bool = False,
-):
-    """One sequence a screen: the turns `before` it, its image, `questions` about it, padded on the right.
-
-    refer: share of questions that give the point and ask for the name; by_colour: share that name an icon by its colour
-    alone, where that is enough; distinct: no target twice before each was asked for once; prior: only targets that fit
-    the language prior are asked for.
-    Returns ({input_ids, labels} [B, T], the target's box of every question; None where the point is given).
-    """
-    rows, boxes = [], []
-    for screen, told in zip(drawn, before):
-        row = [(ID[BOS], -100), *chain(*told), *[(ID[IMAGE], -100)] * patches]
-        targets = [target for target in screen.targets() if fits_prior(target) or not prior]
-        order = rng.permutation(len(targets)) if distinct else None
-        for j in range(questions):
-            target = targets[order[j % len(order)] if distinct else rng.integers(len(targets))]
-            if rng.random() < refer:
-                row += turn(referring(screen, target))
-                boxes.append(None)
-            else:
-                row += turn(grounding(screen, target, rng, rng.random() < by_colour))
-                boxes.append(target.click)
-        rows.append(row)
+def training_batch(asked: list[list[dict]], patches: int, before: list[list[Turn]]) -> dict[str, Tensor]:
+    """{input_ids, labels} [B, T] of a sequence a screen: the turns `before` it, its image, what is asked about it."""
+    image = [(ID[IMAGE], -100)] * patches
+    rows = [
+        [(ID[BOS], -100), *chain(*told), *image, *chain(*map(turn, samples))] for samples, told in zip(asked, before)
+    ]
     ids, labels = pad(rows, -100).unbind(-1)
-    return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}, boxes
+    return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
 
 
 def exam(drawn: list[Screen], task: str = "grounding") -> list[tuple[int, dict]]:
@@ -214,11 +188,11 @@ def batch_of(cfg, data: tuple[list[Screen], Tensor], i: int):
         [turn(word_problem("train", (i * cfg.screens + j) * told + k), learn=k >= cfg.history) for k in range(told)]
         for j in range(cfg.screens)  # the replayed ones last
     ]
-    asked, refer = [drawn[pick] for pick in picks], float(cfg.task == "referring")
-    how = {"distinct": True, "prior": cfg.prior}
-    batch, boxes = training_batch(asked, cfg.questions, features.shape[1], rng, refer, before, **how)
+    how = {"refer": float(cfg.task == "referring"), "distinct": True, "prior": cfg.prior}
+    asked = [ask(drawn[pick], cfg.questions, rng, **how) for pick in picks]
+    batch = training_batch(asked, features.shape[1], before)
     batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
-    return batch | {"image_features": features[picks]}, boxes
+    return batch | {"image_features": features[picks]}, [sample.get("bbox") for sample in chain(*asked)]
 
 
 def measure(cfg, model) -> tuple[dict, list]:

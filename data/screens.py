@@ -220,6 +220,21 @@ def fits_prior(target: Element) -> bool:
     return names.index(target.name) % 4 == 2 * (2 * y // BINS) + 2 * x // BINS
 
 
+def ask(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False, prior=False) -> list[dict]:
+    """So many random samples. refer: share that give the point and ask for the name; by_colour: as in `grounding`.
+
+    distinct: no target twice before each was asked for once; prior: only targets that fit the language prior."""
+    targets = [target for target in screen.targets() if fits_prior(target) or not prior]
+    order, samples = rng.permutation(len(targets)) if distinct else None, []
+    for j in range(count):
+        target = targets[order[j % len(order)] if distinct else rng.integers(len(targets))]
+        if rng.random() < refer:
+            samples.append(referring(screen, target))
+        else:
+            samples.append(grounding(screen, target, rng, rng.random() < by_colour))
+    return samples
+
+
 def is_hit(point: tuple[float, float] | None, bbox: Box) -> bool:
     """ScreenSpot's rule: a point inside the target box, right and bottom edges excluded; None is a miss."""
     return point is not None and bbox[0] <= point[0] < bbox[2] and bbox[1] <= point[1] < bbox[3]
