@@ -703,8 +703,7 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(refer, 
     drawn, problem = [draw_screen("dark", "train", i) for i in range(8)], word_problem("train", 0)
     before, rng = [[prompts.turn(problem, learn)]] * len(drawn), np.random.default_rng(0)
     asked = [screens.ask(screen, 5, rng, refer, distinct=True) for screen in drawn]
-    batch = prompts.training_batch(asked, 16, before)
-    for ids, labels, screen, samples in zip(batch["input_ids"], batch["labels"], drawn, asked):
+    for ids, labels, screen, samples in zip(*prompts.training_batch(asked, 16, before).values(), drawn, asked):
         words, answers = (" ".join(VOCABULARY[t] for t in row) for row in (ids, labels[labels >= 0]))
         assert torch.equal(ids[labels >= 0], labels[labels >= 0])
         assert words.startswith(f"<bos> {problem['instruction']} {problem['answer']} <eos>{' <image>' * 16} ")

@@ -89,8 +89,9 @@ def main_job(cfg: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
-    result = finetune(cfg, out)
-    replacing(out / "metrics.json", lambda path: path.write_text(json.dumps(asdict(cfg) | result, indent=1) + "\n"))
+    result = asdict(cfg) | finetune(cfg, out)
+    text = json.dumps(result, indent=1) + "\n"
+    replacing(out / "metrics.json", lambda path: path.write_text(text))
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
 
@@ -415,7 +416,8 @@ def explain(cfg: Config) -> None:
     asked = [prompts.exam([screen])[0][1] for screen in drawn]  # the first target of each screen
     instructions = [sample["instruction"] for sample in asked]
     questions = [prompts.questions([text], features[[i]]) for i, text in enumerate(instructions)]
-    one, base_answers = questions[0], prompts.answer(model, instructions, features)
+    one = questions[0]
+    base_answers = prompts.answer(model, instructions, features)
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {instructions[0]}")
     station("", f"right answer {asked[0]['answer']} (cells of a 16 x 16 grid), the base model's {base_answers[0]}")
 

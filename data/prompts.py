@@ -53,10 +53,11 @@ def image_features(model, drawn: list[Screen]) -> Tensor:
 
 def training_batch(asked: list[list[dict]], patches: int, before: list[list[Turn]]) -> dict[str, Tensor]:
     """{input_ids, labels} [B, T] of a sequence a screen: the turns `before` it, its image, what is asked about it."""
-    image = [(ID[IMAGE], -100)] * patches
-    rows = [
-        [(ID[BOS], -100), *chain(*told), *image, *chain(*map(turn, samples))] for samples, told in zip(asked, before)
-    ]
+    rows = []
+    for samples, told in zip(asked, before):
+        row = [(ID[BOS], -100), *chain(*told)]
+        row += [(ID[IMAGE], -100)] * patches
+        rows.append(row + [word for sample in samples for word in turn(sample)])
     ids, labels = pad(rows, -100).unbind(-1)
     return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
 
