@@ -56,8 +56,7 @@ def vision_loss(features: Tensor, targets: Tensor, embeddings: Tensor, log_scale
     """The loss of the patches' features [N, P, D], what they should show given as targets [N, P, 8].
 
     The features are read through the tied token embeddings as words (a 'logit lens'): what is shown, its colour, its x
-    and y; and by a linear layer as the edges of the element's box, in bins.
-    """
+    and y; and by a linear layer as the edges of the element's box, in bins."""
     loss = 0
     for words, target in zip(LENS, targets.unbind(-1)):
         told = target >= 0  # [N, P]
@@ -90,8 +89,7 @@ def patch_targets(screen: screens.Screen, patch: int, places: bool) -> np.ndarra
 def muon_step(matrices: list[nn.Parameter], momenta: list[Tensor], lr: float) -> None:
     """Muon (Jordan et al., 2024): momentum, of which each step takes the nearest orthogonal matrix.
 
-    As torch.optim.Muon, but in float32: that one's bfloat16 is ten times slower on CPUs without such instructions.
-    """
+    As torch.optim.Muon, but in float32: that one's bfloat16 is ten times slower on CPUs without such instructions."""
     for p, momentum in zip(matrices, momenta):
         x = p.grad.lerp(momentum.lerp_(p.grad, 0.05), 0.95)  # Nesterov's
         tall = p.shape[0] > p.shape[1]

@@ -98,9 +98,8 @@ def answer(model, instructions: list[str], features: Tensor, history: int = 0) -
 def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "grounding", history: int = 0):
     """Accuracy on all targets of these screens -> (metrics, [(screen, sample, point or name)]).
 
-    grounding: ScreenSpot's action_acc, text_acc, icon_acc, wrong_format_num (answers that are no point), num_total.
-    referring: name_acc, the name (of an icon: colour and name) exactly right, and num_total.
-    """
+    grounding: ScreenSpot's metrics, of which wrong_format_num counts answers that are no point; referring: name_acc,
+    the name (of an icon: colour and name) exactly right."""
     order, samples = zip(*exam(drawn, task))
     answers = answer(model, [sample["instruction"] for sample in samples], features[list(order)], history)
     if task == "referring":

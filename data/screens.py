@@ -1,11 +1,10 @@
-"""Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons.
+"""Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons. Domains:
 
-Domains (DOMAINS):
-    source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
-    settings   pairs of a name and a switch right after it, anywhere; the right click is the *switch*
-    row        a pair a row: the name at the left, its switch anywhere to its right; the right click is the *switch*
-    dark       the source task in a dark palette
-    blueprint  the source task as white outlines on blue, so without colours; nothing in pretraining has seen it
+source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
+settings   pairs of a name and a switch right after it, anywhere; the right click is the *switch*
+row        a pair a row: the name at the left, its switch anywhere to its right; the right click is the *switch*
+dark       the source task in a dark palette
+blueprint  the source task as white outlines on blue, so without colours; nothing in pretraining has seen it
 """
 
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ from data import SPLITS
 SIZE = 128  # pixels, width and height of a screen
 BINS = 16  # coordinate tokens per axis
 BIN = SIZE // BINS  # pixels per coordinate token
-LABELS = ("wifi", "sound", "light", "sync", "lock", "mail", "maps", "news")
-LABELS += ("photo", "clock", "files", "music", "games", "notes", "home", "help")
-ICONS = ("circle", "square", "triangle", "star", "heart", "plus", "moon", "arrow")
-VERBS = ("click", "tap", "press", "select")
-COLOURS = ("red", "yellow", "green", "blue", "purple", "brown")
-LIGHT = dict(zip(COLOURS, ("#dc2828", "#e6b40a", "#28a046", "#2864e6", "#9637c8", "#8c5528")))
-DARK = dict(zip(COLOURS, ("#ff6e64", "#ffe16e", "#78e68c", "#78aaff", "#d28cff", "#c8966e")))
+LABELS = "wifi sound light sync lock mail maps news photo clock files music games notes home help".split()
+ICONS = "circle square triangle star heart plus moon arrow".split()
+VERBS = "click tap press select".split()
+COLOURS = "red yellow green blue purple brown".split()
+LIGHT = dict(zip(COLOURS, "#dc2828 #e6b40a #28a046 #2864e6 #9637c8 #8c5528".split()))
+DARK = dict(zip(COLOURS, "#ff6e64 #ffe16e #78e68c #78aaff #d28cff #c8966e".split()))
 SWITCH = (16, 10)  # pixels, its size
 GAP = 6  # pixels between a name and its switch on `settings`, at least so many on `row`
 SWITCHES = ("drawn", "erased", "exchanged")
@@ -157,8 +155,7 @@ def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: st
     """Screen number `index` of a split; the same arguments give the same screen.
 
     switches: "erased" leaves them out of the picture, the right click stays where they would be; "exchanged" puts them
-    at the left end of their pair and the name at the right end. Nothing else of the screen changes.
-    """
+    at the left end of their pair and the name at the right end. Nothing else of the screen changes."""
     rng = np.random.default_rng([SPLITS.index(split), DOMAINS.index(domain), index, seed])
     least, most = COUNTS[domain]
     more = GAP + SWITCH[0] if domain in PAIRED else 0  # width of a pair than of its name

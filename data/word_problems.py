@@ -11,8 +11,8 @@ import numpy as np
 
 from data import SPLITS
 
-NAMES = ("tom", "nina", "ali", "rosa", "liam", "mei")
-THINGS = ("apples", "books", "coins", "cards", "pens", "shells")
+NAMES = "tom nina ali rosa liam mei".split()
+THINGS = "apples books coins cards pens shells".split()
 STEPS = {  # sentence -> operation; {} is the number
     "gets {} more": lambda a, b: a + b,
     "finds {}": lambda a, b: a + b,
