@@ -30,6 +30,7 @@ LADDER = {  # projections · tokens · heads of what is trained -> settings
     "qkvo r=1 · visual · all": {"method": "lora_visual", "r": 1, "lora_alpha": 2.0},
 }
 FROZEN, LORA, LORA_VISUAL, ALL_HEADS, IMAGE_LORA, LORA_VALUE, *_ = LADDER
+MAIN = (LORA, LORA_VISUAL, IMAGE_LORA)
 DOMAINS = ("settings", "row", "dark", "blueprint")
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
 RUNGS = "projections · tokens · heads"
@@ -54,7 +55,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
     kind: the run whose learning rate a job takes, as its name on the ladder, number of heads and choice of them."""
     jobs = []
 
-    def add(part: str, name: str, seeds: int = cfg.seeds, kind: tuple | None = None, **settings) -> None:
+    def add(part, name, seeds=cfg.seeds, kind=None, **settings):
         rung = name if name in LADDER else IMAGE_LORA
         kind = kind or (rung, 10, LADDER[rung].get("heads", "top"))
         common = {"part": part, "name": name, "kind": kind, "steps": STEPS, "test_screens": TEST_SCREENS}
@@ -72,7 +73,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
     for replay, rates in ((0, (0.001, 0.0025, 0.005, 0.01, 0.02)), (1, (0.0025, 0.01))):
         for lr in rates:
             add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
-    for domain, name in product(("dark", "settings"), (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)):
+    for domain, name in product(("dark", "settings"), (FROZEN, *MAIN)):
         add("referring", name, task="referring", domain=domain, **LADDER[name])
     brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
     for steps, size, normalize in product((1, 3, 6, 50), (1, 2, 3, num_heads), (True, False)):
@@ -82,7 +83,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         add("single", f"layer {layer}", 1, kind=(IMAGE_LORA, 1, "top"), heads=f"{layer}:{head}")
     for name in (LORA, LORA_VALUE, IMAGE_LORA):
         add("regimes", name, history=9, **LADDER[name])
-    for name in (LORA, LORA_VISUAL, IMAGE_LORA):
+    for name in MAIN:
         add("prior", name, domain="dark", prior=True, **LADDER[name])
     for lowest in range(num_layers):
         heads = " ".join(f"{layer}:{','.join(map(str, range(num_heads)))}" for layer in range(lowest, num_layers))
@@ -156,7 +157,7 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
 # ---- What the rows say -----------------------------------------------------------------------------------------------
 
 
-def cell(rows: list[dict], name: str, unit: float | str = 1, form: str = "{:,.0f}", of=np.mean) -> str:
+def cell(rows: list[dict], name: str, unit=1, form="{:,.0f}", of=np.mean) -> str:
     """The mean of a field in a unit, a number or another field; an accuracy's in %, with its deviation over seeds."""
     values = np.array([row[name] for row in rows if name in row])
     if not len(values):  # it was not measured
@@ -260,7 +261,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
             part[row["domain"]].append(row)
             brief = {field: row[field] for field in ("name", "domain", "action_acc")}
             part["overview"].append(row if row["domain"] == "settings" else brief)
-            if row["name"] == FROZEN or row["name"] in (LORA, LORA_VISUAL, IMAGE_LORA) and row["domain"] in PAIRED:
+            if row["name"] == FROZEN or row["name"] in MAIN and row["domain"] in PAIRED:
                 part["controls"].append(row)
     part["step"] = [row for row in part["settings"] if row["name"] != FROZEN]
     if "single" in part:

@@ -46,7 +46,7 @@ def _legend(draw) -> None:
         _text(draw, x, 20, words, 16)
 
 
-def _screen(image: Image.Image, x: int, y: int, screen, bbox: tuple | None = None, *clicks: tuple | None) -> None:
+def _screen(image, x: int, y: int, screen, bbox=None, *clicks) -> None:
     """Puts a screen at x, y, with the target's box and the clicks before and after; None is no click."""
     image.paste(Image.fromarray(screen.image).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
     draw = ImageDraw.Draw(image)

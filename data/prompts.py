@@ -115,7 +115,7 @@ def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "groundin
     return metrics | {"num_total": len(samples)}, [*zip((drawn[i] for i in order), samples, answers)]
 
 
-def best_offset(given: list, start: tuple[float, float] | None = None) -> float:
+def best_offset(given: list, start: tuple | None = None) -> float:
     """Click accuracy of these answers, or of `start`, moved by the best number of bins in hindsight, one for all."""
     steps = [i * BIN for i in range(1 - BINS, BINS)]
     clicks = [(start or point, sample["bbox"]) for _, sample, point in given if start or point]
@@ -129,13 +129,15 @@ def evaluate_word_problems(model, features: Tensor, count: int = 256) -> float:
     problems = [word_problem("test", i) for i in range(count)]
     seen = features[torch.arange(count) % len(features)]
     answers = answer(model, [problem["instruction"] for problem in problems], seen)
-    return float(np.mean([a.split()[-1:] == p["answer"].split()[-1:] for a, p in zip(answers, problems)]))
+    right = [problem["answer"].split()[-1:] for problem in problems]
+    return float(np.mean([given.split()[-1:] == last for given, last in zip(answers, right)]))
 
 
 @torch.no_grad()
 def text_logits(model) -> Tensor:
     """Logits of text-only prompts (test word problems with their answers) [256, T, V]."""
-    ids = pad([[ID[BOS], *(word for word, _ in turn(word_problem("test", i)))] for i in range(256)], ID[PAD])
+    rows = [[(ID[BOS], -100), *turn(word_problem("test", i))] for i in range(256)]
+    ids = pad(rows, ID[PAD])[..., 0]
     return model(ids.to(model.device)).logits
 
 

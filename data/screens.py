@@ -184,7 +184,8 @@ def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: st
 
 def centre_bins(bbox: Box) -> tuple[int, int]:
     """The (x, y) coordinate bins of a box's centre."""
-    return int((bbox[0] + bbox[2]) / 2 / BIN), int((bbox[1] + bbox[3]) / 2 / BIN)
+    left, top, right, bottom = bbox
+    return (left + right) // (2 * BIN), (top + bottom) // (2 * BIN)
 
 
 def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_colour: bool = False) -> dict:
@@ -234,4 +235,5 @@ def ask(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=F
 
 def is_hit(point: tuple[float, float] | None, bbox: Box) -> bool:
     """ScreenSpot's rule: a point inside the target box, right and bottom edges excluded; None is a miss."""
-    return point is not None and bbox[0] <= point[0] < bbox[2] and bbox[1] <= point[1] < bbox[3]
+    left, top, right, bottom = bbox
+    return point is not None and left <= point[0] < right and top <= point[1] < bottom
