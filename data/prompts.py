@@ -146,7 +146,7 @@ def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
     answers = labels[:, 1:] >= 0  # each is x, y, <eos>
     words = [VOCABULARY[i] for i in logits[:, :-1][answers].argmax(-1).tolist()]
     points = [parse_point(f"{x} {y}") for x, y in zip(words[::3], words[1::3])]
-    return float(np.mean([is_hit(point, box) for point, box in zip(points, boxes)]))
+    return np.mean([is_hit(point, box) for point, box in zip(points, boxes)])
 
 
 def score_line(domain: str, metrics: dict) -> str:
