@@ -69,7 +69,8 @@ class ValueAdapter(nn.Module):
         # z = x A: what the selected heads share. A^T is made contiguous as BLAS is several times faster on [r, D].
         z = F.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
-        return z @ (self.gamma * self.scaling * self.B).transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
+        B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
+        return z @ B.transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
 
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values.
@@ -77,7 +78,8 @@ class ValueAdapter(nn.Module):
         M X is a gather of rows, not a product with M: nothing is computed for a text token. Without any row the values
         stay as they are, but every parameter gets a gradient (of zero), which data-parallel training needs.
         """
-        H, (S, _, d_h) = self.num_kv_heads, self.B.shape
+        H = self.num_kv_heads
+        S, _, d_h = self.B.shape
         split = f"v_proj gave {value.shape[-1]} features, not {H} heads of {d_h}: are heads split over devices?"
         _require(value.shape[-1] == H * d_h, split, RuntimeError)
         # M X, without its zero rows
@@ -89,7 +91,8 @@ class ValueAdapter(nn.Module):
         # In the values seen as [B * T * H, d_h], head h of token n is row n * H + h.
         heads = (~self.selected).byte().argsort(stable=True)[:S]  # unlike nonzero() it does not wait for a GPU
         head_rows = (rows[:, None] * H + heads).flatten()  # [N * |S|]
-        return value.reshape(-1, d_h).index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
+        by_head = value.reshape(-1, d_h).index_add(0, head_rows, delta.view(-1, d_h))
+        return by_head.view_as(value)
 
     def _apply(self, fn, recurse=True):
         def moved(t):  # to another device, but to no type in which small steps would be lost
@@ -122,7 +125,8 @@ class ImageLoRA(nn.Module):
         self.layers = nn.ModuleDict()
         for layer, selected in heads.items():
             v_proj, H = v_projs[layer], self.head_counts[layer]
-            device = next((t.device for t in [*v_proj.parameters(), *v_proj.buffers()]), None)
+            tensors = [*v_proj.parameters(), *v_proj.buffers()]
+            device = tensors[0].device if tensors else None
             device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
             sizes = v_proj.in_features, v_proj.out_features // H, H
             self.layers[str(layer)] = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, device)
@@ -179,9 +183,15 @@ class ImageLoRA(nn.Module):
             _, layer, kind = name.split(".")
             if kind != "selected":
                 layers[layer][kind] = tensor.cpu()[0 if kind == "gamma" else ...]
-        content = {"model_name": self.model_name, "r": self.r, "alpha": float(self.lora_alpha), "layers": layers}
-        content["kv_indices"] = {str(layer): selected for layer, selected in self.heads.items()}
-        content |= {"normalize": self.normalize, "head_counts": self.head_counts}  # keys of ours
+        content = {
+            "model_name": self.model_name,
+            "r": self.r,
+            "alpha": float(self.lora_alpha),
+            "kv_indices": {str(layer): selected for layer, selected in self.heads.items()},
+            "layers": layers,
+            "normalize": self.normalize,  # this and the next are keys of ours
+            "head_counts": self.head_counts,
+        }
         safe_save(content, path)
 
     def flops(self, num_visual_tokens: int) -> int:
@@ -243,7 +253,8 @@ def score_heads(model, batches, loss_fn=None, probe: str = "rank1", seed: int = 
             loss.backward()
             for layer, a in enumerate(adapters):
                 # I(l, h) = ||dL/dB_l(h)||^2
-                scores[layer, : a.num_kv_heads] += a.B.grad.float().square().sum((1, 2)).cpu()
+                gradient = a.B.grad.float()  # [H, r, d_h]
+                scores[layer, : a.num_kv_heads] += gradient.square().sum((1, 2)).cpu()
             count += 1
     finally:
         adapter.detach()
@@ -265,12 +276,16 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     num_layers, num_kv_heads = scores.shape
     # k_l ~ (sum_h I(l, h))^tau with sum k_l = K exactly
     influence = scores.double().sum(1)  # of each layer
-    weights = ((influence / influence.max().clamp(min=1e-300)) ** tau).tolist()  # relative, so that no power overflows
+    influence = influence / influence.max().clamp(min=1e-300)  # so that no power overflows
+    weights = (influence**tau).tolist()
     budget = [0] * num_layers
-    for _ in range(num_heads):  # Sainte-Lague: to the layer of the largest weight / (2 k + 1), k its heads so far
-        open_layers = (layer for layer in range(num_layers) if budget[layer] < num_kv_heads)
-        layer = max(open_layers, key=lambda i: (weights[i] / (2 * budget[i] + 1), -budget[i]))  # ties: evenly
-        budget[layer] += 1
+
+    def quotient(layer):
+        return weights[layer] / (2 * budget[layer] + 1), -budget[layer]  # ties: evenly
+
+    for _ in range(num_heads):  # one by one to the layer of the largest quotient, as Sainte-Lague does
+        open_layers = [layer for layer in range(num_layers) if budget[layer] < num_kv_heads]
+        budget[max(open_layers, key=quotient)] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
     return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget) if k}
 
@@ -320,13 +335,15 @@ class VisualRows:
 
     def call(self, adapter, forward, *args, **kwargs):
         """Runs in place of `model.forward`, which it calls."""
-        args = args[1:] if args and isinstance(args[0], nn.Module) else args  # accelerate passes the model itself first
+        if args and isinstance(args[0], nn.Module):
+            args = args[1:]  # accelerate passes the model itself first
         if not self.attached:
             return forward(*args, **kwargs)
-        now, grad = self.now, torch.is_grad_enabled()
+        now = self.now
+        grad = torch.is_grad_enabled()
         first = torch.autograd._get_sequence_nr()
-        outer, call = now.call, self.find(*args, **kwargs)
-        now.call = call
+        call = self.find(*args, **kwargs)
+        outer, now.call = now.call, call
         try:
             output = forward(*args, **kwargs)
         finally:
@@ -465,7 +482,8 @@ def _checked(model, r, lora_alpha, heads, normalize):
     attached = hasattr(model, "image_lora") or any(forward.args[0].attached for forward in ours)  # a part may be
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
-    ids = {getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)}
+    ids = {getattr(config, name, None) for name in names}
+    ids = {token for token in ids if isinstance(token, int)}
     _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the model in a wrapper")
     D = min(v_proj.in_features for v_proj in v_projs)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
@@ -487,7 +505,8 @@ def _checked(model, r, lora_alpha, heads, normalize):
 def _check_loaded(adapter, keys):
     """Runs after every load_state_dict(), as a Trainer passes strict=False to it."""
     right = not any(key.endswith(".selected") for key in keys.unexpected_keys)
-    right = right and all(a.selected.is_meta or a.selected.sum() == len(a.B) for a in adapter.layers.values())
+    for a in adapter.layers.values():
+        right = right and (a.selected.is_meta or a.selected.sum() == len(a.B))
     _require(right, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
 
 
@@ -525,8 +544,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
             state[f"layers.{layer}.A"] = saved["A"]
             state[f"layers.{layer}.B"] = saved["B"][order]
             state[f"layers.{layer}.gamma"] = saved["gamma"].reshape(1)
-        right = all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in state.values())
-        _require(right, "its tensors must be finite floating-point numbers")
+        for tensor in state.values():
+            right = tensor.is_floating_point() and tensor.float().isfinite().all()
+            _require(right, "its tensors must be finite floating-point numbers")
         adapter = attach(model, content["r"], content["alpha"], heads, content.get("normalize", True))
         counts = content.get("head_counts", adapter.head_counts)  # like normalize, not in the authors' files
         other = f"it is of a model with {counts} value heads in its layers, this one has {adapter.head_counts}"
@@ -560,7 +580,12 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
 def lora_costs(layers, hidden_size, query_heads, kv_heads, head_dim, num_tokens, r, names="qkvo") -> tuple[int, int]:
     """(Parameters, training FLOPs over so many tokens) of standard LoRA on these projections of every layer."""
     q, kv = query_heads * head_dim, kv_heads * head_dim
-    shapes = {"q": (hidden_size, q), "k": (hidden_size, kv), "v": (hidden_size, kv), "o": (q, hidden_size)}
+    shapes = {
+        "q": (hidden_size, q),
+        "k": (hidden_size, kv),
+        "v": (hidden_size, kv),
+        "o": (q, hidden_size),
+    }
     parameters = flops = 0
     for layer in range(layers):
         for name in names:
@@ -601,7 +626,8 @@ def main(arguments: list[str] | None = None) -> None:
     _, visual = lora_costs(*shape, N, r)
     _, values = lora_costs(*shape, N, r, "v")
     # Frozen weights take part forward and back to their inputs; so do QK^T and PV, each with two products back.
-    step = layers * (4 * T * D * (2 * (H_q + H) * d_h + 3 * mlp) + 12 * T**2 * H_q * d_h)
+    weights = D * (2 * (H_q + H) * d_h + 3 * mlp)  # of a layer
+    step = layers * (4 * T * weights + 12 * T**2 * H_q * d_h)
     print(f"{N} visual and {T - N} text tokens, r = {r}, {K} of {layers * H} value heads")
     print(f"{'':38}{'LoRA':>16}{'Image-LoRA':>16}{'saved':>9}")
     for name, theirs, mine, form in (
