@@ -343,7 +343,8 @@ class VisualRows:
         grad = torch.is_grad_enabled()
         first = torch.autograd._get_sequence_nr()
         call = self.find(*args, **kwargs)
-        outer, now.call = now.call, call
+        outer = now.call
+        now.call = call
         try:
             output = forward(*args, **kwargs)
         finally:
