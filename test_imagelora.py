@@ -252,9 +252,8 @@ def test_a_state_dict_carries_the_heads_too_and_a_narrower_type_is_the_models_al
     expected, trained = model(**EARLY).logits, [p.clone() for p in adapter.parameters()]
     attach_trained(other, heads={0: [2], 2: [1, 2]})
     union = {name: (t + other.state_dict()[name]) / 2 for name, t in model.state_dict().items()}  # of their heads
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(**EARLY).logits, expected) and other.image_lora.heads == adapter.heads
     other.load_state_dict({name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()})  # averaged
+    assert other.image_lora.heads == adapter.heads
     torch.testing.assert_close(other(**EARLY).logits, expected)
     wider, lower = attach(tiny_vlm(num_key_value_heads=6), heads=adapter.heads), attach(tiny_vlm(), heads={0: [1]})
     for each, wrong in ((other, union), (wider, adapter.state_dict()), (lower, adapter.state_dict())):
