@@ -80,8 +80,8 @@ class ValueAdapter(nn.Module):
         """
         H = self.num_kv_heads
         S, _, d_h = self.B.shape
-        split = f"v_proj gave {value.shape[-1]} features, not {H} heads of {d_h}: are heads split over devices?"
-        _require(value.shape[-1] == H * d_h, split, RuntimeError)
+        wrong = f"v_proj gave {value.shape[-1]} features, not {H} heads of {d_h}: are heads split over devices?"
+        _require(value.shape[-1] == H * d_h, wrong, RuntimeError)
         # M X, without its zero rows
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
@@ -111,7 +111,7 @@ class ImageLoRA(nn.Module):
     """The adapters of a model, made by `attach` or `load`; `.parameters()` are exactly the trainable A, B and gamma.
 
     As `model.image_lora` it moves with the model, and is in `model.state_dict()` (but for lora_alpha and normalize).
-    float32, whatever type the model has or is given.
+    In float32 or wider, whatever type the model has or is given.
     """
 
     def __init__(self, model, r, lora_alpha, heads, normalize):
@@ -485,7 +485,7 @@ def _checked(model, r, lora_alpha, heads, normalize):
     names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, name, None) for name in names}
     ids = {token for token in ids if isinstance(token, int)}
-    _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the model in a wrapper")
+    _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the whole VLM, unwrapped")
     D = min(v_proj.in_features for v_proj in v_projs)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
     right = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
@@ -496,7 +496,7 @@ def _checked(model, r, lora_alpha, heads, normalize):
     for layer, selected in heads.items():
         whole = {type(n) for n in (layer, *selected)} == {int}
         found = set(selected) & set(existing.get(layer, ()))
-        wrong = f"layer {layer!r} of {len(v_projs)} has no such heads, or not as integers named once: {selected}"
+        wrong = f"layer {layer!r} of 0..{len(v_projs) - 1} has no such heads, or not as integers named once: {selected}"
         _require(whole and len(found) == len(selected), wrong)
     heads = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
     _require(heads, "no head is selected; name at least one")

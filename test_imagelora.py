@@ -58,6 +58,9 @@ def prompt(*rows: list[int], labels: bool = False) -> dict:
     return batch | ({"labels": ids.masked_fill(ids == IMG, -100)} if labels else {})
 
 
+EARLY, LATE = prompt(IMAGE + BEFORE, labels=True), prompt([IMG, *BEFORE, *IMAGE[1:]], labels=True)
+
+
 def attach_trained(model, **options) -> imagelora.ImageLoRA:
     """An adapter as after training: B is not zero, gamma is not 1."""
     adapter = attach(model, **options)
@@ -431,7 +434,6 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, normalize):
 
 
 # 7. What engineering promises: files, threads, checkpoints, copies; never silently wrong
-EARLY, LATE = prompt(IMAGE + BEFORE, labels=True), prompt([IMG, *BEFORE, *IMAGE[1:]], labels=True)
 SOME = {"r": 2, "heads": {0: [1], 2: [0, 1]}}
 
 
@@ -1120,8 +1122,8 @@ REFUSED = [
     *((partial(attach, r=r), r"r must be an integer in 1\.\.24, got") for r in (0, 25, True, 2.0, "2", None)),
     *((partial(attach, lora_alpha=a), "lora_alpha must be") for a in (0, -1, math.nan, math.inf, 10**400, True, "1")),
     *((partial(attach, heads=heads), "no head is selected") for heads in ({}, {0: []})),
-    *((partial(attach, heads={k: [0]}), f"layer {k!r} of 3 has no such heads") for k in (3, -1, "0", True)),
-    *((partial(attach, heads={0: heads}), "layer 0 of 3") for heads in ([3], [-1], [True], ["0"], [1, 1])),
+    *((partial(attach, heads={k: [0]}), f"layer {k!r} of 0..2 has no such heads") for k in (3, -1, "0", True)),
+    *((partial(attach, heads={0: heads}), "layer 0 of 0..2") for heads in ([3], [-1], [True], ["0"], [1, 1])),
     *((lambda m, k=k: select_heads(torch.ones(2, 2), k), r"in 1\.\.4, got") for k in (0, 5, True, 2.0, None)),
     *((lambda m, t=t: select_heads(torch.ones(2, 2), 2, t), "tau must be") for t in (-1, math.nan, 1e10, True, "1")),
     *((lambda m, s=s: select_heads(torch.tensor([s]), 1), "scores must be") for s in (1.0, [-1.0], [math.inf])),
