@@ -511,10 +511,10 @@ def _check_loaded(adapter, keys):
     _require(right, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
 
 
-def safe_save(content: dict, path: str | os.PathLike) -> None:
-    """`torch.save` beside `path`, then moved into place: a killed save leaves the old file."""
+def safe_save(content, path: str | os.PathLike, write=torch.save) -> None:
+    """`write(content, file)` beside `path`, then moved into place: a killed save leaves the old file."""
     buffer, beside = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
-    torch.save(content, buffer)  # not to the disk: where that is full, torch.save raises no OSError
+    write(content, buffer)  # not to the disk: where that is full, torch.save raises no OSError
     try:
         beside.write_bytes(buffer.getbuffer())
         os.replace(beside, path)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import imagelora
-from data import SPLITS, Settings, figures, option, parse, progress, prompts, replacing
+from data import SPLITS, Settings, figures, option, parse, progress, prompts
 from data.compare import CompareConfig, compare
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
@@ -91,7 +91,7 @@ def main_job(cfg: Config) -> None:
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
     result = asdict(cfg) | finetune(cfg, out)
     text = json.dumps(result, indent=1) + "\n"
-    replacing(out / "metrics.json", lambda path: path.write_text(text))
+    imagelora.safe_save(text.encode(), out / "metrics.json", write=lambda text, file: file.write(text))
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
 

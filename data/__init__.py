@@ -1,9 +1,7 @@
 """Synthetic screens, word problems and the tokenizer; everything is reproducible from (domain, split, index, seed)."""
 
 import argparse
-import os
 from dataclasses import field, fields
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -45,13 +43,3 @@ def progress(first: int, total: int, name: str, quiet: bool = False) -> tqdm:
     """A progress bar over the steps first..total-1."""
     layout = "{desc:<9}|{bar:24}| {n_fmt}/{total_fmt}{postfix}  {elapsed} < {remaining}"
     return tqdm(range(first, total), name, total, initial=first, bar_format=layout, disable=quiet)
-
-
-def replacing(path: Path, write) -> None:
-    """write(a path beside `path`), and that file moved into place: `path` is never half-written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

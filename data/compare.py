@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Settings, option, progress, replacing
+from data import Settings, option, progress
 from data.screens import PAIRED
+from imagelora import safe_save
 
 LADDER = {  # projections · tokens · heads of what is trained -> settings
     "none · frozen": {"method": "none", "lr": 0.0},
@@ -139,7 +140,8 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
         for i, measured in zip(missing, pool.imap(run, [made[i] for i in missing])):
             row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
             known[keys[i]] = json.loads(json.dumps(row))
-            replacing(path, lambda file: file.write_text("[\n" + ",\n".join(map(json.dumps, known.values())) + "\n]\n"))
+            text = "[\n" + ",\n".join(map(json.dumps, known.values())) + "\n]\n"
+            safe_save(text.encode(), path, write=lambda text, file: file.write(text))
             bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
             bar.update()
         return [known[at] for at in keys]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import replacing
 from data.screens import SIZE, is_hit
 from data.tokenizer import parse_point
+from imagelora import safe_save
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # colour-blind readers can tell them apart (Okabe and Ito)
 K = 2  # a screen is enlarged, so that figures are sharp on dense displays
@@ -122,7 +122,7 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    replacing(path, partial(picture.save, format="PNG", optimize=True))
+    safe_save(picture, path, write=partial(Image.Image.save, format="PNG", optimize=True))
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Settings, option, progress, replacing, screens
+from data import Settings, option, progress, screens
 from data.prompts import evaluate, evaluate_word_problems, image_features, pixels, score_line, training_batch, turn
 from data.tokenizer import ID, VOCABULARY
 from data.word_problems import word_problem
@@ -171,5 +171,6 @@ def pretrain(cfg: PretrainConfig) -> None:
             result[domain] |= metrics
     result["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     print(f"word problems {result['word_problem_acc']:.1%}")
-    replacing(out.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    text = json.dumps(result, indent=1) + "\n"
+    safe_save(text.encode(), out.with_suffix(".json"), write=lambda text, file: file.write(text))
     print(f"saved    {out} after {seconds} s")
