@@ -57,17 +57,18 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
     jobs = []
 
     def add(part, name, seeds=cfg.seeds, kind=None, **settings):
+        job = {"part": part, "name": name, "steps": STEPS, "test_screens": TEST_SCREENS}
+        job |= LADDER.get(name, {}) | settings
         rung = name if name in LADDER else IMAGE_LORA
-        kind = kind or (rung, 10, LADDER[rung].get("heads", "top"))
-        common = {"part": part, "name": name, "kind": kind, "steps": STEPS, "test_screens": TEST_SCREENS}
-        jobs.extend(common | {"seed": seed} | settings for seed in range(1 if cfg.quick or name == FROZEN else seeds))
+        job["kind"] = kind or (rung, job.get("num_heads", 10), job.get("heads", "top"))
+        jobs.extend(job | {"seed": seed} for seed in range(1 if cfg.quick or name == FROZEN else seeds))
 
-    for domain, (name, settings) in product(DOMAINS[:1] if cfg.quick else DOMAINS, LADDER.items()):
-        add("ladder", name, domain=domain, **settings)
+    for domain, name in product(DOMAINS[:1] if cfg.quick else DOMAINS, LADDER):
+        add("ladder", name, domain=domain)
     if cfg.quick:
         return [{"lr": 0.01} | job for job in jobs]
     for budget, choice in product((1, 4, 10), ("top", "matched", "lowest", "random", "least")):
-        add("probe", choice, kind=(IMAGE_LORA, budget, choice), num_heads=budget, heads=choice)
+        add("probe", choice, num_heads=budget, heads=choice)
     for tau, domain in product((0.0, 0.5, 1.0, 4.0), ("settings", "row")):
         add("tau", f"τ = {tau:g}", domain=domain, tau=tau)
     two = min(cfg.seeds, 2)
@@ -75,7 +76,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
         for lr in rates:
             add("rates", f"{replay} replayed", two, method="lora", lr=lr, replay=replay)
     for domain, name in product(("dark", "settings"), (FROZEN, *MAIN)):
-        add("referring", name, task="referring", domain=domain, **LADDER[name])
+        add("referring", name, task="referring", domain=domain)
     brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
     for steps, size, normalize in product((1, 3, 6, 50), (1, 2, 3, num_heads), (True, False)):
         heads = f"0:{','.join(map(str, range(size)))}"
@@ -83,9 +84,9 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
     for layer, head in product(range(num_layers), range(num_heads)):
         add("single", f"layer {layer}", 1, kind=(IMAGE_LORA, 1, "top"), heads=f"{layer}:{head}")
     for name in (LORA, LORA_VALUE, IMAGE_LORA):
-        add("regimes", name, history=9, **LADDER[name])
+        add("regimes", name, history=9)
     for name in MAIN:
-        add("prior", name, domain="dark", prior=True, **LADDER[name])
+        add("prior", name, domain="dark", prior=True)
     for lowest in range(num_layers):
         heads = " ".join(f"{layer}:{','.join(map(str, range(num_heads)))}" for layer in range(lowest, num_layers))
         add("lowest", f"layers {lowest} to {num_layers - 1}", 1, kind=(ALL_HEADS, 10, "all"), heads=heads)
@@ -98,9 +99,8 @@ def tuning_jobs(kind: tuple[str, int, str], rates: list[float]) -> list[dict]:
     On the ladder these are of every domain; other choices of heads are compared on settings alone: two seeds."""
     name, num_heads, choice = kind
     on_ladder = name != IMAGE_LORA or (num_heads, choice) == (10, "top")
-    common = {"part": "tuning", "name": f"{name}, K = {num_heads}, {choice}", "split": "validation"}
-    common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS}
-    common |= LADDER[name] | {"num_heads": num_heads, "heads": choice}
+    common = LADDER[name] | {"part": "tuning", "name": f"{name}, K = {num_heads}, {choice}", "split": "validation"}
+    common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS, "num_heads": num_heads, "heads": choice}
     return [
         common | {"domain": domain, "lr": lr, "seed": 100 + seed}
         for lr in rates
@@ -170,68 +170,60 @@ def cell(rows: list[dict], name: str, unit=1, form="{:,.0f}", of=np.mean) -> str
     return f"{100 * values.mean():.1f}{spread}"
 
 
-CLICK, WORD_PROBLEMS, KFLOP = ("action_acc",), ("word_problem_acc",), ("adapter_flops_per_screen", 1e3)
-CLICKS = {"click %": CLICK, "words": ("text_acc",), "icons": ("icon_acc",)}
-BESIDE = {  # what else changes
+ACCURACIES = {"words": "text", "icons": "icon", "best constant": "constant", "exchanged": "exchanged"}
+ACCURACIES |= {"source %": "source", "word problems %": "word_problem", "after an image %": "word_problem_after_image"}
+ACCURACIES |= {"names %": "name", "+ best offset": "offset", "switches erased": "erased"}
+MEASURES = {  # a column, or what all columns of a table are -> arguments of its cells; any other is of clicks
     "parameters": ("trainable_parameters",),
-    "adapter kFLOP": KFLOP,
-    "source %": ("source_acc",),
-    "word problems %": WORD_PROBLEMS,
-    "after an image %": ("word_problem_after_image_acc",),
-    "text logits": ("text_logits_max_abs_diff", 1, "{:.2g}", np.max),
-    "lr": ("lr", 1, "{:g}"),
-}
-OVERVIEW = ("parameters", "adapter kFLOP", "source %", "word problems %", "text logits")
-CONTROLS = {
-    "click %": CLICK,
-    "best constant": ("constant_acc",),
-    "+ best offset": ("offset_acc",),
-    "switches erased": ("erased_acc",),
-    "exchanged": ("exchanged_acc",),
-    "no point, of": ("wrong_format_num", 1, "{:,.0f} of {num_total:,}"),
-}
-STEP = {
-    "adapter kFLOP a screen": KFLOP,
+    "adapter kFLOP": ("adapter_flops_per_screen", 1e3),
+    "adapter kFLOP a screen": ("adapter_flops_per_screen", 1e3),
     "counted": ("counted_flops_per_screen", 1e3),
     "of the whole step": ("adapter_flops_per_screen", "step_flops_per_screen", "{:.2%}"),
     "kept for the backward pass, KiB a screen": ("saved_bytes_per_screen", 1024),
-}
-LOWEST = {
-    "click %": CLICK,
     "whole step, MFLOP a screen": ("step_flops_per_screen", 1e6, "{:.1f}"),
     "ms a step": ("step_ms", 1, "{:.1f}"),
-}
-RHO, UPDATE = ("rho", 1, "{:.2f}"), ("0", 1, "{:.2f}")  # the update is layer 0's
-TABLES = {  # table -> part, title, {column: arguments of its cells}, and what is in a line where not a name alone
-    "ladder": ("overview", RUNGS, {"{domain} %": CLICK} | {name: BESIDE[name] for name in OVERVIEW}),
-    **{domain: (domain, f"{domain}: {RUNGS}", CLICKS | BESIDE) for domain in DOMAINS},
-    "controls": ("controls", "controls", CONTROLS, "{domain}: {name}"),
+    "text logits": ("text_logits_max_abs_diff", 1, "{:.2g}", np.max),
+    "lr": ("lr", 1, "{:g}"),
+    "no point, of": ("wrong_format_num", 1, "{:,.0f} of {num_total:,}"),
+    "rho": ("rho", 1, "{:.2f}"),
+    "update": ("0", 1, "{:.2f}"),  # of layer 0
+} | {column: (f"{name}_acc",) for column, name in ACCURACIES.items()}
+CONTROLS = "click %|best constant|+ best offset|switches erased|exchanged|no point, of"
+STEP = "adapter kFLOP a screen|counted|of the whole step|kept for the backward pass, KiB a screen"
+BESIDE = "parameters|adapter kFLOP|source %|word problems %"  # what else changes
+IN_DOMAIN = f"click %|words|icons|{BESIDE}|after an image %|text logits|lr"
+TOLD = "after {history} word problems"
+TABLES = {  # table -> part, title, columns, and what they all are and what is in a line, where not said by their names
+    "ladder": ("overview", RUNGS, f"{{domain}} %|{BESIDE}|text logits"),
+    **{domain: (domain, f"{domain}: {RUNGS}", IN_DOMAIN) for domain in DOMAINS},
+    "controls": ("controls", "controls", CONTROLS, "", "{domain}: {name}"),
     "step": ("step", "the whole training step, settings", STEP),
-    "lowest": ("lowest", "all heads of, settings", LOWEST),
-    "correlation": ("correlation", "rank correlation of score and click accuracy, settings", {"{of}": RHO}),
-    "probe": ("probe", "settings, click % by choice of heads", {"K = {num_heads}": CLICK}),
-    "tau": ("tau", "click %, K = 10", {"{domain}": CLICK}),
-    "tau costs": ("tau", "adapter kFLOP a screen, K = 10", {"{domain}": KFLOP}),
-    "single": ("single", "settings, click % of one head", {"head {heads_from[2]}": CLICK}),
-    "click": ("rates", "LoRA, settings, click %", {"lr {lr:g}": CLICK}),
-    "word problems": ("rates", "LoRA, settings, word problems %", {"lr {lr:g}": WORD_PROBLEMS}),
-    "referring": ("referring", "names right, %", {"{domain}": ("name_acc",)}),
-    "regimes": ("regimes", "settings, click %", {"after {history} word problems": CLICK}),
-    "regime costs": ("regimes", "settings, adapter kFLOP a screen", {"after {history} word problems": KFLOP}),
-    "prior": ("prior", "dark, click %", {"language prior: {prior}": CLICK}),
-    "normalization": ("normalization", "layer 0's update", {"{name}": UPDATE}, "{steps} steps, normalize: {normalize}"),
+    "lowest": ("lowest", "all heads of, settings", "click %|whole step, MFLOP a screen|ms a step"),
+    "correlation": ("correlation", "rank correlation of score and click accuracy, settings", "{of}", "rho"),
+    "probe": ("probe", "settings, click % by choice of heads", "K = {num_heads}"),
+    "tau": ("tau", "click %, K = 10", "{domain}"),
+    "tau costs": ("tau", "adapter kFLOP a screen, K = 10", "{domain}", "adapter kFLOP"),
+    "single": ("single", "settings, click % of one head", "head {heads_from[2]}"),
+    "click": ("rates", "LoRA, settings, click %", "lr {lr:g}"),
+    "word problems": ("rates", "LoRA, settings, word problems %", "lr {lr:g}", "word problems %"),
+    "referring": ("referring", "names right, %", "{domain}", "names %"),
+    "regimes": ("regimes", "settings, click %", TOLD),
+    "regime costs": ("regimes", "settings, adapter kFLOP a screen", TOLD, "adapter kFLOP"),
+    "prior": ("prior", "dark, click %", "language prior: {prior}"),
+    "normalization": ("normalization", "layer 0's update", "{name}", "update", "{steps} steps, normalize: {normalize}"),
 }
 
 
-def table(rows: list[dict], title: str, columns: dict, line: str = "{name}") -> str:
+def table(rows: list[dict], title: str, columns: str, measure: str = "", line: str = "{name}") -> str:
     """A Markdown table, its title above the first column.
 
     Lines and columns are texts with {fields} of a row; a cell is made of the rows that agree in both."""
     cells = {}
-    for column, how in columns.items():
-        groups = {}
+    for column in columns.split("|"):
+        groups = defaultdict(list)
         for row in rows:
-            groups.setdefault((line.format(**row), column.format(**row)), []).append(row)
+            groups[line.format(**row), column.format(**row)].append(row)
+        how = MEASURES.get(measure or column, ("action_acc",))
         cells |= {place: cell(group, *how) for place, group in groups.items()}
     names, heads = (dict.fromkeys(texts) for texts in zip(*cells))
     body = [[name, *(cells.get((name, head), "") for head in heads)] for name in names]
@@ -245,12 +237,11 @@ def correlations(part: dict[str, list[dict]]) -> list[dict]:
     groups = {"each head alone": part["single"]}
     groups |= {f"sets of {k}": [row for row in part["probe"] if row["num_heads"] == k] for k in (4, 10)}
     found = []
-    for name, score in scores.items():
-        for of, rows in groups.items():
-            summed = [sum(score[int(layer)][h] for layer, heads in row["heads"].items() for h in heads) for row in rows]
-            pairs = summed, [row["action_acc"] for row in rows]
-            ranks = [np.argsort(np.argsort(np.array(values, dtype=float), kind="stable")) for values in pairs]
-            found.append({"name": name, "of": of, "rho": np.corrcoef(*ranks)[0, 1]})
+    for (name, score), (of, rows) in product(scores.items(), groups.items()):
+        summed = [sum(score[int(layer)][h] for layer, heads in row["heads"].items() for h in heads) for row in rows]
+        clicks = [row["action_acc"] for row in rows]
+        ranks = [np.argsort(np.argsort(np.array(values, float), kind="stable")) for values in (summed, clicks)]
+        found.append({"name": name, "of": of, "rho": np.corrcoef(*ranks)[0, 1]})
     return found
 
 
@@ -258,13 +249,13 @@ def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown, by name."""
     part = defaultdict(list)
     for row in rows:
-        part[row["part"]].append(row | row["update_norms"] if row["part"] == "normalization" else row)
-        if row["part"] == "ladder":
-            part[row["domain"]].append(row)
-            brief = {field: row[field] for field in ("name", "domain", "action_acc")}
-            part["overview"].append(row if row["domain"] == "settings" else brief)
-            if row["name"] == FROZEN or row["name"] in MAIN and row["domain"] in PAIRED:
-                part["controls"].append(row)
+        part[row["part"]].append(row | row.get("update_norms", {}))
+    for row in part["ladder"]:
+        part[row["domain"]].append(row)
+        brief = {field: row[field] for field in ("name", "domain", "action_acc")}
+        part["overview"].append(row if row["domain"] == "settings" else brief)
+        if row["name"] == FROZEN or row["name"] in MAIN and row["domain"] in PAIRED:
+            part["controls"].append(row)
     part["step"] = [row for row in part["settings"] if row["name"] != FROZEN]
     if "single" in part:
         part["correlation"] = correlations(part)
