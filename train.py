@@ -414,11 +414,10 @@ def explain(cfg: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     drawn, features = prompts.seen(cfg.domain, "test", 4, model.device)
     asked = [prompts.exam([screen])[0][1] for screen in drawn]  # the first target of each screen
-    instructions = [sample["instruction"] for sample in asked]
-    questions = [prompts.questions([text], features[[i]]) for i, text in enumerate(instructions)]
+    questions = [prompts.questions([sample], features[[i]]) for i, sample in enumerate(asked)]
     one = questions[0]
-    base_answers = prompts.answer(model, instructions, features)
-    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {instructions[0]}")
+    base_answers = prompts.answer(model, asked, features)
+    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {asked[0]['instruction']}")
     station("", f"right answer {asked[0]['answer']} (cells of a 16 x 16 grid), the base model's {base_answers[0]}")
 
     data, batches = prompts.training_data(cfg, model.device)
@@ -458,7 +457,7 @@ def explain(cfg: Config) -> None:
     adapted = []  # rows, in each forward pass
     model.register_forward_pre_hook(lambda module, inputs: adapted.append(0))
     values.register_forward_pre_hook(lambda module, inputs: adapted.append(adapted.pop() + len(inputs[0])))
-    tuned_answers = prompts.answer(model, instructions, features)
+    tuned_answers = prompts.answer(model, asked, features)
     station("10 decoding", f"rows adapted for {len(asked)} questions, by pass: {adapted}", imagelora.VisualRows.find)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     (layer, head), looks = figures.where_it_looks(model, adapter, questions)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.screens import BIN, BINS, PAIRED, Screen, ask, draw_screen, fits_prior, grounding, is_hit, referring
-from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, VOCABULARY, decode, encode, parse_point
+from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, decode, encode, parse_point
 from data.word_problems import word_problem
 from imagelora import score_heads
 from tiny_vlm import TinyVLM
@@ -72,24 +72,23 @@ def exam(drawn: list[Screen], task: str = "grounding") -> list[tuple[int, dict]]
     ]
 
 
-def questions(instructions: list[str], features: Tensor, history: int = 0) -> dict[str, Tensor]:
-    """What the model takes to answer instructions, each after `history` word problems and its own image.
+def questions(samples: list[dict], features: Tensor, history: int = 0) -> dict[str, Tensor]:
+    """What the model takes to answer samples, each after `history` word problems and its own image.
 
     features [B, P, D]; with P = 0 there are no images."""
     before = [ID[BOS], *(word for i in range(history) for word, _ in turn(word_problem("validation", i)))]
     before += [ID[IMAGE]] * features.shape[1]
-    rows = [before + encode(text) for text in instructions]
-    ids = pad(rows, ID[PAD], "left").to(features.device)
+    ids = pad([before + encode(sample["instruction"]) for sample in samples], ID[PAD], "left").to(features.device)
     return {"input_ids": ids, "attention_mask": (ids != ID[PAD]).long(), "image_features": features}
 
 
 @torch.no_grad()
-def answer(model, instructions: list[str], features: Tensor, history: int = 0) -> list[str]:
+def answer(model, samples: list[dict], features: Tensor, history: int = 0) -> list[str]:
     """Greedy answers to `questions`."""
     answers = []
-    for start in range(0, len(instructions), CHUNK):
+    for start in range(0, len(samples), CHUNK):
         part = slice(start, start + CHUNK)
-        batch = questions(instructions[part], features[part], history)
+        batch = questions(samples[part], features[part], history)
         out = model.generate(**batch, max_new_tokens=3)
         answers += [decode(row) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
     return answers
@@ -101,7 +100,7 @@ def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "groundin
     grounding: ScreenSpot's metrics, of which wrong_format_num counts answers that are no point; referring: name_acc,
     the name (of an icon: colour and name) exactly right."""
     order, samples = zip(*exam(drawn, task))
-    answers = answer(model, [sample["instruction"] for sample in samples], features[list(order)], history)
+    answers = answer(model, samples, features[list(order)], history)
     if task == "referring":
         right = [given == sample["answer"] for given, sample in zip(answers, samples)]
         metrics = {"name_acc": float(np.mean(right))}
@@ -127,38 +126,34 @@ def best_offset(given: list, start: tuple | None = None) -> float:
 def evaluate_word_problems(model, features: Tensor, count: int = 256) -> float:
     """Share of test word problems whose final number is right, each asked after one of the images of `questions`."""
     problems = [word_problem("test", i) for i in range(count)]
-    seen = features[torch.arange(count) % len(features)]
-    answers = answer(model, [problem["instruction"] for problem in problems], seen)
-    right = [problem["answer"].split()[-1:] for problem in problems]
-    return float(np.mean([given.split()[-1:] == last for given, last in zip(answers, right)]))
+    answers = answer(model, problems, features[torch.arange(count) % len(features)])
+    finals = [(given.split()[-1:], problem["answer"].split()[-1:]) for given, problem in zip(answers, problems)]
+    return float(np.mean([given == right for given, right in finals]))
 
 
 @torch.no_grad()
 def text_logits(model) -> Tensor:
     """Logits of text-only prompts (test word problems with their answers) [256, T, V]."""
-    rows = [[(ID[BOS], -100), *turn(word_problem("test", i))] for i in range(256)]
-    ids = pad(rows, ID[PAD])[..., 0]
+    told = [[turn(word_problem("test", i))] for i in range(256)]
+    ids = training_batch([[]] * len(told), 0, told)["input_ids"]
     return model(ids.to(model.device)).logits
 
 
 def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
     """Share of a batch's clicks, given teacher-forced, that hit their targets."""
-    answers = labels[:, 1:] >= 0  # each is x, y, <eos>
-    words = [VOCABULARY[i] for i in logits[:, :-1][answers].argmax(-1).tolist()]
-    points = [parse_point(f"{x} {y}") for x, y in zip(words[::3], words[1::3])]
+    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # each is x, y, <eos>
+    points = [parse_point(decode(words)) for words in answers[:, :2].tolist()]
     return np.mean([is_hit(point, box) for point, box in zip(points, boxes)])
 
 
 def score_line(domain: str, metrics: dict) -> str:
     """The metrics of `evaluate` in words, and the word problems where they were measured too."""
+    line = "click accuracy on {domain} screens {action_acc:6.1%}  (words {text_acc:.1%}  icons {icon_acc:.1%})"
     if "name_acc" in metrics:
-        line = f"names right on {domain} screens {metrics['name_acc']:6.1%}"
-    else:
-        line = f"click accuracy on {domain} screens {metrics['action_acc']:6.1%}"
-        line += f"  (words {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%})"
+        line = "names right on {domain} screens {name_acc:6.1%}"
     if "word_problem_acc" in metrics:
-        line += f"    word problems {metrics['word_problem_acc']:.1%}"
-    return line
+        line += "    word problems {word_problem_acc:.1%}"
+    return line.format(domain=domain, **metrics)
 
 
 # ---- The data of a fine-tuning run `cfg`, and what is measured -------------------------------------------------------
