@@ -47,13 +47,8 @@ class CompareConfig(Settings):
     out: str = option("runs/compare", "directory of compare.json; finished rows found there are kept")
 
 
-# ---- The runs --------------------------------------------------------------------------------------------------------
-
-
 def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
-    """Every run but those that choose learning rates; where lr is missing it is that of the job's kind.
-
-    kind: the run whose learning rate a job takes, as its name on the ladder, number of heads and choice of them."""
+    """Every run but those that choose learning rates; kind: the rung, number and choice of heads whose rate it has."""
     jobs = []
 
     def add(part, name, seeds=cfg.seeds, kind=None, **settings):
@@ -94,9 +89,7 @@ def jobs_of(cfg: CompareConfig, num_layers: int, num_heads: int) -> list[dict]:
 
 
 def tuning_jobs(kind: tuple[str, int, str], rates: list[float]) -> list[dict]:
-    """A kind of run at these learning rates, half as long, judged on validation screens.
-
-    On the ladder these are of every domain; other choices of heads are compared on settings alone: two seeds."""
+    """A kind of run at these learning rates, half as long; choices of heads not on the ladder on settings alone."""
     name, num_heads, choice = kind
     on_ladder = name != IMAGE_LORA or (num_heads, choice) == (10, "top")
     common = LADDER[name] | {"part": "tuning", "name": f"{name}, K = {num_heads}, {choice}", "split": "validation"}
@@ -156,9 +149,6 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
     print(f"\nsaved {path}")
 
 
-# ---- What the rows say -----------------------------------------------------------------------------------------------
-
-
 def cell(rows: list[dict], name: str, unit=1, form="{:,.0f}", of=np.mean) -> str:
     """The mean of a field in a unit, a number or another field; an accuracy's in %, with its deviation over seeds."""
     values = np.array([row[name] for row in rows if name in row])
@@ -215,9 +205,7 @@ TABLES = {  # table -> part, title, columns, and what they all are and what is i
 
 
 def table(rows: list[dict], title: str, columns: str, measure: str = "", line: str = "{name}") -> str:
-    """A Markdown table, its title above the first column.
-
-    Lines and columns are texts with {fields} of a row; a cell is made of the rows that agree in both."""
+    """A Markdown table: lines and columns are texts with {fields} of a row, cells of the rows that agree in both."""
     cells = {}
     for column in columns.split("|"):
         groups = defaultdict(list)

@@ -73,9 +73,7 @@ def exam(drawn: list[Screen], task: str = "grounding") -> list[tuple[int, dict]]
 
 
 def questions(samples: list[dict], features: Tensor, history: int = 0) -> dict[str, Tensor]:
-    """What the model takes to answer samples, each after `history` word problems and its own image.
-
-    features [B, P, D]; with P = 0 there are no images."""
+    """The model's arguments for samples, each after `history` word problems and its image: features [B, P or 0, D]."""
     before = [ID[BOS], *(word for i in range(history) for word, _ in turn(word_problem("validation", i)))]
     before += [ID[IMAGE]] * features.shape[1]
     ids = pad([before + encode(sample["instruction"]) for sample in samples], ID[PAD], "left").to(features.device)
@@ -95,10 +93,7 @@ def answer(model, samples: list[dict], features: Tensor, history: int = 0) -> li
 
 
 def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "grounding", history: int = 0):
-    """Accuracy on all targets of these screens -> (metrics, [(screen, sample, point or name)]).
-
-    grounding: ScreenSpot's metrics, of which wrong_format_num counts answers that are no point; referring: name_acc,
-    the name (of an icon: colour and name) exactly right."""
+    """All targets of these screens -> (ScreenSpot's metrics or name_acc, [(screen, sample, point or name)])."""
     order, samples = zip(*exam(drawn, task))
     answers = answer(model, samples, features[list(order)], history)
     if task == "referring":
@@ -110,7 +105,7 @@ def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "groundin
         words = np.array([sample["data_type"] == "text" for sample in samples])
         kinds = {"action_acc": hits, "text_acc": hits[words], "icon_acc": hits[~words]}
         metrics = {name: float(of_kind.mean()) for name, of_kind in kinds.items()}
-        metrics["wrong_format_num"] = answers.count(None)
+        metrics["wrong_format_num"] = answers.count(None)  # no points
     return metrics | {"num_total": len(samples)}, [*zip((drawn[i] for i in order), samples, answers)]
 
 
@@ -154,9 +149,6 @@ def score_line(domain: str, metrics: dict) -> str:
     if "word_problem_acc" in metrics:
         line += "    word problems {word_problem_acc:.1%}"
     return line.format(domain=domain, **metrics)
-
-
-# ---- The data of a fine-tuning run `cfg`, and what is measured -------------------------------------------------------
 
 
 @cache
@@ -212,8 +204,8 @@ def controls(cfg, model, base_given: list, tuned_given: list) -> dict:
     if base_given:
         found["offset_acc"] = best_offset(base_given)
     for switches in ("erased", "exchanged") if cfg.domain in PAIRED else ():
-        drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device, switches)
-        found[f"{switches}_acc"] = evaluate(model, drawn, features)[0]["action_acc"]
+        metrics, _ = evaluate(model, *seen(cfg.domain, cfg.split, cfg.test_screens, model.device, switches))
+        found[f"{switches}_acc"] = metrics["action_acc"]
     return found
 
 
