@@ -511,15 +511,21 @@ def _check_loaded(adapter, keys):
     _require(right, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
 
 
-def safe_save(content, path: str | os.PathLike, write=torch.save) -> None:
-    """`write(content, file)` beside `path`, then moved into place: a killed save leaves the old file."""
-    buffer, beside = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
-    write(content, buffer)  # not to the disk: where that is full, torch.save raises no OSError
+def safe_write(data: bytes, path: str | os.PathLike) -> None:
+    """Writes a file beside `path`, then moves it into place: a killed write leaves the old file."""
+    beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(buffer.getbuffer())
+        beside.write_bytes(data)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def safe_save(content: dict, path: str | os.PathLike) -> None:
+    """`torch.save` by `safe_write`."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # not to the disk: where that is full, torch.save raises no OSError
+    safe_write(buffer.getbuffer(), path)
 
 
 def safe_load(path: str | os.PathLike) -> dict:

@@ -31,7 +31,7 @@ import imagelora
 import train
 from data import SPLITS, compare, parse, prompts, screens
 from data.pretrain import PretrainConfig, draw_batch
-from data.screens import DOMAINS, PAIRED, SWITCHES, draw_screen, is_hit
+from data.screens import DOMAINS, PAIRED, draw_screen, is_hit
 from data.tokenizer import VOCABULARY, parse_point
 from data.word_problems import word_problem
 from imagelora import attach, image_lora_flops, load, lora_costs, lora_flops, score_heads, select_heads
@@ -56,9 +56,6 @@ def prompt(*rows: list[int], labels: bool = False) -> dict:
     pictures = torch.rand(int((ids == IMG).sum()) // P, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "pixel_values": pictures if len(pictures) else None}
     return batch | ({"labels": ids.masked_fill(ids == IMG, -100)} if labels else {})
-
-
-EARLY, LATE = prompt(IMAGE + BEFORE, labels=True), prompt([IMG, *BEFORE, *IMAGE[1:]], labels=True)
 
 
 def attach_trained(model, **options) -> imagelora.ImageLoRA:
@@ -251,13 +248,13 @@ def test_only_the_adapter_is_trained():
 
 
 def test_a_state_dict_carries_the_heads_too_and_a_narrower_type_is_the_models_alone():
-    adapter, other = attach_trained(model := tiny_vlm(), heads={0: [1], 2: [0, 2]}), tiny_vlm()
-    expected, trained = model(**EARLY).logits, [p.clone() for p in adapter.parameters()]
-    attach_trained(other, heads={0: [2], 2: [1, 2]})
+    adapter, batch = attach_trained(model := tiny_vlm(), heads={0: [1], 2: [0, 2]}), prompt(IMAGE + AFTER)
+    expected, trained = model(**batch).logits, [p.clone() for p in adapter.parameters()]
+    attach_trained(other := tiny_vlm(), heads={0: [2], 2: [1, 2]})
     union = {name: (t + other.state_dict()[name]) / 2 for name, t in model.state_dict().items()}  # of their heads
     other.load_state_dict({name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()})  # averaged
     assert other.image_lora.heads == adapter.heads
-    torch.testing.assert_close(other(**EARLY).logits, expected)
+    torch.testing.assert_close(other(**batch).logits, expected)
     wider, lower = attach(tiny_vlm(num_key_value_heads=6), heads=adapter.heads), attach(tiny_vlm(), heads={0: [1]})
     for each, wrong in ((other, union), (wider, adapter.state_dict()), (lower, adapter.state_dict())):
         with pytest.raises(RuntimeError, match="in other layers or heads|size mismatch for layers.0.selected"):
@@ -403,8 +400,7 @@ def test_disabled_detach_and_the_probe_restore_the_base_bit_for_bit():
     with adapter.disabled(), adapter.disabled():
         assert torch.equal(model(**batch).logits, base)
     assert not torch.equal(model(**batch).logits, base)
-    assert adapter.detach() is model
-    assert state_of(model) == before and torch.equal(model(**batch).logits, base)
+    assert adapter.detach() is model and state_of(model) == before and torch.equal(model(**batch).logits, base)
     with pytest.raises(RuntimeError, match="already detached"):
         adapter.detach()
 
@@ -434,6 +430,7 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, normalize):
 
 
 # 7. What engineering promises: files, threads, checkpoints, copies; never silently wrong
+EARLY, LATE = prompt(IMAGE + BEFORE, labels=True), prompt([IMG, *BEFORE, *IMAGE[1:]], labels=True)
 SOME = {"r": 2, "heads": {0: [1], 2: [0, 1]}}
 
 
@@ -687,7 +684,7 @@ def test_every_instruction_names_exactly_one_element_and_its_answer_is_a_hit(dom
 @pytest.mark.parametrize("domain", PAIRED)
 def test_a_switch_is_right_of_its_name_and_erased_or_exchanged_changes_only_that(domain):
     for index in range(20):
-        drawn, erased, exchanged = (draw_screen(domain, "test", index, switches=kind) for kind in SWITCHES)
+        drawn, erased, exchanged = (draw_screen(domain, "test", index, 0, s) for s in ("drawn", "erased", "exchanged"))
         assert erased.targets() == drawn.targets() == list(erased.elements)
         changed = (drawn.image != erased.image).any(-1)
         for old, new in zip(drawn.elements, exchanged.elements):

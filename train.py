@@ -62,7 +62,7 @@ class Config(Settings):
     split: str = option("test", "which screens those are", SPLITS)
     seed: int = option(0, "of the data's order, the adapter's start and the probe", least=0)
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    out: str = option("", "output directory, default runs/DOMAIN")
+    out: str = option("", "output directory, default runs/DOMAIN; of --explain runs/explain")
     resume: bool = option(False, "go on from OUT/checkpoint.pt")
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ def main_job(cfg: Config) -> None:
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
     result = asdict(cfg) | finetune(cfg, out)
     text = json.dumps(result, indent=1) + "\n"
-    imagelora.safe_save(text.encode(), out / "metrics.json", write=lambda text, file: file.write(text))
+    imagelora.safe_write(text.encode(), out / "metrics.json")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
 
@@ -360,7 +360,7 @@ def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
     tokens = ids.numel()
     visual = int((ids == model.config.image_token_id).sum())
     updated = tokens if cfg.method in ("lora", "lora_value") else visual
-    lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model), tokens, 8)
+    lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model), tokens, r=8)
     step, kept = prompts.count_step(model, batch)
     norms = {}  # root mean square over visual tokens of ||Delta V_l||
     if cfg.method == "image_lora":
@@ -408,8 +408,8 @@ def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, tuple[
 
 def explain(cfg: Config) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
-    if cfg.method != "image_lora":
-        raise ValueError(f"the walk is one of --method image_lora, not of {cfg.method}")
+    if cfg.method != "image_lora" or cfg.task != "grounding":
+        raise ValueError(f"the walk is one of image_lora and grounding, not of {cfg.method} and {cfg.task}")
     out, model = Path(cfg.out or "runs/explain"), load_base(cfg.device)
     out.mkdir(parents=True, exist_ok=True)
     drawn, features = prompts.seen(cfg.domain, "test", 4, model.device)
@@ -426,7 +426,8 @@ def explain(cfg: Config) -> None:
     for row in (scores / scores.max()).tolist():
         station("", "  ".join(f"{score:.2f}" for score in row))
     heads = choose_heads(cfg, scores)
-    station("3 selection", f"{cfg.num_heads} of {scores.numel()} heads: {heads}", imagelora.select_heads)
+    chosen = sum(map(len, heads.values()))
+    station("3 selection", f"{chosen} of {scores.numel()} heads: {heads}", imagelora.select_heads)
     lowest = min(heads)
     layer = next((k for k in heads if len(heads[k]) < scores.shape[1]), lowest)  # some of its heads are not selected
     first, attention = (model.language_model.layers[k].self_attn for k in (lowest, layer))
@@ -472,7 +473,7 @@ def explain(cfg: Config) -> None:
 MODES = {  # option -> (its settings, the job)
     "--explain": (Config, explain),
     "--pretrain": (PretrainConfig, pretrain),
-    "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run, *shape_of(load_base("cpu"))[:4:3])),
+    "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run, shape_of(load_base("cpu")))),
 }
 
 

@@ -23,7 +23,7 @@ IMAGE = 1000  # the placeholder's id; here it has an embedding of its own, as no
 
 @dataclass(frozen=True)
 class BenchConfig(Settings):
-    rounds: int = option(6, "measurements a line is the mean of", least=2)
+    rounds: int = option(6, "at least 2; measurements a line is the mean of", least=2)
     repetitions: int = option(10, "pairs, of either order; twice as many a measurement is the median of", least=1)
 
 
@@ -118,7 +118,7 @@ def measure(cfg: BenchConfig, methods: dict, models: list, run, visual: int, tex
 
 def main(cfg: BenchConfig) -> None:
     torch.set_num_threads(1)
-    print(f"ratios to no adapter, {cfg.rounds} medians of {cfg.repetitions}, one thread, processor time")
+    print(f"ratios to no adapter, {cfg.rounds} medians of {2 * cfg.repetitions} pairs, one thread, processor time")
     for visual, text in ((256, 64), (64, 256)):
         print(f"training step, 2 layers of 256 features, {visual} visual and {text} text tokens")
         measure(cfg, TRAINING, [qwen(256, 2, 8).train() for _ in range(cfg.rounds)], training_step, visual, text)

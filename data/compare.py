@@ -18,7 +18,7 @@ import numpy as np
 
 from data import Settings, option, progress
 from data.screens import PAIRED
-from imagelora import safe_save
+from imagelora import safe_write
 
 LADDER = {  # projections · tokens · heads of what is trained -> settings
     "none · frozen": {"method": "none", "lr": 0.0},
@@ -111,10 +111,11 @@ def best_rate(kind: tuple[str, int, str], finish) -> float:
     return best
 
 
-def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: int) -> None:
+def compare(cfg: CompareConfig, make_config, run, shape: tuple) -> None:
     """Run (or go on with) the comparison, print its tables. A stop loses only the runs under way.
 
-    make_config(**fields) gives the settings of a run, run(settings) its row, whose device is the one used."""
+    make_config(**fields) gives the settings of a run, run(settings) its row, whose device is the one used.
+    shape: layers, hidden size, query heads, value heads, head size."""
     path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     key = itemgetter("part", "name", *(f.name for f in fields(make_config) if f.name != "device"))
@@ -134,11 +135,12 @@ def compare(cfg: CompareConfig, make_config, run, num_layers: int, num_heads: in
             row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
             known[keys[i]] = json.loads(json.dumps(row))
             text = "[\n" + ",\n".join(map(json.dumps, known.values())) + "\n]\n"
-            safe_save(text.encode(), path, write=lambda text, file: file.write(text))
+            safe_write(text.encode(), path)
             bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
             bar.update()
         return [known[at] for at in keys]
 
+    num_layers, _, _, num_heads, _ = shape
     jobs = jobs_of(cfg, num_layers, num_heads)
     kinds = dict.fromkeys(job["kind"] for job in jobs if "lr" not in job)
     expected = len(jobs) + sum(len(tuning_jobs(kind, [0.005, 0.01, 0.02])) for kind in kinds)
@@ -228,7 +230,8 @@ def correlations(part: dict[str, list[dict]]) -> list[dict]:
     for (name, score), (of, rows) in product(scores.items(), groups.items()):
         summed = [sum(score[int(layer)][h] for layer, heads in row["heads"].items() for h in heads) for row in rows]
         clicks = [row["action_acc"] for row in rows]
-        ranks = [np.argsort(np.argsort(np.array(values, float), kind="stable")) for values in (summed, clicks)]
+        differences = [np.subtract.outer(values, values) for values in (summed, clicks)]
+        ranks = [np.sign(of_pairs).sum(1) for of_pairs in differences]  # equals share theirs
         found.append({"name": name, "of": of, "rho": np.corrcoef(*ranks)[0, 1]})
     return found
 

@@ -1,6 +1,6 @@
 """Pictures, drawn with Pillow: clicks on screens, and where a head looks; and a bar chart in text."""
 
-from functools import partial
+import io
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.screens import SIZE, is_hit
 from data.tokenizer import parse_point
-from imagelora import safe_save
+from imagelora import safe_write
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # colour-blind readers can tell them apart (Okabe and Ito)
 K = 2  # a screen is enlarged, so that figures are sharp on dense displays
@@ -122,7 +122,9 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list) -
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    safe_save(picture, path, write=partial(Image.Image.save, format="PNG", optimize=True))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    safe_write(buffer.getbuffer(), path)
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:

@@ -25,7 +25,7 @@ from data import Settings, option, progress, screens
 from data.prompts import evaluate, evaluate_word_problems, image_features, pixels, score_line, training_batch, turn
 from data.tokenizer import ID, VOCABULARY
 from data.word_problems import word_problem
-from imagelora import safe_save
+from imagelora import safe_save, safe_write
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 TEST_SCREENS = 400  # of each domain
@@ -172,5 +172,5 @@ def pretrain(cfg: PretrainConfig) -> None:
     result["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     print(f"word problems {result['word_problem_acc']:.1%}")
     text = json.dumps(result, indent=1) + "\n"
-    safe_save(text.encode(), out.with_suffix(".json"), write=lambda text, file: file.write(text))
+    safe_write(text.encode(), out.with_suffix(".json"))
     print(f"saved    {out} after {seconds} s")

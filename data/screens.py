@@ -26,7 +26,6 @@ LIGHT = dict(zip(COLOURS, "#dc2828 #e6b40a #28a046 #2864e6 #9637c8 #8c5528".spli
 DARK = dict(zip(COLOURS, "#ff6e64 #ffe16e #78e68c #78aaff #d28cff #c8966e".split()))
 SWITCH = (16, 10)  # pixels, its size
 GAP = 6  # pixels between a name and its switch on `settings`, at least so many on `row`
-SWITCHES = ("drawn", "erased", "exchanged")
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
 
 
