@@ -368,7 +368,7 @@ class VisualRows:
         ids = kwargs.get("input_ids", args[0] if args else None)
         visual = None
         if not self.now.enabled:
-            return Call()
+            return Call() if torch.is_grad_enabled() else TEXT
         if ids is not None and not ids.is_floating_point():
             # Most calls decode one text token a row: looked up in Python, as tensor operations cost several times more.
             decoding = not torch.is_grad_enabled() and ids.shape[-1] == 1
