@@ -119,7 +119,7 @@ def test_it_starts_as_the_base_model_so_the_first_gradient_reaches_b_only():
     adapted.loss.backward()
     for a in adapter.layers.values():
         assert not a.A.grad.any() and not a.gamma.grad.any() and a.B.grad.flatten(1).any(1).all()
-        assert a.gamma.item() == 1 and 0.9 < a.A.abs().max() * D**0.5 <= 1
+        assert a.gamma.item() == 1 and a.A.shape == (D, 8) and 0.9 < a.A.abs().max() * D**0.5 <= 1
 
 
 def test_text_with_no_image_before_it_is_the_base_models_bit_for_bit():
