@@ -165,7 +165,10 @@ class ImageLoRA(nn.Module):
         self.visual.attached = False  # a forward of ours that others have wrapped since stays, and does nothing
         for module, name, own, ours in self._replaced:
             if vars(module).get(name) is ours:
-                delattr(module, name) if own is None else setattr(module, name, own)
+                if own is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, own)
         model = self._replaced[0][0]
         del model.image_lora
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -422,12 +425,22 @@ def _replace_forward(module, function, *given):
     of_class = own is None or getattr(own, "__func__", None) is type(module).forward
     ours = partial(function, *given, partial(_forward_of_class, module) if of_class else own)
     ours.__signature__ = inspect.signature(getattr(module, name))
+    if of_class and function is not _adapted_values:  # mixed precision of accelerate binds this, and deepcopy anew
+        ours.__func__ = partial(_forward_of_copy)
+        ours.__func__.__signature__ = inspect.signature(type(module).forward)
     setattr(module, name, ours)
     return module, name, own, ours
 
 
 def _forward_of_class(module, *args, **kwargs):
     return type(module).forward(module, *args, **kwargs)  # looked up when it is called: it may be patched
+
+
+def _forward_of_copy(model, *args, **kwargs):
+    if not hasattr(model, "image_lora"):  # detached
+        return type(model).forward(model, *args, **kwargs)
+    ours = model.image_lora._replaced[0][-1]
+    return ours(*args, **kwargs)
 
 
 def _adapted_values(visual, adapter, forward, x, *args, **kwargs):
@@ -505,7 +518,9 @@ def _checked(model, r, lora_alpha, heads, normalize):
 
 def _check_loaded(adapter, keys):
     """Runs after every load_state_dict(), as a Trainer passes strict=False to it."""
-    right = not any(key.endswith(".selected") for key in keys.unexpected_keys)
+    missing = [key for key in keys.missing_keys if key.endswith(".selected")]
+    other = [key for key in keys.unexpected_keys if key.endswith(".selected")]
+    right = len(missing) in (0, len(adapter.layers)) and not other  # all are missing in a state of the base
     for a in adapter.layers.values():
         right = right and (a.selected.is_meta or a.selected.sum() == len(a.B))
     _require(right, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
@@ -548,6 +563,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         for layer, saved in content["layers"].items():
             order = torch.tensor(heads[int(layer)]).argsort()  # the file's order of heads is its own, ours is sorted
+            _require(len(saved["B"]) == len(order), f"layer {layer} names {len(order)} heads for {len(saved['B'])}")
             state[f"layers.{layer}.A"] = saved["A"]
             state[f"layers.{layer}.B"] = saved["B"][order]
             state[f"layers.{layer}.gamma"] = saved["gamma"].reshape(1)
