@@ -437,9 +437,9 @@ def _forward_of_class(module, *args, **kwargs):
 
 
 def _forward_of_copy(model, *args, **kwargs):
-    if not hasattr(model, "image_lora"):  # detached
+    ours = model.image_lora._replaced[0][-1] if hasattr(model, "image_lora") else None
+    if not hasattr(ours, "__func__"):  # detached, or attached anew around what binds this
         return type(model).forward(model, *args, **kwargs)
-    ours = model.image_lora._replaced[0][-1]
     return ours(*args, **kwargs)
 
 
