@@ -425,7 +425,8 @@ def _replace_forward(module, function, *given):
     of_class = own is None or getattr(own, "__func__", None) is type(module).forward
     ours = partial(function, *given, partial(_forward_of_class, module) if of_class else own)
     ours.__signature__ = inspect.signature(getattr(module, name))
-    if of_class and function is not _adapted_values:  # mixed precision of accelerate binds this, and deepcopy anew
+    if of_class and function is not _adapted_values:
+        # what accelerate's mixed precision binds to the model, and deepcopy then to the copy
         ours.__func__ = partial(_forward_of_copy)
         ours.__func__.__signature__ = inspect.signature(type(module).forward)
     setattr(module, name, ours)
