@@ -1,11 +1,12 @@
-"""Make the base model from nothing: a vision encoder that has seen nearly everything, a language side that has not.
+"""Make the base model from nothing: it sees nearly everything, and is asked about one kind of screen alone.
 
     python train.py --pretrain             makes base.pt, and base.json with its accuracies
 
 What it is told, and what not:
-    answers    to questions about `source` screens, and to word problems; no question about any other screen
-    vision     its patches are taught to show names, colours and kinds on source, settings, row and dark screens, and
-               places on `source` alone; blueprint is never seen
+    vision     patches are taught to show names, colours and kinds on source, settings, row and night screens, and
+               places on `source` alone; dark and blueprint are never seen
+    questions  about `source` screens alone, and word problems. First stage: where a name is, what is at a place.
+               Second stage, the vision encoder frozen: these, and what is right of a name (never where)
     screens    are those of the split "pretrain", which neither fine-tuning nor any test draws from
 
 A run that was stopped starts anew. data/tiny_vlm.pt was made with --out data/tiny_vlm.pt.
@@ -29,6 +30,13 @@ from imagelora import safe_save, safe_write
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 TEST_SCREENS = 400  # of each domain
+ASKED = 16  # source screens a step of the first stage that are asked about
+SHOWN = {"source": ASKED + 8, "settings": 2, "row": 2, "night": 1}  # screens a step of the first stage, for the vision
+SECOND = 24  # source screens a step of the second stage
+POOLS = 6000, 4000  # screens of the second stage: any, and those with many neighbours
+QUESTIONS = 6  # about a screen
+REFER = 0.6  # share of these that give the point and ask for the name
+BY_COLOUR = 0.3  # share of the others that name an icon by its colour alone, where that is enough
 # what a patch should decode to: what it shows, its colour, and the x and y of the element's centre
 LENS = [(*screens.LABELS, *screens.ICONS, "switch"), screens.COLOURS]
 LENS += [tuple(f"<{axis}{i}>" for i in range(screens.BINS)) for axis in "xy"]
@@ -38,21 +46,24 @@ LENS += [tuple(f"<{axis}{i}>" for i in range(screens.BINS)) for axis in "xy"]
 class PretrainConfig(Settings):
     """How the base model is made."""
 
-    steps: int = option(3600, "training steps", least=1)
-    screens: int = option(16, "source screens a step, with questions", least=1)
-    questions: int = option(6, "questions a screen", least=1)
-    refer: float = option(0.6, "share of questions that give the point and ask for the name", least=0)
-    by_colour: float = option(0.3, "share that name an icon by its colour alone, where that is enough", least=0)
-    seen: int = option(8, "more source screens a step, for the vision loss only", least=0)
-    paired: int = option(2, "screens a step of settings and of row, for the vision loss only", least=0)
-    dark: int = option(1, "dark screens a step, for the vision loss only", least=0)
+    steps: int = option(2400, "steps of the first stage", least=0)
+    second_steps: int = option(1800, "steps of the second stage", least=0)
+    relations: int = option(12, f"screens a step, of {SECOND}, that the second stage asks relations about", least=0)
+    start: str = option("", "a base model to go on from; then give --steps 0")
     muon_lr: float = option(0.02, "peak learning rate of Muon, for matrices", least=0)
     lr: float = option(2e-3, "peak learning rate of AdamW, for embeddings, norms and biases", least=0)
     seed: int = option(1, "of the data and the model's start", least=0)
     out: str = option("base.pt", "file to write; its accuracies go beside it as .json")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relations > SECOND:
+            raise ValueError(f"relations must be at most {SECOND}, got {self.relations}")
+        if bool(self.start) == bool(self.steps):
+            raise ValueError(f"a model to go on from has no first stage: give --start or --steps, got both or neither")
 
-def vision_loss(features: Tensor, targets: Tensor, embeddings: Tensor, log_scale: Tensor, edges: nn.Linear) -> Tensor:
+
+def vision_loss(features, targets, embeddings: Tensor, edges: nn.Linear, log_scale: Tensor) -> Tensor:
     """The loss of the patches' features [N, P, D], what they should show given as targets [N, P, 8].
 
     The features are read through the tied token embeddings as words (a 'logit lens'): what is shown, its colour, its x
@@ -85,41 +96,111 @@ def patch_targets(screen: screens.Screen, patch: int, places: bool) -> np.ndarra
     return targets.reshape(-1, 8)
 
 
+class MuonAndAdamW:
+    """Muon (Jordan et al., 2024) for matrices, AdamW for the rest. Rates warm up over 100 steps, and fall to zero
+    over the last 70 % of them."""
+
+    def __init__(self, cfg: PretrainConfig, named: list[tuple[str, nn.Parameter]], steps: int):
+        self.muon_lr, self.lr, self.steps = cfg.muon_lr, cfg.lr, steps
+        self.matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+        self.others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        self.adam = torch.optim.AdamW(self.others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def step(self, loss: Tensor, step: int) -> None:
+        """Follows the gradient of the loss in step number `step`."""
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try smaller learning rates")
+        for p in self.matrices + self.others:
+            p.grad = None
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.matrices + self.others, 1.0)
+        rate = min(1.0, (step + 1) / 100, (1 - step / self.steps) / 0.7)
+        self.adam.param_groups[0]["lr"] = rate * self.lr
+        self.adam.step()
+        for p, momentum in zip(self.matrices, self.momenta):
+            muon(p, momentum, rate * self.muon_lr)
+
+
 @torch.no_grad()
-def muon_step(matrices: list[nn.Parameter], momenta: list[Tensor], lr: float) -> None:
-    """Muon (Jordan et al., 2024): momentum, of which each step takes the nearest orthogonal matrix.
+def muon(p: nn.Parameter, momentum: Tensor, lr: float) -> None:
+    """Momentum, of which each step takes the nearest orthogonal matrix.
 
     As torch.optim.Muon, but in float32: that one's bfloat16 is ten times slower on CPUs without such instructions."""
-    for p, momentum in zip(matrices, momenta):
-        x = p.grad.lerp(momentum.lerp_(p.grad, 0.05), 0.95)  # Nesterov's
-        tall = p.shape[0] > p.shape[1]
-        x = x.mT if tall else x  # so that the Gram matrix is the smaller one
-        x = x / x.norm().clamp(min=1e-7)
-        for _ in range(5):  # Newton-Schulz: singular values towards 1
-            gram = x @ x.mT
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        p.mul_(1 - 0.05 * lr)  # weight decay
-        p.add_(x.mT if tall else x, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+    x = p.grad.lerp(momentum.lerp_(p.grad, 0.05), 0.95)  # Nesterov's
+    tall = p.shape[0] > p.shape[1]
+    x = x.mT if tall else x  # so that the Gram matrix is the smaller one
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):  # Newton-Schulz: singular values towards 1
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    p.mul_(1 - 0.05 * lr)  # weight decay
+    p.add_(x.mT if tall else x, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def draw_batch(cfg: PretrainConfig, step: int, patch: int) -> tuple[dict, Tensor, Tensor]:
-    """({input_ids, labels} of the first cfg.screens, pixel_values [N, 3, S, S], targets [N, P, 8]) of a step."""
-    rng = np.random.default_rng([cfg.seed, step])
-    source = cfg.screens + cfg.seen
-    counts = {"source": source, "settings": cfg.paired, "row": cfg.paired, "dark": cfg.dark}
+def told_before(step: int, count: int, rng: np.random.Generator) -> list[list]:
+    """Word problems before each of `count` images: none in 45 % of the steps, up to 12."""
+    history = int(rng.choice((0, 1, 2, 3, 12), p=(0.45, 0.2, 0.15, 0.12, 0.08)))
+    return [[turn(word_problem("pretrain", (12 * step + j) * count + i)) for j in range(history)] for i in range(count)]
+
+
+def first_batch(seed: int, step: int, patch: int) -> tuple[dict, Tensor, Tensor]:
+    """({input_ids, labels} of the first screens, pixel_values [N, 3, S, S], targets [N, P, 8]) of a step."""
+    rng = np.random.default_rng([seed, step])
     shown = [
-        screens.draw_screen(domain, "pretrain", step * count + i, cfg.seed)
-        for domain, count in counts.items()
+        screens.draw_screen(domain, "pretrain", step * count + i, seed)
+        for domain, count in SHOWN.items()
         for i in range(count)
     ]
-    history = int(rng.choice((0, 1, 2, 3, 12), p=(0.45, 0.2, 0.15, 0.12, 0.08)))  # word problems before the image
-    before = [
-        [turn(word_problem("pretrain", (12 * step + j) * cfg.screens + i)) for j in range(history)]
-        for i in range(cfg.screens)
-    ]
-    targets = torch.from_numpy(np.stack([patch_targets(shown[i], patch, i < source) for i in range(len(shown))]))
-    asked = [screens.ask(screen, cfg.questions, rng, cfg.refer, cfg.by_colour) for screen in shown[: cfg.screens]]
-    return training_batch(asked, targets.shape[1], before), pixels(shown), targets
+    targets = [patch_targets(screen, patch, places=i < SHOWN["source"]) for i, screen in enumerate(shown)]
+    asked = [screens.ask(screen, QUESTIONS, rng, REFER, BY_COLOUR) for screen in shown[:ASKED]]
+    batch = training_batch(asked, targets[0].shape[0], told_before(step, ASKED, rng))
+    return batch, pixels(shown), torch.from_numpy(np.stack(targets))
+
+
+def first_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
+    """The whole model learns to see, to ground and to refer."""
+    lens = nn.Linear(model.config.hidden_size, 4), nn.Parameter(torch.tensor(0.3).log())  # boxes' edges, and a scale
+    named = [*model.named_parameters(), *lens[0].named_parameters(), ("scale", lens[1])]
+    optimizer = MuonAndAdamW(cfg, named, cfg.steps)
+    for step in (bar := progress(0, cfg.steps, "see")):
+        batch, pixel_values, targets = first_batch(cfg.seed, step, model.config.patch_size)
+        features = model.get_image_features(pixel_values)  # [N, P, D]
+        answers = model(**batch, image_features=features[:ASKED]).loss
+        vision = vision_loss(features, targets, model.language_model.embed_tokens.weight, *lens)
+        optimizer.step(answers + vision, step)
+        bar.set_postfix_str(f"answers {answers.item():.3f}  vision {vision.item():.3f}", refresh=False)
+
+
+def second_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
+    """The language model alone goes on, and learns what stands right of what, on cfg.relations of its screens."""
+    drawn, many = [], []
+    for i in range(10**6):
+        screen = screens.draw_screen("source", "pretrain", SHOWN["source"] * 10**5 + i, cfg.seed)
+        if len(drawn) < POOLS[0]:
+            drawn.append(screen)
+        elif len(screens.relations(screen)) >= 3:
+            many.append(screen)
+        if len(many) == POOLS[1]:
+            break
+    features, features_of_many = image_features(model, drawn), image_features(model, many)
+    optimizer = MuonAndAdamW(cfg, list(model.language_model.named_parameters()), cfg.second_steps)
+    for step in (bar := progress(0, cfg.second_steps, "relate")):
+        rng = np.random.default_rng([cfg.seed, 1, step])
+        picks = rng.choice(len(drawn), SECOND - cfg.relations, replace=False)
+        asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER, BY_COLOUR) for i in picks]
+        before = told_before(cfg.steps + step, len(picks), rng)
+        batch = training_batch(asked, features.shape[1], before)
+        loss = model(**batch, image_features=features[picks]).loss
+        text = f"answers {loss.item():.3f}"
+        if cfg.relations:
+            picks = rng.choice(len(many), cfg.relations, replace=False)
+            asked = [rng.permutation(screens.relations(many[i])).tolist() for i in picks]
+            batch = training_batch(asked, features.shape[1], [[]] * len(picks))
+            related = model(**batch, image_features=features_of_many[picks]).loss
+            loss, text = loss + related, f"{text}  relations {related.item():.3f}"
+        optimizer.step(loss, step)
+        bar.set_postfix_str(text, refresh=False)
 
 
 def pretrain(cfg: PretrainConfig) -> None:
@@ -128,36 +209,16 @@ def pretrain(cfg: PretrainConfig) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"there is no directory {out.parent}")
     torch.manual_seed(cfg.seed)
-    model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
-    lens = nn.Parameter(torch.tensor(0.3).log()), nn.Linear(model.config.hidden_size, 4)  # a scale, and boxes' edges
-    embeddings = model.language_model.embed_tokens.weight
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embeddings]
-    others = [p for p in model.parameters() if p.ndim != 2] + [embeddings, lens[0], *lens[1].parameters()]
-    momenta = [torch.zeros_like(p) for p in matrices]
-    adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)
-
-    for step in (bar := progress(0, cfg.steps, "pretrain")):
-        rate = min(1.0, (step + 1) / 100, (1 - step / cfg.steps) / 0.7)  # up over 100 steps, down over the last 70 %
-        adam.param_groups[0]["lr"] = rate * cfg.lr
-        batch, pixel_values, targets = draw_batch(cfg, step, model.config.patch_size)
-        features = model.get_image_features(pixel_values)  # [N, P, D]
-        answers = model(**batch, image_features=features[: cfg.screens]).loss
-        vision = vision_loss(features, targets, embeddings, *lens)
-        loss = answers + vision
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try smaller learning rates")
-        model.zero_grad()
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(matrices + others, 1.0)
-        muon_step(matrices, momenta, rate * cfg.muon_lr)
-        adam.step()
-        bar.set_postfix_str(f"answers {answers.item():.3f}  vision {vision.item():.3f}", refresh=False)
-
+    if cfg.start:
+        model = TinyVLM.from_pretrained(cfg.start)
+    else:
+        model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
+        first_stage(cfg, model)
+    second_stage(cfg, model)
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     safe_save({"config": asdict(model.config), "state": state}, out)
     seconds = round(time.time() - start)
-    options = (f"--{name.replace('_', '-')} {value}" for name, value in asdict(cfg).items() if name != "out")
+    options = (f"--{name.replace('_', '-')} {value}" for name, value in asdict(cfg).items() if name != "out" and value != "")
     result = {"command": " ".join(["python train.py --pretrain", *options])}
     result |= {"torch": torch.__version__, "seconds": seconds}
     model = TinyVLM.from_pretrained(out)  # as it is used: rounded to 16 bits
@@ -165,7 +226,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         drawn = [screens.draw_screen(domain, "test", i) for i in range(TEST_SCREENS)]
         features = image_features(model, drawn)
         result[domain] = {}
-        for task in ("grounding", "referring"):
+        for task in ("grounding", "referring", "relations")[: 3 if domain == "source" else 2]:
             metrics, _ = evaluate(model, drawn, features, task)
             print(score_line(domain, metrics))
             result[domain] |= metrics

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.screens import BIN, BINS, PAIRED, Screen, ask, draw_screen, fits_prior, grounding, is_hit, referring
+from data.screens import BIN, BINS, PAIRED, Screen, ask, draw_screen, fits_prior, grounding, is_hit, referring, relations
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, decode, encode, parse_point
 from data.word_problems import word_problem
 from imagelora import score_heads
@@ -63,13 +63,17 @@ def training_batch(asked: list[list[dict]], patches: int, before: list[list[Turn
 
 
 def exam(drawn: list[Screen], task: str = "grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked once: (number of the screen, sample)."""
-    rng = np.random.default_rng(0)
-    return [
-        (i, grounding(screen, target, rng) if task == "grounding" else referring(screen, target))
-        for i, screen in enumerate(drawn)
-        for target in screen.targets()
-    ]
+    """Every target of every screen asked once, or what is right of it: (number of the screen, sample)."""
+    rng, asked = np.random.default_rng(0), []
+    for i, screen in enumerate(drawn):
+        if task == "relations":
+            samples = relations(screen)
+        elif task == "referring":
+            samples = [referring(screen, target) for target in screen.targets()]
+        else:
+            samples = [grounding(screen, target, rng) for target in screen.targets()]
+        asked += [(i, sample) for sample in samples]
+    return asked
 
 
 def questions(samples: list[dict], features: Tensor, history: int = 0) -> dict[str, Tensor]:
@@ -96,9 +100,9 @@ def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "groundin
     """All targets of these screens -> (ScreenSpot's metrics or name_acc, [(screen, sample, point or name)])."""
     order, samples = zip(*exam(drawn, task))
     answers = answer(model, samples, features[list(order)], history)
-    if task == "referring":
+    if task != "grounding":
         right = [given == sample["answer"] for given, sample in zip(answers, samples)]
-        metrics = {"name_acc": float(np.mean(right))}
+        metrics = {"name_acc" if task == "referring" else "relation_acc": float(np.mean(right))}
     else:
         answers = [parse_point(given) for given in answers]
         hits = np.array([is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)])
@@ -146,6 +150,8 @@ def score_line(domain: str, metrics: dict) -> str:
     line = "click accuracy on {domain} screens {action_acc:6.1%}  (words {text_acc:.1%}  icons {icon_acc:.1%})"
     if "name_acc" in metrics:
         line = "names right on {domain} screens {name_acc:6.1%}"
+    if "relation_acc" in metrics:
+        line = "what is right of a name, on {domain} screens {relation_acc:6.1%}"
     if "word_problem_acc" in metrics:
         line += "    word problems {word_problem_acc:.1%}"
     return line.format(domain=domain, **metrics)

@@ -3,8 +3,9 @@
 source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
 settings   pairs of a name and a switch right after it, anywhere; the right click is the *switch*
 row        a pair a row: the name at the left, its switch anywhere to its right; the right click is the *switch*
-dark       the source task in a dark palette
+dark       the source task in a dark palette that nothing in pretraining has seen
 blueprint  the source task as white outlines on blue, so without colours; nothing in pretraining has seen it
+night      another dark palette, shown to the vision encoder in pretraining; nothing else is done with it
 """
 
 from dataclasses import dataclass
@@ -39,11 +40,12 @@ class Palette:
 
 
 PALETTES = dict.fromkeys(("source", "settings", "row"), Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT))
-PALETTES["dark"] = Palette("#14171c", "#303743", "#eef1f6", DARK)
+PALETTES["dark"] = Palette("#0e3d44", "#17606b", "#e2f6f8", DARK)
 PALETTES["blueprint"] = Palette("#1f4fa0", "#ffffff", "#ffffff", {"": "#ffffff"}, outline=True)
-DOMAINS = tuple(PALETTES)
+DOMAINS = tuple(PALETTES)  # what a run can be about
+PALETTES["night"] = Palette("#14171c", "#303743", "#eef1f6", DARK)
 PAIRED = ("settings", "row")  # domains whose names have switches
-COUNTS = dict.fromkeys(DOMAINS, (5, 7)) | {"settings": (4, 6), "row": (4, 5)}  # names on a screen, least and most
+COUNTS = dict.fromkeys(PALETTES, (5, 7)) | {"settings": (4, 6), "row": (4, 5)}  # names on a screen, least and most
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: st
 
     switches: "erased" leaves them out of the picture, the right click stays where they would be; "exchanged" puts them
     at the left end of their pair and the name at the right end. Nothing else of the screen changes."""
-    rng = np.random.default_rng([SPLITS.index(split), DOMAINS.index(domain), index, seed])
+    rng = np.random.default_rng([SPLITS.index(split), tuple(PALETTES).index(domain), index, seed])
     least, most = COUNTS[domain]
     more = GAP + SWITCH[0] if domain in PAIRED else 0  # width of a pair than of its name
     boxes = None
@@ -187,14 +189,19 @@ def centre_bins(bbox: Box) -> tuple[int, int]:
     return (left + right) // (2 * BIN), (top + bottom) // (2 * BIN)
 
 
-def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_colour: bool = False) -> dict:
-    """A sample with ScreenSpot's names (bbox, instruction, data_type) and the `answer` to train on.
+def called(screen: Screen, element: Element, by_colour: bool = False) -> str:
+    """What a question calls an element: by its colour too where its name is ambiguous.
 
-    An icon is called by its colour too where its kind is ambiguous; by_colour: by that alone where it is enough."""
+    by_colour: an icon by that alone where it is enough."""
     names, colours = zip(*((e.name, e.colour) for e in screen.targets()))
-    name = element.name if names.count(element.name) == 1 else f"{element.colour} {element.name}"
     if by_colour and element.colour and colours.count(element.colour) == 1:
-        name = element.colour
+        return element.colour
+    return element.name if names.count(element.name) == 1 else f"{element.colour} {element.name}"
+
+
+def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_colour: bool = False) -> dict:
+    """A sample with ScreenSpot's names (bbox, instruction, data_type) and the `answer` to train on."""
+    name = called(screen, element, by_colour)
     x, y = centre_bins(element.click)
     return {
         "bbox": element.click,
@@ -208,6 +215,27 @@ def referring(screen: Screen, element: Element) -> dict:
     """The question the other way round: a point is given, what a click there acts on is asked."""
     x, y = centre_bins(element.click)
     return {"instruction": f"what is at <x{x}> <y{y}>", "answer": f"{element.colour} {element.name}".strip()}
+
+
+def right_neighbour(screen: Screen, element: Element) -> Element | None:
+    """The nearest element that begins right of this one and shares half the height of the lower of the two."""
+    _, top, right, bottom = element.bbox
+    beside = []
+    for other in screen.elements:
+        x, y, _, y_end = other.bbox
+        if x >= right and 2 * (min(bottom, y_end) - max(top, y)) >= min(bottom - top, y_end - y):
+            beside.append(other)
+    return min(beside, key=lambda other: other.bbox[0], default=None)
+
+
+def relations(screen: Screen) -> list[dict]:
+    """What is right of an element, for each one that has something there: neither question nor answer is a place."""
+    pairs = [(element, right_neighbour(screen, element)) for element in screen.targets()]
+    return [
+        {"instruction": f"what is right of {called(screen, element)}", "answer": f"{other.colour} {other.name}".strip()}
+        for element, other in pairs
+        if other
+    ]
 
 
 def fits_prior(target: Element) -> bool:

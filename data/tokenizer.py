@@ -7,7 +7,7 @@ from data.word_problems import MAX_NUMBER, NAMES, STEPS, THINGS
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<bos>", "<eos>", "<image>"
 _WORDS = [PAD, BOS, EOS, IMAGE, "?", *(f"<{axis}{i}>" for axis in "xy" for i in range(BINS))]
-_WORDS += [*LABELS, *ICONS, *COLOURS, "switch", *VERBS, *"what is at has then how many".split()]
+_WORDS += [*LABELS, *ICONS, *COLOURS, "switch", *VERBS, *"what is at right of has then how many".split()]
 _WORDS += [*NAMES, *THINGS, *dict.fromkeys(w for step in STEPS for w in step.split() if w != "{}")]
 VOCABULARY = (*_WORDS, *map(str, range(MAX_NUMBER + 1)))
 ID = {word: i for i, word in enumerate(VOCABULARY)}
