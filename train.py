@@ -5,6 +5,7 @@
     python train.py --explain        a guided walk: one question through every step, tensor by tensor
     python train.py --pretrain       make a base model like data/tiny_vlm.pt from nothing
     python train.py --compare        every method, task, budget and seed: the tables of data/README.md
+    python train.py --costs          what LoRA and Image-LoRA cost at the scale of real models
     python train.py ... --help       the settings of one of these
 
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size · L layers · H value heads
@@ -17,9 +18,10 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,27 +34,35 @@ from data import SPLITS, Settings, figures, option, parse, progress, prompts
 from data.compare import CompareConfig, compare
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
+from imagelora import lora_costs
 from tiny_vlm import TinyVLM
 
-METHODS = ("image_lora", "lora", "lora_visual", "lora_value", "none")
+METHODS = ("image_lora", "lora", "none")
 HEADS = ("top", "matched", "lowest", "random", "least", "all")
+PROBES = ("rank1", "exact", "gate")
 
 
 @dataclass(frozen=True)
 class Config(Settings):
     """One fine-tuning run; each field is an option of the command line too."""
 
-    method: str = option("image_lora", "lora: q k v o, all tokens; _visual: visual tokens; _value: v", METHODS)
+    method: str = option("image_lora", "none measures the frozen model", METHODS)
+    projections: str = option("qkvo", "of lora: which of q, k, v and o it adapts")
+    tokens: str = option("all", "of lora: those it adapts", ("all", "visual"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
-    domain: str = option("settings", "the kind of screen", DOMAINS)
+    domain: str = option("row", "the kind of screen", DOMAINS)
+    switches: str = option("shown", "in the pictures, of training and test", ("shown", "erased"))
+    base: str = option(prompts.BASE, "the model to fine-tune, made by --pretrain")
     heads: str = option("top", f"{' | '.join(HEADS)}: by influence; or themselves, as '0:4,5 1:2' (layer:heads)")
-    num_heads: int = option(10, "value heads to adapt", least=1)
+    probe: str = option("rank1", "what scores the heads; gate: the authors' release", PROBES)
+    num_heads: int = option(12, "value heads to adapt", least=1)
+    tau: float = option(0.0, "layer budget ~ influence^tau: 0 even, 0.5 the authors', above 1 in fewer layers", least=0)
     r: int = option(8, "rank", least=1)
     lora_alpha: float = option(16.0, "the update is scaled by lora_alpha / r", least=0)
-    tau: float = option(4.0, "layer budget ~ influence^tau: 0 even, 0.5 the authors', above 1 in fewer layers", least=0)
     normalize: bool = option(True, "scale by 1/sqrt|S| too")
     lr: float = option(0.04, "peak learning rate of AdamW", least=0)
-    steps: int = option(500, "training steps", least=1)
+    gamma_lr: float = option(1.0, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
+    steps: int = option(600, "training steps", least=1)
     screens: int = option(8, "screens a step", least=1)
     questions: int = option(5, "questions a screen, packed into one sequence", least=1)
     history: int = option(0, "word problems told before each screen: longer text, same image", least=0)
@@ -64,11 +74,14 @@ class Config(Settings):
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     out: str = option("", "output directory, default runs/DOMAIN; of --explain runs/explain")
     resume: bool = option(False, "go on from OUT/checkpoint.pt")
+    film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")
 
     def __post_init__(self):
         super().__post_init__()
         if self.heads not in HEADS:
             parse_heads(self.heads)
+        if not self.projections or set(self.projections) - set("qkvo"):
+            raise ValueError(f"projections must be letters of qkvo, got {self.projections!r}")
 
 
 def parse_heads(text: str) -> imagelora.Heads:
@@ -80,157 +93,112 @@ def parse_heads(text: str) -> imagelora.Heads:
         raise ValueError(f"heads must be one of {', '.join(HEADS)} or like '0:4,5 1:2', got {text!r}") from None
 
 
-# ---- The main job ----------------------------------------------------------------------------------------------------
+# ---- The run: one procedure that computes, stage by stage ------------------------------------------------------------
 
 
-def main_job(cfg: Config) -> None:
-    """`finetune`, said and saved: OUT/metrics.json, adapter.pt and predictions.png."""
-    out = Path(cfg.out or f"runs/{cfg.domain}")
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
-    (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
-    result = asdict(cfg) | finetune(cfg, out)
-    text = json.dumps(result, indent=1) + "\n"
-    imagelora.safe_write(text.encode(), out / "metrics.json")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
+def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str, dict]]:
+    """base -> before -> heads -> step, step, ... -> after: yields (stage, what was found there).
 
-
-def run(cfg: Config) -> dict:
-    """`finetune` without prints and files: the Config's fields and what was measured."""
-    torch.set_num_threads(1)
-    result = finetune(cfg)
-    return asdict(cfg) | result.pop("after") | result
-
-
-def finetune(cfg: Config, out: Path | None = None) -> dict:
-    """before -> probe -> select -> attach -> train -> after -> cost; with `out`, printed and saved there."""
-    start, say = time.time(), print if out else lambda line: None
-    model = load_base(cfg.device)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    patches = model.config.num_patches
-    say(f"base     {prompts.BASE.name} · {size:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
-    before, base_given = None, []
-    if out or cfg.method == "none":
-        before, base_given = prompts.measure(cfg, model)
-        say(f"before   {prompts.score_line(cfg.domain, before)}")
+    It prints and writes nothing: `main_job` does. checkpoint: what `main_job` kept of a step, to go on from."""
+    start = time.time()
+    model = load_base(cfg)
+    yield "base", {"model": model}
+    same = ("base", "task", "domain", "switches", "history", "test_screens", "split", "device")
+    before, base_given = measure_base(Config("none", **{name: getattr(cfg, name) for name in same}))
     base_text = prompts.text_logits(model)
+    yield "before", {"before": before}
 
     data, batches = prompts.training_data(cfg, model.device)
-    heads = None
+    heads, result = None, {"heads_from": cfg.heads}
     if cfg.method == "image_lora":
-        scores = imagelora.score_heads(model, batches, seed=cfg.seed)
+        scores = head_scores(cfg, model, batches)
         heads = choose_heads(cfg, scores)
-        shown = f"{len(batches)}×{cfg.screens} screens:  {figures.bars(scores, heads)}"
-        say(f"probe    rank-1 influence of {scores.numel()} heads, {shown}")
-        chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
-        say(f"select   {sum(map(len, heads.values()))} of {scores.numel()} heads: {chosen}")
+        result["scores"] = scores.tolist()
+        yield "heads", {"scores": scores, "heads": heads}
 
     torch.manual_seed(cfg.seed)
     adapter = make_adapter(cfg, model, heads)
-    result = {
-        "heads": heads,
-        "heads_from": cfg.heads,
-        "device": str(model.device),
-        "torch": torch.__version__,
-    }
-    if adapter is None:
-        after, given = before, base_given
-    else:
+    result["heads"] = heads
+    if adapter is not None:
         begun = time.time()
-        train(cfg, model, adapter, data, out)
+        yield from train(cfg, model, adapter, data, checkpoint)
         result["step_ms"] = 1000 * (time.time() - begun) / cfg.steps
-        after, given = prompts.measure(cfg, model)
-        result |= costs(cfg, model, adapter, prompts.batch_of(cfg, data, prompts.PROBE_BATCHES)[0])
+        result |= costs(cfg, model, adapter, batches[0])
+    after, given = prompts.measure(cfg, model)
     difference = prompts.text_logits(model) - base_text
     result |= {
         "before": before,
         "after": after,
         "text_logits_max_abs_diff": difference.abs().max().item(),
+        **prompts.controls(cfg, model, base_given, given),
+        "seconds": round(time.time() - start, 1),
+        "device": str(model.device),
+        "torch": torch.__version__,
     }
-    result |= prompts.controls(cfg, model, base_given, given)
-    if cfg.method == "none" and not out:
-        result["scores"] = prompts.all_scores(model, batches)
-    if out:
-        report(cfg, result)
-        figures.save(figures.predictions(base_given, given), out / "predictions.png")
-        if adapter is not None:
-            adapter.save(out / "adapter.pt")
-    return result | {"seconds": round(time.time() - start, 1)}
+    yield "after", {"result": result, "model": model, "adapter": adapter, "given": [base_given, given]}
 
 
-def load_base(device: str) -> TinyVLM:
+def run(cfg: Config) -> dict:
+    """`finetune` without prints and files: the Config's fields and what was measured."""
+    torch.set_num_threads(1)
+    *_, (_, found) = finetune(cfg)
+    result = found["result"]
+    return asdict(cfg) | result.pop("after") | result
+
+
+def load_base(cfg: Config) -> TinyVLM:
     found = torch.accelerator.current_accelerator(check_available=True)
     there = [found.type, "cpu"] if found else ["cpu"]
-    if device not in ("auto", *there):
-        raise ValueError(f"device {device} is not available here; expected one of {', '.join(there)}")
-    if device == "auto":
-        device = there[0]
-    return TinyVLM.from_pretrained(prompts.BASE).to(device)
+    if cfg.device not in ("auto", *there):
+        raise ValueError(f"device {cfg.device} is not available here; expected one of {', '.join(there)}")
+    return TinyVLM.from_pretrained(prompts.base_path(cfg.base)).to(there[0] if cfg.device == "auto" else cfg.device)
 
 
-def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, out: Path | None) -> None:
+@cache
+def measure_base(frozen: Config) -> tuple[dict, list]:
+    """`prompts.measure` of the model as it is, once a process."""
+    return prompts.measure(frozen, load_base(frozen))
+
+
+def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, checkpoint: dict | None) -> Iterator:
     """AdamW on the loss of the answers, the rate warmed up over a twentieth of the steps, then decayed to zero.
 
-    With `out`, progress is shown and OUT/checkpoint.pt written every 20 steps; resume=True goes on from there.
-    Raises FloatingPointError at a loss that is not finite.
-    """
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=0.0)
-    first = load_checkpoint(cfg, adapter, optimizer, out) if cfg.resume else 0
-    warm_up, click = max(cfg.steps // 20, 1), None
-    for step in (bar := progress(first, cfg.steps, "train", quiet=out is None)):
+    Yields ("step", ...) before each update. Raises FloatingPointError at a loss that is not finite."""
+    groups = [{"params": [], "scale": 1.0}, {"params": [], "scale": cfg.gamma_lr}]
+    for name, parameter in adapter.named_parameters():
+        groups[name.endswith("gamma")]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0)
+    first = 0
+    if checkpoint:
+        first = checkpoint["step"]
+        adapter.load_state_dict(checkpoint["adapter"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    warm_up = max(cfg.steps // 20, 1)
+    for step in range(first, cfg.steps):
         lr = cfg.lr * min((step + 1) / warm_up, 1 - step / cfg.steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         batch, boxes = prompts.batch_of(cfg, data, prompts.PROBE_BATCHES + step)  # after the probe's
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             output = model(**batch)
-        logits, loss = output.logits, output.loss
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {cfg.lr}")
-        if out and step % 20 == 0:  # what is kept has just given a finite loss
-            save_checkpoint(cfg, adapter, optimizer, step, out)
+        loss, click = output.loss.item(), None
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
+        if cfg.task == "grounding" and not cfg.replay:
+            click = prompts.hit_rate(output.logits, batch["labels"], boxes)
+        found = {"step": step, "loss": loss, "click": click, "optimizer": optimizer}
+        yield "step", found | {"model": model, "adapter": adapter}
         optimizer.zero_grad()
-        loss.backward()
+        output.loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
-        if out:
-            text = f"loss {loss.item():.3f}"
-            if cfg.task == "grounding" and not cfg.replay:
-                now = prompts.hit_rate(logits, batch["labels"], boxes)
-                click = now if click is None else 0.9 * click + 0.1 * now
-                text += f"  click {click:.0%}"
-            bar.set_postfix_str(text, refresh=False)
 
 
-def save_checkpoint(cfg: Config, adapter: nn.Module, optimizer, step: int, out: Path) -> None:
-    content = {
-        "settings": asdict(cfg),
-        "step": step,
-        "adapter": adapter.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    imagelora.safe_save(content, out / "checkpoint.pt")
-
-
-def load_checkpoint(cfg: Config, adapter: nn.Module, optimizer, out: Path) -> int:
-    """Puts OUT/checkpoint.pt into adapter and optimizer; returns the steps done. ValueError if of another run."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        print(f"resume   there is no {path}; from the start")
-        return 0
-    saved = imagelora.safe_load(path)
-    settings = saved.get("settings", {})
-    for name, value in asdict(cfg).items():
-        if name not in ("device", "out", "resume") and settings.get(name) != value:
-            raise ValueError(f"{path} is of a run with other settings; {name} is {value!r} here")
-    adapter.load_state_dict(saved["adapter"])
-    optimizer.load_state_dict(saved["optimizer"])
-    print(f"resume   from step {saved['step']} of {cfg.steps}")
-    return saved["step"]
-
-
-# ---- Heads, and what is said -----------------------------------------------------------------------------------------
+def head_scores(cfg: Config, model: TinyVLM, batches: list[dict]) -> Tensor:
+    """Influence of every value head [L, H]."""
+    if cfg.probe == "gate":
+        return prompts.gate_scores(model, batches)
+    return imagelora.score_heads(model, batches, probe=cfg.probe, seed=cfg.seed)
 
 
 def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
@@ -255,11 +223,108 @@ def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     return heads
 
 
-def report(cfg: Config, result: dict) -> None:
-    """The lines after training."""
+# ---- What is shown and saved -----------------------------------------------------------------------------------------
+
+
+def main_job(cfg: Config) -> None:
+    """Shows what `finetune` finds, and saves OUT/metrics.json, adapter.pt, predictions.png and curve.png."""
+    out = Path(cfg.out or f"runs/{cfg.domain}")
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
+    (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run
+    checkpoint = load_checkpoint(cfg, out) if cfg.resume else None
+    curve, film = checkpoint["curve"] if checkpoint else [], []
+    with progress(len(curve), cfg.steps, "train") as bar:
+        for stage, found in finetune(cfg, checkpoint):
+            if stage != "step":
+                bar.clear()
+                report(stage, cfg, found)
+                continue
+            step = found["step"]
+            if step % 20 == 0:  # what is kept has just given a finite loss
+                save_checkpoint(cfg, found, curve, out)
+            if cfg.film and step % (cfg.steps // 32 + 1) == 0:
+                film.append((step, prompts.few_answers(cfg, found["model"])))
+            curve.append((step, found["loss"], found["click"]))
+            bar.set_postfix_str(recent(curve), refresh=False)
+            bar.update()
+    figures.save(figures.predictions(*found["given"]), out / "predictions.png")
+    if found["adapter"] is not None:
+        found["adapter"].save(out / "adapter.pt")
+        figures.save(figures.curve(curve), out / "curve.png")
+    if film:
+        film.append((cfg.steps, prompts.few_answers(cfg, found["model"])))
+        figures.save_moving(figures.moving(film), out / "training.gif")
+    text = json.dumps(asdict(cfg) | found["result"], indent=1) + "\n"
+    imagelora.safe_write(text.encode(), out / "metrics.json")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
+
+
+def recent(curve: list[tuple]) -> str:
+    """The loss of the last step, and the share of right clicks in the last ten."""
+    clicks = [click for _, _, click in curve[-10:] if click is not None]
+    return f"loss {curve[-1][1]:.3f}" + (f"  click {np.mean(clicks):.0%}" if clicks else "")
+
+
+def save_checkpoint(cfg: Config, found: dict, curve: list, out: Path) -> None:
+    content = {
+        "settings": asdict(cfg),
+        "step": found["step"],
+        "adapter": found["adapter"].state_dict(),
+        "optimizer": found["optimizer"].state_dict(),
+        "curve": curve,
+    }
+    imagelora.safe_save(content, out / "checkpoint.pt")
+
+
+def load_checkpoint(cfg: Config, out: Path) -> dict | None:
+    """OUT/checkpoint.pt, None where there is none. ValueError if it is of another run."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        print(f"resume   there is no {path}; from the start")
+        return None
+    saved = imagelora.safe_load(path)
+    if name := differs(cfg, saved.get("settings", {})):
+        raise ValueError(f"{path} is of a run with other settings; {name} is {getattr(cfg, name)!r} here")
+    print(f"resume   from step {saved['step']} of {cfg.steps}")
+    return saved
+
+
+def differs(cfg: Config, settings: dict) -> str | None:
+    """The first field that makes these settings those of another run."""
+    free = "device", "out", "resume", "film"
+    names = (name for name, value in asdict(cfg).items() if name not in free and settings.get(name) != value)
+    return next(names, None)
+
+
+def report(stage: str, cfg: Config, found: dict) -> None:
+    """The lines of a stage."""
+    if stage == "base":
+        model = found["model"]
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        name, patches = Path(cfg.base).name, model.config.num_patches
+        print(f"base     {name} · {size:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
+    elif stage == "before":
+        print(f"before   {prompts.score_line(cfg.domain, found['before'])}")
+    elif stage == "heads":
+        scores, heads = found["scores"], found["heads"]
+        batches = f"{prompts.PROBE_BATCHES}×{cfg.screens} screens"
+        print(f"probe    {cfg.probe} influence of {scores.numel()} heads, {batches}:  {figures.bars(scores, heads)}")
+        chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
+        print(f"select   {sum(map(len, heads.values()))} of {scores.numel()} heads: {chosen}")
+    else:
+        report_after(cfg, found["result"])
+
+
+def report_after(cfg: Config, result: dict) -> None:
     print(f"after    {prompts.score_line(cfg.domain, result['after'])}")
-    named = {"constant": "best constant", "offset": "base + best offset"}
-    named |= {"erased": "switches erased", "exchanged": "exchanged with their names"}
+    named = {
+        "constant": "best constant",
+        "name_offset": "base + an offset a name",
+        "erased": "switches erased",
+        "exchanged": "exchanged with their names",
+    }
     shown = [f"{text} {result[f'{key}_acc']:.1%}" for key, text in named.items() if f"{key}_acc" in result]
     if shown:
         print(f"controls {' · '.join(shown)}")
@@ -332,14 +397,14 @@ class LoRA(nn.Module):
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs of the adapter in one training step (forward and backward) over so many tokens."""
-        return imagelora.lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
+        return lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
 
     def save(self, path: Path) -> None:
         imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
 
 
 def shape_of(model: TinyVLM) -> tuple[int, int, int, int, int]:
-    """Layers, hidden size, query heads, value heads, head size: what `imagelora.lora_costs` takes."""
+    """Layers, hidden size, query heads, value heads, head size: what `lora_costs` takes."""
     config = model.config
     heads, size = config.num_attention_heads, config.hidden_size
     return config.num_hidden_layers, size, heads, config.num_key_value_heads, size // heads
@@ -350,8 +415,7 @@ def make_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> 
         return imagelora.attach(model, cfg.r, cfg.lora_alpha, heads, cfg.normalize)
     if cfg.method == "none":
         return None
-    names = "v" if cfg.method == "lora_value" else "qkvo"
-    return LoRA(model, cfg.r, cfg.lora_alpha, names, visual_only=cfg.method == "lora_visual")
+    return LoRA(model, cfg.r, cfg.lora_alpha, cfg.projections, visual_only=cfg.tokens == "visual")
 
 
 def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
@@ -359,13 +423,9 @@ def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
     ids = batch["input_ids"]
     tokens = ids.numel()
     visual = int((ids == model.config.image_token_id).sum())
-    updated = tokens if cfg.method in ("lora", "lora_value") else visual
-    lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model), tokens, r=8)
+    updated = tokens if cfg.method == "lora" and cfg.tokens == "all" else visual
+    lora_parameters, lora_flops = lora_costs(*shape_of(model), tokens, r=8)
     step, kept = prompts.count_step(model, batch)
-    norms = {}  # root mean square over visual tokens of ||Delta V_l||
-    if cfg.method == "image_lora":
-        for layer, (_, update) in watch(model, batch, **adapter.layers).items():
-            norms[layer] = update.square().sum(1).mean().sqrt().item()
     with adapter.disabled():
         floor, kept_by_backbone = prompts.count_step(model, batch)
     adapter.zero_grad()
@@ -376,10 +436,28 @@ def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
         "counted_flops_per_screen": (step - floor) / len(ids),
         "lora_flops_per_screen": lora_flops / len(ids),
         "step_flops_per_screen": step / len(ids),
+        "vision_flops_per_screen": prompts.count_vision(model),
         "saved_bytes_per_screen": (kept - kept_by_backbone) / len(ids),
         "visual_fraction": visual / tokens,
-        "update_norms": norms,
+        "changes": changes(model, adapter, batch),
     }
+
+
+def changes(model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
+    """How far q, k and v of each layer are from the base's on a batch, as ||difference|| / ||base's||; and of the
+    values also the difference itself, as root mean square over visual tokens."""
+    attention = [layer.self_attn for layer in model.language_model.layers]
+    parts = {f"{name}{i}": getattr(a, f"{name}_proj") for i, a in enumerate(attention) for name in "qkv"}
+    tuned = watch(model, batch, **parts)
+    with adapter.disabled():
+        base = watch(model, batch, **parts)
+    found = {name: ((tuned[name][1] - base[name][1]).norm() / base[name][1].norm()).item() for name in parts}
+    visual = batch["input_ids"] == model.config.image_token_id
+    for i, a in enumerate(attention):
+        x, value = tuned[f"v{i}"]
+        update = (value - F.linear(x, a.v_proj.weight))[visual]  # [N, H * d_h]
+        found[f"update{i}"] = update.square().sum(1).mean().sqrt().item()
+    return found
 
 
 # ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------
@@ -407,21 +485,26 @@ def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, tuple[
 
 
 def explain(cfg: Config) -> None:
-    """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
+    """Print, station by station, the tensors of the method, their shapes and the numbers that matter.
+
+    The adapter is that of a finished run in OUT, or of one that is made now."""
     if cfg.method != "image_lora" or cfg.task != "grounding":
         raise ValueError(f"the walk is one of image_lora and grounding, not of {cfg.method} and {cfg.task}")
-    out, model = Path(cfg.out or "runs/explain"), load_base(cfg.device)
-    out.mkdir(parents=True, exist_ok=True)
-    drawn, features = prompts.seen(cfg.domain, "test", 4, model.device)
-    asked = [prompts.exam([screen])[0][1] for screen in drawn]  # the first target of each screen
-    questions = [prompts.questions([sample], features[[i]]) for i, sample in enumerate(asked)]
-    one = questions[0]
-    base_answers = prompts.answer(model, asked, features)
-    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {asked[0]['instruction']}")
-    station("", f"right answer {asked[0]['answer']} (cells of a 16 x 16 grid), the base model's {base_answers[0]}")
+    out = Path(cfg.out or f"runs/{cfg.domain}")
+    metrics = out / "metrics.json"
+    if not metrics.exists() or differs(cfg, json.loads(metrics.read_text())):
+        main_job(cfg)
+        print()
+    model = load_base(cfg)
+    drawn, features = prompts.seen(cfg.base, cfg.domain, "test", 60, model.device)
+    _, base_given = prompts.evaluate(model, drawn, features)
+    sample, one = base_given[0][1], prompts.questions([base_given[0][1]], features[:1])
+    base_point = base_given[0][2]
+    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
+    station("", f"right is a click in the box {sample['bbox']}; the base model clicks {base_point}")
 
     data, batches = prompts.training_data(cfg, model.device)
-    scores = imagelora.score_heads(model, batches, seed=cfg.seed)
+    scores = head_scores(cfg, model, batches)
     station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line a layer, the largest = 1", imagelora.score_heads)
     for row in (scores / scores.max()).tolist():
         station("", "  ".join(f"{score:.2f}" for score in row))
@@ -430,9 +513,8 @@ def explain(cfg: Config) -> None:
     station("3 selection", f"{chosen} of {scores.numel()} heads: {heads}", imagelora.select_heads)
     lowest = min(heads)
     layer = next((k for k in heads if len(heads[k]) < scores.shape[1]), lowest)  # some of its heads are not selected
-    first, attention = (model.language_model.layers[k].self_attn for k in (lowest, layer))
-    parts = {"q": first.q_proj, "k": first.k_proj, "v": attention.v_proj}
-    base, base_text = watch(model, one, **parts), prompts.text_logits(model)
+    attention = model.language_model.layers[layer].self_attn
+    base_text = prompts.text_logits(model)
     torch.manual_seed(cfg.seed)
     adapter = make_adapter(cfg, model, heads)
     values = adapter.layers[str(layer)]
@@ -440,31 +522,42 @@ def explain(cfg: Config) -> None:
     model(**batches[0]).loss.backward()
     norms = ", ".join(f"{name} {p.grad.norm():.2g}" for name, p in values.named_parameters())
     station("5 backward", f"norms of the gradients: {norms}; while B = 0, A and gamma have none")
-    train(cfg, model, adapter, data, out)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    adapter.detach()
+    adapter = imagelora.load(model, out / "adapter.pt")
+    values = adapter.layers[str(layer)]
 
-    now = watch(model, one, **parts)
-    x, value = now["v"]
-    update = (value - F.linear(x, attention.v_proj.weight))[0]  # [T, H * d_h]
+    x, value = watch(model, one, v=attention.v_proj)["v"]
+    base_value = F.linear(x, attention.v_proj.weight)[0]  # [T, H * d_h]
+    update = value[0] - base_value
     rows = update.abs().sum(1).nonzero().squeeze(1)
     station("6 M X", f"trained; rows adapted: {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
-    norms = update.unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
-    shown = "  ".join(f"{norm:.3f}{'*' * (head in heads[layer])}" for head, norm in enumerate(norms))
-    station("7 update", f"norm over rows by head, layer {layer} (* selected): {shown}", imagelora.ValueAdapter.forward)
-    queries, keys = ((now[name][1] - base[name][1]).abs().max() for name in "qk")
-    station("8 looking", f"layer {lowest}: queries changed by {queries:g}, keys by {keys:g}: it looks where it looked")
+    station("7 update", f"layer {layer}, norms over these rows by head (* selected):", imagelora.ValueAdapter.forward)
+    for name, tensor in (("X W_V(h)", base_value), ("update", update)):
+        norms = tensor[rows].unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
+        shown = "  ".join(f"{norm:6.2f}{' *'[head in heads[layer]]}" for head, norm in enumerate(norms))
+        station("", f"{name:9}{shown}")
+    moved = changes(model, adapter, one)
+    shown = ", ".join(f"{moved[f'q{k}']:.0%} in layer {k}" for k in range(len(scores)))
+    station("8 looking", f"queries changed by {shown}: the lowest adapted layer looks where it looked")
     change = (prompts.text_logits(model) - base_text).abs().max()
     station("9 text", f"logits of {len(base_text)} prompts without an image: max change {change:g}")
     adapted = []  # rows, in each forward pass
-    model.register_forward_pre_hook(lambda module, inputs: adapted.append(0))
-    values.register_forward_pre_hook(lambda module, inputs: adapted.append(adapted.pop() + len(inputs[0])))
-    tuned_answers = prompts.answer(model, asked, features)
-    station("10 decoding", f"rows adapted for {len(asked)} questions, by pass: {adapted}", imagelora.VisualRows.find)
-    station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
-    (layer, head), looks = figures.where_it_looks(model, adapter, questions)
-    picture = figures.look(drawn, asked, looks, base_answers, tuned_answers)
-    figures.save(picture, out / "look.png")
-    station("12 picture", f"{out}/look.png: where head {head} of layer {layer} looks, the most focused one")
+    counts = [
+        model.register_forward_pre_hook(lambda module, inputs: adapted.append(0)),
+        values.register_forward_pre_hook(lambda module, inputs: adapted.append(adapted.pop() + len(inputs[0]))),
+    ]
+    prompts.answer(model, [sample], features[:1])
+    for count in counts:
+        count.remove()
+    station("10 decoding", f"rows adapted for one question, by pass: {adapted}", imagelora.is_visual)
+    _, given = prompts.evaluate(model, drawn, features)
+    station("11 answer", f"{base_point} before, {given[0][2]} now; right is a click in {sample['bbox']}")
+    shown = prompts.four_of(given)
+    asked = [prompts.questions([given[i][1]], features[[drawn.index(given[i][0])]]) for i in shown]
+    place, looks = figures.where_it_looks(model, adapter, asked)
+    pictured = [(*given[i][:2], base_given[i][2], given[i][2]) for i in shown]
+    figures.save(figures.look(*zip(*pictured), looks, place), out / "look.png")
+    station("12 picture", f"{out}/look.png: where head {place[1]} of layer {place[0]} looks, the most focused one")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -473,7 +566,7 @@ def explain(cfg: Config) -> None:
 MODES = {  # option -> (its settings, the job)
     "--explain": (Config, explain),
     "--pretrain": (PretrainConfig, pretrain),
-    "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run, shape_of(load_base("cpu")))),
+    "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run)),
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import field, fields
+from multiprocessing import parent_process
 
 from tqdm import tqdm
 
@@ -39,7 +40,8 @@ def parse(settings_class, arguments: list[str], prog: str, description: str):
     return settings_class(**vars(parser.parse_args(arguments)))
 
 
-def progress(first: int, total: int, name: str, quiet: bool = False) -> tqdm:
-    """A progress bar over the steps first..total-1."""
+def progress(first: int, total: int, name: str) -> tqdm:
+    """A progress bar over the steps first..total-1; none in a process of a pool."""
     layout = "{desc:<9}|{bar:24}| {n_fmt}/{total_fmt}{postfix}  {elapsed} < {remaining}"
+    quiet = parent_process() is not None
     return tqdm(range(first, total), name, total, initial=first, bar_format=layout, disable=quiet)

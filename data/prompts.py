@@ -5,6 +5,7 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
 """
 
+from collections import defaultdict
 from functools import cache
 from itertools import chain, product
 from pathlib import Path
@@ -16,13 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.screens import BIN, BINS, PAIRED, Screen, ask, draw_screen, fits_prior, grounding, is_hit, referring, relations
+from data import screens
+from data.screens import BIN, BINS, PAIRED, SIZE, Screen, draw_screen, fits_prior, is_hit
 from data.tokenizer import BOS, EOS, ID, IMAGE, PAD, decode, encode, parse_point
 from data.word_problems import word_problem
-from imagelora import score_heads
 from tiny_vlm import TinyVLM
 
-BASE = Path(__file__).with_name("tiny_vlm.pt")
+BASE = "data/tiny_vlm.pt"
 PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, the less noise
 TRAIN_SCREENS = 2048
 Turn = list[tuple[int, int]]  # (id, label) of each word of an instruction and its answer; -100: not to be predicted
@@ -45,10 +46,10 @@ def pixels(drawn: list[Screen]) -> Tensor:
 
 
 @torch.no_grad()
-def image_features(model, drawn: list[Screen]) -> Tensor:
-    """What the vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so once is enough."""
+def image_features(encode, drawn: list[Screen], device=None) -> Tensor:
+    """What a vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so once is enough."""
     chunks = [drawn[i : i + CHUNK] for i in range(0, len(drawn), CHUNK)]
-    return torch.cat([model.get_image_features(pixels(chunk).to(model.device)) for chunk in chunks])
+    return torch.cat([encode(pixels(chunk).to(device)) for chunk in chunks])
 
 
 def training_batch(asked: list[list[dict]], patches: int, before: list[list[Turn]]) -> dict[str, Tensor]:
@@ -67,11 +68,11 @@ def exam(drawn: list[Screen], task: str = "grounding") -> list[tuple[int, dict]]
     rng, asked = np.random.default_rng(0), []
     for i, screen in enumerate(drawn):
         if task == "relations":
-            samples = relations(screen)
+            samples = screens.relations(screen)
         elif task == "referring":
-            samples = [referring(screen, target) for target in screen.targets()]
+            samples = [screens.referring(screen, target) for target in screen.targets()]
         else:
-            samples = [grounding(screen, target, rng) for target in screen.targets()]
+            samples = [screens.grounding(screen, target, rng) for target in screen.targets()]
         asked += [(i, sample) for sample in samples]
     return asked
 
@@ -113,13 +114,22 @@ def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "groundin
     return metrics | {"num_total": len(samples)}, [*zip((drawn[i] for i in order), samples, answers)]
 
 
-def best_offset(given: list, start: tuple | None = None) -> float:
+def best_move(given: list, start: tuple | None = None) -> float:
     """Click accuracy of these answers, or of `start`, moved by the best number of bins in hindsight, one for all."""
     steps = [i * BIN for i in range(1 - BINS, BINS)]
-    clicks = [(start or point, sample["bbox"]) for _, sample, point in given if start or point]
-    moves = product(steps, steps)
-    hits = [sum(is_hit((x + dx, y + dy), box) for (x, y), box in clicks) for dx, dy in moves]
-    return max(hits) / len(given)
+    x, y = np.array([start or point or (np.inf, np.inf) for _, _, point in given]).T  # no point is a miss
+    left, top, right, bottom = np.array([sample["bbox"] for _, sample, _ in given]).T
+    columns = [(left <= x + dx) & (x + dx < right) for dx in steps]
+    rows = [(top <= y + dy) & (y + dy < bottom) for dy in steps]
+    return float(max((column & row).mean() for column, row in product(columns, rows)))
+
+
+def best_move_by(given: list, field: str) -> float:
+    """The same with a move for each kind of sample, or for each name."""
+    groups = defaultdict(list)
+    for answer in given:
+        groups[answer[1][field]].append(answer)
+    return float(sum(best_move(group) * len(group) for group in groups.values()) / len(given))
 
 
 def evaluate_word_problems(model, features: Tensor, count: int = 256) -> float:
@@ -157,17 +167,24 @@ def score_line(domain: str, metrics: dict) -> str:
     return line.format(domain=domain, **metrics)
 
 
+def base_path(base: str) -> Path:
+    """A base model's file: as it is called from here, or else from the project's directory."""
+    path = Path(base)
+    return path if path.exists() else Path(__file__).parent.parent / base
+
+
 @cache
-def seen(domain: str, split: str, count: int, device: torch.device, switches: str = "drawn"):
+def seen(base: str, domain: str, split: str, count: int, device: torch.device, switches: str = "shown"):
     """The first screens of a split, and what the frozen vision encoder makes of them [N, P, D]: once a process."""
     drawn = [draw_screen(domain, split, i, switches=switches) for i in range(count)]
-    return drawn, image_features(TinyVLM.from_pretrained(BASE).to(device), drawn)
+    model = TinyVLM.from_pretrained(base_path(base)).to(device)
+    return drawn, image_features(model.get_image_features, drawn, device)
 
 
 def training_data(cfg, device: torch.device):
     """((the screens to train on, their features), the batches of the probe)."""
     count = min((PROBE_BATCHES + cfg.steps) * cfg.screens, TRAIN_SCREENS)
-    drawn, features = seen(cfg.domain, "train", count, device)
+    drawn, features = seen(cfg.base, cfg.domain, "train", count, device, cfg.switches)
     fitting = [i for i, screen in enumerate(drawn) if not cfg.prior or any(map(fits_prior, screen.targets()))]
     data = [drawn[i] for i in fitting], features[fitting]
     return data, [batch_of(cfg, data, i)[0] for i in range(PROBE_BATCHES)]
@@ -184,18 +201,19 @@ def batch_of(cfg, data: tuple[list[Screen], Tensor], i: int):
         for j in range(cfg.screens)  # the replayed ones last
     ]
     how = {"refer": float(cfg.task == "referring"), "distinct": True, "prior": cfg.prior}
-    asked = [ask(drawn[pick], cfg.questions, rng, **how) for pick in picks]
+    asked = [screens.ask(drawn[pick], cfg.questions, rng, **how) for pick in picks]
     batch = training_batch(asked, features.shape[1], before)
     batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
     return batch | {"image_features": features[picks]}, [sample.get("bbox") for sample in chain(*asked)]
 
 
 def measure(cfg, model) -> tuple[dict, list]:
-    """The task's accuracy and what else the model can do: source screens, word problems, these after an image."""
-    drawn, features = seen(cfg.domain, cfg.split, cfg.test_screens, model.device)
+    """The task's accuracy and, on the test split, what else the model can do: source screens, word problems, these
+    after an image; and the answers [(screen, sample, answer)]."""
+    drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, cfg.switches)
     metrics, given = evaluate(model, drawn, features, cfg.task, cfg.history)
     if cfg.split == "test":
-        source, _ = evaluate(model, *seen("source", "test", cfg.test_screens // 2 + 1, model.device))
+        source, _ = evaluate(model, *seen(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device))
         metrics["source_acc"] = source["action_acc"]
         metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
         metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
@@ -203,30 +221,56 @@ def measure(cfg, model) -> tuple[dict, list]:
 
 
 def controls(cfg, model, base_given: list, tuned_given: list) -> dict:
-    """What a click accuracy is to be held against: answers without an image, images without the thing asked for."""
+    """What a click accuracy is to be held against: answers without an image, simple rules around the base's clicks,
+    and the tuned model before pictures without what is asked for."""
     if cfg.task != "grounding" or cfg.split != "test":
         return {}
-    found = {"constant_acc": best_offset(tuned_given, start=(BIN / 2, BIN / 2))}
-    if base_given:
-        found["offset_acc"] = best_offset(base_given)
+    found = {
+        "constant_acc": best_move(tuned_given, start=(BIN / 2, BIN / 2)),
+        "offset_acc": best_move_by(base_given, "data_type"),
+        "name_offset_acc": best_move_by(base_given, "name"),
+        "column_acc": best_move([(of, asked, at and (BIN / 2, at[1])) for of, asked, at in base_given]),
+    }
+    drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device)
+    blank = pixels([drawn[0]]).flatten(2).median(2).values[..., None, None].expand(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        blank = model.get_image_features(blank.to(model.device)).expand_as(features)
+    found["blank_acc"] = evaluate(model, drawn, blank)[0]["action_acc"]
     for switches in ("erased", "exchanged") if cfg.domain in PAIRED else ():
-        metrics, _ = evaluate(model, *seen(cfg.domain, cfg.split, cfg.test_screens, model.device, switches))
-        found[f"{switches}_acc"] = metrics["action_acc"]
+        pictures = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, switches)
+        found[f"{switches}_acc"] = evaluate(model, *pictures)[0]["action_acc"]
     return found
 
 
-def all_scores(model, batches: list[dict]) -> dict[str, list]:
-    """Head scores [L, H] of both probes and of the authors' release, the squared gradient of a gate on the values."""
-    scores = {probe: score_heads(model, batches, probe=probe) for probe in ("rank1", "exact")}
-    # a gate g on the values of head h: dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
-    weights = [layer.self_attn.v_proj.weight for layer in model.language_model.layers]  # of [H * d, D]
-    gates = torch.zeros_like(scores["exact"])
+def few_answers(cfg, model) -> list:
+    """The answers on the first six screens."""
+    drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, cfg.switches)
+    return evaluate(model, drawn[:6], features[:6], cfg.task, cfg.history)[1]
+
+
+def four_of(given: list) -> list[int]:
+    """Numbers of four answers of different screens to show: a word and two icons that are right, and what is wrong."""
+    kinds = [(is_hit(point, sample["bbox"]), sample["data_type"]) for _, sample, point in given]
+    shown, used = [], []
+    for wanted in ((True, "text"), (True, "icon"), (True, "icon"), (False, "")):
+        fits = [i for i, (hit, kind) in enumerate(kinds) if hit == wanted[0] and wanted[1] in ("", kind)]
+        new = [i for i in fits if all(given[i][0] is not screen for screen in used)] or list(range(len(given)))
+        shown.append(new[0])
+        used.append(given[new[0]][0])
+    return shown
+
+
+def gate_scores(model, batches: list[dict]) -> Tensor:
+    """The authors' release scores a head by the squared gradient of a gate g on its values [L, H]."""
+    # dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
+    layers = model.language_model.layers
+    weights = [layer.self_attn.v_proj.weight for layer in layers]  # of [H * d_h, D]
+    scores = torch.zeros(len(layers), model.config.num_key_value_heads, device=model.device)
     for batch in batches:
         gradients = torch.autograd.grad(model(**batch).loss, weights)
         products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
-        gates += products.unflatten(1, (gates.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
-    scores["gate"] = gates.detach()
-    return {name: score.tolist() for name, score in scores.items()}
+        scores += products.unflatten(1, (scores.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
+    return scores.detach().cpu()
 
 
 def count_step(model, batch: dict) -> tuple[int, int]:
@@ -243,3 +287,10 @@ def count_step(model, batch: dict) -> tuple[int, int]:
             loss = model(**batch).loss
         loss.backward()
     return counter.get_total_flops(), sum(kept.values())
+
+
+def count_vision(model) -> int:
+    """FLOPs of the vision encoder's forward pass over a screen."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.get_image_features(torch.zeros(1, 3, SIZE, SIZE, device=model.device))
+    return counter.get_total_flops()

@@ -152,7 +152,7 @@ def _place_in_rows(rng, sizes: list[tuple[int, int]]) -> list[Box]:
     return boxes
 
 
-def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: str = "drawn") -> Screen:
+def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: str = "shown") -> Screen:
     """Screen number `index` of a split; the same arguments give the same screen.
 
     switches: "erased" leaves them out of the picture, the right click stays where they would be; "exchanged" puts them
@@ -205,6 +205,7 @@ def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_col
     x, y = centre_bins(element.click)
     return {
         "bbox": element.click,
+        "name": element.name,
         "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
         "data_type": element.data_type,
         "answer": f"<x{x}> <y{y}>",
