@@ -742,16 +742,15 @@ def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_hei
     assert told == [(f"what is right of {name}", other) for name, other in ("ab", "bc", "ed")]
 
 
-def test_the_best_constant_and_the_best_move_are_those_that_hit_most():
+def test_a_rule_is_found_on_some_answers_and_judged_on_others():
     boxes = [(0, 0, 16, 16), (8, 8, 24, 24), (64, 64, 80, 80)]  # of pixels; a bin has 8
-    given = [
-        (None, {"bbox": box, "name": name}, point) for box, name, point in zip(boxes, "aba", ((28, 4), (36, 12), None))
-    ]
-    assert prompts.best_move(given, start=(4, 4)) == prompts.best_move(given) == 2 / 3  # no point is a miss
-    given[2] = (*given[2][:2], (4, 4))
-    assert prompts.best_move(given) == prompts.best_move_by(given, "name") == 2 / 3
-    given[1] = (*given[1][:2], (100, 100))
-    assert prompts.best_move(given) == 1 / 3 and prompts.best_move_by(given, "name") == 2 / 3
+    learn = [(None, {"bbox": box, "name": name}, (box[0] + 28, box[1] + 4)) for box, name in zip(boxes, "aab")]
+    learn[2] = (*learn[2][:2], (4, 4))
+    assert prompts.best_move([(28, 4), (36, 12)], boxes[:2]) in [(dx, dy) for dx in (-24, -16) for dy in (0, 8)]
+    assert prompts.rule(learn, learn) == 2 / 3 and prompts.rule(learn, learn, "name") == 1
+    given = [(None, {"bbox": (40, 40, 48, 48), "name": name}, point) for name, point in (("a", (68, 44)), ("b", None))]
+    assert prompts.rule(learn, given, "name") == 1 / 2  # no point is a miss
+    assert prompts.rule(learn, given, start=lambda point: (12, 12)) == 0
 
 
 # 9. The main job and the comparison

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -104,7 +104,8 @@ def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str,
     model = load_base(cfg)
     yield "base", {"model": model}
     same = ("base", "task", "domain", "switches", "history", "test_screens", "split", "device")
-    before, base_given = measure_base(Config("none", **{name: getattr(cfg, name) for name in same}))
+    frozen = Config("none", **{name: getattr(cfg, name) for name in same})
+    before, base_given = measure_base(frozen)
     base_text = prompts.text_logits(model)
     yield "before", {"before": before}
 
@@ -130,7 +131,7 @@ def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str,
         "before": before,
         "after": after,
         "text_logits_max_abs_diff": difference.abs().max().item(),
-        **prompts.controls(cfg, model, base_given, given),
+        **prompts.controls(cfg, model, measure_base(replace(frozen, split="validation"))[1], base_given),
         "seconds": round(time.time() - start, 1),
         "device": str(model.device),
         "torch": torch.__version__,
@@ -487,23 +488,22 @@ def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, tuple[
 def explain(cfg: Config) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter.
 
-    The adapter is that of a finished run in OUT, or of one that is made now."""
+    The adapter is that of the finished run in OUT; where there is none, it is made first."""
     if cfg.method != "image_lora" or cfg.task != "grounding":
         raise ValueError(f"the walk is one of image_lora and grounding, not of {cfg.method} and {cfg.task}")
     out = Path(cfg.out or f"runs/{cfg.domain}")
     metrics = out / "metrics.json"
     if not metrics.exists() or differs(cfg, json.loads(metrics.read_text())):
         main_job(cfg)
-        print()
+    print()
     model = load_base(cfg)
     drawn, features = prompts.seen(cfg.base, cfg.domain, "test", 60, model.device)
-    _, base_given = prompts.evaluate(model, drawn, features)
-    sample, one = base_given[0][1], prompts.questions([base_given[0][1]], features[:1])
-    base_point = base_given[0][2]
+    base_given = prompts.evaluate(model, drawn, features)[1]
+    screen, sample, point = base_given[0]
+    one = prompts.questions([sample], features[:1])
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
-    station("", f"right is a click in the box {sample['bbox']}; the base model clicks {base_point}")
-
-    data, batches = prompts.training_data(cfg, model.device)
+    station("", f"right is a click in the box {sample['bbox']}; the base model clicks {point}")
+    batches = prompts.training_data(cfg, model.device)[1]
     scores = head_scores(cfg, model, batches)
     station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line a layer, the largest = 1", imagelora.score_heads)
     for row in (scores / scores.max()).tolist():
@@ -511,53 +511,60 @@ def explain(cfg: Config) -> None:
     heads = choose_heads(cfg, scores)
     chosen = sum(map(len, heads.values()))
     station("3 selection", f"{chosen} of {scores.numel()} heads: {heads}", imagelora.select_heads)
-    lowest = min(heads)
-    layer = next((k for k in heads if len(heads[k]) < scores.shape[1]), lowest)  # some of its heads are not selected
-    attention = model.language_model.layers[layer].self_attn
-    base_text = prompts.text_logits(model)
-    torch.manual_seed(cfg.seed)
     adapter = make_adapter(cfg, model, heads)
-    values = adapter.layers[str(layer)]
-    station("4 attach", f"layer {layer}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", imagelora.attach)
+    values = adapter.layers[str(min(heads))]
+    station("4 attach", f"layer {min(heads)}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", imagelora.attach)
     model(**batches[0]).loss.backward()
     norms = ", ".join(f"{name} {p.grad.norm():.2g}" for name, p in values.named_parameters())
     station("5 backward", f"norms of the gradients: {norms}; while B = 0, A and gamma have none")
-    adapter.detach()
-    adapter = imagelora.load(model, out / "adapter.pt")
-    values = adapter.layers[str(layer)]
+    model, base_text = adapter.detach(), prompts.text_logits(model)
 
-    x, value = watch(model, one, v=attention.v_proj)["v"]
-    base_value = F.linear(x, attention.v_proj.weight)[0]  # [T, H * d_h]
-    update = value[0] - base_value
-    rows = update.abs().sum(1).nonzero().squeeze(1)
-    station("6 M X", f"trained; rows adapted: {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
-    station("7 update", f"layer {layer}, norms over these rows by head (* selected):", imagelora.ValueAdapter.forward)
-    for name, tensor in (("X W_V(h)", base_value), ("update", update)):
-        norms = tensor[rows].unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
-        shown = "  ".join(f"{norm:6.2f}{' *'[head in heads[layer]]}" for head, norm in enumerate(norms))
-        station("", f"{name:9}{shown}")
-    moved = changes(model, adapter, one)
-    shown = ", ".join(f"{moved[f'q{k}']:.0%} in layer {k}" for k in range(len(scores)))
-    station("8 looking", f"queries changed by {shown}: the lowest adapted layer looks where it looked")
+    adapter = imagelora.load(model, out / "adapter.pt")
+    explain_update(model, adapter, one)
     change = (prompts.text_logits(model) - base_text).abs().max()
     station("9 text", f"logits of {len(base_text)} prompts without an image: max change {change:g}")
-    adapted = []  # rows, in each forward pass
-    counts = [
-        model.register_forward_pre_hook(lambda module, inputs: adapted.append(0)),
-        values.register_forward_pre_hook(lambda module, inputs: adapted.append(adapted.pop() + len(inputs[0]))),
-    ]
-    prompts.answer(model, [sample], features[:1])
-    for count in counts:
-        count.remove()
-    station("10 decoding", f"rows adapted for one question, by pass: {adapted}", imagelora.is_visual)
-    _, given = prompts.evaluate(model, drawn, features)
-    station("11 answer", f"{base_point} before, {given[0][2]} now; right is a click in {sample['bbox']}")
+    explain_decoding(model, adapter, sample, features[:1])
+    given = prompts.evaluate(model, drawn, features)[1]
+    station("11 answer", f"{point} before, {given[0][2]} now; right is a click in {sample['bbox']}")
     shown = prompts.four_of(given)
     asked = [prompts.questions([given[i][1]], features[[drawn.index(given[i][0])]]) for i in shown]
     place, looks = figures.where_it_looks(model, adapter, asked)
-    pictured = [(*given[i][:2], base_given[i][2], given[i][2]) for i in shown]
-    figures.save(figures.look(*zip(*pictured), looks, place), out / "look.png")
+    screens, samples, after = zip(*(given[i] for i in shown))
+    picture = figures.look(screens, samples, looks, [base_given[i][2] for i in shown], after, place)
+    figures.save(picture, out / "look.png")
     station("12 picture", f"{out}/look.png: where head {place[1]} of layer {place[0]} looks, the most focused one")
+
+
+def explain_update(model: TinyVLM, adapter: imagelora.ImageLoRA, one: dict) -> None:
+    """What the adapter adds to the values of a prompt, in the lowest adapted layer."""
+    lowest = min(adapter.heads)
+    attention = model.language_model.layers[lowest].self_attn
+    x, value = watch(model, one, v=attention.v_proj)["v"]
+    base_value = F.linear(x, attention.v_proj.weight)[0]  # X W_V [T, H * d_h]
+    update = value[0] - base_value
+    rows = update.abs().sum(1).nonzero().squeeze(1)
+    station("6 M X", f"trained; rows adapted: {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
+    station("7 update", f"layer {lowest}, norms over these rows by head:", imagelora.ValueAdapter.forward)
+    for name, tensor in (("X W_V(h)", base_value), ("update", update)):
+        norms = tensor[rows].unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
+        station("", f"{name:9}" + "  ".join(f"{norm:6.2f}" for norm in norms))
+    moved = changes(model, adapter, one)
+    shown = ", ".join(f"{moved[f'q{layer}']:.0%} in layer {layer}" for layer in range(len(model.language_model.layers)))
+    station("8 looking", f"queries moved by {shown}: the lowest adapted layer looks where it looked")
+
+
+def explain_decoding(model: TinyVLM, adapter: imagelora.ImageLoRA, sample: dict, features: Tensor) -> None:
+    """How many rows are adapted in each forward pass of an answer."""
+    rows = []
+    values = next(iter(adapter.layers.values()))
+    counts = [
+        model.register_forward_pre_hook(lambda module, inputs: rows.append(0)),
+        values.register_forward_pre_hook(lambda module, inputs: rows.append(rows.pop() + len(inputs[0]))),
+    ]
+    prompts.answer(model, [sample], features)
+    for count in counts:
+        count.remove()
+    station("10 decoding", f"rows adapted, by forward pass: {rows}", imagelora.is_visual)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------

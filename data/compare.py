@@ -209,7 +209,7 @@ def compare(cfg: CompareConfig, make_config, run) -> None:
         with progress(len(known), len(jobs) + (0 if cfg.quick else 2 * 3 * len(METHODS)), "compare") as bar:
             tuned = {} if cfg.quick else {method: best_rate(method, finish) for method in METHODS if method != FROZEN}
             done = finish([{"lr": tuned.get(job["rate_of"])} | job for job in jobs])
-    print("\n" + "\n\n".join(tables(made + done)))
+    print("\n" + "\n\n".join(tables(made + done).values()))
     if not cfg.quick:
         (path.parent / "figures").mkdir(exist_ok=True)
         for name, picture in pictures(made + done).items():
@@ -217,7 +217,7 @@ def compare(cfg: CompareConfig, make_config, run) -> None:
     print(f"\nsaved {path}")
 
 
-# ---- Tables: each is a function of the rows --------------------------------------------------------------------------
+# ---- Tables and figures: each is a function of the rows --------------------------------------------------------------
 
 
 def where(rows: list[dict], **wanted) -> list[dict]:
@@ -252,43 +252,44 @@ def grid(title: str, rows: list[dict], column: str, line: str = "{name}", cell=p
 
 def measures(title: str, rows: list[dict], cells: dict) -> str:
     """A Markdown table of a line for each name; cells: column -> what stands there, a function of the name's rows."""
-    names = dict.fromkeys(row["name"] for row in rows)
-    return markdown(
-        [title, *cells], [[name, *(cell(where(rows, name=name)) for cell in cells.values())] for name in names]
-    )
+    groups = {name: where(rows, name=name) for name in dict.fromkeys(row["name"] for row in rows)}
+    return markdown([title, *cells], [[name, *(cell(of) for cell in cells.values())] for name, of in groups.items()])
 
 
-def accuracies(**columns: str) -> dict:
-    return {f"{text.replace('_', ' ')} %": partial(percent, field=f"{field}_acc") for text, field in columns.items()}
+def acc(field: str):
+    return partial(percent, field=f"{field}_acc")
 
 
-def ladder(rows: list[dict]) -> str:
-    return grid("clicks right", where(rows, part="ladder"), "{domain} %")
-
-
-def measured(rows: list[dict], domain: str = "row") -> str:
-    cells = accuracies(clicks="action", words="text", icons="icon")
-    cells["parameters"] = partial(mean, field="trainable_parameters")
-    cells["adapter kFLOP a screen"] = partial(mean, field="adapter_flops_per_screen", unit=1e3)
-    cells |= accuracies(source="source", word_problems="word_problem", after_an_image="word_problem_after_image")
-    cells["text logits"] = lambda of: f"{max(row['text_logits_max_abs_diff'] for row in of):.2g}"
-    cells["rate"] = partial(mean, field="lr", form="g")
-    return measures(domain, where(rows, part="ladder", domain=domain), cells)
-
-
-def longer(rows: list[dict]) -> str:
-    names, shown = (SMALL, SMALL_VISUAL, IMAGE_LORA), where(rows, part="ladder") + where(rows, part="longer")
-    shown = [row for row in shown if row["name"] in names and row["domain"] in PAIRED]
-    return grid("clicks right", shown, "{domain}, {steps} steps %")
-
-
-def control(rows: list[dict]) -> str:
-    shown = [row for row in where(rows, part="ladder") if row["domain"] in PAIRED]
-    shown += [row | {"name": f"{row['name']}, trained without switches"} for row in where(rows, part="blind")]
-    rules = accuracies(best_constant="constant", offset_a_kind="offset", offset_a_name="name_offset", column="column")
-    rules |= accuracies(image_erased="blank", switches_erased="erased", exchanged_with_names="exchanged")
-    named = [row | {"name": f"{row['domain']}: {row['name']}"} for row in shown]
-    return measures("control", named, accuracies(clicks="action") | rules)
+MEASURED = {  # column -> what stands there
+    "click %": percent,
+    "words %": acc("text"),
+    "icons %": acc("icon"),
+    "parameters": partial(mean, field="trainable_parameters"),
+    "adapter kFLOP a screen": partial(mean, field="adapter_flops_per_screen", unit=1e3),
+    "source %": acc("source"),
+    "word problems %": acc("word_problem"),
+    "after an image %": acc("word_problem_after_image"),
+    "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
+    "rate": partial(mean, field="lr", form="g"),
+}
+CONTROLS = {
+    "click %": percent,
+    "best constant": acc("constant"),
+    "base + offset a kind": acc("offset"),
+    "base + offset a name": acc("name_offset"),
+    "base's height, best column": acc("column"),
+    "image erased": acc("blank"),
+    "switches erased": acc("erased"),
+    "exchanged with names": acc("exchanged"),
+}
+STEP = {
+    "adapter kFLOP a screen": partial(mean, field="adapter_flops_per_screen", unit=1e3),
+    "counted": partial(mean, field="counted_flops_per_screen", unit=1e3),
+    "the decoder's step, MFLOP": partial(mean, field="step_flops_per_screen", unit=1e6, form=".1f"),
+    "the vision tower, MFLOP": partial(mean, field="vision_flops_per_screen", unit=1e6, form=".1f"),
+    "kept for the backward pass, KiB": partial(mean, field="saved_bytes_per_screen", unit=1024),
+    "ms a step": partial(mean, field="step_ms", form=".0f"),
+}
 
 
 def on_bases(rows: list[dict]) -> list[dict]:
@@ -298,23 +299,21 @@ def on_bases(rows: list[dict]) -> list[dict]:
 
 
 def headline(rows: list[dict]) -> str:
-    shown = on_bases(rows) + where(rows, part="headline")
-    shown += [row for row in where(rows, part="ladder", domain="settings") if row["name"] in MAIN]
-    return grid(
-        "clicks right", [row for row in shown if row["of_base"] in (SHIPPED, *RELATED)], "{domain}, {of_base} %"
-    )
+    shown = on_bases(rows) + where(rows, part="headline") + where(rows, part="ladder", domain="settings")
+    shown = [row for row in shown if row["name"] in MAIN and row["of_base"] in (SHIPPED, *RELATED)]
+    return grid("clicks right", shown, "{domain}, {of_base} %")
 
 
-def skill(rows: list[dict]) -> str:
-    return grid("base: what is right of a name", on_bases(rows), "{name} %", "{of_base}: {relation:.1f} %")
+def controls(rows: list[dict]) -> str:
+    shown = [row for row in where(rows, part="ladder") if row["domain"] in PAIRED] + where(rows, part="blind")
+    told = "{domain}: {name}, switches {switches}"
+    return measures("control, %", [row | {"name": told.format(**row)} for row in shown], CONTROLS)
 
 
-def elsewhere(rows: list[dict]) -> str:
-    return grid("row, LoRA at visual tokens on", where(rows, part="elsewhere"), "{of_base} %")
-
-
-def probe(rows: list[dict]) -> str:
-    return grid("heads", where(rows, part="probe"), "{domain}, K = {num_heads}, {of_base} %")
+def beside_the_ladder(rows: list[dict], part: str) -> list[dict]:
+    """The rows of a part, after those of the ladder's runs that differ from them in one thing."""
+    names = {(row["name"], row["domain"]) for row in where(rows, part=part)}
+    return [row for row in where(rows, part="ladder") if (row["name"], row["domain"]) in names] + where(rows, part=part)
 
 
 def overlap(rows: list[dict]) -> str:
@@ -325,71 +324,9 @@ def overlap(rows: list[dict]) -> str:
         top = where(rows, name="top", **same)[0]["heads"]
         shared = sum(len(set(row["heads"].get(layer, [])) & set(chosen)) for layer, chosen in top.items())
         shown.append(row | {"shared": shared})
-    cell = partial(mean, field="shared", form=".1f")
-    return grid("heads shared with the probe's", shown, "of {num_heads}", cell=cell)
-
-
-def tau(rows: list[dict]) -> str:
-    return grid("clicks right", where(rows, part="tau"), "{domain} %")
-
-
-def gamma(rows: list[dict]) -> str:
-    return grid("row, clicks right %", where(rows, part="gamma"), "heads: {heads_from}, 1/√S: {normalize}")
-
-
-def rates(rows: list[dict]) -> str:
-    return grid("LoRA, row, clicks right %", where(rows, part="rates"), "rate {lr:g}")
-
-
-def forgetting(rows: list[dict]) -> str:
-    cell = partial(percent, field="word_problem_acc")
-    return grid("LoRA, row, word problems %", where(rows, part="rates"), "rate {lr:g}", cell=cell)
-
-
-def referring(rows: list[dict]) -> str:
-    return grid("names right", where(rows, part="referring"), "{domain} %", cell=partial(percent, field="name_acc"))
-
-
-def normalization(rows: list[dict]) -> str:
-    shown = [row | row["changes"] for row in where(rows, part="normalization")]
-    cell = partial(mean, field="update0", form=".2f")
-    return grid("size of layer 0's update", shown, "{name}", "{steps} steps, 1/√S: {normalize}", cell)
-
-
-def history(rows: list[dict]) -> str:
-    shown = beside_the_ladder(rows, "history", "row")
-    return grid("row, clicks right %", shown, "after {history} word problems")
-
-
-def prior(rows: list[dict]) -> str:
-    return grid("dark, clicks right %", beside_the_ladder(rows, "prior", "dark"), "names tell places: {prior}")
-
-
-def beside_the_ladder(rows: list[dict], part: str, domain: str) -> list[dict]:
-    names = {row["name"] for row in where(rows, part=part)}
-    return [row for row in where(rows, part="ladder", domain=domain) if row["name"] in names] + where(rows, part=part)
-
-
-def step(rows: list[dict]) -> str:
-    shown = [row for row in where(rows, part="ladder", domain="row") if row["name"] != FROZEN]
-    for row in shown:
-        row["whole"] = row["step_flops_per_screen"] + row["vision_flops_per_screen"]
-        row["share"] = 100 * row["adapter_flops_per_screen"] / row["whole"]
-    cells = {
-        "adapter kFLOP a screen": partial(mean, field="adapter_flops_per_screen", unit=1e3),
-        "counted": partial(mean, field="counted_flops_per_screen", unit=1e3),
-        "whole step with the vision tower, MFLOP": partial(mean, field="whole", unit=1e6),
-        "the adapter's share %": partial(mean, field="share", form=".2f"),
-        "kept for the backward pass, KiB a screen": partial(mean, field="saved_bytes_per_screen", unit=1024),
-    }
-    return measures("the whole training step, row", shown, cells)
-
-
-def depth(rows: list[dict]) -> str:
-    cells = accuracies(clicks="action")
-    cells["whole step, MFLOP a screen"] = partial(mean, field="step_flops_per_screen", unit=1e6, form=".1f")
-    cells["ms a step"] = partial(mean, field="step_ms", form=".1f")
-    return measures("all heads of, row", where(rows, part="depth"), cells)
+    return grid(
+        "heads shared with the probe's", shown, "of {num_heads}", cell=partial(mean, field="shared", form=".1f")
+    )
 
 
 def correlation(rows: list[dict]) -> str:
@@ -401,35 +338,61 @@ def correlation(rows: list[dict]) -> str:
             summed = [sum(scores[int(layer)][h] for layer, heads in of["heads"].items() for h in heads) for of in sets]
             ranks = [np.argsort(np.argsort(values)) for values in (summed, [of["action_acc"] for of in sets])]
             body.append([row["probe"], f"{np.corrcoef(*ranks)[0, 1]:.2f}"])
-    return markdown([f"score, of {len(sets)} random sets of 8 heads", "rank correlation with clicks on row"], body)
+    return markdown([f"score of {len(sets)} random sets of 8 heads", "rank correlation with clicks on row"], body)
 
 
-TABLES = [ladder, control, headline, skill, elsewhere, longer, probe, overlap, correlation, tau, gamma, rates]
-TABLES += [forgetting, referring, normalization, history, prior, step, depth]
-TABLES += [partial(measured, domain=domain) for domain in DOMAINS]
-
-
-def tables(rows: list[dict]) -> list[str]:
+def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown."""
     bases = {row["base"]: row for row in where(rows, part="bases")}
     for row in rows:
         of = bases[row["base"]]
-        row |= {"of_base": of["name"], "relation": 100 * of["source"]["relation_acc"]}
-    return [table for function in TABLES if len((table := function(rows)).splitlines()) > 2]
+        row |= {"of_base": of["name"], "relation": 100 * of["source"]["relation_acc"]} | row.get("changes", {})
+    part = {name: where(rows, part=name) for name in dict.fromkeys(row["part"] for row in rows)}
+    found = {
+        "ladder": grid("clicks right", part["ladder"], "{domain} %"),
+        "controls": controls(rows),
+        "step": measures("a training step, row", where(part["ladder"], domain="row"), STEP),
+    }
+    for domain in dict.fromkeys(row["domain"] for row in part["ladder"]):
+        found[domain] = measures(domain, where(part["ladder"], domain=domain), MEASURED)
+    if len(part) < 5:  # --quick
+        return found
+    small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
+    elsewhere = "LoRA at visual tokens on"
+    sqrt = "1/√S: {normalize}"
+    update = partial(mean, field="update0", form=".2f")
+    return found | {
+        "headline": headline(rows),
+        "skill": grid("what is right of a name", on_bases(rows), "{name} %", "{of_base}: {relation:.1f} % right"),
+        "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
+        "elsewhere": grid(elsewhere, part["elsewhere"], "row, {of_base} %"),
+        "probe": grid("heads", part["probe"], "{domain}, K = {num_heads}, {of_base} %"),
+        "overlap": overlap(rows),
+        "correlation": correlation(rows),
+        "tau": grid("clicks right, K = 12", part["tau"], "{domain} %"),
+        "gamma": grid("row, clicks right %", part["gamma"], "heads: {heads_from}, " + sqrt),
+        "rates": grid("LoRA, row, clicks right %", part["rates"], "rate {lr:g}"),
+        "forgetting": grid("LoRA, row, word problems %", part["rates"], "rate {lr:g}", cell=acc("word_problem")),
+        "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
+        "normalization": grid("layer 0's update", part["normalization"], "{name}", "{steps} steps, " + sqrt, update),
+        "history": grid("row, clicks right %", beside_the_ladder(rows, "history"), "after {history} word problems"),
+        "prior": grid("dark, clicks right %", beside_the_ladder(rows, "prior"), "names tell places: {prior}"),
+        "depth": measures("all heads of, row", part["depth"], {"click %": percent} | STEP),
+    }
 
 
 def pictures(rows: list[dict]) -> dict:
     """The figures of README that are made of rows."""
-    done, points, series = where(rows, part="ladder", domain="row"), [], defaultdict(list)
-    for name in METHODS:
-        clicks = [row["action_acc"] for row in where(done, name=name)]
-        kept = not any(row["text_logits_max_abs_diff"] for row in where(done, name=name))
-        x = np.mean([row.get("adapter_flops_per_screen", 0) for row in where(done, name=name)]) / 1e3
-        if x:
-            points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
-    for row in sorted(on_bases(rows), key=lambda row: row["relation"]):
-        series[row["name"], row["relation"] / 100].append(row["action_acc"])
-    lines = defaultdict(list)
-    for (name, x), values in series.items():
-        lines[name].append((x, np.mean(values), np.std(values, ddof=1)))
+    points, lines = [], defaultdict(list)
+    for name in list(METHODS)[1:]:
+        of = where(rows, part="ladder", domain="row", name=name)
+        clicks = [row["action_acc"] for row in of]
+        x = np.mean([row["adapter_flops_per_screen"] for row in of]) / 1e3
+        kept = not any(row["text_logits_max_abs_diff"] for row in of)
+        points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
+    shown = sorted(on_bases(rows), key=lambda row: row["relation"])
+    for name, base in dict.fromkeys((row["name"], row["base"]) for row in shown):
+        of = where(shown, name=name, base=base)
+        clicks = [row["action_acc"] for row in of]
+        lines[name].append((of[0]["relation"] / 100, np.mean(clicks), np.std(clicks, ddof=1)))
     return {"trade_off": figures.trade_off(points), "skill": figures.skill(lines)}

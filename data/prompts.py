@@ -7,7 +7,7 @@ Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D h
 
 from collections import defaultdict
 from functools import cache
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -114,22 +114,34 @@ def evaluate(model, drawn: list[Screen], features: Tensor, task: str = "groundin
     return metrics | {"num_total": len(samples)}, [*zip((drawn[i] for i in order), samples, answers)]
 
 
-def best_move(given: list, start: tuple | None = None) -> float:
-    """Click accuracy of these answers, or of `start`, moved by the best number of bins in hindsight, one for all."""
-    steps = [i * BIN for i in range(1 - BINS, BINS)]
-    x, y = np.array([start or point or (np.inf, np.inf) for _, _, point in given]).T  # no point is a miss
-    left, top, right, bottom = np.array([sample["bbox"] for _, sample, _ in given]).T
-    columns = [(left <= x + dx) & (x + dx < right) for dx in steps]
-    rows = [(top <= y + dy) & (y + dy < bottom) for dy in steps]
-    return float(max((column & row).mean() for column, row in product(columns, rows)))
+def best_move(clicks: list, boxes: list) -> tuple[int, int]:
+    """The move (dx, dy), in whole bins and one for all, after which the most of these clicks are in their boxes."""
+    steps = np.arange(1 - BINS, BINS) * BIN
+    x, y = np.array(clicks)[..., None].transpose(1, 0, 2)  # each [N, 1]
+    left, top, right, bottom = np.array(boxes)[..., None].transpose(1, 0, 2)
+    columns = (left <= x + steps) & (x + steps < right)  # [N, moves]
+    rows = (top <= y + steps) & (y + steps < bottom)
+    hits = columns.T.astype(float) @ rows  # [moves in x, moves in y]
+    dx, dy = np.unravel_index(hits.argmax(), hits.shape)
+    return int(steps[dx]), int(steps[dy])
 
 
-def best_move_by(given: list, field: str) -> float:
-    """The same with a move for each kind of sample, or for each name."""
-    groups = defaultdict(list)
-    for answer in given:
-        groups[answer[1][field]].append(answer)
-    return float(sum(best_move(group) * len(group) for group in groups.values()) / len(given))
+def rule(learn: list, given: list, kind: str = "", start=lambda point: point) -> float:
+    """Click accuracy of a rule: from start(the base model's click), move as was best on the answers `learn`.
+
+    One move for all, or with `kind` (a field of the samples) one for each of these. No point is a miss."""
+    clicks, boxes = defaultdict(list), defaultdict(list)
+    for _, sample, point in learn:
+        if point:
+            clicks[sample.get(kind)].append(start(point))
+            boxes[sample.get(kind)].append(sample["bbox"])
+    moves = {which: best_move(clicks[which], boxes[which]) for which in clicks}
+    hits = 0
+    for _, sample, point in given:
+        if point:
+            (x, y), (dx, dy) = start(point), moves.get(sample.get(kind), (0, 0))
+            hits += is_hit((x + dx, y + dy), sample["bbox"])
+    return hits / len(given)
 
 
 def evaluate_word_problems(model, features: Tensor, count: int = 256) -> float:
@@ -220,16 +232,16 @@ def measure(cfg, model) -> tuple[dict, list]:
     return metrics, given
 
 
-def controls(cfg, model, base_given: list, tuned_given: list) -> dict:
-    """What a click accuracy is to be held against: answers without an image, simple rules around the base's clicks,
-    and the tuned model before pictures without what is asked for."""
+def controls(cfg, model, learn: list, given: list) -> dict:
+    """What a click accuracy is to be held against: rules around the base's clicks (`given`; the rules are found on
+    `learn`, its answers on validation screens), and the tuned model before pictures without what is asked for."""
     if cfg.task != "grounding" or cfg.split != "test":
         return {}
     found = {
-        "constant_acc": best_move(tuned_given, start=(BIN / 2, BIN / 2)),
-        "offset_acc": best_move_by(base_given, "data_type"),
-        "name_offset_acc": best_move_by(base_given, "name"),
-        "column_acc": best_move([(of, asked, at and (BIN / 2, at[1])) for of, asked, at in base_given]),
+        "constant_acc": rule(learn, given, start=lambda point: (BIN / 2, BIN / 2)),
+        "column_acc": rule(learn, given, start=lambda point: (BIN / 2, point[1])),
+        "offset_acc": rule(learn, given, "data_type"),
+        "name_offset_acc": rule(learn, given, "name"),
     }
     drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device)
     blank = pixels([drawn[0]]).flatten(2).median(2).values[..., None, None].expand(1, 3, SIZE, SIZE)
