@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import imagelora
 from data import SPLITS, Settings, figures, option, parse, progress, prompts
 from data.compare import CompareConfig, compare
+from data.costs import CostsConfig, lora_costs, print_costs
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
 from tiny_vlm import TinyVLM
@@ -332,14 +333,14 @@ class LoRA(nn.Module):
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs of the adapter in one training step (forward and backward) over so many tokens."""
-        return imagelora.lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
+        return lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
 
     def save(self, path: Path) -> None:
         imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
 
 
 def shape_of(model: TinyVLM) -> tuple[int, int, int, int, int]:
-    """Layers, hidden size, query heads, value heads, head size: what `imagelora.lora_costs` takes."""
+    """Layers, hidden size, query heads, value heads, head size: what `lora_costs` takes."""
     config = model.config
     heads, size = config.num_attention_heads, config.hidden_size
     return config.num_hidden_layers, size, heads, config.num_key_value_heads, size // heads
@@ -360,7 +361,7 @@ def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
     tokens = ids.numel()
     visual = int((ids == model.config.image_token_id).sum())
     updated = tokens if cfg.method in ("lora", "lora_value") else visual
-    lora_parameters, lora_flops = imagelora.lora_costs(*shape_of(model), tokens, r=8)
+    lora_parameters, lora_flops = lora_costs(*shape_of(model), tokens, r=8)
     step, kept = prompts.count_step(model, batch)
     norms = {}  # root mean square over visual tokens of ||Delta V_l||
     if cfg.method == "image_lora":
@@ -459,7 +460,7 @@ def explain(cfg: Config) -> None:
     model.register_forward_pre_hook(lambda module, inputs: adapted.append(0))
     values.register_forward_pre_hook(lambda module, inputs: adapted.append(adapted.pop() + len(inputs[0])))
     tuned_answers = prompts.answer(model, asked, features)
-    station("10 decoding", f"rows adapted for {len(asked)} questions, by pass: {adapted}", imagelora.VisualRows.find)
+    station("10 decoding", f"{len(asked)} questions, rows adapted by pass: {adapted}", imagelora.ImageLoRA._find_rows)
     station("11 answer", f"{base_answers[0]} before, {tuned_answers[0]} now; right {asked[0]['answer']}")
     (layer, head), looks = figures.where_it_looks(model, adapter, questions)
     picture = figures.look(drawn, asked, looks, base_answers, tuned_answers)
@@ -473,6 +474,7 @@ def explain(cfg: Config) -> None:
 MODES = {  # option -> (its settings, the job)
     "--explain": (Config, explain),
     "--pretrain": (PretrainConfig, pretrain),
+    "--costs": (CostsConfig, print_costs),
     "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run, shape_of(load_base("cpu")))),
 }
 
