@@ -1,7 +1,6 @@
 """Read in order: each test is a sentence of the method, and its body is the proof. 1 to 6 are the paper's argument."""
 
 import copy
-import inspect
 import json
 import math
 import pickle
@@ -29,16 +28,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import imagelora
 import train
-from data import SPLITS, compare, parse, prompts, screens
+from data import SPLITS, compare, costs, parse, prompts, screens
+from data.costs import lora_costs
 from data.pretrain import PretrainConfig, first_batch
 from data.screens import DOMAINS, PAIRED, draw_screen, is_hit
 from data.tokenizer import VOCABULARY, parse_point
 from data.word_problems import word_problem
-from imagelora import attach, image_lora_flops, load, lora_costs, lora_flops, score_heads, select_heads
+from imagelora import attach, image_lora_flops, load, lora_flops, score_heads, select_heads
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 IMG, P = 3, 4  # the placeholder's id, visual tokens an image
 D, D_H, H, L = 24, 4, 3, 3  # hidden size, head size, value heads a layer, layers
+torch.set_num_threads(1)  # two wait for each other where another process runs
 TEXT, BEFORE, IMAGE, AFTER = [1, 5, 6, 7, 8, 9], [1, 5, 6], [IMG] * P, [7, 8, 9, 10]
 
 
@@ -97,7 +98,7 @@ def test_the_values_are_the_papers_formula():
     adapter = attach_trained(model, r=2, lora_alpha=6, heads={0: [2, 0], 1: []})
     assert list(adapter.layers) == ["0"] and sum(p.numel() for p in adapter.parameters()) == D * 2 + 2 * 2 * D_H + 1
     A, B, gamma = adapter.parameters()
-    X, value = train.watch(model, batch, v=v_proj(model, 0))["v"]
+    X, value = costs.watch(model, batch, v=v_proj(model, 0))["v"]
     W_V = v_proj(model, 0).weight.T  # [D, H * d_h]
     for t, token in enumerate(batch["input_ids"][0]):
         for h in range(H):
@@ -139,9 +140,9 @@ def test_where_the_first_adapted_layer_looks_does_not_change_only_what_it_reads(
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + [5] + IMAGE + AFTER)
     parts = {name: getattr(model.language_model.layers[1].self_attn, f"{name}_proj") for name in "qkv"}
     adapter, visual = attach_trained(model, heads={1: heads, 2: [1]}), batch["input_ids"] == IMG
-    adapted = train.watch(model, batch, **parts)
+    adapted = costs.watch(model, batch, **parts)
     with adapter.disabled():
-        base = train.watch(model, batch, **parts)
+        base = costs.watch(model, batch, **parts)
     for name in parts:
         changed = (adapted[name][1] != base[name][1]).unflatten(-1, (-1, D_H)).any(-1)  # [B, T, heads]
         selected = torch.tensor([name == "v" and h in heads for h in range(changed.shape[2])])
@@ -159,7 +160,7 @@ def test_normalization_makes_the_first_update_as_large_for_every_number_of_heads
         optimizer = torch.optim.Adam(adapter.parameters(), lr=0.01, eps=1e-30)
         model(**batch).loss.backward()
         optimizer.step()
-        x, value = train.watch(model, batch, v=v_proj(model, 1))["v"]
+        x, value = costs.watch(model, batch, v=v_proj(model, 1))["v"]
         return (value - x @ v_proj(model, 1).weight.T).square().sum().item()
 
     alone = [first_update([h], normalize=True) for h in range(H)]
@@ -224,8 +225,11 @@ def test_embeddings_alone_need_an_explicit_mask():
     for wrong in (ids, mask[0]):
         with pytest.raises(ValueError, match=r"must be a bool tensor \[B, T\], got"):
             adapter.visual_mask(wrong)
-    for wrong, told in ((mask[:, 1:], r"\[2, 5\]"), (mask[:1], r"\[1, 6\]; .* beams is mask.repeat_interleave\(num_")):
-        with adapter.visual_mask(wrong), pytest.raises(RuntimeError, match=rf"\[2, 6\], but .* told of {told}"):
+    for wrong, told in ((mask[:, 1:], r"\[2, 5\]"), (mask[:1], r"\[1, 6\]")):
+        told = (
+            rf"told of tokens {told}, v_proj got \[2, 6\]; a mask for beams is mask.repeat_interleave\(num_beams, 0\)"
+        )
+        with adapter.visual_mask(wrong), pytest.raises(RuntimeError, match=told):
             model(inputs_embeds=x)
 
 
@@ -245,22 +249,30 @@ def test_only_the_adapter_is_trained():
     assert own <= set(model.state_dict())
 
 
-def test_a_state_dict_carries_the_heads_too_and_a_narrower_type_is_the_models_alone():
+def test_a_state_dict_loads_also_averaged():
     adapter, batch = attach_trained(model := tiny_vlm(), heads={0: [1], 2: [0, 2]}), prompt(IMAGE + AFTER)
-    expected, trained = model(**batch).logits, [p.clone() for p in adapter.parameters()]
-    attach_trained(other := tiny_vlm(), heads={0: [2], 2: [1, 2]})
-    union = {name: (t + other.state_dict()[name]) / 2 for name, t in model.state_dict().items()}  # of their heads
-    other.load_state_dict({name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()})  # averaged
-    torch.testing.assert_close((other(**batch).logits, other.image_lora.heads), (expected, adapter.heads))
-    wider, state = attach(tiny_vlm(num_key_value_heads=6), heads=adapter.heads), adapter.state_dict()
-    lower, more = (attach(tiny_vlm(), heads=heads) for heads in ({0: [1]}, adapter.heads | {1: [0]}))
-    for each, wrong in ((other, union), (wider, state), (lower, state), (more, state)):
-        with pytest.raises(RuntimeError, match="in other layers or heads|size mismatch for layers.0.selected"):
-            each.load_state_dict(wrong, strict=False)
+    attach(other := tiny_vlm(), heads=adapter.heads)
+    other.load_state_dict({name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()})
+    torch.testing.assert_close(other(**batch).logits, model(**batch).logits)
+    other.load_state_dict(tiny_vlm().state_dict(), strict=False)  # of the base: the adapter stays
+    torch.testing.assert_close(other(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("heads", [{0: [2], 2: [0, 2]}, {0: [1]}, {0: [1], 1: [0], 2: [0, 2]}, {0: [1], 2: [0, 1, 2]}])
+def test_a_state_dict_of_other_heads_or_layers_is_refused_as_a_trainer_passes_it(heads):
+    attach_trained(model := tiny_vlm(), heads={0: [1], 2: [0, 2]})
+    attach(other := tiny_vlm(), heads=heads)
+    for each, state in ((other, model.state_dict()), (other.image_lora, model.image_lora.state_dict())):
+        with pytest.raises(RuntimeError, match="in other layers or heads|size mismatch for .*layers.2.B"):
+            each.load_state_dict(state, strict=False)
+
+
+def test_a_narrower_type_is_the_models_alone():
+    adapter = attach_trained(model := tiny_vlm())
+    trained = [p.clone() for p in adapter.parameters()]
     assert v_proj(model.bfloat16(), 0).weight.dtype == torch.bfloat16
     assert all(map(torch.equal, adapter.parameters(), trained))
     assert model.double().image_lora.layers["0"].A.dtype == torch.double != model.float().image_lora.layers["0"].A.dtype
-    assert "on meta" in repr(model.to("meta"))
 
 
 # 4. Which heads: the probe and the budget
@@ -390,7 +402,7 @@ def test_disabled_detach_and_the_probe_restore_the_base_bit_for_bit():
     score_heads(model, [batch])
     assert state_of(model) == before and torch.equal(model(**batch).logits, base)
     adapter = attach_trained(model)
-    for other in (model, nn.ModuleList([model])):  # a second one would double the update
+    for other in (model, nn.ModuleList([model]), model.language_model):  # a second one would double the update
         with pytest.raises(ValueError, match="already has an Image-LoRA; call its detach"):
             attach(other)
     with adapter.disabled(), adapter.disabled():
@@ -474,6 +486,7 @@ def test_a_damaged_file_is_refused_in_one_sentence_or_loads_exactly_what_was_sav
 MISFITS = [("r", 3), ("r", 0), ("alpha", 0.0), ("normalize", "no"), ("layers", {}), ("head_counts", [3, 3])]
 MISFITS += [("kv_indices", k) for k in ({"0": [1]}, {"0": [3], "2": [0, 1]}, {"0": [1], "2": [0]}, None)]
 MISFITS += [("B", B) for B in (torch.ones(1, 2, 3), torch.full((1, 2, 4), math.nan), torch.ones(1, 2, 4).int(), None)]
+MISFITS += [("C", torch.ones(1)), ("kv_indices", {"0": [1], "2": [0, 1], "1": [0]})]
 MISFITS += [("A", A) for A in (torch.ones(2, D), torch.full((D, 2), 1e300, dtype=torch.double), 1)]
 MISFITS += [("hidden_size", 48), ("num_hidden_layers", 2), ("num_key_value_heads", 1)]  # of the model
 
@@ -483,7 +496,7 @@ def test_an_adapter_file_that_does_not_fit_leaves_the_model_as_it_was(name, valu
     model, path = tiny_vlm(**({name: value} if hasattr(TinyVLMConfig, name) else {})), tmp_path / "adapter.pt"
     write("adapter", path)
     content, before = torch.load(path, weights_only=True), state_of(model)
-    (content["layers"]["0"] if name in "AB" else content)[name] = value
+    (content["layers"]["0"] if name in "ABC" else content)[name] = value
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"^[^\n]*adapter\.pt does not fit this model \([^\n]+\)$"):
         load(model, path)
@@ -516,9 +529,22 @@ def test_an_interrupted_forward_or_context_leaves_nothing_behind(error):
             model(**EARLY)
     handle.remove()
     assert torch.equal(model(**LATE).logits, expected)
-    assert vars(adapter.visual.now) == {"call": None, "enabled": True, "mask": None}
-    with pytest.raises(RuntimeError, match="called without the model that attach"):
-        v_proj(model, 0)(torch.zeros(1, 7, D))
+
+
+def test_a_part_of_the_model_called_alone_is_refused():
+    attach_trained(model := tiny_vlm())
+    x = model.language_model.embed_tokens(EARLY["input_ids"])
+    for part in (v_proj(model, 0), model.language_model.layers[1], partial(model.language_model, positions=x[..., 0])):
+        for context in (nullcontext, torch.no_grad):
+            with context(), pytest.raises(RuntimeError, match=ALONE):
+                part(x)
+
+
+def test_a_forward_called_around_the_model_is_refused():
+    attach_trained(model := tiny_vlm())
+    model(**EARLY)
+    with pytest.raises(RuntimeError, match=ALONE):
+        model.forward(**EARLY)
 
 
 def test_threads_that_call_one_model_at_once_go_each_by_its_own_input():
@@ -533,41 +559,180 @@ def test_threads_that_call_one_model_at_once_go_each_by_its_own_input():
             assert all(map(torch.equal, pool.map(partial(logits_of, model), (EARLY, LATE)), expected))
 
 
-def test_a_compiled_copied_or_checkpointed_model_trains_as_the_model_or_is_refused():
-    """Checkpointing runs a layer again: with the rows of its own forward. attach() looks through torch.compile()."""
-    compiled = torch.compile(model := tiny_vlm(), backend="eager")
-    parameters = list(attach_trained(compiled, **SOME).parameters())
+# Gradient checkpointing runs a layer again in the backward pass: with the rows of its own forward, whatever came since
+ALONE = r"call model\(\.\.\.\), not model.forward\(\.\.\.\).* a checkpoint must be of one layer, whose input is not cop"
 
-    def slopes(model, around=lambda losses: losses()):
-        model.zero_grad()
-        around(lambda: model(**EARLY).loss + model(**LATE).loss).backward()
-        return [p.grad for p in model.image_lora.parameters()]
 
-    def checkpoint_layers(use_reentrant):
-        for layer in model.language_model.layers:
-            layer.forward = partial(checkpoint, partial(type(layer).forward, layer), use_reentrant=use_reentrant)
+def loss_of(model, batch: dict) -> torch.Tensor:
+    return model(**batch).loss
 
-    expected = slopes(model)
-    torch.testing.assert_close(slopes(compiled), expected)
-    torch.testing.assert_close(slopes(pickle.loads(pickle.dumps(model))), expected)
-    torch.testing.assert_close(slopes(model, around=partial(checkpoint, use_reentrant=False)), expected)
-    checkpoint_layers(use_reentrant=False)
-    torch.testing.assert_close(slopes(model), expected)
-    first = model(**EARLY).loss
-    first.backward(retain_graph=True)
-    model(**LATE)  # whose loss is dropped
+
+def slopes(model, *losses: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    sum(losses).backward(retain_graph=True)
+    return [p.grad for p in model.image_lora.parameters()]
+
+
+def checkpoint_layers(model, use_reentrant: bool) -> None:
+    for layer in model.language_model.layers:
+        layer.forward = partial(checkpoint, partial(type(layer).forward, layer), use_reentrant=use_reentrant)
+
+
+@pytest.fixture(params=[False, True], ids=["not re-entrant", "re-entrant"])
+def checkpointed(request):
+    """A model with checkpointed layers; the gradients of the losses of EARLY, LATE, and EARLY disabled without."""
+    adapter = attach_trained(model := tiny_vlm(), **SOME)
+    expected = [slopes(model, loss_of(model, batch)) for batch in (EARLY, LATE)]
+    with adapter.disabled():
+        expected.append(slopes(model, loss_of(model, EARLY)))
+    # as enable_input_require_grads(), for the re-entrant kind
+    model.language_model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
+    checkpoint_layers(model, request.param)
+    return model, *expected
+
+
+def test_any_number_of_forwards_may_come_before_a_backward(checkpointed):
+    model, early, late, _ = checkpointed
+    losses = [loss_of(model, batch) for batch in [EARLY, LATE] * 40]
+    torch.testing.assert_close(slopes(model, losses[0]), early)
+    torch.testing.assert_close(slopes(model, losses[1], losses[78]), [a + b for a, b in zip(late, early)])
+
+
+def test_a_second_backward_of_an_older_graph_goes_by_its_rows(checkpointed):
+    model, early, late, _ = checkpointed
+    first = loss_of(model, EARLY)
+    for loss, expected in ((first, early), (loss_of(model, LATE), late), (first, early)):
+        torch.testing.assert_close(slopes(model, loss), expected)
+
+
+def test_a_disabled_a_no_grad_and_a_broken_forward_between_leave_a_graph_alone(checkpointed):
+    model, early, _, disabled = checkpointed
+    loss = loss_of(model, EARLY)
+    with model.image_lora.disabled():
+        of_base = loss_of(model, EARLY)
+    model.generate(LATE["input_ids"], LATE["pixel_values"], max_new_tokens=2)
     with torch.no_grad(), pytest.raises(ValueError, match="placeholder"):
         model(LATE["input_ids"])
-    model.zero_grad()
-    model(**LATE).loss.backward()
-    first.backward()  # an older graph, again
-    torch.testing.assert_close([p.grad for p in parameters], expected)
-    forgotten, _ = model(**EARLY).loss, [model(**LATE) for _ in range(64)]
-    with pytest.raises(RuntimeError, match="too long ago"):
-        forgotten.backward()
-    checkpoint_layers(use_reentrant=True)
-    with pytest.raises(RuntimeError, match=r"re-entrant checkpointing without model\.enable_input_require_grads"):
+    torch.testing.assert_close(slopes(model, loss), early)
+    torch.testing.assert_close(slopes(model, of_base), disabled)
+
+
+def test_the_backward_pass_may_run_in_another_thread(checkpointed):
+    model, early, *_ = checkpointed
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(slopes, model, loss_of(model, EARLY)).result(), early)
+
+
+def test_two_threads_may_train_at_once(checkpointed):
+    model, early, late, _ = checkpointed
+    barrier = threading.Barrier(2, timeout=60)
+    for layer in model.language_model.layers:  # they meet in each forward, and in each second run
+        layer.input_layernorm.register_forward_pre_hook(lambda *_: barrier.wait() * 0 or None)
+
+    def train_on(batch):
+        return torch.autograd.backward(loss_of(model, batch))
+
+    with ThreadPoolExecutor(2) as pool:
+        model.zero_grad()
+        list(pool.map(train_on, (EARLY, LATE)))
+    got = [p.grad for p in model.image_lora.parameters()]
+    torch.testing.assert_close(got, [a + b for a, b in zip(early, late)])
+
+
+def test_a_checkpoint_may_hold_the_whole_model(checkpointed):
+    model, early, late, _ = checkpointed
+    both = checkpoint(lambda: loss_of(model, EARLY) + loss_of(model, LATE), use_reentrant=False)
+    torch.testing.assert_close(slopes(model, both), [a + b for a, b in zip(early, late)])
+
+
+def test_a_layers_input_that_was_copied_to_other_memory_is_refused(checkpointed):
+    """As by activation offloading."""
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        loss = loss_of(checkpointed[0], EARLY)
+    with pytest.raises(RuntimeError, match=ALONE):
+        loss.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layers_that_share_a_checkpoint_are_refused(use_reentrant):
+    attach_trained(model := tiny_vlm(), **SOME)
+    first, *others = model.language_model.layers
+    own = first.forward
+
+    def all_layers(x, *args):
+        x, present = own(x, *args)
+        for layer in others:
+            x, _ = layer(x, *args)
+        return x, present
+
+    first.forward = partial(checkpoint, all_layers, use_reentrant=use_reentrant)
+    model.language_model.layers = nn.ModuleList([first])
+    with pytest.raises(RuntimeError, match=f"{ALONE}|re-entrant checkpointing needs"):
+        loss_of(model, EARLY).backward()
+
+
+def test_re_entrant_checkpointing_without_gradients_of_the_input_is_refused():
+    attach_trained(model := tiny_vlm())
+    checkpoint_layers(model, use_reentrant=True)
+    logits_of(model, EARLY)
+    with pytest.raises(RuntimeError, match=r"re-entrant checkpointing needs model\.enable_input_require_grads"):
         model(**EARLY)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_same_embeddings_may_be_given_under_two_masks_before_a_backward(use_reentrant):
+    model, ids = FromEmbeddings(tiny_vlm().config), torch.tensor([[1, IMG, IMG, 5, 6, 7]])
+    adapter, x = attach_trained(model, **SOME), model.language_model.embed_tokens(ids).requires_grad_()
+
+    def under(mask):
+        with adapter.visual_mask(mask):
+            return model(inputs_embeds=x).square().sum()
+
+    masks = ids == IMG, ids == 5
+    expected = [slopes(model, under(mask)) for mask in masks]
+    checkpoint_layers(model, use_reentrant)
+    losses = [under(mask) for mask in masks]
+    for loss, slope in zip(losses, expected):
+        torch.testing.assert_close(slopes(model, loss), slope)
+
+
+def test_after_ctrl_c_in_a_forward_an_older_graph_is_refused_or_right():
+    attach_trained(model := tiny_vlm(), **SOME)
+    early, expected = loss_of(model, EARLY), slopes(model, loss_of(model, EARLY))
+    checkpoint_layers(model, use_reentrant=False)
+    early = loss_of(model, EARLY)
+    handle = model.language_model.norm.register_forward_pre_hook(Mock(side_effect=KeyboardInterrupt))
+    for batch, context in (
+        (LATE, pytest.raises(RuntimeError, match="memory of another call's")),
+        (EARLY, nullcontext()),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        with context:
+            torch.testing.assert_close(slopes(model, early), expected)
+    handle.remove()
+
+
+# It takes part in what torch does to a model: copies, compilation, others' wrappers
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_a_copy_is_a_model_of_its_own(copied):
+    attach_trained(model := tiny_vlm(), **SOME)
+    expected, base = slopes(model, loss_of(model, EARLY)), tiny_vlm()(**EARLY).logits
+    twin = copied(model)
+    model.image_lora.layers["0"].gamma.data.zero_()
+    torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
+    assert torch.equal(twin.image_lora.detach()(**EARLY).logits, base) and not any(state_of(twin)[0])
+    assert not torch.equal(model(**EARLY).logits, base)
+
+
+def test_a_compiled_model_trains_as_the_model():
+    """attach() looks through torch.compile()."""
+    compiled = torch.compile(model := tiny_vlm(), backend="eager")
+    attach_trained(compiled, **SOME)
+    expected = slopes(model, loss_of(model, EARLY), loss_of(model, LATE))
+    torch.testing.assert_close(slopes(model, loss_of(compiled, EARLY), loss_of(compiled, LATE)), expected)
 
 
 def test_compiled_code_follows_attach_disabled_and_detach():
@@ -585,50 +750,67 @@ def test_compiled_code_follows_attach_disabled_and_detach():
         torch.testing.assert_close(compiled(**EARLY).logits, base)
 
 
-def test_a_forward_that_others_wrap_stays_theirs_and_the_models_is_as_good_as_a_call():
-    """accelerate and PEFT wrap, call and look into it; what is left of ours after detach() does nothing."""
-    model, signature = tiny_vlm(), inspect.signature(TinyVLM(tiny_vlm().config).forward)
+def test_what_others_wrap_around_a_forward_stays_theirs_after_detach():
+    model, ran = tiny_vlm(), []
     base, adapter = model(**EARLY).logits, attach_trained(model)
-    assert inspect.signature(model.forward) == signature and list(signature.parameters)[0] == "input_ids"
-    assert torch.equal(model.forward(model, *EARLY.values()).logits, model(**EARLY).logits)  # bound by accelerate
-    model.forward = theirs = partial(model.forward)
-    assert adapter.detach().forward is theirs
-    for each in (model, copy.deepcopy(model)):
-        assert torch.equal(each(**EARLY).logits, base)
+    for module in (v_proj(model, 0), model.language_model.layers[0].input_layernorm):
+        module.forward = lambda x, forward=module.forward: [ran.append(forward)] and forward(x)
+    assert not torch.equal(model(**EARLY).logits, base) and len(ran) == 2
+    assert torch.equal(adapter.detach()(**EARLY).logits, base) and len(ran) == 4
     attach_trained(model)
-    assert not torch.equal(model(**EARLY).logits, base)
+    assert not torch.equal(model(**EARLY).logits, base) and len(ran) == 6
 
 
-def test_accelerates_hooks_come_and_go_and_a_patched_class_counts():
-    accelerate, model, twice = pytest.importorskip("accelerate"), tiny_vlm(), type("Twice", (nn.Linear,), {})
+def test_accelerates_hooks_may_be_there_before_and_their_removal_is_noticed():
+    accelerate, model = pytest.importorskip("accelerate"), tiny_vlm()
+    expected = attach_trained(model).detach() and [attach_trained(model), model(**EARLY).logits]
+    expected[0].detach()
     accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    adapter, expected = attach_trained(model), model(**EARLY).logits
+    attach_trained(model)
+    assert torch.equal(model(**EARLY).logits, expected[1])
     accelerate.hooks.remove_hook_from_submodules(model)
-    assert torch.equal(model(**EARLY).logits, expected)
-    v_proj(model, 0).__class__, twice.forward = twice, lambda self, x: 2 * nn.Linear.forward(self, x)
-    changed = model(**EARLY).logits
-    v_proj(model, 0).__class__ = nn.Linear
-    v_proj(model, 0).weight.data *= 2
-    torch.testing.assert_close(changed, model(**EARLY).logits)
-    assert adapter.detach() is model and not torch.equal(model(**EARLY).logits, changed)
-    adapter, bf16 = attach_trained(model := tiny_vlm()), accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    copied, expected = copy.deepcopy(bf16.prepare(model)), model(**EARLY).logits
-    adapter.layers["0"].gamma.data.zero_()
-    assert torch.equal(copied(**EARLY).logits, expected) and not torch.equal(model(**EARLY).logits, expected)
-    attach(adapter.detach()).load_state_dict(copied.image_lora.state_dict())  # anew, around accelerate's
-    assert torch.equal(model(**EARLY).logits, expected)
+    with pytest.raises(RuntimeError, match="an adapted v_proj was not called"):
+        model(**EARLY)
 
 
-def test_a_replaced_or_split_v_proj_is_noticed():
-    adapter = attach_trained(model := tiny_vlm(), **SOME)
+def test_accelerates_mixed_precision_may_be_prepared_before_or_after():
+    accelerate, expected = pytest.importorskip("accelerate"), None
+    bf16 = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    for after in (True, False):
+        attach_trained(model := tiny_vlm() if after else bf16.prepare(tiny_vlm()))
+        got = (bf16.prepare(model) if after else model)(**EARLY).logits
+        assert expected is None or torch.equal(got, expected)
+        expected = got
+    assert not torch.equal(expected, model.image_lora.detach()(**EARLY).logits)
+
+
+def test_a_replaced_v_proj_is_noticed():
+    attach_trained(model := tiny_vlm(), **SOME)
     model.language_model.layers[2].self_attn.v_proj = nn.Linear(D, 12, bias=False)
     with pytest.raises(RuntimeError, match="an adapted v_proj was not called; one that replaced it"):
         model(**EARLY)
     model(**prompt(TEXT))  # nothing to adapt
+
+
+def test_heads_split_over_devices_are_refused():
+    adapter = attach_trained(tiny_vlm())
     with pytest.raises(RuntimeError, match="v_proj gave 4 features, not 3 heads of 4: are heads split"):
         adapter.layers["0"].add_update(torch.ones(1, 2, D), torch.ones(1, 2, 4), torch.tensor([0]))
-    with pytest.raises(RuntimeError, match="give a Trainer, the model"):
-        adapter(**EARLY)
+
+
+def test_a_base_quantized_to_four_bits_is_adapted():
+    """Before attach(). Text is the base's, gradients reach the adapter, the probe finds heads."""
+    bitsandbytes, model = pytest.importorskip("bitsandbytes"), tiny_vlm()
+    for layer in model.language_model.layers:
+        for name, linear in list(layer.self_attn.named_children()):
+            packed = bitsandbytes.nn.Linear4bit(D, linear.out_features, bias=False, compute_dtype=torch.float32)
+            packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False)
+            setattr(layer.self_attn, name, packed.to("cpu"))
+    base, text = model(**EARLY).logits, logits_of(model, prompt(TEXT))
+    heads = select_heads(score_heads(model, [EARLY]), 5)
+    attach_trained(model, heads=heads)
+    assert torch.equal(logits_of(model, prompt(TEXT)), text) and not torch.equal(model(**EARLY).logits, base)
+    assert all(gradient.any() for gradient in slopes(model, loss_of(model, EARLY)))
 
 
 # 8. The tiny world: what is asked, and the base model
@@ -938,7 +1120,7 @@ def test_the_readme_is_short_and_its_lines_costs_and_tables_are_those_of_the_cod
     assert len(lesson.splitlines()) <= 33 and max(len(line.split()) for line in text.splitlines()) <= 120
     named = re.findall(r"^\|.*\| *`(.+?)` *\| *(\d+) *\|$", text, re.M)
     assert len(named) >= 5 and all(quoted.replace(r"\|", "|") in code[int(line) - 1] for quoted, line in named), named
-    imagelora.main([])
+    train.main(["--costs"])
     shown = next(block for block in blocks(PAGES[0]) if "training FLOP" in block).splitlines()
     assert set(shown) <= set(capsys.readouterr().out.splitlines())
     for name, table in compare.tables(json.loads((ROOT / "data" / "compare.json").read_text())).items():
@@ -1161,7 +1343,10 @@ REFUSED = [
     (partial(score_heads, batches=[prompt(IMAGE)]), "the loss of probe batch 0 is None: do its labels hold an answer"),
     (partial(score_heads, batches=[EARLY, EARLY | {"labels": torch.full((1, 7), -100)}]), "of probe batch 1 is nan"),
     (lambda m: [setattr(m, "language_model", None), attach(m)], "found none"),
-    (lambda m: [setattr(m.language_model.layers[1].self_attn, "v_proj", None), attach(m)], "1.self_attn has no v_proj"),
+    (
+        lambda m: [setattr(m.language_model.layers[1].self_attn, "v_proj", None), attach(m)],
+        "layers.1 has no self_attn.v_proj",
+    ),
     (lambda m: [setattr(m.language_model.layers[1].self_attn, "head_dim", 5), attach(m)], "head_dim is 5, v_proj has"),
     (lambda m: [m.language_model.layers.append(m.language_model.layers[0]), attach(m)], "layers share a v_proj"),
     (hf("LlamaForCausalLM", **DECODER), "no image_token_id"),

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 import imagelora
 from data import SPLITS, Settings, figures, option, parse, progress, prompts
 from data.compare import CompareConfig, compare
+from data.costs import changes, lora_costs, run_costs, shape_of, watch
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
-from imagelora import lora_costs
 from tiny_vlm import TinyVLM
 
 METHODS = ("image_lora", "lora", "none")
@@ -124,7 +124,7 @@ def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str,
         begun = time.time()
         yield from train(cfg, model, adapter, data, checkpoint)
         result["step_ms"] = 1000 * (time.time() - begun) / cfg.steps
-        result |= costs(cfg, model, adapter, batches[0])
+        result |= run_costs(model, adapter, batches[0], cfg.method == "lora" and cfg.tokens == "all")
     after, given = prompts.measure(cfg, model)
     difference = prompts.text_logits(model) - base_text
     result |= {
@@ -404,61 +404,12 @@ class LoRA(nn.Module):
         imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
 
 
-def shape_of(model: TinyVLM) -> tuple[int, int, int, int, int]:
-    """Layers, hidden size, query heads, value heads, head size: what `lora_costs` takes."""
-    config = model.config
-    heads, size = config.num_attention_heads, config.hidden_size
-    return config.num_hidden_layers, size, heads, config.num_key_value_heads, size // heads
-
-
 def make_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
     if cfg.method == "image_lora":
         return imagelora.attach(model, cfg.r, cfg.lora_alpha, heads, cfg.normalize)
     if cfg.method == "none":
         return None
     return LoRA(model, cfg.r, cfg.lora_alpha, cfg.projections, visual_only=cfg.tokens == "visual")
-
-
-def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
-    """Parameters, and FLOPs of a training step a screen: the adapter's, computed and counted, and the whole step's."""
-    ids = batch["input_ids"]
-    tokens = ids.numel()
-    visual = int((ids == model.config.image_token_id).sum())
-    updated = tokens if cfg.method == "lora" and cfg.tokens == "all" else visual
-    lora_parameters, lora_flops = lora_costs(*shape_of(model), tokens, r=8)
-    step, kept = prompts.count_step(model, batch)
-    with adapter.disabled():
-        floor, kept_by_backbone = prompts.count_step(model, batch)
-    adapter.zero_grad()
-    return {
-        "trainable_parameters": sum(p.numel() for p in adapter.parameters()),
-        "lora_trainable_parameters": lora_parameters,
-        "adapter_flops_per_screen": adapter.flops(updated) / len(ids),
-        "counted_flops_per_screen": (step - floor) / len(ids),
-        "lora_flops_per_screen": lora_flops / len(ids),
-        "step_flops_per_screen": step / len(ids),
-        "vision_flops_per_screen": prompts.count_vision(model),
-        "saved_bytes_per_screen": (kept - kept_by_backbone) / len(ids),
-        "visual_fraction": visual / tokens,
-        "changes": changes(model, adapter, batch),
-    }
-
-
-def changes(model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
-    """How far q, k and v of each layer are from the base's on a batch, as ||difference|| / ||base's||; and of the
-    values also the difference itself, as root mean square over visual tokens."""
-    attention = [layer.self_attn for layer in model.language_model.layers]
-    parts = {f"{name}{i}": getattr(a, f"{name}_proj") for i, a in enumerate(attention) for name in "qkv"}
-    tuned = watch(model, batch, **parts)
-    with adapter.disabled():
-        base = watch(model, batch, **parts)
-    found = {name: ((tuned[name][1] - base[name][1]).norm() / base[name][1].norm()).item() for name in parts}
-    visual = batch["input_ids"] == model.config.image_token_id
-    for i, a in enumerate(attention):
-        x, value = tuned[f"v{i}"]
-        update = (value - F.linear(x, a.v_proj.weight))[visual]  # [N, H * d_h]
-        found[f"update{i}"] = update.square().sum(1).mean().sqrt().item()
-    return found
 
 
 # ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------
@@ -468,21 +419,6 @@ def station(title: str, text: str, ran=None) -> None:
     """A line of the walk; `ran` is the function of imagelora.py that has just run."""
     where = f"   [imagelora.py:{inspect.getsourcelines(ran)[1]}]" if ran else ""
     print(f"{title:13}{text}{where}")
-
-
-@torch.no_grad()
-def watch(model: TinyVLM, batch: dict, **modules: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """(What goes into a module, what comes out of it) in one forward pass."""
-    found = {}
-
-    def keep(name, module, inputs, output):
-        found[name] = inputs[0], output
-
-    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
-    model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 def explain(cfg: Config) -> None:
@@ -564,7 +500,7 @@ def explain_decoding(model: TinyVLM, adapter: imagelora.ImageLoRA, sample: dict,
     prompts.answer(model, [sample], features)
     for count in counts:
         count.remove()
-    station("10 decoding", f"rows adapted, by forward pass: {rows}", imagelora.is_visual)
+    station("10 decoding", f"rows adapted, by forward pass: {rows}", imagelora.ImageLoRA._find_rows)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------

@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
 
 from data import screens
 from data.screens import BIN, BINS, PAIRED, SIZE, Screen, draw_screen, fits_prior, is_hit
@@ -283,26 +281,3 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
         products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
         scores += products.unflatten(1, (scores.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
     return scores.detach().cpu()
-
-
-def count_step(model, batch: dict) -> tuple[int, int]:
-    """FLOPs of a forward and a backward pass as PyTorch counts them, and bytes kept from the first for the second."""
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    # of the attention kernels the counter knows on a CPU only this one
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**batch).loss
-        loss.backward()
-    return counter.get_total_flops(), sum(kept.values())
-
-
-def count_vision(model) -> int:
-    """FLOPs of the vision encoder's forward pass over a screen."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.get_image_features(torch.zeros(1, 3, SIZE, SIZE, device=model.device))
-    return counter.get_total_flops()
