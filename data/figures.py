@@ -6,12 +6,10 @@ are smooth, and it is sharp on dense displays.
 
 import io
 import math
-from functools import lru_cache
 from itertools import accumulate, product
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -45,33 +43,67 @@ class Page(ImageDraw.ImageDraw):
 
     def click(self, x: float, y: float, tuned: bool) -> None:
         """A click with a white rim: the base model's is a cross, the tuned model's a ring."""
-        for fill, width, r in (("white", 18, 22), (BLUE if tuned else ORANGE, 9, 18)):
+        for r, fill, width in ((22, "white", 18), (18, BLUE if tuned else ORANGE, 9)):
             if tuned:
                 self.ellipse((x - r - 8, y - r - 8, x + r + 8, y + r + 8), None, fill, width)
             else:
                 self.line((x - r, y - r, x + r, y + r), fill, width)
                 self.line((x - r, y + r, x + r, y - r), fill, width)
 
+    def axes(self, frame: tuple, lines: list, x_title: str, y_title: str, log: str = "", dots=True, ends=()) -> tuple:
+        """A plot of lines (colour, [(x, y, spread), ...]); the functions from x and y to places.
 
-@lru_cache(12)
-def _enlarged(pixels: bytes, side: int) -> Image.Image:
-    return Image.frombytes("RGB", (SIZE, SIZE), pixels).resize((side, side), Image.Resampling.LANCZOS)
+        log: which of "xy" have a logarithmic scale. ends: what the y axis reaches at least."""
+        left, top, right, bottom = frame
+        points = [point for _, line in lines for point in line]
+        ys = [*ends, *(y - spread for _, y, spread in points), *(min(y + spread, 100) for _, y, spread in points)]
+        x_ticks, at_x = _scale([x for x, _, _ in points], left, right, "x" in log)
+        y_ticks, at_y = _scale(ys, bottom, top, "y" in log)
+        for y in y_ticks:
+            self.line((left, at_y(y), right, at_y(y)), PALE, 4)
+            self.write(left - 32, at_y(y), f"{y:,g}", GREY, "rm")
+        for x in x_ticks:
+            self.line((at_x(x), bottom, at_x(x), bottom + 20), GREY, 4)
+            self.write(at_x(x), bottom + 64, f"{x:,g}", GREY, "mm")
+        self.line((left, bottom, right, bottom), GREY, 4)
+        self.write((left + right) / 2, bottom + 152, x_title, anchor="mm")
+        self.write(left, top - 80, y_title)
+        for fill, line in lines:
+            self.line([(at_x(x), at_y(y)) for x, y, _ in line], fill, 6, "curve")
+            for x, y, spread in line if dots else ():
+                self.line((at_x(x), at_y(y - spread), at_x(x), at_y(min(y + spread, 100))), fill, 6)
+                self.ellipse((at_x(x) - 22, at_y(y) - 22, at_x(x) + 22, at_y(y) + 22), fill)
+        return at_x, at_y
+
+
+def _scale(values: list, start: int, end: int, log: bool) -> tuple:
+    """Round ticks of an axis that holds these values, and the function from values to places from start to end."""
+    low, high, bend = min(values), max(values), float
+    if log:
+        low, high, bend = 0.7 * low, 1.4 * high, math.log
+        ticks = [tick for tick in ROUND if low <= tick <= high]
+    else:
+        unit = next(unit for unit in ROUND if unit >= 1 and high - low <= 6 * unit)
+        first, last = math.floor(low / unit), math.ceil(high / unit)
+        ticks = [i * unit for i in range(first, max(last, first + 1) + 1)]
+        low, high = ticks[0], ticks[-1]
+    return ticks, lambda value: start + (end - start) * (bend(value) - bend(low)) / (bend(high) - bend(low))
 
 
 def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 184) -> Page:
-    """Screens in columns; a cell is (screen, what darkens it, target, clicks before and after, words, right or wrong)."""
+    """Screens in columns; a cell: (screen, what darkens it, target, clicks before and after, words, right or wrong)."""
     side = (WIDTH - 2 * MARGIN + 48) // columns - 48
     page = Page(top + math.ceil(len(cells) / columns) * (side + 152))
-    page.target(68, 48, 132, 96)
-    if len(legend) > 1:
-        page.click(440, 72, tuned=False)
-        page.click(1068, 72, tuned=True)
-    for x, words in zip((172, 492, 1124), legend):
-        page.write(x, 72, words)
     page.write(WIDTH - MARGIN, 72, said, anchor="rm")
+    page.target(68, 48, 132, 96)
+    for i, (x, words) in enumerate(zip((172, 492, 1124), legend)):
+        page.write(x, 72, words)
+        if i:
+            page.click(x - 54, 72, tuned=i == 2)
     for i, (screen, shade, bbox, clicks, words, good) in enumerate(cells):
         x, y = MARGIN + i % columns * (side + 48), top + i // columns * (side + 152)
-        page.image.paste(_enlarged(screen.image.tobytes(), side), (x, y))
+        picture = Image.fromarray(screen.image).resize((side, side), Image.Resampling.BICUBIC)
+        page.image.paste(picture, (x, y))
         if shade:
             page.image.paste("#101828", (x, y), shade.resize((side, side), Image.Resampling.NEAREST))
         if bbox:
@@ -177,129 +209,54 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list, p
     return page.image.reduce(2)
 
 
-def _axis(values: list, start: int, end: int, log: bool):
-    """Round ticks of an axis that holds these values, and the function from values to places from start to end."""
-    low, high, bend = min(values), max(values), float
-    if log:
-        low, high, bend = 0.7 * low, 1.4 * high, math.log
-        ticks = [tick for tick in ROUND if low <= tick <= high]
-    else:
-        unit = next(unit for unit in ROUND if unit >= 1 and high - low <= 6 * unit)
-        first, last = math.floor(low / unit), math.ceil(high / unit)
-        ticks = [i * unit for i in range(first, max(last, first + 1) + 1)]
-        low, high = ticks[0], ticks[-1]
-    return ticks, lambda value: start + (end - start) * (bend(value) - bend(low)) / (bend(high) - bend(low))
-
-
-def _dots(start, end) -> np.ndarray:
-    """Boxes [N, 4] along a line."""
-    places = np.linspace(start, end, 16)
-    return np.hstack([places - 8, places + 8])
-
-
-def _near(x: float, y: float, words: str):
-    """Boxes [N, 4] of words around a place, nearest first, each with those of the line that leads there."""
-    size = np.array([FONT.getlength(words), 72])
-    for far, turn in product(range(44, 500, 56), np.arange(16) * math.pi / 8):
-        way = np.array([math.cos(turn), math.sin(turn)])
-        corner = (x, y) + way * (far + size / 2) - size / 2
-        end = np.clip((x, y), corner, corner + size)
-        yield np.vstack([[*corner, *(corner + size)], _dots((x, y) + 44 * way, end)])
-
-
-def _label(page: Page, labels: list, taken: list) -> None:
-    """Writes (words, colour, x, y) near their places, where they cover least of the boxes taken, and of each other."""
-    options = [[*_near(x, y, words)] for words, _, x, y in labels]
-    chosen = [near[0] for near in options]
-    for i in [*range(len(labels))] * 4:  # each moves to its best place while the others stay
-        others = np.vstack([*taken, *chosen[:i], *chosen[i + 1 :]])
-        costs = []
-        for nearness, boxes in enumerate(options[i]):
-            sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
-            costs.append(nearness + sides.clip(0).prod(-1).sum() / 4)
-        chosen[i] = options[i][np.argmin(costs)]
-    for (words, fill, _, _), boxes in zip(labels, chosen):
-        page.line((*(boxes[1, :2] + 8), *(boxes[-1, :2] + 8)), GREY, 3)
-        page.write(boxes[0, 0], boxes[0, 1] + 36, words, fill)
-
-
-def _plot(page: Page, frame: tuple, series: list, x_title: str, y_title: str, log: str = "", ends: tuple = ()) -> None:
-    """Axes and lines (name, colour, [(x, y, spread), ...]), each with its name at the last point.
-
-    A spread of None: no dot. log: which of "xy" are logarithmic. ends: what the y axis reaches at least."""
-    left, top, right, bottom = frame
-    points = [point for *_, line in series for point in line]
-    ys = [min(y + sign * (spread or 0), 100) for _, y, spread in points for sign in (-1, 1)]
-    x_ticks, at_x = _axis([x for x, _, _ in points], left, right, "x" in log)
-    y_ticks, at_y = _axis([*ends, *ys], bottom, top, "y" in log)
-    for y in y_ticks:
-        page.line((left, at_y(y), right, at_y(y)), PALE, 4)
-        page.write(left - 32, at_y(y), f"{y:,g}", GREY, "rm")
-    for x in x_ticks:
-        page.line((at_x(x), bottom, at_x(x), bottom + 20), GREY, 4)
-        page.write(at_x(x), bottom + 64, f"{x:,g}", GREY, "mm")
-    page.line((left, bottom, right, bottom), GREY, 4)
-    page.write((left + right) / 2, bottom + 152, x_title, anchor="mm")
-    page.write(left, top - 80, y_title)
-    taken = [
-        (0, 0, WIDTH, top - 40),
-        (0, 0, left, bottom),
-        (0, bottom - 10, WIDTH, WIDTH),
-        (WIDTH, 0, 2 * WIDTH, bottom),
-    ]
-    labels = []
-    for name, fill, line in series:
-        places = [(at_x(x), at_y(y)) for x, y, _ in line]
-        page.line(places, fill, 8 if name else 4, "curve")
-        labels += [(name, fill, *places[-1])] * bool(name)
-        for start, end in zip(places, places[1:]):
-            taken += [*_dots(start, end)]
-        for (x, at), (_, y, spread) in zip(places, line):
-            if spread is not None:
-                page.ellipse((x - 22, at - 22, x + 22, at + 22), fill)
-                bar = x - 3, at_y(min(y + spread, 100)), x + 3, at_y(y - spread)
-                page.rectangle(bar, fill)
-                taken += [bar, (x - 30, at - 30, x + 30, at + 30)]
-    _label(page, labels, taken)
-
-
 def curve(steps: list) -> Image.Image:
     """steps = [(step, loss, click or None), ...]: each loss, their running mean, and the running click accuracy."""
     page = Page(1300)
-    losses = [max(loss, 1e-5) for _, loss, _ in steps]
-    means = [*accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss)]
-    lines = [[(x, y, None) for (x, *_), y in zip(steps, ys)] for ys in (losses, means)]
-    series = [("", "#a8cbe0", lines[0]), (f"{means[-1]:.2g}", BLUE, lines[1])]
-    _plot(page, (240, 200, 1560, 1064), series, "training step", "loss of the answers (log scale)", "y")
-    clicks = [(step, 100 * click, None) for step, _, click in steps if click is not None]
-    if clicks:
-        series = [(f"{clicks[-1][1]:.0f} %", BLUE, clicks)]
-        _plot(page, (1920, 200, 3080, 1064), series, "training step", "clicks that hit the target, %", ends=(0, 100))
+    means = [*accumulate((loss for _, loss, _ in steps), lambda mean, loss: 0.9 * mean + 0.1 * loss)]
+    losses = [(step, max(loss, 1e-5), 0) for step, loss, _ in steps]
+    running = [(step, max(mean, 1e-5), 0) for (step, _, _), mean in zip(steps, means)]
+    clicks = [(step, 100 * click, 0) for step, _, click in steps if click is not None]
+    plots = [(240, [("#a8cbe0", losses), (BLUE, running)], "loss of the answers (log scale)", "y", (), "{:.2g}")]
+    plots += [(1920, [(BLUE, clicks)], "clicks that hit the target, %", "", (0, 100), "{:.0f} %")] * bool(clicks)
+    for left, lines, title, log, ends, form in plots:
+        at_x, at_y = page.axes((left, 200, left + 1160, 1064), lines, "training step", title, log, False, ends)
+        x, y, _ = lines[-1][1][-1]
+        page.write(at_x(x) + 32, at_y(y), form.format(y), BLUE)
     return page.image.reduce(2)
 
 
 def trade_off(points: list[dict], title: str = "click accuracy after fine-tuning, %") -> Image.Image:
     """Accuracy against the adapter's FLOPs: points = [{name, x: kFLOP a screen, y, spread: 0..1, kept: bool}, ...]."""
-    page, series = Page(2000), []
+    points = sorted(points, key=lambda point: (point["x"], point["y"]))
+    page, top = Page(1560 + 84 * len(points)), 392 + 84 * len(points)
     page.write(MARGIN, 72, "blue: answers without an image stay exactly the base model's", BLUE)
     page.write(1700, 72, "orange: they change", ORANGE)
-    for point in points:
-        line = [(point["x"], 100 * point["y"], 100 * point["spread"])]
-        series.append((point["name"], BLUE if point["kept"] else ORANGE, line))
+    colours = [BLUE if point["kept"] else ORANGE for point in points]
+    lines = [(fill, [(p["x"], 100 * p["y"], 100 * p["spread"])]) for fill, p in zip(colours, points)]
     x_title = "FLOPs of the adapter in a training step, thousands a screen (log scale)"
-    _plot(page, (240, 336, 3200, 1768), series, x_title, title, "x")
+    at_x, at_y = page.axes((240, top, 2760, top + 940), lines, x_title, title, "x")
+    for i, (fill, [(x, y, spread)]) in enumerate(lines):  # a name for each, on a pole
+        high = 200 + 84 * i
+        page.line((at_x(x), high - 20, at_x(x), at_y(min(y + spread, 100))), fill, 3)
+        page.write(at_x(x) + 20, high, f"{points[i]['name']}: {y:.1f} %", fill)
     return page.image.reduce(2)
 
 
 def skill(series: dict) -> Image.Image:
     """When values suffice: {name: [(the base's relation accuracy, click accuracy on row, its spread), ...]}, 0..1."""
     page, lines = Page(1760), []
-    for (name, line), fill in zip(series.items(), (BLUE, GREEN, ORANGE)):
-        lines.append((name, fill, sorted((100 * x, 100 * y, 100 * spread) for x, y, spread in line)))
+    for line, fill in zip(series.values(), (BLUE, GREEN, ORANGE)):
+        lines.append((fill, sorted((100 * x, 100 * y, 100 * spread) for x, y, spread in line)))
     before = "before fine-tuning: how often the base model knows what stands right of a name, %"
     after = "after fine-tuning on row screens: clicks that hit the switch, %"
-    right = WIDTH - 120 - round(max(map(FONT.getlength, series)))
-    _plot(page, (240, 200, right, 1528), lines, before, after)
+    right = WIDTH - 180 - round(max(map(FONT.getlength, series)))
+    at_x, at_y = page.axes((240, 200, right, 1528), lines, before, after)
+    ends = sorted((-line[-1][1], line[-1][0], name, fill) for name, (fill, line) in zip(series, lines))
+    low = 0
+    for y, x, name, fill in ends:
+        low = max(low + 84, at_y(-y))
+        page.line((at_x(x), at_y(-y), right + 30, low), fill, 3)
+        page.write(right + 48, low, name, fill)
     return page.image.reduce(2)
 
 
