@@ -51,11 +51,11 @@ class Page(ImageDraw.ImageDraw):
                 self.line((x - r, y + r, x + r, y - r), fill, width)
 
     def axes(self, frame: tuple, lines: list, x_title: str, y_title: str, log: str = "", dots=True, ends=()) -> tuple:
-        """A plot of lines (colour, [(x, y, spread), ...]); the functions from x and y to places.
+        """Lines (name, colour, [(x, y, spread), ...]) with axes, those in `log` logarithmic, y as far as `ends` at least.
 
-        log: which of "xy" have a logarithmic scale. ends: what the y axis reaches at least."""
+        Returns the functions from x and y to places."""
         left, top, right, bottom = frame
-        points = [point for _, line in lines for point in line]
+        points = [point for *_, line in lines for point in line]
         ys = [*ends, *(y - spread for _, y, spread in points), *(min(y + spread, 100) for _, y, spread in points)]
         x_ticks, at_x = _scale([x for x, _, _ in points], left, right, "x" in log)
         y_ticks, at_y = _scale(ys, bottom, top, "y" in log)
@@ -68,11 +68,17 @@ class Page(ImageDraw.ImageDraw):
         self.line((left, bottom, right, bottom), GREY, 4)
         self.write((left + right) / 2, bottom + 152, x_title, anchor="mm")
         self.write(left, top - 80, y_title)
-        for fill, line in lines:
-            self.line([(at_x(x), at_y(y)) for x, y, _ in line], fill, 6, "curve")
-            for x, y, spread in line if dots else ():
-                self.line((at_x(x), at_y(y - spread), at_x(x), at_y(min(y + spread, 100))), fill, 6)
-                self.ellipse((at_x(x) - 22, at_y(y) - 22, at_x(x) + 22, at_y(y) + 22), fill)
+        free = top - 60  # no name stands above it, nor on another
+        for name, fill, line in sorted(lines, key=lambda line: -line[2][-1][1]):
+            places = [(at_x(x), at_y(y)) for x, y, _ in line]
+            self.line(places, fill, 6, "curve")
+            for (x, y), (_, middle, spread) in zip(places, line if dots else ()):
+                self.line((x, at_y(middle - spread), x, at_y(min(middle + spread, 100))), fill, 6)
+                self.ellipse((x - 22, y - 22, x + 22, y + 22), fill)
+            if name:
+                free = max(places[-1][1], free) + 80
+                self.line((*places[-1], right + 28, free - 80), fill, 3)
+                self.write(right + 40, free - 80, name, fill)
         return at_x, at_y
 
 
@@ -165,9 +171,8 @@ def moving(given: list) -> list[Image.Image]:
 
 def save_moving(frames: list[Image.Image], path: Path) -> None:
     """An endless GIF; its last frame stays for three seconds."""
-    buffer, times = io.BytesIO(), [160] * (len(frames) - 1) + [3000]
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-    safe_write(buffer.getbuffer(), path)
+    times = [160] * (len(frames) - 1) + [3000]
+    save(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 @torch.no_grad()
@@ -211,52 +216,46 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list, p
 
 def curve(steps: list) -> Image.Image:
     """steps = [(step, loss, click or None), ...]: each loss, their running mean, and the running click accuracy."""
-    page = Page(1300)
-    means = [*accumulate((loss for _, loss, _ in steps), lambda mean, loss: 0.9 * mean + 0.1 * loss)]
-    losses = [(step, max(loss, 1e-5), 0) for step, loss, _ in steps]
-    running = [(step, max(mean, 1e-5), 0) for (step, _, _), mean in zip(steps, means)]
+    page, losses = Page(1300), [max(loss, 1e-5) for _, loss, _ in steps]
+    means = [*accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss)]
+    each, running = ([(step, y, 0) for (step, *_), y in zip(steps, ys)] for ys in (losses, means))
+    lines = [("", "#cde1ee", each), (f"{means[-1]:.2g}", BLUE, running)]
+    page.axes((240, 200, 1400, 1064), lines, "training step", "loss of the answers (log scale)", "y", dots=False)
     clicks = [(step, 100 * click, 0) for step, _, click in steps if click is not None]
-    plots = [(240, [("#a8cbe0", losses), (BLUE, running)], "loss of the answers (log scale)", "y", (), "{:.2g}")]
-    plots += [(1920, [(BLUE, clicks)], "clicks that hit the target, %", "", (0, 100), "{:.0f} %")] * bool(clicks)
-    for left, lines, title, log, ends, form in plots:
-        at_x, at_y = page.axes((left, 200, left + 1160, 1064), lines, "training step", title, log, False, ends)
-        x, y, _ = lines[-1][1][-1]
-        page.write(at_x(x) + 32, at_y(y), form.format(y), BLUE)
+    if clicks:
+        lines, title = [(f"{clicks[-1][1]:.0f} %", BLUE, clicks)], "clicks that hit the target, %"
+        page.axes((1880, 200, 3040, 1064), lines, "training step", title, dots=False, ends=(0, 100))
     return page.image.reduce(2)
 
 
 def trade_off(points: list[dict], title: str = "click accuracy after fine-tuning, %") -> Image.Image:
     """Accuracy against the adapter's FLOPs: points = [{name, x: kFLOP a screen, y, spread: 0..1, kept: bool}, ...]."""
     points = sorted(points, key=lambda point: (point["x"], point["y"]))
-    page, top = Page(1560 + 84 * len(points)), 392 + 84 * len(points)
-    page.write(MARGIN, 72, "blue: answers without an image stay exactly the base model's", BLUE)
-    page.write(1700, 72, "orange: they change", ORANGE)
-    colours = [BLUE if point["kept"] else ORANGE for point in points]
-    lines = [(fill, [(p["x"], 100 * p["y"], 100 * p["spread"])]) for fill, p in zip(colours, points)]
+    colours, top = [BLUE if point["kept"] else ORANGE for point in points], 340 + 84 * len(points)
+    page = Page(top + 1140)
+    for x, words, fill in (
+        (52, title, INK),
+        (1080, "blue: answers without an image stay exactly as they were", BLUE),
+        (2640, "orange: they change", ORANGE),
+    ):
+        page.write(x, 72, words, fill)
+    lines = [("", fill, [(p["x"], 100 * p["y"], 100 * p["spread"])]) for fill, p in zip(colours, points)]
     x_title = "FLOPs of the adapter in a training step, thousands a screen (log scale)"
-    at_x, at_y = page.axes((240, top, 2760, top + 940), lines, x_title, title, "x")
-    for i, (fill, [(x, y, spread)]) in enumerate(lines):  # a name for each, on a pole
-        high = 200 + 84 * i
-        page.line((at_x(x), high - 20, at_x(x), at_y(min(y + spread, 100))), fill, 3)
-        page.write(at_x(x) + 20, high, f"{points[i]['name']}: {y:.1f} %", fill)
+    at_x, at_y = page.axes((240, top, 2760, top + 940), lines, x_title, "", "x")
+    for i, (_, fill, [(x, y, spread)]) in enumerate(lines):  # the names stand on poles
+        page.line((at_x(x), 160 + 84 * i, at_x(x), at_y(min(y + spread, 100))), fill, 3)
+        page.write(at_x(x) + 20, 180 + 84 * i, f"{points[i]['name']}: {y:.1f} %", fill)
     return page.image.reduce(2)
 
 
 def skill(series: dict) -> Image.Image:
     """When values suffice: {name: [(the base's relation accuracy, click accuracy on row, its spread), ...]}, 0..1."""
     page, lines = Page(1760), []
-    for line, fill in zip(series.values(), (BLUE, GREEN, ORANGE)):
-        lines.append((fill, sorted((100 * x, 100 * y, 100 * spread) for x, y, spread in line)))
+    for (name, line), fill in zip(series.items(), (BLUE, GREEN, ORANGE)):
+        lines.append((name, fill, sorted((100 * x, 100 * y, 100 * spread) for x, y, spread in line)))
     before = "before fine-tuning: how often the base model knows what stands right of a name, %"
     after = "after fine-tuning on row screens: clicks that hit the switch, %"
-    right = WIDTH - 180 - round(max(map(FONT.getlength, series)))
-    at_x, at_y = page.axes((240, 200, right, 1528), lines, before, after)
-    ends = sorted((-line[-1][1], line[-1][0], name, fill) for name, (fill, line) in zip(series, lines))
-    low = 0
-    for y, x, name, fill in ends:
-        low = max(low + 84, at_y(-y))
-        page.line((at_x(x), at_y(-y), right + 30, low), fill, 3)
-        page.write(right + 48, low, name, fill)
+    page.axes((240, 200, WIDTH - 100 - max(map(FONT.getlength, series)), 1528), lines, before, after)
     return page.image.reduce(2)
 
 
@@ -274,9 +273,9 @@ def factors(named: list) -> Image.Image:
     return page.image.reduce(2)
 
 
-def save(picture: Image.Image, path: Path) -> None:
+def save(picture: Image.Image, path: Path, form: str = "PNG", **how) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, form, optimize=True, **how)
     safe_write(buffer.getbuffer(), path)
 
 
