@@ -1,8 +1,6 @@
-"""Every picture, drawn with Pillow: screens with answers, plots, and a bar chart in text. Plain data in, images out.
+"""Every picture, drawn with Pillow: plain data in, images out; and a bar chart in text.
 
-Places are in quarters of a pixel of the page, on which a picture is 830 pixels wide. Halved when it is done, its edges
-are smooth, and it is sharp on dense displays.
-"""
+Places are in quarters of a pixel of a page on which a picture is 830 wide. Halved at the end, it is smooth and sharp."""
 
 import io
 import math
@@ -20,15 +18,12 @@ from imagelora import safe_write
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # colour-blind readers can tell them apart (Okabe and Ito)
 INK, GREY, PALE = "#222222", "#667085", "#e4e7ec"
-WIDTH, MARGIN = 3320, 52
+WIDTH, MARGIN, FONT = 3320, 52, ImageFont.load_default(56)
 LEGEND = ("target", "base model's click", "after fine-tuning")
-FONT = ImageFont.load_default(56)
 ROUND = [step * 10.0**e for e, step in product(range(-6, 10), (1, 2, 5))]  # what the ticks of axes are
 
 
 class Page(ImageDraw.ImageDraw):
-    """A white picture to draw on."""
-
     def __init__(self, height: int):
         self.image = Image.new("RGB", (WIDTH, height), "white")
         super().__init__(self.image)
@@ -47,13 +42,10 @@ class Page(ImageDraw.ImageDraw):
             if tuned:
                 self.ellipse((x - r - 8, y - r - 8, x + r + 8, y + r + 8), None, fill, width)
             else:
-                self.line((x - r, y - r, x + r, y + r), fill, width)
-                self.line((x - r, y + r, x + r, y - r), fill, width)
+                self.line((x - r, y - r, x + r, y + r, x, y, x - r, y + r, x + r, y - r), fill, width)
 
     def axes(self, frame: tuple, lines: list, x_title: str, y_title: str, log: str = "", dots=True, ends=()) -> tuple:
-        """Lines (name, colour, [(x, y, spread), ...]) with axes, those in `log` logarithmic, y as far as `ends` at least.
-
-        Returns the functions from x and y to places."""
+        """Plots lines (name, colour, [(x, y, spread), ...]), y at least from and to `ends`; returns where x and y are."""
         left, top, right, bottom = frame
         points = [point for *_, line in lines for point in line]
         ys = [*ends, *(y - spread for _, y, spread in points), *(min(y + spread, 100) for _, y, spread in points)]
@@ -69,7 +61,7 @@ class Page(ImageDraw.ImageDraw):
         self.write((left + right) / 2, bottom + 152, x_title, anchor="mm")
         self.write(left, top - 80, y_title)
         free = top - 60  # no name stands above it, nor on another
-        for name, fill, line in sorted(lines, key=lambda line: -line[2][-1][1]):
+        for name, fill, line in sorted(lines, key=lambda line: (line[0] > "", -line[2][-1][1])):
             places = [(at_x(x), at_y(y)) for x, y, _ in line]
             self.line(places, fill, 6, "curve")
             for (x, y), (_, middle, spread) in zip(places, line if dots else ()):
@@ -82,22 +74,20 @@ class Page(ImageDraw.ImageDraw):
         return at_x, at_y
 
 
-def _scale(values: list, start: int, end: int, log: bool) -> tuple:
+def _scale(values: list, start: float, end: float, log: bool) -> tuple:
     """Round ticks of an axis that holds these values, and the function from values to places from start to end."""
-    low, high, bend = min(values), max(values), float
-    if log:
-        low, high, bend = 0.7 * low, 1.4 * high, math.log
-        ticks = [tick for tick in ROUND if low <= tick <= high]
-    else:
-        unit = next(unit for unit in ROUND if unit >= 1 and high - low <= 6 * unit)
-        first, last = math.floor(low / unit), math.ceil(high / unit)
-        ticks = [i * unit for i in range(first, max(last, first + 1) + 1)]
-        low, high = ticks[0], ticks[-1]
+    low, high, ticks, bend = 0.7 * min(values), 1.4 * max(values), ROUND, math.log
+    if not log:
+        unit = next(unit for unit in ROUND if unit >= 1 and max(values) - min(values) <= 6 * unit)
+        low, bend = math.floor(min(values) / unit) * unit, float
+        high = max(math.ceil(max(values) / unit) * unit, low + unit)
+        ticks = [low + i * unit for i in range(8)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
     return ticks, lambda value: start + (end - start) * (bend(value) - bend(low)) / (bend(high) - bend(low))
 
 
 def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 184) -> Page:
-    """Screens in columns; a cell: (screen, what darkens it, target, clicks before and after, words, right or wrong)."""
+    """Pictures of screens in columns; a cell is (picture, target, clicks before and after, words, right or wrong)."""
     side = (WIDTH - 2 * MARGIN + 48) // columns - 48
     page = Page(top + math.ceil(len(cells) / columns) * (side + 152))
     page.write(WIDTH - MARGIN, 72, said, anchor="rm")
@@ -106,12 +96,9 @@ def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 
         page.write(x, 72, words)
         if i:
             page.click(x - 54, 72, tuned=i == 2)
-    for i, (screen, shade, bbox, clicks, words, good) in enumerate(cells):
+    for i, (picture, bbox, clicks, words, good) in enumerate(cells):
         x, y = MARGIN + i % columns * (side + 48), top + i // columns * (side + 152)
-        picture = Image.fromarray(screen.image).resize((side, side), Image.Resampling.BICUBIC)
-        page.image.paste(picture, (x, y))
-        if shade:
-            page.image.paste("#101828", (x, y), shade.resize((side, side), Image.Resampling.NEAREST))
+        page.image.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         if bbox:
             page.target(*(corner + edge * side / SIZE for corner, edge in zip((x, y, x, y), bbox)))
         for point, tuned in zip(clicks, (False, True)):
@@ -119,29 +106,25 @@ def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 
                 page.click(x + point[0] * side / SIZE, y + point[1] * side / SIZE, tuned)
         right, middle = x + side, y + side + 64
         page.write(x, middle, words)
-        if good:
-            page.write(right, middle, "right", GREY, "rm")
-        elif good is False:
-            page.rounded_rectangle((right - 200, middle - 38, right, middle + 42), 16, INK)
-            page.write(right - 100, middle, "wrong", "white", "mm")
+        if good is not None:
+            page.rounded_rectangle((right - 200, middle - 38, right, middle + 42), 16, PALE if good else INK)
+            page.write(right - 100, middle, "right" if good else "wrong", INK if good else "white", "mm")
     return page
 
 
 def _cell(given: tuple, before=None) -> tuple:
     """A cell of (screen, sample, answer) and the answer before. Where a name is asked for, its place is the target."""
     screen, sample, answer = given
+    picture = Image.fromarray(screen.image)
     if "bbox" in sample:
-        clicks, good = (before, answer), is_hit(answer, sample["bbox"])
-        return screen, None, sample["bbox"], clicks, sample["instruction"], good
+        return picture, sample["bbox"], (before, answer), sample["instruction"], is_hit(answer, sample["bbox"])
     asked = parse_point(" ".join(sample["instruction"].split()[-2:]))
     bbox = next(element.click for element in screen.targets() if is_hit(asked, element.click))
-    return screen, None, bbox, (), answer, answer == sample["answer"]
+    return picture, bbox, (), answer, answer == sample["answer"]
 
 
 def predictions(base: list, tuned: list) -> Image.Image:
-    """Twelve of (screen, sample, click or name) before and after, with the share of failures that there is.
-
-    Where any answer is wrong, one at least is shown."""
+    """Twelve of (screen, sample, click or name) before and after; failures have their share, but one at least."""
     cells = [_cell(after, before) for (*_, before), after in zip(base, tuned)]
     right, wrong = ([i for i, cell in enumerate(cells) if cell[-1] == good] for good in (True, False))
     count = min(12, len(cells))
@@ -154,16 +137,15 @@ def predictions(base: list, tuned: list) -> Image.Image:
 
 
 def moving(given: list) -> list[Image.Image]:
-    """Frames of a training run, in one palette: given = [(step, [(screen, sample, point or None), ...]), ...].
-
-    Six screens at most, the same in each; the first step's clicks stay as crosses: they are the base model's."""
+    """given = [(base model's) (step, [(screen, sample, point or None), ...]), ...] as frames of six screens at most."""
     (_, first), (last, _), frames = given[0], given[-1], []
+    pictures = [Image.fromarray(screen.image).resize((1040, 1040)) for screen, *_ in first[:6]]  # once, to save time
     for step, answers in given:
         cells = [_cell(answer, before) for (*_, before), answer in zip(first, answers)]
         said = f"step {step:,} of {last:,}:  {sum(cell[-1] for cell in cells)} of {len(cells)} clicks hit"
-        page = _sheet(cells[:6], 3, (*LEGEND[:2], "click now"), said)
-        for share, fill in ((1, PALE), (step / max(last, 1), BLUE)):
-            page.rectangle((MARGIN, 136, MARGIN + share * (WIDTH - 2 * MARGIN), 152), fill)
+        cells = [(picture, *cell[1:]) for picture, cell in zip(pictures, cells)]
+        page = _sheet(cells, 3, (*LEGEND[:2], "click now"), said)
+        page.rectangle((MARGIN, 136, MARGIN + (WIDTH - 2 * MARGIN) * step / max(last, 1), 152), BLUE)
         frames.append(page.image.reduce(2))
     palette = frames[-1].quantize(255, Image.Quantize.MAXCOVERAGE, kmeans=1)
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -200,11 +182,13 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list, p
     cells = []
     for screen, sample, looks, *answers in zip(screens, samples, weights, base, tuned):
         before, after = map(parse_point, answers)
-        cells.append((screen, None, None, (), sample["instruction"], None))
+        cells.append((Image.fromarray(screen.image), None, (), sample["instruction"], None))
         for seen in looks:
             side = round(len(seen) ** 0.5)
-            shade = (220 - 220 * (seen / seen.max()).sqrt()).byte().reshape(side, side)
-            cells.append((screen, Image.fromarray(shade.cpu().numpy()), None, (), "", None))
+            shade = (220 - 220 * (seen / seen.max()).sqrt()).byte().reshape(side, side).cpu().numpy()
+            picture = Image.fromarray(screen.image)
+            picture.paste("#101828", None, Image.fromarray(shade).resize(picture.size, Image.Resampling.NEAREST))
+            cells.append((picture, None, (), "", None))
         cells.append(_cell((screen, sample, after), before))
     page = _sheet(cells, 4, top=336)
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):
@@ -233,12 +217,9 @@ def trade_off(points: list[dict], title: str = "click accuracy after fine-tuning
     points = sorted(points, key=lambda point: (point["x"], point["y"]))
     colours, top = [BLUE if point["kept"] else ORANGE for point in points], 340 + 84 * len(points)
     page = Page(top + 1140)
-    for x, words, fill in (
-        (52, title, INK),
-        (1080, "blue: answers without an image stay exactly as they were", BLUE),
-        (2640, "orange: they change", ORANGE),
-    ):
-        page.write(x, 72, words, fill)
+    page.write(MARGIN, 72, title)
+    page.write(1080, 72, "blue: answers without an image stay exactly as they were", BLUE)
+    page.write(2640, 72, "orange: they change", ORANGE)
     lines = [("", fill, [(p["x"], 100 * p["y"], 100 * p["spread"])]) for fill, p in zip(colours, points)]
     x_title = "FLOPs of the adapter in a training step, thousands a screen (log scale)"
     at_x, at_y = page.axes((240, top, 2760, top + 940), lines, x_title, "", "x")
@@ -261,15 +242,14 @@ def skill(series: dict) -> Image.Image:
 
 def factors(named: list) -> Image.Image:
     """The factors of the savings, a bar each: named = [(what is adapted, its share of LoRA's adapter FLOPs), ...]."""
-    page, left, before = Page(160 * len(named) + 176), 900, named[0][1]
+    page, left = Page(160 * len(named) + 176), 900
     page.write(MARGIN, 72, "FLOPs of the adapter as a share of LoRA's")
-    for i, (name, share) in enumerate(named):
+    for i, ((name, share), (_, before)) in enumerate(zip(named, named[:1] + named)):
         y, end = 240 + 160 * i, left + 1900 * before
         page.write(left - 56, y, name, anchor="rm")
         page.rectangle((left, y - 52, end, y + 52), PALE)
         page.rectangle((left, y - 52, left + 1900 * share, y + 52), BLUE)
         page.write(end + 40, y, f"{100 * share:.3g} %" + f"    x {share / before:.2f}" * (i > 0))
-        before = share
     return page.image.reduce(2)
 
 
