@@ -1,6 +1,6 @@
 """Every picture, drawn with Pillow: plain data in, images out; and a bar chart in text.
 
-Places are in quarters of a pixel of a page on which a picture is 830 wide. Halved at the end, it is smooth and sharp."""
+Places are in quarters of a pixel of a page that shows a picture 830 wide; halved at the end, it is smooth and sharp."""
 
 import io
 import math
@@ -16,8 +16,7 @@ from data.screens import SIZE, is_hit
 from data.tokenizer import parse_point
 from imagelora import safe_write
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # colour-blind readers can tell them apart (Okabe and Ito)
-INK, GREY, PALE = "#222222", "#667085", "#e4e7ec"
+BLUE, ORANGE, GREEN, INK, GREY, PALE = "#0072b2 #d55e00 #009e73 #222222 #667085 #e4e7ec".split()  # Okabe and Ito
 WIDTH, MARGIN, FONT = 3320, 52, ImageFont.load_default(56)
 LEGEND = ("target", "base model's click", "after fine-tuning")
 ROUND = [step * 10.0**e for e, step in product(range(-6, 10), (1, 2, 5))]  # what the ticks of axes are
@@ -32,8 +31,7 @@ class Page(ImageDraw.ImageDraw):
         self.text((x, y), words, fill, FONT, anchor)
 
     def target(self, left, top, right, bottom) -> None:
-        """A box with a white rim, to be seen on every screen."""
-        for margin, fill, width in ((12, "white", 15), (9, "black", 6)):
+        for margin, fill, width in ((12, "white", 15), (9, "black", 6)):  # to be seen on every screen
             self.rounded_rectangle((left - margin, top - margin, right + margin, bottom + margin), 8, None, fill, width)
 
     def click(self, x: float, y: float, tuned: bool) -> None:
@@ -44,13 +42,23 @@ class Page(ImageDraw.ImageDraw):
             else:
                 self.line((x - r, y - r, x + r, y + r, x, y, x - r, y + r, x + r, y - r), fill, width)
 
-    def axes(self, frame: tuple, lines: list, x_title: str, y_title: str, log: str = "", dots=True, ends=()) -> tuple:
-        """Plots lines (name, colour, [(x, y, spread), ...]), y at least from and to `ends`; returns where x and y are."""
-        left, top, right, bottom = frame
+    def axes(self, left, top, right, bottom, lines, x_title: str, y_title: str, log="", dots=True, ends=()) -> tuple:
+        """Plots lines (name, colour, [(x, y, spread), ...]), y over `ends` at least; returns x's and y's places."""
+
+        def scale(values: list, start: float, end: float, log: bool) -> tuple:  # round ticks, and values' places
+            low, high, ticks, bend = 0.7 * min(values), 1.4 * max(values), ROUND, math.log
+            if not log:
+                unit = next(unit for unit in ROUND if unit >= 1 and max(values) - min(values) <= 6 * unit)
+                low, bend = math.floor(min(values) / unit) * unit, float
+                high = max(math.ceil(max(values) / unit) * unit, low + unit)
+                ticks = [low + i * unit for i in range(8)]
+            ticks = [tick for tick in ticks if low <= tick <= high]
+            return ticks, lambda value: start + (end - start) * (bend(value) - bend(low)) / (bend(high) - bend(low))
+
         points = [point for *_, line in lines for point in line]
         ys = [*ends, *(y - spread for _, y, spread in points), *(min(y + spread, 100) for _, y, spread in points)]
-        x_ticks, at_x = _scale([x for x, _, _ in points], left, right, "x" in log)
-        y_ticks, at_y = _scale(ys, bottom, top, "y" in log)
+        x_ticks, at_x = scale([x for x, _, _ in points], left, right, "x" in log)
+        y_ticks, at_y = scale(ys, bottom, top, "y" in log)
         for y in y_ticks:
             self.line((left, at_y(y), right, at_y(y)), PALE, 4)
             self.write(left - 32, at_y(y), f"{y:,g}", GREY, "rm")
@@ -74,18 +82,6 @@ class Page(ImageDraw.ImageDraw):
         return at_x, at_y
 
 
-def _scale(values: list, start: float, end: float, log: bool) -> tuple:
-    """Round ticks of an axis that holds these values, and the function from values to places from start to end."""
-    low, high, ticks, bend = 0.7 * min(values), 1.4 * max(values), ROUND, math.log
-    if not log:
-        unit = next(unit for unit in ROUND if unit >= 1 and max(values) - min(values) <= 6 * unit)
-        low, bend = math.floor(min(values) / unit) * unit, float
-        high = max(math.ceil(max(values) / unit) * unit, low + unit)
-        ticks = [low + i * unit for i in range(8)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    return ticks, lambda value: start + (end - start) * (bend(value) - bend(low)) / (bend(high) - bend(low))
-
-
 def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 184) -> Page:
     """Pictures of screens in columns; a cell is (picture, target, clicks before and after, words, right or wrong)."""
     side = (WIDTH - 2 * MARGIN + 48) // columns - 48
@@ -99,16 +95,15 @@ def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 
     for i, (picture, bbox, clicks, words, good) in enumerate(cells):
         x, y = MARGIN + i % columns * (side + 48), top + i // columns * (side + 152)
         page.image.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        if bbox:
-            page.target(*(corner + edge * side / SIZE for corner, edge in zip((x, y, x, y), bbox)))
+        page.target(*(corner + edge * side / SIZE for corner, edge in zip((x, y, x, y), bbox)))
         for point, tuned in zip(clicks, (False, True)):
             if point:  # None is no click
                 page.click(x + point[0] * side / SIZE, y + point[1] * side / SIZE, tuned)
-        right, middle = x + side, y + side + 64
-        page.write(x, middle, words)
+        page.write(x, y + side + 64, words)
         if good is not None:
-            page.rounded_rectangle((right - 200, middle - 38, right, middle + 42), 16, PALE if good else INK)
-            page.write(right - 100, middle, "right" if good else "wrong", INK if good else "white", "mm")
+            pill = x + side - 200, y + side + 26, x + side, y + side + 106
+            page.rounded_rectangle(pill, 16, PALE if good else INK)
+            page.write(x + side - 100, y + side + 64, "right" if good else "wrong", INK if good else "white", "mm")
     return page
 
 
@@ -118,20 +113,19 @@ def _cell(given: tuple, before=None) -> tuple:
     picture = Image.fromarray(screen.image)
     if "bbox" in sample:
         return picture, sample["bbox"], (before, answer), sample["instruction"], is_hit(answer, sample["bbox"])
-    asked = parse_point(" ".join(sample["instruction"].split()[-2:]))
-    bbox = next(element.click for element in screen.targets() if is_hit(asked, element.click))
+    bbox = next(e.click for e in screen.targets() if f"{e.colour} {e.name}".strip() == sample["answer"])
     return picture, bbox, (), answer, answer == sample["answer"]
 
 
 def predictions(base: list, tuned: list) -> Image.Image:
     """Twelve of (screen, sample, click or name) before and after; failures have their share, but one at least."""
     cells = [_cell(after, before) for (*_, before), after in zip(base, tuned)]
-    right, wrong = ([i for i, cell in enumerate(cells) if cell[-1] == good] for good in (True, False))
+    order = sorted(
+        range(len(cells)), key=lambda i: cells[i][-1]
+    )  # the wrong first; what is even in it holds their share
     count = min(12, len(cells))
-    failures = max(round(count * len(wrong) / len(cells)), min(len(wrong), 1))
-    parts = (right, count - failures), (wrong, failures)
-    chosen = sorted(part[(2 * i + 1) * len(part) // (2 * n)] for part, n in parts for i in range(n))  # evenly
-    said = f"{100 * len(right) / len(cells):.1f} % of {len(cells):,} are right"
+    chosen = sorted([order[0], *(order[(2 * i + 1) * len(cells) // (2 * count)] for i in range(1, count))])
+    said = f"{100 * sum(cell[-1] for cell in cells) / len(cells):.1f} % of {len(cells):,} are right"
     legend = LEGEND if "bbox" in base[0][1] else ("what is it? The answers after fine-tuning:",)
     return _sheet([cells[i] for i in chosen], 4, legend, said).image.reduce(2)
 
@@ -141,9 +135,9 @@ def moving(given: list) -> list[Image.Image]:
     (_, first), (last, _), frames = given[0], given[-1], []
     pictures = [Image.fromarray(screen.image).resize((1040, 1040)) for screen, *_ in first[:6]]  # once, to save time
     for step, answers in given:
-        cells = [_cell(answer, before) for (*_, before), answer in zip(first, answers)]
+        shown = zip(pictures, first, answers)
+        cells = [(picture, *_cell(answer, before)[1:]) for picture, (*_, before), answer in shown]
         said = f"step {step:,} of {last:,}:  {sum(cell[-1] for cell in cells)} of {len(cells)} clicks hit"
-        cells = [(picture, *cell[1:]) for picture, cell in zip(pictures, cells)]
         page = _sheet(cells, 3, (*LEGEND[:2], "click now"), said)
         page.rectangle((MARGIN, 136, MARGIN + (WIDTH - 2 * MARGIN) * step / max(last, 1), 152), BLUE)
         frames.append(page.image.reduce(2))
@@ -161,9 +155,8 @@ def save_moving(frames: list[Image.Image], path: Path) -> None:
 def attention_maps(model, batch: dict) -> torch.Tensor:
     """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H, P]."""
     with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
-        model(**batch)
-    queries_and_keys = [call.args[:2] for call in attend.call_args_list]  # [1, heads, T, d], rotated
-    seen = [(q[0, :, -1:] @ k[0].mT / q.shape[-1] ** 0.5).softmax(-1) for q, k in queries_and_keys]
+        model(**batch)  # whose queries and keys are [1, heads, T, d], rotated
+    seen = [(q[0, :, -1:] @ k[0].mT / q.shape[-1] ** 0.5).softmax(-1) for (q, k, _), _ in attend.call_args_list]
     return torch.stack(seen)[:, :, 0, batch["input_ids"][0] == model.config.image_token_id]
 
 
@@ -171,25 +164,22 @@ def where_it_looks(model, adapter, questions: list[dict]) -> tuple[tuple[int, in
     """(layer, head) of the most focused adapted head, and its maps [P] for each question, without and with adapter."""
     with adapter.disabled():
         before = [attention_maps(model, question) for question in questions]
-    after = [attention_maps(model, question) for question in questions]
     places = [(layer, head) for layer, heads in adapter.heads.items() for head in heads]
     place = max(places, key=lambda place: sum(maps[place].max() for maps in before))
-    return place, [(old[place], new[place]) for old, new in zip(before, after)]
+    return place, [(old[place], attention_maps(model, question)[place]) for old, question in zip(before, questions)]
 
 
 def look(screens: list, samples: list, weights: list, base: list, tuned: list, place: tuple) -> Image.Image:
     """A row for each screen: where the head at `place` (layer, head) looks, by its weights [P], and what is clicked."""
     cells = []
-    for screen, sample, looks, *answers in zip(screens, samples, weights, base, tuned):
-        before, after = map(parse_point, answers)
-        cells.append((Image.fromarray(screen.image), None, (), sample["instruction"], None))
+    for screen, sample, looks, before, after in zip(screens, samples, weights, base, tuned):
+        cells.append((Image.fromarray(screen.image), sample["bbox"], (), sample["instruction"], None))
         for seen in looks:
-            side = round(len(seen) ** 0.5)
+            picture, side = Image.fromarray(screen.image), round(len(seen) ** 0.5)
             shade = (220 - 220 * (seen / seen.max()).sqrt()).byte().reshape(side, side).cpu().numpy()
-            picture = Image.fromarray(screen.image)
             picture.paste("#101828", None, Image.fromarray(shade).resize(picture.size, Image.Resampling.NEAREST))
-            cells.append((picture, None, (), "", None))
-        cells.append(_cell((screen, sample, after), before))
+            cells.append((picture, sample["bbox"], (), "", None))
+        cells.append(_cell((screen, sample, parse_point(after)), parse_point(before)))
     page = _sheet(cells, 4, top=336)
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):
         page.write(MARGIN + 816 * i, 288, title)
@@ -204,25 +194,24 @@ def curve(steps: list) -> Image.Image:
     means = [*accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss)]
     each, running = ([(step, y, 0) for (step, *_), y in zip(steps, ys)] for ys in (losses, means))
     lines = [("", "#cde1ee", each), (f"{means[-1]:.2g}", BLUE, running)]
-    page.axes((240, 200, 1400, 1064), lines, "training step", "loss of the answers (log scale)", "y", dots=False)
+    page.axes(240, 200, 1400, 1064, lines, "training step", "loss of the answers (log scale)", "y", dots=False)
     clicks = [(step, 100 * click, 0) for step, _, click in steps if click is not None]
     if clicks:
         lines, title = [(f"{clicks[-1][1]:.0f} %", BLUE, clicks)], "clicks that hit the target, %"
-        page.axes((1880, 200, 3040, 1064), lines, "training step", title, dots=False, ends=(0, 100))
+        page.axes(1880, 200, 3040, 1064, lines, "training step", title, dots=False, ends=(0, 100))
     return page.image.reduce(2)
 
 
 def trade_off(points: list[dict], title: str = "click accuracy after fine-tuning, %") -> Image.Image:
     """Accuracy against the adapter's FLOPs: points = [{name, x: kFLOP a screen, y, spread: 0..1, kept: bool}, ...]."""
     points = sorted(points, key=lambda point: (point["x"], point["y"]))
-    colours, top = [BLUE if point["kept"] else ORANGE for point in points], 340 + 84 * len(points)
-    page = Page(top + 1140)
+    page, top = Page(1480 + 84 * len(points)), 340 + 84 * len(points)
     page.write(MARGIN, 72, title)
     page.write(1080, 72, "blue: answers without an image stay exactly as they were", BLUE)
     page.write(2640, 72, "orange: they change", ORANGE)
-    lines = [("", fill, [(p["x"], 100 * p["y"], 100 * p["spread"])]) for fill, p in zip(colours, points)]
+    lines = [("", BLUE if p["kept"] else ORANGE, [(p["x"], 100 * p["y"], 100 * p["spread"])]) for p in points]
     x_title = "FLOPs of the adapter in a training step, thousands a screen (log scale)"
-    at_x, at_y = page.axes((240, top, 2760, top + 940), lines, x_title, "", "x")
+    at_x, at_y = page.axes(240, top, 2760, top + 940, lines, x_title, "", "x")
     for i, (_, fill, [(x, y, spread)]) in enumerate(lines):  # the names stand on poles
         page.line((at_x(x), 160 + 84 * i, at_x(x), at_y(min(y + spread, 100))), fill, 3)
         page.write(at_x(x) + 20, 180 + 84 * i, f"{points[i]['name']}: {y:.1f} %", fill)
@@ -236,7 +225,7 @@ def skill(series: dict) -> Image.Image:
         lines.append((name, fill, sorted((100 * x, 100 * y, 100 * spread) for x, y, spread in line)))
     before = "before fine-tuning: how often the base model knows what stands right of a name, %"
     after = "after fine-tuning on row screens: clicks that hit the switch, %"
-    page.axes((240, 200, WIDTH - 100 - max(map(FONT.getlength, series)), 1528), lines, before, after)
+    page.axes(240, 200, WIDTH - 100 - max(map(FONT.getlength, series)), 1528, lines, before, after)
     return page.image.reduce(2)
 
 
