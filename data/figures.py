@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data.screens import SIZE, is_hit
-from data.tokenizer import parse_point
 from imagelora import safe_write
 
 BLUE, ORANGE, GREEN, INK, GREY, PALE = "#0072b2 #d55e00 #009e73 #222222 #667085 #e4e7ec".split()  # Okabe and Ito
@@ -179,7 +178,7 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list, p
             shade = (220 - 220 * (seen / seen.max()).sqrt()).byte().reshape(side, side).cpu().numpy()
             picture.paste("#101828", None, Image.fromarray(shade).resize(picture.size, Image.Resampling.NEAREST))
             cells.append((picture, sample["bbox"], (), "", None))
-        cells.append(_cell((screen, sample, parse_point(after)), parse_point(before)))
+        cells.append(_cell((screen, sample, after), before))
     page = _sheet(cells, 4, top=336)
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):
         page.write(MARGIN + 816 * i, 288, title)

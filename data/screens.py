@@ -59,7 +59,7 @@ class Element:
     click: Box | None  # where a click on it belongs; None for what is never asked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Screen:
     image: np.ndarray  # [SIZE, SIZE, 3] uint8
     elements: tuple[Element, ...]
