@@ -132,8 +132,8 @@ def moving(given: list) -> list[Image.Image]:
         said = f"step {step:,} of {last:,}:  {sum(cell[-1] for cell in cells)} of {len(cells)} clicks hit"
         page = _sheet(cells, 3, said, "click now")
         page.rectangle((MARGIN, 136, MARGIN + (WIDTH - 2 * MARGIN) * step / max(last, 1), 152), BLUE)
-        frames.append(page.image.reduce(2))
-    palette = frames[-1].quantize(255, Image.Quantize.MAXCOVERAGE, kmeans=1)
+        frames.append(page.image.reduce(2).point(lambda value: value if value < 250 else 255))
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few, so that white stays white
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
@@ -168,7 +168,7 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list, p
         cells.append((Image.fromarray(screen.image), sample["bbox"], (), sample["instruction"], None))
         for seen in looks:
             picture, side = Image.fromarray(screen.image), round(len(seen) ** 0.5)
-            shade = (220 - 220 * (seen / seen.max()).sqrt()).byte().reshape(side, side).cpu().numpy()
+            shade = (205 - 205 * (seen / seen.max()).sqrt()).byte().reshape(side, side).cpu().numpy()
             picture.paste("#101828", None, Image.fromarray(shade).resize(picture.size, Image.Resampling.NEAREST))
             cells.append((picture, sample["bbox"], (), "", None))
         cells.append(_cell(screen, sample, parse_point(after), parse_point(before)))
