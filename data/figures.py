@@ -5,7 +5,6 @@ Places are in quarters of a pixel of a page that shows a picture 830 wide; halve
 import io
 import math
 from itertools import accumulate, product
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -17,7 +16,6 @@ from imagelora import safe_write
 
 BLUE, ORANGE, GREEN, INK, GREY, PALE = "#0072b2 #d55e00 #009e73 #222222 #667085 #e4e7ec".split()  # Okabe and Ito
 WIDTH, MARGIN, FONT = 3320, 52, ImageFont.load_default(56)
-LEGEND = ("target", "base model's click", "after fine-tuning")
 ROUND = [step * 10.0**e for e, step in product(range(-6, 10), (1, 2, 5))]  # what the ticks of axes are
 
 
@@ -81,13 +79,14 @@ class Page(ImageDraw.ImageDraw):
         return at_x, at_y
 
 
-def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 184) -> Page:
+def _sheet(cells: list, columns: int, said: str = "", now: str = "after fine-tuning", top: int = 184) -> Page:
     """Pictures of screens in columns; a cell is (picture, target, clicks before and after, words, right or wrong)."""
     side = (WIDTH - 2 * MARGIN + 48) // columns - 48
     page = Page(top + math.ceil(len(cells) / columns) * (side + 152))
     page.write(WIDTH - MARGIN, 72, said, anchor="rm")
     page.target(68, 48, 132, 96)
-    for i, (x, words) in enumerate(zip((172, 492, 1124), legend)):
+    clicked, named = ("target", "base model's click", now), ("what is it? The answers after fine-tuning:",)
+    for i, (x, words) in enumerate(zip((172, 492, 1124), clicked if cells[-1][2] else named)):
         page.write(x, 72, words)
         if i:
             page.click(x - 54, 72, tuned=i == 2)
@@ -100,15 +99,13 @@ def _sheet(cells: list, columns: int, legend=LEGEND, said: str = "", top: int = 
                 page.click(x + point[0] * side / SIZE, y + point[1] * side / SIZE, tuned)
         page.write(x, y + side + 64, words)
         if good is not None:
-            pill = x + side - 200, y + side + 26, x + side, y + side + 106
-            page.rounded_rectangle(pill, 16, PALE if good else INK)
+            page.rounded_rectangle((x + side - 200, y + side + 26, x + side, y + side + 106), 16, PALE if good else INK)
             page.write(x + side - 100, y + side + 64, "right" if good else "wrong", INK if good else "white", "mm")
     return page
 
 
-def _cell(given: tuple, before=None) -> tuple:
-    """A cell of (screen, sample, answer) and the answer before. Where a name is asked for, its place is the target."""
-    screen, sample, answer = given
+def _cell(screen, sample: dict, answer, before) -> tuple:
+    """A cell of a sample and the answers to it. Where a name is asked for, its place is the target."""
     picture = Image.fromarray(screen.image)
     if "bbox" in sample:
         return picture, sample["bbox"], (before, answer), sample["instruction"], is_hit(answer, sample["bbox"])
@@ -118,33 +115,28 @@ def _cell(given: tuple, before=None) -> tuple:
 
 def predictions(base: list, tuned: list) -> Image.Image:
     """Twelve of (screen, sample, click or name) before and after; failures have their share, but one at least."""
-    cells = [_cell(after, before) for (*_, before), after in zip(base, tuned)]
-    order = sorted(
-        range(len(cells)), key=lambda i: cells[i][-1]
-    )  # the wrong first; what is even in it holds their share
-    count = min(12, len(cells))
-    chosen = sorted([order[0], *(order[(2 * i + 1) * len(cells) // (2 * count)] for i in range(1, count))])
+    cells = [_cell(*after, before) for (*_, before), after in zip(base, tuned)]
+    order = sorted(range(len(cells)), key=lambda i: cells[i][-1])  # wrong ones first
+    chosen = sorted({order[0], *(order[(2 * i + 1) * len(cells) // 24] for i in range(1, 12))})
     said = f"{100 * sum(cell[-1] for cell in cells) / len(cells):.1f} % of {len(cells):,} are right"
-    legend = LEGEND if "bbox" in base[0][1] else ("what is it? The answers after fine-tuning:",)
-    return _sheet([cells[i] for i in chosen], 4, legend, said).image.reduce(2)
+    return _sheet([cells[i] for i in chosen], 4, said).image.reduce(2)
 
 
 def moving(given: list) -> list[Image.Image]:
-    """given = [(base model's) (step, [(screen, sample, point or None), ...]), ...] as frames of six screens at most."""
+    """Frames of six screens at most; given = [(step, [(screen, sample, point or None), ...]), ...], untuned first."""
     (_, first), (last, _), frames = given[0], given[-1], []
     pictures = [Image.fromarray(screen.image).resize((1040, 1040)) for screen, *_ in first[:6]]  # once, to save time
     for step, answers in given:
-        shown = zip(pictures, first, answers)
-        cells = [(picture, *_cell(answer, before)[1:]) for picture, (*_, before), answer in shown]
+        cells = [(big, *_cell(*answer, before)[1:]) for big, (*_, before), answer in zip(pictures, first, answers)]
         said = f"step {step:,} of {last:,}:  {sum(cell[-1] for cell in cells)} of {len(cells)} clicks hit"
-        page = _sheet(cells, 3, (*LEGEND[:2], "click now"), said)
+        page = _sheet(cells, 3, said, "click now")
         page.rectangle((MARGIN, 136, MARGIN + (WIDTH - 2 * MARGIN) * step / max(last, 1), 152), BLUE)
-        frames.append(page.image.reduce(2))
-    palette = frames[-1].quantize(255, Image.Quantize.MAXCOVERAGE, kmeans=1)
+        frames.append(page.image.reduce(2).point(lambda value: value if value < 250 else 255))
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few, so that white stays white
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
-def save_moving(frames: list[Image.Image], path: Path) -> None:
+def save_moving(frames: list[Image.Image], path) -> None:
     """An endless GIF; its last frame stays for three seconds."""
     times = [160] * (len(frames) - 1) + [3000]
     save(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
@@ -175,10 +167,10 @@ def look(screens: list, samples: list, weights: list, base: list, tuned: list, p
         cells.append((Image.fromarray(screen.image), sample["bbox"], (), sample["instruction"], None))
         for seen in looks:
             picture, side = Image.fromarray(screen.image), round(len(seen) ** 0.5)
-            shade = (220 - 220 * (seen / seen.max()).sqrt()).byte().reshape(side, side).cpu().numpy()
+            shade = (205 - 205 * (seen / seen.max()).sqrt()).byte().reshape(side, side).cpu().numpy()
             picture.paste("#101828", None, Image.fromarray(shade).resize(picture.size, Image.Resampling.NEAREST))
             cells.append((picture, sample["bbox"], (), "", None))
-        cells.append(_cell((screen, sample, after), before))
+        cells.append(_cell(screen, sample, after, before))
     page = _sheet(cells, 4, top=336)
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):
         page.write(MARGIN + 816 * i, 288, title)
@@ -241,7 +233,7 @@ def factors(named: list) -> Image.Image:
     return page.image.reduce(2)
 
 
-def save(picture: Image.Image, path: Path, form: str = "PNG", **how) -> None:
+def save(picture: Image.Image, path, form: str = "PNG", **how) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, form, optimize=True, **how)
     safe_write(buffer.getbuffer(), path)
