@@ -9,7 +9,8 @@ What it is told, and what not:
                Second stage, the vision encoder frozen: these, and what is right of a name (never where)
     screens    are those of the split "pretrain", which neither fine-tuning nor any test draws from
 
-A run that was stopped starts anew. data/tiny_vlm.pt was made with --out data/tiny_vlm.pt.
+After the first stage the model is kept in base.first.pt: a run that was stopped later goes on from there, with
+--steps 0 --start base.first.pt. data/tiny_vlm.pt was made with --out data/tiny_vlm.pt.
 """
 
 import json
@@ -191,7 +192,7 @@ def second_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
         rng = np.random.default_rng([cfg.seed, 1, step])
         picks = rng.choice(len(drawn), SECOND - cfg.relations, replace=False)
         asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER, BY_COLOUR) for i in picks]
-        before = told_before(cfg.steps + step, len(picks), rng)
+        before = told_before(step, len(picks), rng)
         batch = training_batch(asked, seen.shape[1], before)
         loss = model(**batch, image_features=project(seen[picks])).loss
         text = f"answers {loss.item():.3f}"
@@ -205,24 +206,30 @@ def second_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
         bar.set_postfix_str(text, refresh=False)
 
 
+def save(model: TinyVLM, path: Path) -> None:
+    """Writes {"config", "state"}, in 16 bits."""
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    safe_save({"config": asdict(model.config), "state": state}, path)
+
+
 def pretrain(cfg: PretrainConfig) -> None:
     """Make the base model, write it, and measure what was written."""
     start, out = time.time(), Path(cfg.out)
     if not out.parent.is_dir():
         raise ValueError(f"there is no directory {out.parent}")
-    torch.manual_seed(cfg.seed)
-    if cfg.start:
-        model = TinyVLM.from_pretrained(cfg.start)
-    else:
+    first = Path(cfg.start) if cfg.start else out.with_suffix(".first.pt")
+    if cfg.steps:
+        torch.manual_seed(cfg.seed)
         model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
         first_stage(cfg, model)
-    second_stage(cfg, model)
-    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    safe_save({"config": asdict(model.config), "state": state}, out)
+        save(model, first)
+    model = TinyVLM.from_pretrained(first)  # rounded to 16 bits: a second stage that starts anew is the same
+    if cfg.second_steps:
+        second_stage(cfg, model)
+    save(model, out)
     seconds = round(time.time() - start)
-    options = (
-        f"--{name.replace('_', '-')} {value}" for name, value in asdict(cfg).items() if name != "out" and value != ""
-    )
+    given = {name: value for name, value in asdict(cfg).items() if name != "out" and value != ""}
+    options = (f"--{name.replace('_', '-')} {value}" for name, value in given.items())
     result = {"command": " ".join(["python train.py --pretrain", *options])}
     result |= {"torch": torch.__version__, "seconds": seconds}
     model = TinyVLM.from_pretrained(out)  # as it is used: rounded to 16 bits
