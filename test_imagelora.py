@@ -174,7 +174,8 @@ def test_a_batch_equals_its_rows(side):
     """Images at different places, two images, none, padding: each row is adapted at its own tokens."""
     rows = [BEFORE + IMAGE + AFTER, IMAGE + AFTER, [1, *IMAGE, 5, *IMAGE, 6, 7], TEXT]
     attach_trained(model := tiny_vlm())
-    batch = prompt(*prompts.pad(rows, 0, side).tolist())
+    padding = [[0] * (12 - len(row)) for row in rows]
+    batch = prompt(*(pad + row if side == "left" else row + pad for pad, row in zip(padding, rows)))
     mask = batch["input_ids"] != 0
     together, pictures = model(**batch, attention_mask=mask).logits, batch["pixel_values"]
     for got, own, row, images in zip(together, mask, rows, (pictures[:1], pictures[1:2], pictures[2:], None)):
