@@ -3,17 +3,15 @@
     V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for the heads h in S          (section 3)
 
 in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes the rows of text tokens. Queries, keys,
-text tokens and other heads are untouched, so with no image in the context the output is the frozen base model's bit for
-bit. The whole use:
+text tokens and other heads are untouched: with no image in the context the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
     adapter = attach(model, heads=select_heads(scores, 16))    # freezes the model; adapter.parameters() are trainable
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
-A worked example: three tokens with two features each, the second token is visual; two heads with one feature each.
-r = 1, alpha = 1, gamma = 1 and S = {1}, so the scale in front is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is
-1.1, added to the visual token's value in head 1 and nowhere else:
+A worked example: of three tokens with two features each the second is visual; of two heads with one feature each head
+1 is adapted, with a scale of 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added there and nowhere else:
 
     >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_kv_heads=2, heads=[1], r=1, lora_alpha=1)
     >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]])), adapter.B.data.fill_(0.1)
@@ -32,7 +30,7 @@ import os
 import threading
 import zipfile
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -45,8 +43,8 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
-    B starts at zero: the model starts as the base. A starts as in LoRA, and gamma at 1, so that learning rates known
-    from LoRA, or a few times these, serve here; with gamma near 0 the same step of B would be a much smaller update.
+    B starts at zero: the model starts as the base. A starts as in LoRA, and gamma at 1: learning rates known from LoRA,
+    or a few times these, serve here, where with gamma near 0 the same step of B would be a much smaller update.
     """
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
@@ -56,10 +54,8 @@ class ValueAdapter(nn.Module):
         self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))  # shared by the layer's heads
         self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))  # a block for each head
         self.gamma = nn.Parameter(torch.ones(1, device=device))  # of one element: FSDP shards no scalars
-        nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))  # uniform in +-1/sqrt(D), as PEFT's LoRA
         self.register_buffer("heads", torch.tensor(heads, device=device), persistent=False)  # [|S|]: S
-        selected = torch.tensor([head in heads for head in range(num_kv_heads)], device=device)
-        self.register_buffer("selected", selected)  # [H]: S in a state_dict, for load_state_dict() to compare
+        nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))  # uniform in +-1/sqrt(D), as PEFT's LoRA
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
@@ -72,12 +68,11 @@ class ValueAdapter(nn.Module):
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values V~.
 
-        M X is a gather of rows, not a product with M: nothing is computed for a text token. Without any row the values
-        stay as they are, but every parameter gets a gradient (of zero), which data-parallel training needs.
+        M X is a gather of rows, so nothing is computed for text tokens. Without any row the values stay, but every
+        parameter gets a gradient (of zero), which data-parallel training needs.
         """
         H, d_h = self.num_kv_heads, self.B.shape[2]
-        wrong = f"v_proj gave {value.shape[-1]} features, not {H} heads of {d_h}: are heads split over devices?"
-        _require(value.shape[-1] == H * d_h, wrong, RuntimeError)
+        _require(value.shape[-1] == H * d_h, SPLIT.format(value.shape[-1], H, d_h), RuntimeError)
         # M X, without its zero rows
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
@@ -89,26 +84,12 @@ class ValueAdapter(nn.Module):
     def _apply(self, fn, recurse=True):
         def moved(t):  # to another device, but to no type in which small steps would be lost
             new = fn(t)
-            return t.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
+            return t.to(new.device) if new.element_size() < 4 else new
 
         return super()._apply(moved, recurse)
 
 
-def untraced(step):
-    """torch.compile does not look into it, but runs it at each call. The import that this needs takes a second."""
-
-    @wraps(step)
-    def run(*args, **kwargs):
-        if not hasattr(step, "run"):
-            step.run = torch.compiler.disable(step)
-        return step.run(*args, **kwargs)
-
-    return run
-
-
-class ThisThread(threading.local):
-    """What the thread that asks is in."""
-
+class ThisThread(threading.local):  # what the thread that asks is in
     enabled = True  # False: in disabled()
     mask = None  # [B, T]: in visual_mask()
     rows = None  # [N], the visual ones of B * T: in a call of the model
@@ -124,57 +105,52 @@ class ThisThread(threading.local):
 class ImageLoRA(nn.Module):
     """Freezes `model` and adapts the values of visual tokens, scaled by lora_alpha / r and, if normalize, 1/sqrt|S|.
 
-    heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. Raises ValueError, and leaves
-    the model as it was, where it or the arguments do not allow it. The way of M from a call to the values:
+    heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. Raises ValueError, the model as
+    it was, where it or the arguments do not allow it. `.parameters()` are exactly the trainable A, B and gamma, in
+    float32 or wider; as `model.image_lora` they are in the model's state_dict. The way of M:
 
         model(input_ids)     _find_rows      before the call: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on the memory of this tensor
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
-    The note is for gradient checkpointing, which keeps a layer's input and in the backward pass runs the layer again,
-    in no call of the model, and maybe in another thread: it tells which rows these are.
-
-    `.parameters()` are exactly the trainable A, B and gamma, in float32 or wider whatever type the model has. As
-    `model.image_lora` it moves with the model, and is in `model.state_dict()` (but for lora_alpha and normalize).
-    After Ctrl-C inside a call, call the whole model before a part of it.
+    The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass,
+    in no call of the model, maybe in another thread: it tells which rows these are. After Ctrl-C in a call, call the
+    model before a part of it. Leave disabled() after a backward pass that runs the whole model again.
     """
 
-    def __init__(self, model, r: int = 8, lora_alpha: float = 16, heads: Heads | None = None, normalize: bool = True):
+    def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
         super().__init__()
+        _untrace()
         model = getattr(model, "_orig_mod", model)  # torch.compile's and PEFT's wrappers call the model inside them
         model = getattr(model, "get_base_model", lambda: model)()
         decoder, self.head_counts, self.image_token_ids = _checked_model(model)
         self.heads = _checked_options(decoder, self.head_counts, r, lora_alpha, heads, normalize)
         self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
-        self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self.layers = nn.ModuleDict()
+        self.model_name = getattr(model.config, "_name_or_path", type(model).__name__)
+        self.layers, steps = nn.ModuleDict(), []
         for layer, selected in self.heads.items():
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
             adapter = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, _device(attention.v_proj))
+            reader = getattr(decoder[layer], "input_layernorm", attention)  # what reads the layer's input
+            steps += [(reader, self._note_rows), (attention.v_proj, partial(self._adapt_values, adapter))]
             self.layers[str(layer)] = adapter
-        self.register_load_state_dict_post_hook(_check_loaded)
         # From here on the model is changed, and nothing can fail.
         self._model, self._now = [model], ThisThread()  # in a list: the model is no part of its adapter
-        self._trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         self._undo = [
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True).remove,
             model.register_forward_hook(self._end_call, always_call=True).remove,
+            *(_wrap(module, step) for module, step in steps),
         ]
-        for layer, adapter in self.layers.items():
-            block = decoder[int(layer)]
-            first = getattr(block, "input_layernorm", block.self_attn)  # what reads the layer's input
-            self._undo.append(_wrap(first, self._note_rows))
-            self._undo.append(_wrap(block.self_attn.v_proj, self._adapt_values, adapter))
         model.image_lora = self
         torch.compiler.reset()  # what is compiled already would not run the hooks
 
-    @untraced
     def _find_rows(self, model, args, kwargs):
         """The arguments of a call -> M's diagonal, visual [B, T] -> the visual rows [N] of B * T."""
         now = self._now
-        now.rows, now.updated, now.grad = NO_ROWS, set(), torch.is_grad_enabled()
+        now.rows, now.updated, now.grad = torch.zeros(0, dtype=torch.long), set(), torch.is_grad_enabled()
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if not now.enabled:
             return None
@@ -188,7 +164,6 @@ class ImageLoRA(nn.Module):
         now.rows, now.shape = visual.flatten().nonzero().squeeze(1), visual.shape
         return args, kwargs
 
-    @untraced
     def _note_rows(self, forward, *args, **kwargs):
         """In a call they are put on the memory of a layer's input [B, T, D]; when the layer runs again, read there."""
         x, now = args[0] if args else kwargs["hidden_states"], self._now
@@ -198,11 +173,10 @@ class ImageLoRA(nn.Module):
         elif x.requires_grad or torch.is_grad_enabled():
             _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows
-        elif now.grad:
-            _require(not any(p.requires_grad for p in self.parameters()), NO_GRADIENT, RuntimeError)
+        else:
+            _require(not now.grad, NO_GRADIENT, RuntimeError)
         return forward(*args, **kwargs)
 
-    @untraced
     def _adapt_values(self, adapter, forward, x, *args, **kwargs):
         """X [B, T, D] -> X W_V -> V~ [B, T, H * d_h]."""
         value, now = forward(x, *args, **kwargs), self._now
@@ -211,18 +185,15 @@ class ImageLoRA(nn.Module):
             return value  # detached, but others have wrapped this since
         _require(rows is not None, ALONE, RuntimeError)
         if len(rows) and now.rows is not None:
-            told, got = list(now.shape), list(x.shape[:-1])
-            _require(told == got, f"{TOLD} tokens {told}, v_proj got {got}; {BEAMS}", RuntimeError)
+            _require(now.shape == x.shape[:-1], MISSHAPED.format(now.shape, x.shape[:-1]), RuntimeError)
             now.updated.add(adapter)
         if not len(rows) and not torch.is_grad_enabled():
             return value  # as for each decoded token: its image's values are in the cache
         return adapter.add_update(x, value, rows.to(x.device))
 
-    @untraced
     def _end_call(self, model, args, output):
-        """Runs after an error, too, then without an output."""
         now = self._now
-        complete = output is None or not len(now.rows) or len(now.updated) == len(self.layers)
+        complete = output is None or not len(now.rows) or len(now.updated) == len(self.layers)  # None: after an error
         now.rows = None
         _require(complete, REPLACED, RuntimeError)
 
@@ -236,19 +207,13 @@ class ImageLoRA(nn.Module):
             vars(self._now).update(before)
 
     def disabled(self):
-        """A context in which this thread calls the base model. A training step in it saves the adapter's FLOPs.
-
-        Where one checkpoint holds the whole model, leave it after the backward pass.
-        """
+        """A context in which this thread calls the base model. A training step in it saves the adapter's FLOPs."""
         return self._within(enabled=False)
 
     def visual_mask(self, mask: Tensor):
-        """A context in which calls by `inputs_embeds` [B, T, D] go by this mask [B, T], True at visual tokens.
-
-        Calls by `input_ids`, as are the later steps of `generate(inputs_embeds=...)`, go by those.
-        """
-        wrong = f"the visual mask must be a bool tensor [B, T], got {mask.dtype} {list(mask.shape)}"
-        _require(mask.dtype == torch.bool and mask.ndim == 2, wrong)
+        """A context in which calls by `inputs_embeds` go by this mask [B, T], True at visual tokens; by `input_ids`, by
+        those, as do the later steps of `generate(inputs_embeds=...)`."""
+        _require(mask.dtype == torch.bool and mask.ndim == 2, NO_MASK.format(mask.dtype, mask.shape))
         return self._within(mask=mask)
 
     def detach(self) -> nn.Module:
@@ -258,40 +223,45 @@ class ImageLoRA(nn.Module):
         for undo in self._undo:
             undo()
         del model.image_lora
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in model.named_parameters():
             if name in self._trainable:
                 parameter.requires_grad_()
         torch.compiler.reset()
         return model
 
-    def save(self, path: str | os.PathLike) -> None:
+    def get_extra_state(self):
+        """Which heads of all a state_dict is of: tensors of others can have the same shapes."""
+        every = [(layer, head) for layer, H in enumerate(self.head_counts) for head in range(H)]
+        return torch.tensor([head in self.heads.get(layer, ()) for layer, head in every])
+
+    def set_extra_state(self, selected):
+        same = selected.cpu().bool().equal(self.get_extra_state())
+        _require(same, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
+
+    def save(self, path):
         """Write the adapter in the authors' layout, atomically; with FSDP2 on all ranks at once. ValueError on NaN."""
         safe_save(_content(self), path)
 
-    def flops(self, num_visual_tokens: int) -> int:
+    def flops(self, num_visual_tokens):
         """FLOPs of the adapter in one training step (forward and backward) over so many visual tokens."""
         A, B, _ = next(iter(self.layers.values())).parameters()
         return image_lora_flops(num_visual_tokens, A.shape[0], B.shape[2], self.heads, self.r)
 
-    def extra_repr(self) -> str:
-        chosen, count = sum(map(len, self.heads.values())), sum(p.numel() for p in self.parameters())
-        heads = f"{chosen} of {sum(self.head_counts)} heads {self.heads}"
-        return f"{heads}, r={self.r}, lora_alpha={self.lora_alpha}, {count:,} parameters"
+    def extra_repr(self):
+        return f"heads {self.heads} of {self.head_counts} a layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
 attach = ImageLoRA  # adapter = attach(model, ...)
 
 
-def score_heads(model, batches, loss_fn=None, probe: str = "rank1", seed: int = 0) -> Tensor:
+def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
 
     I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged:
     dL/dB = A^T X_vis^T G, where G is the gradient at the value output. probe="rank1": r = 1 and A ~ N(0, 1), drawn for
-    each batch. probe="exact": r = D and A = I, so it is the squared gradient of the whole W_V(h) over visual tokens.
-    As E[A A^T] = I, rank-1 is exact on average over A.
-
-    loss_fn(model, batch) -> scalar, default `model(**batch).loss`. The gradient is squared batch by batch: batches of
-    one example can rank heads differently. Heads that a layer does not have score 0. ValueError without visual tokens.
+    each batch, so that E[A A^T] = I. probe="exact": r = D and A = I, the squared gradient of the whole W_V(h) over
+    visual tokens, which rank-1 is on average. The gradient of loss_fn(model, batch), by default `model(**batch).loss`,
+    is squared batch by batch: batches of one example can rank heads differently. A head that is not there scores 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -299,21 +269,19 @@ def score_heads(model, batches, loss_fn=None, probe: str = "rank1", seed: int = 
     r = 1 if probe == "rank1" else D
     adapter = attach(model, r, lora_alpha=r, normalize=False)  # the scale in front of A B is 1
     try:
-        adapters = list(adapter.layers.values())
         generator = torch.Generator().manual_seed(seed)
-        scores = torch.zeros(len(adapters), max(adapter.head_counts))
+        scores = torch.zeros(len(adapter.layers), max(adapter.head_counts))
         count = 0
         for count, batch in enumerate(batches, 1):
-            for a in adapters:
+            for a in adapter.layers.values():
                 A = torch.randn(D, r, generator=generator) if probe == "rank1" else torch.eye(D)
                 a.A.requires_grad_(False).copy_(A)
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
-            finite = isinstance(loss, Tensor) and loss.isfinite().all()
-            _require(finite, f"the loss of probe batch {count - 1} is {loss}: do its labels hold an answer?")
+            _require(isinstance(loss, Tensor) and loss.isfinite().all(), NO_LOSS.format(count - 1, loss))
             adapter.zero_grad()
             loss.backward()
-            for layer, a in enumerate(adapters):
+            for layer, a in enumerate(adapter.layers.values()):
                 # I(l, h) = ||dL/dB_l(h)||^2
                 gradient = a.B.grad.float()  # [H, r, d_h]
                 scores[layer, : a.num_kv_heads] += gradient.square().sum((1, 2)).cpu()
@@ -323,39 +291,35 @@ def score_heads(model, batches, loss_fn=None, probe: str = "rank1", seed: int = 
     return scores / count
 
 
-def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
+def select_heads(scores, num_heads, tau=0.5) -> Heads:
     """Exactly `num_heads` heads: layer l gets k_l ~ (sum_h I(l, h))^tau of them, its most influential. scores [L, H].
 
-    tau=0 spreads the budget evenly, 1 in proportion to influence, a large one fills the most influential layers first;
-    0.5 is the authors' default. Raises ValueError on bad input.
+    tau=0 spreads the budget evenly, a large one fills the most influential layers first; 0.5 is the authors' default.
     """
     _check_selection(scores, num_heads, tau)
-    num_layers, num_kv_heads = scores.shape
     # k_l ~ (sum_h I(l, h))^tau with sum k_l = K exactly
     influence = scores.double().sum(1)  # of each layer
-    influence = influence / influence.max().clamp(min=1e-300)  # so that no power overflows
-    weights = (influence**tau).clamp(min=1e-300)  # layers without influence are equals
-    budget = torch.zeros(num_layers, dtype=torch.long)
+    weights = (influence / influence.max().clamp(min=1e-300)).pow(tau).clamp(min=1e-300)  # nothing over- or underflows
+    budget = torch.zeros_like(weights, dtype=torch.long)
     for _ in range(num_heads):  # one by one to the layer of the largest quotient, as Sainte-Lague does
         quotient = weights / (2 * budget + 1)
-        budget[quotient.where(budget < num_kv_heads, 0).argmax()] += 1
+        budget[quotient.where(budget < scores.shape[1], 0).argmax()] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
     return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget.tolist()) if k}
 
 
-def lora_flops(num_tokens: int, in_features: int, out_features: int, r: int, input_grad: bool = True) -> int:
+def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
     """Training FLOPs of LoRA on one Linear, 2 m n k a product; input_grad: whether its input needs a gradient."""
-    forward = 2 * num_tokens * r * (in_features + out_features)  # z = x A, y = z B
-    dB = dz = 2 * num_tokens * r * out_features
-    dA = dx = 2 * num_tokens * r * in_features
-    return forward + dB + dz + dA + (dx if input_grad else 0)
+    z = dA = dx = 2 * num_tokens * r * in_features  # z = x A
+    y = dB = dz = 2 * num_tokens * r * out_features  # y = z B
+    return z + y + dB + dz + dA + dx * input_grad
 
 
-def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, input_grad: bool = False) -> int:
+def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads, r, input_grad=False):
     """Training FLOPs of a whole Image-LoRA; input_grad: as above, of the lowest adapted layer (others always do)."""
     flops = 0
-    for layer in sorted(layer for layer in heads if heads[layer]):
-        flops += lora_flops(num_visual_tokens, hidden_size, len(heads[layer]) * head_dim, r, input_grad)
+    for selected in filter(None, heads.values()):
+        flops += lora_flops(num_visual_tokens, hidden_size, len(selected) * head_dim, r, input_grad)
         input_grad = True
     return flops
 
@@ -369,30 +333,27 @@ def _require(right, sentence, error=ValueError):
 
 
 UNKNOWN = "which tokens are visual? pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
-TOLD, BEAMS = "input_ids or the visual mask told of", "a mask for beams is mask.repeat_interleave(num_beams, 0)"
-REPLACED = "an adapted v_proj was not called; one that replaced it after attach() (merged, unloaded, quantized) is not "
-REPLACED += "adapted: detach() first, then attach or load again"
-ALONE = "v_proj called without the model that attach() adapted: call model(...), not model.forward(...) or a part (or "
-ALONE += "attach to that and give it a visual_mask()); a checkpoint must be of one layer, whose input is not copied"
+NO_MASK = "the visual mask must be a bool tensor [B, T], got {} {}"
+MISSHAPED = "input_ids or mask tell of tokens {}, v_proj got {}; for beams, mask.repeat_interleave(num_beams, 0)"
+ALONE = "v_proj ran outside of model(...): in model.forward(), a part alone, a checkpoint of layers or of copied input"
 REUSED = "a layer's input lies in the memory of another call's, which has other visual tokens: clone() it"
+REPLACED = "an adapted v_proj was not called: was it replaced (merged, quantized) after attach()? detach() before that"
 NO_GRADIENT = "no gradient reaches the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"
-NO_ROWS = torch.zeros(0, dtype=torch.long)
+NO_LOSS = "the loss of probe batch {} is {}: do its labels hold an answer?"
+SPLIT = "v_proj gave {} features, not {} heads of {}: are heads split over devices?"
 
 
-def _checked_model(model) -> tuple[nn.ModuleList, list[int], set[int]]:
+def _checked_model(model):
     """The decoder's layers, how many value heads each has, and the ids of visual tokens."""
     encoders = ("vision", "visual", "audio", "img", "image", "video", "perceiver")
-    stacks = {
-        name: module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "layers" and isinstance(module, nn.ModuleList) and len(module)
-        if not any(part.startswith(encoders) for part in name.split("."))
-    }
+    stacks = {}
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        encoder = any(part.startswith(encoders) for part in path)
+        if last == "layers" and isinstance(module, nn.ModuleList) and not encoder:
+            stacks[name] = module
     found = ", ".join(stacks) or "none"
     _require(len(stacks) == 1, f"expected one stack of decoder layers besides the vision tower, found {found}")
-    config = getattr(model, "config", None)
-    shared = getattr(getattr(config, "text_config", config), "num_kv_shared_layers", 0)
-    _require(not shared, "layers that share their values with other layers (num_kv_shared_layers) cannot be adapted")
     decoder, head_counts = stacks[found], []
     for i, layer in enumerate(decoder):
         attention = getattr(layer, "self_attn", layer)
@@ -401,22 +362,20 @@ def _checked_model(model) -> tuple[nn.ModuleList, list[int], set[int]]:
         _require("v_proj" in parts, f"{found}.{i} has no self_attn.v_proj but {', '.join(parts)}: {why}")
         later = [part for part in parts if part.startswith("v_") and part != "v_proj"]
         _require(not later, f"{found}.{i} changes its values after v_proj, in {later}; they cannot be adapted")
-        d_h, features = getattr(attention, "head_dim", None), getattr(attention.v_proj, "out_features", 0)
-        whole = d_h and features and features % d_h == 0
-        _require(whole, f"{found}.{i}.self_attn.head_dim is {d_h}, v_proj has {features} features")
+        d_h, features = attention.head_dim, attention.v_proj.out_features
+        _require(features % d_h == 0, f"{found}.{i}.self_attn.head_dim is {d_h}, v_proj has {features} features")
         head_counts.append(features // d_h)
     v_projs = {layer.self_attn.v_proj for layer in decoder}
     _require(len(v_projs) == len(decoder), "layers share a v_proj; they cannot be adapted")
-    attached = hasattr(model, "image_lora") or any(hasattr(v_proj, "in_image_lora") for v_proj in v_projs)
+    attached = any(hasattr(v_proj, "without_image_lora") for v_proj in v_projs)
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
-    ids = {token for name in names if isinstance(token := getattr(config, name, None), int)}
+    ids = {getattr(model.config, name, None) for name in names} - {None}
     _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the whole VLM, unwrapped")
     return decoder, head_counts, ids
 
 
-def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize) -> Heads:
-    """The heads, sorted."""
+def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize):
     D = min(layer.self_attn.v_proj.in_features for layer in decoder)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
     right = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
@@ -435,46 +394,39 @@ def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize) -> H
 
 
 def _device(v_proj):
-    tensors = [*v_proj.parameters(), *v_proj.buffers()]  # a quantized one may have no weight
-    device = tensors[0].device if tensors else None
-    return getattr(getattr(v_proj, "_hf_hook", None), "execution_device", device)  # where accelerate runs it
+    tensors = [*v_proj.parameters(), *v_proj.buffers(), torch.empty(0)]  # a quantized one may have no weight
+    return getattr(getattr(v_proj, "_hf_hook", None), "execution_device", tensors[0].device)  # where accelerate runs it
 
 
 def _check_selection(scores, num_heads, tau):
     right = scores.ndim == 2 and scores.isfinite().all() and (scores >= 0).all()
-    _require(right, f"scores must be finite, not negative and [layers, heads], got {list(scores.shape)}")
+    _require(right, f"scores must be finite, not negative and [layers, heads], got {scores.shape}")
     right = type(num_heads) is int and 1 <= num_heads <= scores.numel()
     _require(right, f"num_heads must be an integer in 1..{scores.numel()}, got {num_heads!r}")
     _require(type(tau) in (int, float) and 0 <= tau <= 1e9, f"tau must be a number in 0..1e9, got {tau!r}")
 
 
-def _wrap(module, function, *given):
-    """Puts `function` around `module.forward`. No hook: torch.compile may run what it has compiled without one."""
-    own = vars(module).get("forward")
-    ours = module.forward = partial(function, *given, module.forward)
-    module.in_image_lora = True
-    return partial(_unwrap, module, own, ours)
+@cache
+def _untrace():  # torch.compile runs these at each call, unseen; at the first attach(), as its import takes a second
+    for step in ("_find_rows", "_note_rows", "_adapt_values", "_end_call"):
+        setattr(ImageLoRA, step, torch.compiler.disable(getattr(ImageLoRA, step)))
 
 
-def _unwrap(module, own, ours):
-    del module.in_image_lora
+def _wrap(module, step):
+    """Puts `step` around `module.forward`. No hook: torch.compile may run what it has compiled without one."""
+    module.without_image_lora = {name: own for name, own in vars(module).items() if name == "forward"}
+    module.forward = partial(step, module.forward)
+    return partial(_unwrap, module, module.forward)
+
+
+def _unwrap(module, ours):
+    before = vars(module).pop("without_image_lora")
     if vars(module).get("forward") is ours:  # else others have wrapped it since, and it passes through
         del module.forward
-        if own is not None:
-            module.forward = own
+        vars(module).update(before)
 
 
-def _check_loaded(adapter, keys):
-    """Runs after every load_state_dict(), as a Trainer passes strict=False to it."""
-    missing = [key for key in keys.missing_keys if key.endswith(".selected")]
-    right = len(missing) in (0, len(adapter.layers))  # all are missing in a state of the base
-    right = right and not any(key.endswith(".selected") for key in keys.unexpected_keys)
-    for a in adapter.layers.values():
-        right = right and (a.selected.is_meta or a.selected.nonzero().flatten().equal(a.heads))
-    _require(right, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
-
-
-def safe_write(data: bytes, path: str | os.PathLike) -> None:
+def safe_write(data, path):
     """Writes a file beside `path`, then moves it into place: a killed write leaves the old file."""
     beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -484,19 +436,20 @@ def safe_write(data: bytes, path: str | os.PathLike) -> None:
         beside.unlink(missing_ok=True)
 
 
-def safe_save(content: dict, path: str | os.PathLike) -> None:
-    """`torch.save` by `safe_write`."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # not to the disk: where that is full, torch.save raises no OSError
+def safe_save(content, path):
+    torch.save(content, buffer := io.BytesIO())  # not to the disk: where that is full, torch.save raises no OSError
     safe_write(buffer.getbuffer(), path)
 
 
-def safe_load(path: str | os.PathLike) -> dict:
-    """`torch.load` that runs nothing from the file and checks its checksums. Raises ValueError."""
+def safe_load(path):
+    """`torch.load` that runs nothing from the file, and sees only what its checksums confirm. Raises ValueError."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load would not notice a flipped bit in a tensor
-            _require(archive.testzip() is None, "a checksum does not match")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        checked = io.BytesIO()
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+            for name in archive.namelist():
+                copy.writestr(name, archive.read(name))  # torch.load itself would not notice a flipped bit
+        checked.seek(0)
+        content = torch.load(checked, map_location="cpu", weights_only=True)
         _require(isinstance(content, dict), f"it holds a {type(content).__name__}")
         return content
     except Exception as error:
@@ -504,15 +457,13 @@ def safe_load(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is missing, damaged or not a PyTorch file ({reason})") from None
 
 
-def _content(adapter: ImageLoRA) -> dict:
-    """What a file holds. Raises ValueError on NaN."""
+def _content(adapter):
     layers = {layer: {} for layer in adapter.layers}
-    for name, tensor in adapter.state_dict().items():  # parameters() may be FSDP's copies in bfloat16
+    for name, tensor in adapter.layers.state_dict().items():  # parameters() may be FSDP's copies in bfloat16
+        layer, kind = name.split(".")
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
-        _require(tensor.isfinite().all(), f"{name} is not finite; the adapter is not saved")
-        _, layer, kind = name.split(".")
-        if kind != "selected":
-            layers[layer][kind] = tensor.cpu()[0 if kind == "gamma" else ...]
+        _require(tensor.isfinite().all(), f"{kind} of layer {layer} is not finite; the adapter is not saved")
+        layers[layer][kind] = tensor.cpu()[0 if kind == "gamma" else ...]
     return {
         "model_name": adapter.model_name,
         "r": adapter.r,
@@ -524,7 +475,7 @@ def _content(adapter: ImageLoRA) -> dict:
     }
 
 
-def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
+def load(model, path) -> ImageLoRA:
     """Attach the adapter in `path`, ours or the authors'. ValueError, the model untouched, where it does not fit."""
     content, adapter = safe_load(path), None
     try:
@@ -538,11 +489,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
             _require(len(saved["B"]) == len(order), f"layer {layer} names {len(order)} heads for {len(saved['B'])}")
             saved = saved | {"B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
             for name, tensor in saved.items():
-                finite = tensor.is_floating_point() and tensor.float().isfinite().all()
-                _require(finite, f"{name} of layer {layer} does not hold finite floating-point numbers")
-                state[f"layers.{layer}.{name}"] = tensor
-            state[f"layers.{layer}.selected"] = adapter.layers[layer].selected
-        adapter.load_state_dict(state)
+                _require(tensor.float().isfinite().all(), f"{name} of layer {layer} does not hold finite numbers")
+                state[f"{layer}.{name}"] = tensor
+        adapter.layers.load_state_dict(state)
         return adapter
     except Exception as error:
         if adapter:

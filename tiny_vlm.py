@@ -5,9 +5,10 @@
 
 An image is a run of `config.image_token_id` placeholders in `input_ids`, one per patch, as in every Hugging Face VLM.
 
-Shapes:  B batch · T tokens · N images · P patches an image · D hidden size · H query heads · d head size · V vocabulary
+Shapes: B batch · T tokens · N images · P patches · D hidden size · H value, H_q query heads · d their size · V words
 """
 
+import io
 import zipfile
 from dataclasses import dataclass, field, fields
 
@@ -60,7 +61,7 @@ class TinyVLMConfig:
 
 @dataclass
 class KVCache:
-    """Keys and values of all tokens so far, a pair [B, H_kv, T, d] per layer, and the text tokens so far [B]."""
+    """Keys and values of all tokens so far, a pair [B, H, T, d] per layer, and the text tokens so far [B]."""
 
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     text_length: Tensor | None = None
@@ -73,7 +74,7 @@ class TinyVLMOutput:
     past_key_values: KVCache | None = None
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def rotate(x, angles: Tensor) -> Tensor:
     """Rotary position embedding: each pair (x_i, x_{i + d/2}) of x [B, H, T, d] turned by its angle [B, 1, T, d/2]."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
@@ -81,7 +82,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped keys and values (H_kv <= H heads), separate q, k, v, o projections, no bias."""
+    """Multi-head attention with grouped keys and values (H <= H_q heads), separate q, k, v, o projections, no bias."""
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int):
         super().__init__()
@@ -93,7 +94,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles=None, mask=None, causal=False, past=None) -> tuple[Tensor, tuple]:
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or H_kv, T, d]
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H_q or H, T, d]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if angles is not None:
@@ -134,8 +135,7 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size)
         self.row_embedding = nn.Parameter(torch.randn(side, 1, d) * 0.3)
         self.column_embedding = nn.Parameter(torch.randn(1, side, d) * 0.3)
-        heads = config.vision_num_attention_heads
-        layers = range(config.vision_num_hidden_layers)
+        heads, layers = config.vision_num_attention_heads, range(config.vision_num_hidden_layers)
         self.layers = nn.ModuleList(Block(d, heads, heads, causal=False) for _ in layers)
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
@@ -191,11 +191,13 @@ class TinyVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, path) -> "TinyVLM":
         """The model in the file {"config", "state"}, float32, for evaluation. ValueError where the file holds none."""
+        checked = io.BytesIO()
         try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:  # torch.load would not notice a flipped bit
-                    raise ValueError("a checksum does not match")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+                for name in archive.namelist():
+                    copy.writestr(name, archive.read(name))  # torch.load itself would not notice a flipped bit
+            checked.seek(0)
+            content = torch.load(checked, map_location="cpu", weights_only=True)
             model = cls(TinyVLMConfig(**content["config"]))
             model.load_state_dict(content["state"])
         except Exception as error:
@@ -220,9 +222,7 @@ class TinyVLM(nn.Module):
         past_key_values: KVCache | None = None,
         image_features: Tensor | None = None,
     ) -> TinyVLMOutput:
-        """One forward pass.
-
-        input_ids [B, T], with P placeholders for each image, images in row-major order of their placeholders.
+        """input_ids [B, T], with P placeholders for each image, images in row-major order of their placeholders.
         pixel_values [N, 3, S, S] in 0..1, or image_features [N, P, D], what `get_image_features` made of them.
         labels [B, T], -100 where nothing is to be predicted: `loss` is the mean cross-entropy of next tokens.
         attention_mask [B, T_past + T], 0 for padding on either side; default: no padding.
@@ -244,7 +244,6 @@ class TinyVLM(nn.Module):
             raise ValueError(f"{asked} image placeholder tokens for {given // patches} images; each needs {patches}")
         if given:
             x = x.masked_scatter(visual[..., None], image_features.to(x.dtype))
-
         mask = self._attention_mask(attention_mask, past_key_values, input_ids)
         x, presents = lm(x, positions, mask, past_key_values)
         logits = x @ lm.embed_tokens.weight.T * self.logit_scale  # [B, T, V]
