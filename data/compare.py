@@ -43,7 +43,8 @@ METHODS = LADDER | BESIDE
 DOMAINS = ("row", "settings", "dark", "blueprint")
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
 NO_SKILL = "seed 2, 0 relations"
-BASES = {f"seed {seed}, {n} relations": (seed, n) for seed, n in product((2, 3), (0, 1, 3, 12))}
+OTHERS = ((2, 0), (2, 1), (2, 3), (2, 12), (3, 0), (3, 12))  # (pretraining seed, relation screens a step)
+BASES = {f"seed {seed}, {n} relations": (seed, n) for seed, n in OTHERS}
 MAIN = (LORA, VALUES, IMAGE_LORA)
 SHIPPED = "shipped base"
 RELATED = ("seed 2, 12 relations", "seed 3, 12 relations")
@@ -72,49 +73,48 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         for name in METHODS:
             add("ladder", name, 1, **{"lr": 0.01} | METHODS[name])
         return jobs
-    for domain, name in product(DOMAINS, METHODS):
-        add("ladder", name, 1 if name == FROZEN else 3 if domain in PAIRED else 2, domain=domain)
-    for domain, name in product(PAIRED, (SMALL, SMALL_VISUAL)):
-        add("longer", name, 2, domain=domain, steps=4 * STEPS)
-    for base in BASES:
-        path = base_file(cfg, base)
-        for name in (LORA, VALUES, IMAGE_LORA):
-            add("skill", name, 2, base=path)
-            if base in RELATED:
-                add("headline", name, 2, base=path, domain="settings")
+    for domain, name in product(PAIRED, METHODS):
+        add("ladder", name, 1 if name == FROZEN else 3 if domain == "row" else 2, domain=domain)
+    for domain, name in product(("dark", "blueprint"), LADDER):
+        add("ladder", name, 1 if name == FROZEN else 2, domain=domain)
+    for name in (SMALL, SMALL_VISUAL):
+        add("longer", name, 1, steps=4 * STEPS)
+    for base, name in product(BASES, MAIN):
+        add("skill", name, 2, base=base_file(cfg, base))
+        if base in RELATED:
+            add("headline", name, 1, base=base_file(cfg, base), domain="settings")
     for base, projections in product((BASE, base_file(cfg, NO_SKILL)), ("qkv", "qk", "vo", "o", "v")):
-        add("elsewhere", projections, 2, LORA_VISUAL, projections=projections, base=base)
+        add("elsewhere", projections, 1, LORA_VISUAL, projections=projections, base=base)
     for size, name in product((4, 8, 12), ("top", "matched", "random", "lowest", "least", "gate", "exact")):
         chosen = {"heads": "top", "probe": name} if name in ("gate", "exact") else {"heads": name}
-        add("probe", name, 3, IMAGE_LORA, num_heads=size, **chosen)
-        if size < 12 and name != "exact":
-            add("probe", name, 2, IMAGE_LORA, num_heads=size, domain="settings", **chosen)
-        if size == 8 and name in ("top", "matched", "gate"):
-            add("probe", name, 2, IMAGE_LORA, num_heads=size, base=base_file(cfg, RELATED[0]), **chosen)
+        add("probe", name, 2, IMAGE_LORA, num_heads=size, **chosen)
+        if size == 4 and name != "exact":
+            add("probe", name, 1, IMAGE_LORA, num_heads=size, domain="settings", **chosen)
+        if size == 8 and name in ("top", "matched", "random", "gate"):
+            add("probe", name, 1, IMAGE_LORA, num_heads=size, base=base_file(cfg, RELATED[0]), **chosen)
     for tau, domain in product((0.0, 0.5, 1.0, 4.0), PAIRED):
-        add("tau", f"τ = {tau:g}", 2, IMAGE_LORA, tau=tau, domain=domain)
-    for seed in range(16):
+        add("tau", f"τ = {tau:g}", 2 if domain == "row" else 1, IMAGE_LORA, tau=tau, domain=domain)
+    for seed in range(12):
         add("sets", f"set {seed}", 1, IMAGE_LORA, heads="random", num_heads=8, seed=seed)
     for gamma_lr, normalize in product((1.0, 0.1, 0.0), (True, False)):
-        for name in (ALL_HEADS, IMAGE_LORA):
-            add("gamma", f"γ's rate {gamma_lr:g} of A's", 2, name, gamma_lr=gamma_lr, normalize=normalize)
+        add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=normalize)
     for replay, lr in product((0, 1), (0.001, 0.0025, 0.005, 0.01, 0.02)):
-        add("rates", f"{replay} replayed", 2, LORA, lr=lr, replay=replay)
+        add("rates", f"{replay} replayed", 1, LORA, lr=lr, replay=replay)
     for name in (LORA_VISUAL, IMAGE_LORA):
         add("blind", name, 1, switches="erased")
     for domain, name in product(("dark", "settings"), (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)):
-        add("referring", name, 1 if name == FROZEN else 2, task="referring", domain=domain)
-    for steps, size, normalize in product((1, 3, 10, 50), (1, 2, 3, 6), (True, False)):
+        add("referring", name, 1, task="referring", domain=domain)
+    for steps, size, normalize in product((1, 50), (1, 2, 3, 6), (True, False)):
         heads = f"0:{','.join(map(str, range(size)))}"
         brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
-        add("normalization", f"{size} heads", 2, IMAGE_LORA, steps=steps, heads=heads, normalize=normalize, **brief)
+        add("normalization", f"{size} heads", 1, IMAGE_LORA, steps=steps, heads=heads, normalize=normalize, **brief)
     for name in (LORA, "LoRA v, all tokens", IMAGE_LORA):
-        add("history", name, 2, history=9)
+        add("history", name, 1, history=9)
     for name in (LORA, LORA_VISUAL, IMAGE_LORA):
-        add("prior", name, 2, domain="dark", prior=True)
+        add("prior", name, 1, domain="dark", prior=True)
     for lowest in range(4):
         heads = " ".join(f"{layer}:0,1,2,3,4,5" for layer in range(lowest, 4))
-        add("depth", f"layers {lowest} to 3", 2, ALL_HEADS, heads=heads)
+        add("depth", f"layers {lowest} to 3", 1, ALL_HEADS, heads=heads)
     return jobs
 
 
