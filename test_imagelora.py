@@ -953,7 +953,7 @@ def command(line: str | list[str], capsys) -> tuple[int, str, str]:
 
 RUNS = [{"method": method} for method in train.METHODS] + [{"heads": heads} for heads in (*train.HEADS, "1:0")]
 RUNS += [{"method": "lora", "tokens": "visual"}, {"method": "lora", "projections": "v"}, {"switches": "erased"}]
-RUNS += [{"probe": "exact"}, {"probe": "gate"}, {"gamma_lr": 0.0}]
+RUNS += [{"probe": "exact"}, {"probe": "gate"}, {"gamma_lr": 0.0}, {"controls": False}]
 RUNS += [{"domain": domain} for domain in DOMAINS] + [{"domain": "dark", "prior": True, "steps": 9}]
 RUNS += [{"task": "referring"}, {"history": 1, "replay": 1}, {"split": "validation"}, {"normalize": False}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()

@@ -74,6 +74,7 @@ class Config(Settings):
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     out: str = option("", "output directory, default runs/DOMAIN; of --explain runs/explain")
     resume: bool = option(False, "go on from OUT/checkpoint.pt")
+    controls: bool = option(True, "measure trivial answers and other skills beside the task")
     film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")
 
     def __post_init__(self):
@@ -103,7 +104,7 @@ def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str,
     start = time.time()
     model = load_base(cfg)
     yield "base", {"model": model}
-    same = ("base", "task", "domain", "switches", "history", "test_screens", "split", "device")
+    same = ("base", "task", "domain", "switches", "history", "test_screens", "split", "device", "controls")
     frozen = Config("none", **{name: getattr(cfg, name) for name in same})
     before, base_given = measure_base(frozen)
     base_text = prompts.text_logits(model)
@@ -131,12 +132,19 @@ def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str,
         "before": before,
         "after": after,
         "text_logits_max_abs_diff": difference.abs().max().item(),
-        **prompts.controls(cfg, model, measure_base(replace(frozen, split="validation"))[1], base_given),
+        **(controls(cfg, model, frozen) if cfg.controls and cfg.task == "grounding" else {}),
         "seconds": round(time.time() - start, 1),
         "device": str(model.device),
         "torch": torch.__version__,
     }
     yield "after", {"result": result, "model": model, "adapter": adapter, "given": [base_given, given]}
+
+
+def controls(cfg: Config, model: TinyVLM, frozen: Config) -> dict:
+    """What a click accuracy is to be held against: rules around the base's clicks, found on validation screens, and
+    the tuned model before pictures without what is asked for."""
+    learn = measure_base(replace(frozen, split="validation", controls=False))[1]
+    return prompts.rules(learn, measure_base(frozen)[1]) | prompts.without_the_image(cfg, model)
 
 
 def run(cfg: Config) -> dict:
@@ -247,7 +255,9 @@ def main_job(cfg: Config) -> None:
             if cfg.film and step % (cfg.steps // 32 + 1) == 0:
                 film.append((step, prompts.few_answers(cfg, found["model"])))
             curve.append((step, found["loss"], found["click"]))
-            bar.set_postfix_str(recent(curve), refresh=False)
+            clicks = [click for _, _, click in curve[-10:] if click is not None]
+            shown = f"  click {np.mean(clicks):.0%}" if clicks else ""
+            bar.set_postfix_str(f"loss {found['loss']:.3f}{shown}", refresh=False)
             bar.update()
     figures.save(figures.predictions(*found["given"]), out / "predictions.png")
     if found["adapter"] is not None:
@@ -260,12 +270,6 @@ def main_job(cfg: Config) -> None:
     imagelora.safe_write(text.encode(), out / "metrics.json")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
-
-
-def recent(curve: list[tuple]) -> str:
-    """The loss of the last step, and the share of right clicks in the last ten."""
-    clicks = [click for _, _, click in curve[-10:] if click is not None]
-    return f"loss {curve[-1][1]:.3f}" + (f"  click {np.mean(clicks):.0%}" if clicks else "")
 
 
 def save_checkpoint(cfg: Config, found: dict, curve: list, out: Path) -> None:
@@ -294,9 +298,9 @@ def load_checkpoint(cfg: Config, out: Path) -> dict | None:
 
 def differs(cfg: Config, settings: dict) -> str | None:
     """The first field that makes these settings those of another run."""
-    free = "device", "out", "resume", "film"
-    names = (name for name, value in asdict(cfg).items() if name not in free and settings.get(name) != value)
-    return next(names, None)
+    for name, value in asdict(cfg).items():
+        if name not in ("device", "out", "resume", "film") and settings.get(name) != value:
+            return name
 
 
 def report(stage: str, cfg: Config, found: dict) -> None:

@@ -67,6 +67,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
     def add(part, name, seeds, rung=None, **settings):
         rung = rung or name
         common = {"part": part, "name": name, "rate_of": rung, "steps": STEPS, "test_screens": TEST_SCREENS}
+        common["controls"] = part in ("ladder", "rates", "blind")
         jobs.extend(common | METHODS[rung] | settings | {"seed": seed} for seed in range(seeds))
 
     if cfg.quick:
@@ -153,7 +154,7 @@ def base_rows(files: dict[str, str]) -> list[dict]:
 def tuning_jobs(method: str, rates: list[float]) -> list[dict]:
     """A method at these learning rates, half as long, on validation screens and seeds that no table uses."""
     common = METHODS[method] | {"part": "tuning", "name": method, "split": "validation"}
-    common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS}
+    common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS, "controls": False}
     return [common | {"domain": domain, "lr": lr, "seed": 100} for lr in rates for domain in PAIRED]
 
 

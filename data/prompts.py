@@ -218,11 +218,11 @@ def batch_of(cfg, data: tuple[list[Screen], Tensor], i: int):
 
 
 def measure(cfg, model) -> tuple[dict, list]:
-    """The task's accuracy and, on the test split, what else the model can do: source screens, word problems, these
-    after an image; and the answers [(screen, sample, answer)]."""
+    """(Metrics, answers [(screen, sample, answer)]): the task's accuracy and, with cfg.controls, what else the model
+    can do: source screens, word problems, these after an image."""
     drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, cfg.switches)
     metrics, given = evaluate(model, drawn, features, cfg.task, cfg.history)
-    if cfg.split == "test":
+    if cfg.controls:
         source, _ = evaluate(model, *seen(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device))
         metrics["source_acc"] = source["action_acc"]
         metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
@@ -230,22 +230,25 @@ def measure(cfg, model) -> tuple[dict, list]:
     return metrics, given
 
 
-def controls(cfg, model, learn: list, given: list) -> dict:
-    """What a click accuracy is to be held against: rules around the base's clicks (`given`; the rules are found on
-    `learn`, its answers on validation screens), and the tuned model before pictures without what is asked for."""
-    if cfg.task != "grounding" or cfg.split != "test":
-        return {}
-    found = {
+def rules(learn: list, given: list) -> dict:
+    """Click accuracy of trivial answers: a constant, the base's height with the best column, the base's click moved by
+    an offset for each kind of name, or for each name. Found on the base's answers `learn`, judged on its `given`."""
+    return {
         "constant_acc": rule(learn, given, start=lambda point: (BIN / 2, BIN / 2)),
         "column_acc": rule(learn, given, start=lambda point: (BIN / 2, point[1])),
         "offset_acc": rule(learn, given, "data_type"),
         "name_offset_acc": rule(learn, given, "name"),
     }
+
+
+def without_the_image(cfg, model) -> dict:
+    """Click accuracy before blank pictures, and where there are switches before pictures without them, or with switch
+    and name exchanged."""
     drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device)
-    blank = pixels([drawn[0]]).flatten(2).median(2).values[..., None, None].expand(1, 3, SIZE, SIZE)
+    blank = pixels(drawn[:1]).flatten(2).median(2).values[..., None, None].expand(1, 3, SIZE, SIZE)  # its background
     with torch.no_grad():
         blank = model.get_image_features(blank.to(model.device)).expand_as(features)
-    found["blank_acc"] = evaluate(model, drawn, blank)[0]["action_acc"]
+    found = {"blank_acc": evaluate(model, drawn, blank)[0]["action_acc"]}
     for switches in ("erased", "exchanged") if cfg.domain in PAIRED else ():
         pictures = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, switches)
         found[f"{switches}_acc"] = evaluate(model, *pictures)[0]["action_acc"]
