@@ -14,6 +14,7 @@ Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D h
 import inspect
 import json
 import math
+import os
 import shlex
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads wait for each other at full speed; before torch
 
 import numpy as np
 import torch

@@ -256,9 +256,10 @@ def without_the_image(cfg, model) -> dict:
 
 
 def few_answers(cfg, model) -> list:
-    """The answers on the first six screens."""
+    """The answer to one question about each of the first six screens."""
     drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, cfg.switches)
-    return evaluate(model, drawn[:6], features[:6], cfg.task, cfg.history)[1]
+    given = evaluate(model, drawn[:6], features[:6], cfg.task, cfg.history)[1]
+    return [next(answer for answer in given if answer[0] is screen) for screen in drawn[:6]]
 
 
 def four_of(given: list) -> list[int]:
