@@ -76,7 +76,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         return jobs
     for domain, name in product(PAIRED, METHODS):
         add("ladder", name, 1 if name == FROZEN else 3 if domain == "row" else 2, domain=domain)
-    for domain, name in product(("dark", "blueprint"), LADDER):
+    for domain, name in product(("dark", "blueprint"), (FROZEN, *MAIN)):
         add("ladder", name, 1 if name == FROZEN else 2, domain=domain)
     for name in (SMALL, SMALL_VISUAL):
         add("longer", name, 1, steps=4 * STEPS)
@@ -89,9 +89,8 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
     for size, name in product((4, 8, 12), ("top", "matched", "random", "lowest", "least", "gate", "exact")):
         chosen = {"heads": "top", "probe": name} if name in ("gate", "exact") else {"heads": name}
         add("probe", name, 2, IMAGE_LORA, num_heads=size, **chosen)
-        if size == 4 and name != "exact":
-            add("probe", name, 1, IMAGE_LORA, num_heads=size, domain="settings", **chosen)
         if size == 8 and name in ("top", "matched", "random", "gate"):
+            add("probe", name, 1, IMAGE_LORA, num_heads=size, domain="settings", **chosen)
             add("probe", name, 1, IMAGE_LORA, num_heads=size, base=base_file(cfg, RELATED[0]), **chosen)
     for tau, domain in product((0.0, 0.5, 1.0, 4.0), PAIRED):
         add("tau", f"τ = {tau:g}", 2 if domain == "row" else 1, IMAGE_LORA, tau=tau, domain=domain)
@@ -99,7 +98,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         add("sets", f"set {seed}", 1, IMAGE_LORA, heads="random", num_heads=8, seed=seed)
     for gamma_lr, normalize in product((1.0, 0.1, 0.0), (True, False)):
         add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=normalize)
-    for replay, lr in product((0, 1), (0.001, 0.0025, 0.005, 0.01, 0.02)):
+    for replay, lr in product((0, 1), (0.0025, 0.005, 0.01, 0.02)):
         add("rates", f"{replay} replayed", 1, LORA, lr=lr, replay=replay)
     for name in (LORA_VISUAL, IMAGE_LORA):
         add("blind", name, 1, switches="erased")
