@@ -462,12 +462,13 @@ def write(kind: str, path: Path):
 
 @pytest.mark.parametrize("kind", ["adapter", "base", "checkpoint"])
 def test_a_damaged_file_is_refused_in_one_sentence_or_loads_exactly_what_was_saved(kind, tmp_path):
-    """A flipped bit at 60 places, a cut, foreign files, and pickles that would run code."""
+    """A flipped bit at 60 places and in the zip's directory, a cut, foreign files, and pickles that would run code."""
     path, made, rng = tmp_path / "checkpoint.pt", tmp_path / "made", np.random.default_rng(0)
     read = write(kind, path)
     data, saved = path.read_bytes(), {name: t.clone() for name, t in read().items()}
     mutants = [data[: len(data) // 2], b"", b"not a model\n", pickle.dumps(Exploit(made))]
-    mutants += [data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :] for i in rng.choice(len(data), 60, False)]
+    flips = [*rng.choice(len(data), 60, False), *(entry.start() + 33 for entry in re.finditer(b"PK\1\2", data))]
+    mutants += [data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :] for i in flips]
     for content in ([1, 2], {"r": Exploit(made)}):
         torch.save(content, path)
         mutants.append(path.read_bytes())
@@ -572,18 +573,9 @@ def train_at_once(model):
     return [p.grad for p in model.image_lora.parameters()]
 
 
-def in_a_thread(function, *args):
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args).result()
-
-
 def after(between):
     """The gradients of EARLY's loss, where between(model, loss) came between its forward and its backward pass."""
     return lambda model: [loss := loss_of(model, EARLY), between(model, loss), slopes(model, loss)][-1]
-
-
-def whole(model):
-    return checkpoint(lambda: loss_of(model, EARLY) + loss_of(model, LATE), use_reentrant=False)
 
 
 CHECKPOINTED = {  # what happens, and the batches whose gradients it must give
@@ -595,9 +587,12 @@ CHECKPOINTED = {  # what happens, and the batches whose gradients it must give
     "a no-grad forward came since": ([EARLY], after(lambda model, loss: logits_of(model, LATE))),
     "the forward pass was disabled": ([], lambda model: slopes(model, loss_of(model, EARLY, disabled=True))),
     "two losses are summed": ([EARLY, LATE], lambda model: slopes(model, loss_of(model, EARLY), loss_of(model, LATE))),
-    "backward in another thread": ([EARLY], lambda model: in_a_thread(slopes, model, loss_of(model, EARLY))),
+    "backward in another thread": (
+        [EARLY],
+        lambda m: ThreadPoolExecutor().submit(slopes, m, loss_of(m, EARLY)).result(),
+    ),
     "two threads train at once": ([EARLY, LATE], train_at_once),
-    "a checkpoint holds the whole model": ([EARLY, LATE], lambda model: slopes(model, whole(model))),
+    "a checkpoint holds the model": ([EARLY], lambda m: slopes(m, checkpoint(loss_of, m, EARLY, use_reentrant=False))),
 }
 
 
@@ -653,8 +648,8 @@ def replaced(model):
     model(**EARLY)
 
 
-def split(model):
-    model.image_lora.layers["0"].add_update(torch.ones(1, 2, D), torch.ones(1, 2, 4), torch.tensor([0]))
+def update(model, value):
+    model.image_lora.layers["0"].add_update(X, value, torch.tensor([0]))
 
 
 X = torch.zeros(1, 7, D)
@@ -669,7 +664,10 @@ NOT_RIGHT = {
     "no gradient": ("enable_input_require_grads", lambda m: loss_of(checkpoint_layers(m, True, False), EARLY)),
     "backward after Ctrl-C in another forward": ("memory of another call's, which has other visual tokens", ctrl_c),
     "a replaced v_proj": ("an adapted v_proj was not called: was it replaced", replaced),
-    "heads split over devices": ("v_proj gave 4 features, not 3 heads of 4: are heads split", split),
+    "heads split over devices": (
+        "v_proj gave 4 features, not 3 heads of 4: are heads split",
+        lambda model: update(model, torch.ones(1, 7, 4)),
+    ),
 }
 
 
@@ -685,11 +683,7 @@ def test_what_cannot_be_right_is_refused_in_one_sentence(what, grad):
         run(model)
 
 
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_a_model_of_its_own(copied):
     attach_trained(model := tiny_vlm(), **SOME)
     expected, base, twin = slopes(model, loss_of(model, EARLY)), tiny_vlm()(**EARLY).logits, copied(model)
@@ -699,24 +693,16 @@ def test_a_copy_is_a_model_of_its_own(copied):
     assert not torch.equal(model(**EARLY).logits, base)
 
 
-def test_a_compiled_model_trains_as_the_model():
-    """attach() looks through torch.compile()."""
-    compiled = torch.compile(model := tiny_vlm(), backend="eager")
-    attach_trained(compiled, **SOME)
-    torch.testing.assert_close(*(slopes(model, loss_of(m, EARLY), loss_of(m, LATE)) for m in (compiled, model)))
-
-
 def test_compiled_code_follows_attach_disabled_and_detach():
-    compiled = torch.compile(model := tiny_vlm(num_hidden_layers=2), backend="eager")
-    base = compiled(**EARLY).logits
-    for heads in ({0: [1]}, {1: [0, 2]}):
-        adapter = attach_trained(model, heads=heads)
-        for batch in (EARLY, LATE, prompt(TEXT)):
-            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
-        with adapter.disabled():
-            torch.testing.assert_close(compiled(**EARLY).logits, base)
-        adapter.detach()
+    """attach() looks through torch.compile()."""
+    compiled = torch.compile(model := tiny_vlm(num_hidden_layers=1), backend="eager")
+    base, adapter = compiled(**EARLY).logits, attach_trained(compiled)
+    for batch in (EARLY, LATE):
+        torch.testing.assert_close(*(slopes(model, loss_of(each, batch)) for each in (compiled, model)))
+    with adapter.disabled():
         torch.testing.assert_close(compiled(**EARLY).logits, base)
+    adapter.detach()
+    torch.testing.assert_close(compiled(**EARLY).logits, base)
 
 
 def test_what_others_wrap_around_a_forward_stays_theirs_after_detach():
@@ -1037,11 +1023,8 @@ def test_commands_links_and_figures_of_a_page_exist(page, monkeypatch):
     assert commands and targets and all((page.parent / target).exists() for target in targets), targets
 
 
-def test_the_readme_is_short_and_its_lines_costs_and_tables_are_those_of_the_code(capsys):
+def test_the_lines_costs_and_tables_of_the_readme_are_those_of_the_code(capsys):
     text, code = PAGES[0].read_text(), (ROOT / "imagelora.py").read_text().splitlines()
-    first, lesson = (next(b for b in blocks(PAGES[0]) if part in b) for part in ("python train.py", "class Naive"))
-    assert len(text.split()) <= 2000 and len(text[: text.index(first)].split()) <= 200
-    assert len(lesson.splitlines()) <= 33 and max(len(line.split()) for line in text.splitlines()) <= 120
     named = re.findall(r"^\|.*\| *`(.+?)` *\| *(\d+) *\|$", text, re.M)
     assert len(named) >= 5 and all(quoted.replace(r"\|", "|") in code[int(line) - 1] for quoted, line in named), named
     train.main(["--costs"])

@@ -358,8 +358,7 @@ def make_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> 
 def costs(cfg: Config, model: TinyVLM, adapter: nn.Module, batch: dict) -> dict:
     """Parameters, and FLOPs of a training step a screen: the adapter's, computed and counted, and the whole step's."""
     ids = batch["input_ids"]
-    tokens = ids.numel()
-    visual = int((ids == model.config.image_token_id).sum())
+    tokens, visual = ids.numel(), int((ids == model.config.image_token_id).sum())
     updated = tokens if cfg.method in ("lora", "lora_value") else visual
     lora_parameters, lora_flops = lora_costs(*shape_of(model), tokens, r=8)
     step, kept = prompts.count_step(model, batch)
