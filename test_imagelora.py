@@ -953,6 +953,7 @@ BAD += [f"{name}=0" for name in ("--r", "--num-heads", "--steps", "--screens", "
 BAD += ["--num-heads=10", "--r=25", "--seed=1" + 30 * "0", "--lr=nan", "--lr=-1", "--lora-alpha=inf", "--heads=best"]
 BAD += ["--heads=0:9", "--heads=0:1,1", "--out=/dev/null/x", "--out=base.pt", "--explain --method=lora", "extra"]
 BAD += [f"--pretrain {wrong}" for wrong in ("--steps=0", "--lr=nan", "--out=nowhere/base.pt", "--explain")]
+BAD += [f"--costs {wrong}" for wrong in ("--num-heads=113", "--visual-tokens=0", "--shape='1 2 3 4 5 0'", "--shape=a")]
 BAD += [f"--compare {wrong}" for wrong in ("--seeds=0", "--out=base.pt", "--out=.")]
 BAD += ["--device=cuda"] * (not torch.cuda.is_available())
 
@@ -960,7 +961,7 @@ BAD += ["--device=cuda"] * (not torch.cuda.is_available())
 @pytest.mark.parametrize("bad", BAD)
 def test_what_the_command_cannot_do_is_one_sentence_and_writes_nothing(bad, small_base, capsys):
     Path("compare.json").write_text('[{"part": "ladder"}]')  # no comparison
-    status, _, error = command(bad if re.match("--(pretrain|compare)", bad) else [*OPTIONS, *bad.split()], capsys)
+    status, _, error = command(bad if re.match("--(pretrain|compare|costs)", bad) else [*OPTIONS, *bad.split()], capsys)
     assert status == 2 and "error: " in error and len(error) < 300, error
     assert {path.name for path in Path().rglob("*") if path.is_file()} == {"base.pt", "compare.json"}
 
