@@ -462,12 +462,13 @@ def write(kind: str, path: Path):
 
 @pytest.mark.parametrize("kind", ["adapter", "base", "checkpoint"])
 def test_a_damaged_file_is_refused_in_one_sentence_or_loads_exactly_what_was_saved(kind, tmp_path):
-    """A flipped bit at 60 places, a cut, foreign files, and pickles that would run code."""
+    """A flipped bit at 60 places and in the zip's directory, a cut, foreign files, and pickles that would run code."""
     path, made, rng = tmp_path / "checkpoint.pt", tmp_path / "made", np.random.default_rng(0)
     read = write(kind, path)
     data, saved = path.read_bytes(), {name: t.clone() for name, t in read().items()}
     mutants = [data[: len(data) // 2], b"", b"not a model\n", pickle.dumps(Exploit(made))]
-    mutants += [data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :] for i in rng.choice(len(data), 60, False)]
+    flips = [*rng.choice(len(data), 60, False), *(entry.start() + 33 for entry in re.finditer(b"PK\1\2", data))]
+    mutants += [data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :] for i in flips]
     for content in ([1, 2], {"r": Exploit(made)}):
         torch.save(content, path)
         mutants.append(path.read_bytes())
@@ -517,43 +518,21 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == saved and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interrupted_forward_or_context_leaves_nothing_behind():
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_interrupted_forward_or_context_leaves_nothing_behind(error):
     """The next forward, whose image is elsewhere, goes by its own visual tokens."""
     adapter = attach_trained(model := tiny_vlm())
     expected = model(**LATE).logits
-    for error in (ZeroDivisionError, KeyboardInterrupt):
-        handle = model.language_model.layers[1].register_forward_pre_hook(Mock(side_effect=error))
-        for context in (
-            nullcontext,
-            torch.no_grad,
-            adapter.disabled,
-            partial(adapter.visual_mask, EARLY["labels"] < 0),
-        ):
-            with pytest.raises(error), context():
-                model(**EARLY)
-        handle.remove()
-        assert torch.equal(model(**LATE).logits, expected)
+    handle = model.language_model.layers[1].register_forward_pre_hook(Mock(side_effect=error))
+    for context in (nullcontext, torch.no_grad, adapter.disabled, partial(adapter.visual_mask, EARLY["labels"] < 0)):
+        with pytest.raises(error), context():
+            model(**EARLY)
+    handle.remove()
+    assert torch.equal(model(**LATE).logits, expected)
 
 
-AROUND = {
-    "a v_proj": lambda model: v_proj(model, 0)(torch.zeros(1, 7, D)),
-    "a layer": lambda model: model.language_model.layers[1](torch.zeros(1, 7, D)),
-    "the language model": lambda model: model.language_model(torch.zeros(1, 7, D), torch.arange(7)[None]),
-    "model.forward()": lambda model: model.forward(**EARLY),
-}
-
-
-@pytest.mark.parametrize("around", AROUND)
-def test_what_is_called_around_the_model_is_refused(around):
-    attach_trained(model := tiny_vlm())
-    for grad in (True, False):
-        model(**EARLY)
-        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="v_proj ran outside of model"):
-            AROUND[around](model)
-
-
-def meet(model) -> None:
-    """Two threads wait for each other in layer 1, also where it is run again."""
+def meet(model):
+    """Two threads wait for each other in layer 1, also where that is run again."""
     barrier = threading.Barrier(2, timeout=60)
     model.language_model.layers[1].input_layernorm.register_forward_pre_hook(lambda *_: barrier.wait() * 0 or None)
 
@@ -567,9 +546,9 @@ def test_threads_that_call_one_model_at_once_go_each_by_its_own_input():
         assert all(map(torch.equal, pool.map(partial(logits_of, model), (EARLY, LATE)), expected))
 
 
-# Gradient checkpointing runs a layer again in the backward pass: with the rows of its own forward, whatever came since
-def loss_of(model, batch: dict) -> torch.Tensor:
-    return model(**batch).loss
+def loss_of(model, batch: dict, disabled=False) -> torch.Tensor:
+    with model.image_lora.disabled() if disabled else nullcontext():
+        return model(**batch).loss
 
 
 def slopes(model, *losses: torch.Tensor) -> list[torch.Tensor]:
@@ -578,161 +557,152 @@ def slopes(model, *losses: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad for p in model.image_lora.parameters()]
 
 
-def checkpoint_layers(model, use_reentrant: bool, input_grads=True) -> None:
+def checkpoint_layers(model, use_reentrant=False, input_grads=True):
     for layer in model.language_model.layers:
         layer.forward = partial(checkpoint, partial(type(layer).forward, layer), use_reentrant=use_reentrant)
     if input_grads:  # as enable_input_require_grads() does
         model.language_model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
+    return model
 
 
-@pytest.fixture(params=[False, True], ids=["not re-entrant", "re-entrant"])
-def checkpointed(request):
-    """A model with checkpointed layers, and the gradients of the losses of EARLY and of LATE without checkpoints."""
-    attach_trained(model := tiny_vlm(), **SOME)
-    expected = [slopes(model, loss_of(model, batch)) for batch in (EARLY, LATE)]
-    checkpoint_layers(model, request.param)
-    return model, *expected
+def train_at_once(model):
+    meet(model)
+    with ThreadPoolExecutor(2) as pool:
+        losses = list(pool.map(partial(loss_of, model), (EARLY, LATE)))
+        list(pool.map(torch.autograd.backward, losses))
+    return [p.grad for p in model.image_lora.parameters()]
 
 
-def disabled_loss(model):
-    with model.image_lora.disabled():
-        return loss_of(model, LATE)
+def after(between):
+    """The gradients of EARLY's loss, where between(model, loss) came between its forward and its backward pass."""
+    return lambda model: [loss := loss_of(model, EARLY), between(model, loss), slopes(model, loss)][-1]
 
 
-BETWEEN = {
-    "79 forwards": lambda model, loss: [loss_of(model, LATE) for _ in range(79)],
-    "its first backward": lambda model, loss: slopes(model, loss),
-    "another backward": lambda model, loss: slopes(model, loss_of(model, LATE)),
-    "disabled()": lambda model, loss: disabled_loss(model).backward(),
-    "generate()": lambda model, loss: model.generate(*list(LATE.values())[:2]),
-    "a no-grad forward": lambda model, loss: logits_of(model, LATE),
+CHECKPOINTED = {  # what happens, and the batches whose gradients it must give
+    "79 forwards came since": ([EARLY], after(lambda model, loss: [loss_of(model, LATE) for _ in range(79)])),
+    "its first backward pass came since": ([EARLY], after(slopes)),
+    "another backward pass came since": ([EARLY], after(lambda model, loss: slopes(model, loss_of(model, LATE)))),
+    "disabled() came since": ([EARLY], after(lambda model, loss: loss_of(model, LATE, disabled=True).backward())),
+    "generate() came since": ([EARLY], after(lambda model, loss: model.generate(*list(LATE.values())[:2]))),
+    "a no-grad forward came since": ([EARLY], after(lambda model, loss: logits_of(model, LATE))),
+    "the forward pass was disabled": ([], lambda model: slopes(model, loss_of(model, EARLY, disabled=True))),
+    "two losses are summed": ([EARLY, LATE], lambda model: slopes(model, loss_of(model, EARLY), loss_of(model, LATE))),
+    "backward in another thread": (
+        [EARLY],
+        lambda m: ThreadPoolExecutor().submit(slopes, m, loss_of(m, EARLY)).result(),
+    ),
+    "two threads train at once": ([EARLY, LATE], train_at_once),
+    "a checkpoint holds the model": ([EARLY], lambda m: slopes(m, checkpoint(loss_of, m, EARLY, use_reentrant=False))),
 }
 
 
-@pytest.mark.parametrize("between", BETWEEN)
-def test_a_checkpointed_forward_goes_backward_by_its_own_rows_after(between, checkpointed):
-    model, early, _ = checkpointed
-    loss = loss_of(model, EARLY)
-    BETWEEN[between](model, loss)
-    torch.testing.assert_close(slopes(model, loss), early)
-
-
-def test_a_checkpointed_forward_inside_disabled_goes_backward_without_the_adapter(checkpointed):
-    loss = disabled_loss(model := checkpointed[0])
-    assert not any(gradient.any() for gradient in slopes(model, loss))
-
-
-def test_losses_of_different_images_are_summed_before_a_checkpointed_backward(checkpointed):
-    model, early, late = checkpointed
-    got = slopes(model, loss_of(model, EARLY), loss_of(model, LATE))
-    torch.testing.assert_close(got, [a + b for a, b in zip(early, late)])
-
-
-def test_the_backward_pass_may_run_in_another_thread(checkpointed):
-    model, early, _ = checkpointed
-    with ThreadPoolExecutor(1) as pool:
-        torch.testing.assert_close(pool.submit(slopes, model, loss_of(model, EARLY)).result(), early)
-
-
-def test_two_threads_may_train_at_once(checkpointed):
-    model, early, late = checkpointed
-    meet(model)
-    model.zero_grad()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda batch: loss_of(model, batch).backward(), (EARLY, LATE)))
-    torch.testing.assert_close([p.grad for p in model.image_lora.parameters()], [a + b for a, b in zip(early, late)])
-
-
-def test_a_checkpoint_may_hold_the_whole_model(checkpointed):
-    model, early, late = checkpointed
-    both = checkpoint(lambda: loss_of(model, EARLY) + loss_of(model, LATE), use_reentrant=False)
-    torch.testing.assert_close(slopes(model, both), [a + b for a, b in zip(early, late)])
-
-
-def test_a_layers_input_that_was_copied_to_other_memory_is_refused(checkpointed):
-    """As by activation offloading."""
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
-        loss = loss_of(checkpointed[0], EARLY)
-    with pytest.raises(RuntimeError, match="a checkpoint of layers or of copied input"):
-        loss.backward()
-
-
-def test_layers_that_share_a_checkpoint_are_refused():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("what", CHECKPOINTED)
+def test_a_layer_that_checkpointing_runs_again_goes_by_its_own_forward_though(what, use_reentrant):
     attach_trained(model := tiny_vlm(), **SOME)
-    first, second, third = model.language_model.layers
-    alone = first.forward
-    first.forward = partial(checkpoint, lambda x, *a: third(alone(x, *a)[0], *a), use_reentrant=False)
-    model.language_model.layers = nn.ModuleList([first, second])
-    with pytest.raises(RuntimeError, match="a checkpoint of layers or of copied input"):
-        loss_of(model, EARLY).backward()
-
-
-def test_re_entrant_checkpointing_without_gradients_of_the_input_is_refused():
-    attach_trained(model := tiny_vlm())
-    checkpoint_layers(model, use_reentrant=True, input_grads=False)
-    logits_of(model, EARLY)  # nothing to be trained
-    with pytest.raises(RuntimeError, match=r"re-entrant checkpointing needs model\.enable_input_require_grads"):
-        model(**EARLY)
+    batches, run = CHECKPOINTED[what]
+    losses = [0 * loss_of(model, EARLY)] + [loss_of(model, batch) for batch in batches]
+    expected = slopes(model, *losses)
+    model.zero_grad()
+    torch.testing.assert_close(run(checkpoint_layers(model, use_reentrant)), expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_the_same_embeddings_may_be_given_under_two_masks_before_a_checkpointed_backward(use_reentrant):
+def test_the_same_embeddings_may_be_given_under_two_masks_before_a_checkpointed_backward_pass(use_reentrant):
     model, ids = FromEmbeddings(tiny_vlm().config), torch.tensor([[1, IMG, IMG, 5, 6, 7]])
     adapter, x = attach_trained(model, **SOME), model.language_model.embed_tokens(ids).requires_grad_()
 
-    def under(mask):
-        with adapter.visual_mask(mask):
+    def under(image):
+        with adapter.visual_mask(ids == image):
             return model(inputs_embeds=x).square().sum()
 
-    expected = [slopes(model, under(mask)) for mask in (ids == IMG, ids == 5)]
+    expected = [slopes(model, under(image)) for image in (IMG, 5)]
     checkpoint_layers(model, use_reentrant)
-    losses = [under(mask) for mask in (ids == IMG, ids == 5)]
+    losses = [under(image) for image in (IMG, 5)]
     torch.testing.assert_close([slopes(model, loss) for loss in losses], expected)
 
 
-def test_after_ctrl_c_in_a_forward_the_backward_pass_of_an_older_one_is_refused():
-    attach_trained(model := tiny_vlm(), **SOME)
-    checkpoint_layers(model, use_reentrant=False)
-    early = loss_of(model, EARLY)
+def offloaded(model):
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):  # as activation offloading copies
+        loss_of(checkpoint_layers(model), EARLY).backward()
+
+
+def share_a_checkpoint(model):
+    first, second, third = model.language_model.layers
+    model.language_model.layers, alone = nn.ModuleList([first, second]), first.forward
+    first.forward = partial(checkpoint, lambda x, *args: third(alone(x, *args)[0], *args), use_reentrant=False)
+    loss_of(model, EARLY).backward()
+
+
+def ctrl_c(model):
+    loss = loss_of(checkpoint_layers(model), EARLY)
     model.language_model.norm.register_forward_pre_hook(Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         model(**LATE)
-    with pytest.raises(RuntimeError, match="memory of another call's, which has other visual tokens"):
-        early.backward()
+    loss.backward()
 
 
-# It takes part in what is done to models: copies, compilation, others' wrappers, quantization
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
-)
+def replaced(model):
+    model.language_model.layers[2].self_attn.v_proj = nn.Linear(D, 12, bias=False)
+    model(**prompt(TEXT))  # nothing to adapt
+    model(**EARLY)
+
+
+def update(model, value):
+    model.image_lora.layers["0"].add_update(X, value, torch.tensor([0]))
+
+
+X = torch.zeros(1, 7, D)
+OUTSIDE, COPIED = r"v_proj ran outside of model\(\.\.\.\)", "a checkpoint of layers or of copied input"
+NOT_RIGHT = {
+    "a v_proj alone": (OUTSIDE, lambda model: v_proj(model, 0)(X)),
+    "a layer alone": (OUTSIDE, lambda model: [model(**EARLY), model.language_model.layers[0](X)]),
+    "the language model alone": (OUTSIDE, lambda model: model.language_model(X, torch.arange(7)[None])),
+    "model.forward()": (OUTSIDE, lambda model: model.forward(**EARLY)),
+    "a checkpoint of copied input": (COPIED, offloaded),
+    "a checkpoint of several layers": (COPIED, share_a_checkpoint),
+    "no gradient": ("enable_input_require_grads", lambda m: loss_of(checkpoint_layers(m, True, False), EARLY)),
+    "backward after Ctrl-C in another forward": ("memory of another call's, which has other visual tokens", ctrl_c),
+    "a replaced v_proj": ("an adapted v_proj was not called: was it replaced", replaced),
+    "heads split over devices": (
+        "v_proj gave 4 features, not 3 heads of 4: are heads split",
+        lambda model: update(model, torch.ones(1, 7, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("what", NOT_RIGHT)
+def test_what_cannot_be_right_is_refused_in_one_sentence(what, grad):
+    attach_trained(model := tiny_vlm(), **SOME)
+    sentence, run = NOT_RIGHT[what]
+    with (
+        torch.set_grad_enabled(grad or "a v_proj" not in what),
+        pytest.raises(RuntimeError, match=f"^[^\n]*{sentence}"),
+    ):
+        run(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_a_model_of_its_own(copied):
     attach_trained(model := tiny_vlm(), **SOME)
-    expected, base = slopes(model, loss_of(model, EARLY)), tiny_vlm()(**EARLY).logits
-    twin = copied(model)
+    expected, base, twin = slopes(model, loss_of(model, EARLY)), tiny_vlm()(**EARLY).logits, copied(model)
     model.image_lora.layers["0"].gamma.data.zero_()
     torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
     assert torch.equal(twin.image_lora.detach()(**EARLY).logits, base) and not any(state_of(twin)[0])
     assert not torch.equal(model(**EARLY).logits, base)
 
 
-def test_a_compiled_model_trains_as_the_model():
-    """attach() looks through torch.compile()."""
-    compiled = torch.compile(model := tiny_vlm(), backend="eager")
-    attach_trained(compiled, **SOME)
-    torch.testing.assert_close(*(slopes(model, loss_of(m, EARLY), loss_of(m, LATE)) for m in (compiled, model)))
-
-
 def test_compiled_code_follows_attach_disabled_and_detach():
-    compiled = torch.compile(model := tiny_vlm(), backend="eager")
-    base = compiled(**EARLY).logits
-    for options in (SOME, {"heads": {1: [0]}}):
-        adapter = attach_trained(model, **options)
-        for batch in (EARLY, LATE, prompt(TEXT)):
-            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
-        with adapter.disabled():
-            torch.testing.assert_close(compiled(**EARLY).logits, base)
-        adapter.detach()
+    """attach() looks through torch.compile()."""
+    compiled = torch.compile(model := tiny_vlm(num_hidden_layers=1), backend="eager")
+    base, adapter = compiled(**EARLY).logits, attach_trained(compiled)
+    for batch in (EARLY, LATE):
+        torch.testing.assert_close(*(slopes(model, loss_of(each, batch)) for each in (compiled, model)))
+    with adapter.disabled():
         torch.testing.assert_close(compiled(**EARLY).logits, base)
+    adapter.detach()
+    torch.testing.assert_close(compiled(**EARLY).logits, base)
 
 
 def test_what_others_wrap_around_a_forward_stays_theirs_after_detach():
@@ -747,39 +717,28 @@ def test_what_others_wrap_around_a_forward_stays_theirs_after_detach():
     assert len(ran) == 8
 
 
-def test_accelerates_hooks_may_be_there_before_and_their_removal_is_noticed():
-    accelerate, model = pytest.importorskip("accelerate"), tiny_vlm()
-    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    attach_trained(model), attach_trained(other := tiny_vlm())
-    assert torch.equal(model(**EARLY).logits, other(**EARLY).logits)
-    accelerate.hooks.remove_hook_from_submodules(model)
-    with pytest.raises(RuntimeError, match="an adapted v_proj was not called"):
-        model(**EARLY)
-
-
-@pytest.mark.parametrize("first", ["attached", "prepared"])
-def test_accelerates_mixed_precision_is_adapted(first):
-    model, bf16 = tiny_vlm(), pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
-    for step in (attach_trained, bf16.prepare) if first == "attached" else (bf16.prepare, attach_trained):
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_accelerates_hooks_may_come_before_or_after_and_the_removal_of_earlier_ones_is_noticed(attach_first):
+    accelerate = pytest.importorskip("accelerate")
+    dispatch = partial(accelerate.dispatch_model, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
+    attach_trained(other := tiny_vlm())
+    model, expected = tiny_vlm(), other(**EARLY).logits
+    for step in (attach_trained, dispatch) if attach_first else (dispatch, attach_trained):
         step(model)
-    adapted = model(**EARLY).logits
+    assert torch.equal(model(**EARLY).logits, expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with nullcontext() if attach_first else pytest.raises(RuntimeError, match="an adapted v_proj was not called"):
+        assert torch.equal(model(**EARLY).logits, expected)
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_accelerates_mixed_precision_is_adapted(attach_first):
+    model, bf16 = tiny_vlm(), pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
+    for step in (attach_trained, bf16.prepare) if attach_first else (bf16.prepare, attach_trained):
+        step(model)
+    attach_trained(other := tiny_vlm())
     with torch.autocast("cpu", torch.bfloat16):
-        attach_trained(other := tiny_vlm())
-        torch.testing.assert_close(adapted, other(**EARLY).logits)
-
-
-def test_a_replaced_v_proj_is_noticed():
-    attach_trained(model := tiny_vlm(), **SOME)
-    model.language_model.layers[2].self_attn.v_proj = nn.Linear(D, 12, bias=False)
-    with pytest.raises(RuntimeError, match="an adapted v_proj was not called: was it replaced"):
-        model(**EARLY)
-    model(**prompt(TEXT))  # nothing to adapt
-
-
-def test_heads_split_over_devices_are_refused():
-    adapter = attach_trained(tiny_vlm())
-    with pytest.raises(RuntimeError, match="v_proj gave 4 features, not 3 heads of 4: are heads split"):
-        adapter.layers["0"].add_update(torch.ones(1, 2, D), torch.ones(1, 2, 4), torch.tensor([0]))
+        torch.testing.assert_close(model(**EARLY).logits, other(**EARLY).logits)
 
 
 def test_a_base_quantized_to_four_bits_is_adapted():
@@ -1027,6 +986,7 @@ BAD += [f"{name}=0" for name in ("--r", "--num-heads", "--steps", "--screens", "
 BAD += ["--num-heads=10", "--r=25", "--seed=1" + 30 * "0", "--lr=nan", "--lr=-1", "--lora-alpha=inf", "--heads=best"]
 BAD += ["--heads=0:9", "--heads=0:1,1", "--out=/dev/null/x", "--out=base.pt", "--explain --method=lora", "extra"]
 BAD += [f"--pretrain {wrong}" for wrong in ("--steps=0", "--lr=nan", "--out=nowhere/base.pt", "--explain")]
+BAD += [f"--costs {wrong}" for wrong in ("--num-heads=113", "--visual-tokens=0", "--shape='1 2 3 4 5 0'", "--shape=a")]
 BAD += [f"--compare {wrong}" for wrong in ("--seeds=0", "--out=base.pt", "--out=.")]
 BAD += ["--device=cuda"] * (not torch.cuda.is_available())
 
@@ -1034,7 +994,7 @@ BAD += ["--device=cuda"] * (not torch.cuda.is_available())
 @pytest.mark.parametrize("bad", BAD)
 def test_what_the_command_cannot_do_is_one_sentence_and_writes_nothing(bad, small_base, capsys):
     Path("compare.json").write_text('[{"part": "ladder"}]')  # no comparison
-    status, _, error = command(bad if re.match("--(pretrain|compare)", bad) else [*OPTIONS, *bad.split()], capsys)
+    status, _, error = command(bad if re.match("--(pretrain|compare|costs)", bad) else [*OPTIONS, *bad.split()], capsys)
     assert status == 2 and "error: " in error and len(error) < 300, error
     assert {path.name for path in Path().rglob("*") if path.is_file()} == {"base.pt", "compare.json"}
 
@@ -1097,11 +1057,8 @@ def test_commands_links_and_figures_of_a_page_exist(page, monkeypatch):
     assert commands and targets and all((page.parent / target).exists() for target in targets), targets
 
 
-def test_the_readme_is_short_and_its_lines_costs_and_tables_are_those_of_the_code(capsys):
+def test_the_lines_costs_and_tables_of_the_readme_are_those_of_the_code(capsys):
     text, code = PAGES[0].read_text(), (ROOT / "imagelora.py").read_text().splitlines()
-    first, lesson = (next(b for b in blocks(PAGES[0]) if part in b) for part in ("python train.py", "class Naive"))
-    assert len(text.split()) <= 2000 and len(text[: text.index(first)].split()) <= 200
-    assert len(lesson.splitlines()) <= 33 and max(len(line.split()) for line in text.splitlines()) <= 120
     named = re.findall(r"^\|.*\| *`(.+?)` *\| *(\d+) *\|$", text, re.M)
     assert len(named) >= 5 and all(quoted.replace(r"\|", "|") in code[int(line) - 1] for quoted, line in named), named
     train.main(["--costs"])

@@ -75,7 +75,7 @@ class TinyVLMOutput:
 
 
 def rotate(x, angles: Tensor) -> Tensor:
-    """Rotary position embedding: each pair (x_i, x_{i + d/2}) of x [B, H, T, d] turned by its angle [B, 1, T, d/2]."""
+    """Rotary embedding: pairs (x_i, x_{i + d/2}) of x [B, H or H_q, T, d], turned by their angles [B, 1, T, d/2]."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
