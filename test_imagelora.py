@@ -1197,6 +1197,15 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
         torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)
 
 
+def test_the_five_lines_of_the_readme_are_all_that_a_trainer_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, batch = tiny_hf_vlm(), hf_prompt() | {"labels": hf_prompt()["input_ids"].clone()}
+    given = {"model": model, "batches": [batch], "args": None, "collate": None, "examples": None, "Trainer": Mock()}
+    exec(next(block for block in blocks(PAGES[0]) if "score_heads(model, batches)" in block), given)
+    assert given["Trainer"].call_args.args[0] is model and given["Trainer"].return_value.train.called
+    assert sum(map(len, load(given["adapter"].detach(), "adapter.pt").heads.values())) == 2
+
+
 def test_on_visual_tokens_alone_it_is_pefts_lora_on_v_proj():
     """Where every token is visual M is the identity, so without 1/sqrt|S| it is PEFT's LoRA of alpha = gamma alpha."""
     ours, theirs, peft = tiny_hf_vlm(), tiny_hf_vlm(), pytest.importorskip("peft")

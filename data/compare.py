@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Settings, figures, option, progress
+from data.costs import CostsConfig, restrictions
 from data.pretrain import PretrainConfig, pretrain
 from data.prompts import BASE, base_path
 from data.screens import PAIRED
@@ -395,4 +396,10 @@ def pictures(rows: list[dict]) -> dict:
         of = where(shown, name=name, base=base)
         clicks = [row["action_acc"] for row in of]
         lines[name].append((of[0]["relation"] / 100, np.mean(clicks), np.std(clicks, ddof=1)))
-    return {"trade_off": figures.trade_off(points), "skill": figures.skill(lines)}
+    flops = restrictions(CostsConfig())
+    shares = [(name, of / max(flops.values())) for name, of in flops.items()]
+    return {
+        "trade_off": figures.trade_off(points),
+        "skill": figures.skill(lines),
+        "factors": figures.factors(shares),
+    }

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Settings, option
-from imagelora import image_lora_flops, lora_flops, select_heads
+from imagelora import Heads, image_lora_flops, lora_flops, select_heads
 
 SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size, MLP size
     "qwen2.5-vl-7b": "28 3584 28 4 128 18944",
@@ -56,6 +56,25 @@ def lora_costs(layers, hidden_size, query_heads, kv_heads, head_dim, num_tokens,
     return parameters, flops
 
 
+def spread(cfg: CostsConfig) -> Heads:
+    """The selected heads, evenly over the layers."""
+    layers, _, _, kv_heads, *_ = cfg.sizes()
+    return select_heads(torch.ones(layers, kv_heads), cfg.num_heads or -(-layers * kv_heads // 2), tau=0)
+
+
+def restrictions(cfg: CostsConfig) -> dict[str, int]:
+    """Training FLOPs of the adapter a sequence, from LoRA to Image-LoRA: one restriction more each time."""
+    *shape, _ = cfg.sizes()
+    _, D, _, _, head_dim = shape
+    visual, tokens, r = cfg.visual_tokens, cfg.visual_tokens + cfg.text_tokens, cfg.r
+    return {
+        "LoRA on q, k, v, o": lora_costs(*shape, tokens, r)[1],
+        "visual tokens only": lora_costs(*shape, visual, r)[1],
+        "values only": lora_costs(*shape, visual, r, "v")[1],
+        "selected heads": image_lora_flops(visual, D, head_dim, spread(cfg), r),
+    }
+
+
 def print_costs(cfg: CostsConfig) -> None:
     """LoRA on q, k, v, o of all tokens beside Image-LoRA.
 
@@ -64,13 +83,11 @@ def print_costs(cfg: CostsConfig) -> None:
     *shape, mlp = cfg.sizes()
     layers, D, query_heads, kv_heads, head_dim = shape
     visual, tokens, r = cfg.visual_tokens, cfg.visual_tokens + cfg.text_tokens, cfg.r
-    selected = cfg.num_heads or -(-layers * kv_heads // 2)
-    heads = select_heads(torch.ones(layers, kv_heads), selected, tau=0)
+    heads = spread(cfg)
+    selected = sum(map(len, heads.values()))
     parameters = len(heads) * (D * r + 1) + selected * r * head_dim
-    ours = image_lora_flops(visual, D, head_dim, heads, r)
-    lora_parameters, lora = lora_costs(*shape, tokens, r)
-    _, at_visual = lora_costs(*shape, visual, r)
-    _, of_values = lora_costs(*shape, visual, r, "v")
+    lora, at_visual, of_values, ours = restrictions(cfg).values()
+    lora_parameters = lora_costs(*shape, tokens, r)[0]
     # Frozen weights take part forward and back to their inputs; so do QK^T and PV, each with two products back.
     weights = D * (2 * (query_heads + kv_heads) * head_dim + 3 * mlp)  # of a layer
     step = layers * (4 * tokens * weights + 12 * tokens**2 * query_heads * head_dim)
