@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import imagelora
 from data import SPLITS, Settings, figures, option, parse, progress, prompts
 from data.compare import CompareConfig, compare
-from data.costs import changes, lora_costs, run_costs, shape_of, watch
+from data.costs import CostsConfig, changes, lora_costs, print_costs, run_costs, shape_of, watch
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
 from tiny_vlm import TinyVLM
@@ -516,6 +516,7 @@ def explain_decoding(model: TinyVLM, adapter: imagelora.ImageLoRA, sample: dict,
 MODES = {  # option -> (its settings, the job)
     "--explain": (Config, explain),
     "--pretrain": (PretrainConfig, pretrain),
+    "--costs": (CostsConfig, print_costs),
     "--compare": (CompareConfig, lambda cfg: compare(cfg, Config, run)),
 }
 
