@@ -454,6 +454,7 @@ def explain(cfg: Config) -> None:
     heads = choose_heads(cfg, scores)
     chosen = sum(map(len, heads.values()))
     station("3 selection", f"{chosen} of {scores.numel()} heads: {heads}", imagelora.select_heads)
+    torch.manual_seed(cfg.seed)
     adapter = make_adapter(cfg, model, heads)
     values = adapter.layers[str(min(heads))]
     station("4 attach", f"layer {min(heads)}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", imagelora.attach)
