@@ -132,16 +132,19 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(cfg: CompareConfig, pool) -> dict[str, str]:
-    """The bases of other seeds, and with other numbers of relation screens: name -> file."""
+    """The bases of other seeds, and with other numbers of relation screens: name -> file.
+
+    These differ in the third stage alone."""
     Path(cfg.bases).mkdir(parents=True, exist_ok=True)
-    first = {seed: f"{cfg.bases}/seed{seed}.pt" for seed, _ in BASES.values()}
-    pool.map(make_base, [PretrainConfig(seed=seed, second_steps=0, out=out) for seed, out in first.items()], 1)
     files = {name: base_file(cfg, name) for name in BASES}
-    second = [
-        PretrainConfig(steps=0, start=first[seed], relations=relations, seed=seed, out=files[name])
-        for name, (seed, relations) in BASES.items()
-    ]
-    pool.map(make_base, second, 1)
+    whole = {BASES[name][0]: files[name] for name in RELATED}  # by seed
+    pool.map(make_base, [PretrainConfig(seed=seed, out=out) for seed, out in whole.items()], 1)
+    others = []
+    for name in BASES.keys() - RELATED:
+        seed, relations = BASES[name]
+        start = str(Path(whole[seed]).with_suffix(".2.pt"))
+        others.append(PretrainConfig(stage=3, start=start, relations=relations, seed=seed, out=files[name]))
+    pool.map(make_base, others, 1)
     return files
 
 
