@@ -435,8 +435,8 @@ def explain(cfg: Config) -> None:
     if cfg.method != "image_lora" or cfg.task != "grounding":
         raise ValueError(f"the walk is one of image_lora and grounding, not of {cfg.method} and {cfg.task}")
     out = Path(cfg.out or f"runs/{cfg.domain}")
-    metrics = out / "metrics.json"
-    if not metrics.exists() or differs(cfg, json.loads(metrics.read_text())):
+    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
+    if differs(cfg, metrics | {"heads": metrics.get("heads_from")}):
         main_job(cfg)
     print()
     model = load_base(cfg)
