@@ -252,6 +252,7 @@ def test_a_state_dict_loads_also_averaged():
     adapter, batch = attach_trained(model := tiny_vlm(), heads={0: [1], 2: [0, 2]}), prompt(IMAGE + AFTER)
     attach(other := tiny_vlm(), heads=adapter.heads)
     other.load_state_dict({name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()})
+    assert adapter.state_dict()["_extra_state"].tolist() == [False, True, *[False] * 4, True, False, True]  # the heads
     torch.testing.assert_close(other(**batch).logits, model(**batch).logits)
     other.load_state_dict(tiny_vlm().state_dict(), strict=False)  # of the base: the adapter stays
     torch.testing.assert_close(other(**batch).logits, model(**batch).logits)
