@@ -211,8 +211,7 @@ class ImageLoRA(nn.Module):
         return self._within(enabled=False)
 
     def visual_mask(self, mask: Tensor):
-        """A context in which calls by `inputs_embeds` go by this mask [B, T], True at visual tokens; by `input_ids`, by
-        those, as do the later steps of `generate(inputs_embeds=...)`."""
+        """A context in which calls by `inputs_embeds` (not by `input_ids`) go by this mask [B, T], True if visual."""
         _require(mask.dtype == torch.bool and mask.ndim == 2, NO_MASK.format(mask.dtype, mask.shape))
         return self._within(mask=mask)
 
@@ -226,7 +225,6 @@ class ImageLoRA(nn.Module):
         for name, parameter in model.named_parameters():
             if name in self._trainable:
                 parameter.requires_grad_()
-        torch.compiler.reset()
         return model
 
     def get_extra_state(self):
@@ -376,6 +374,7 @@ def _checked_model(model):
 
 
 def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize):
+    """The heads, sorted; or ValueError."""
     D = min(layer.self_attn.v_proj.in_features for layer in decoder)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
     right = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
@@ -437,6 +436,7 @@ def safe_write(data, path):
 
 
 def safe_save(content, path):
+    """`torch.save` by `safe_write`."""
     torch.save(content, buffer := io.BytesIO())  # not to the disk: where that is full, torch.save raises no OSError
     safe_write(buffer.getbuffer(), path)
 
