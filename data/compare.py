@@ -250,7 +250,7 @@ def grid(title: str, rows: list[dict], column: str, line: str = "{name}", cell=p
     places = defaultdict(list)
     for row in rows:
         places[line.format(**row), column.format(**row)].append(row)
-    lines, columns = (dict.fromkeys(texts) for texts in zip(*places))
+    lines, columns = (dict.fromkeys(place[i] for place in places) for i in (0, 1))
     return markdown([title, *columns], [[name, *(cell(places[name, at]) for at in columns)] for name in lines])
 
 
@@ -351,7 +351,9 @@ def tables(rows: list[dict]) -> dict[str, str]:
     for row in rows:
         of = bases[row["base"]]
         row |= {"of_base": of["name"], "relation": 100 * of["source"]["relation_acc"]} | row.get("changes", {})
-    part = {name: where(rows, part=name) for name in dict.fromkeys(row["part"] for row in rows)}
+    part = defaultdict(list)
+    for row in rows:
+        part[row["part"]].append(row)
     found = {
         "ladder": grid("clicks right", part["ladder"], "{domain} %"),
         "controls": controls(rows),
@@ -359,13 +361,11 @@ def tables(rows: list[dict]) -> dict[str, str]:
     }
     for domain in dict.fromkeys(row["domain"] for row in part["ladder"]):
         found[domain] = measures(domain, where(part["ladder"], domain=domain), MEASURED)
-    if len(part) < 5:  # --quick
-        return found
     small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
     elsewhere = "LoRA at visual tokens on"
     sqrt = "1/√S: {normalize}"
     update = partial(mean, field="update0", form=".2f")
-    return found | {
+    found |= {
         "headline": headline(rows),
         "skill": grid("what is right of a name", on_bases(rows), "{name} %", "{of_base}: {relation:.1f} % right"),
         "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
@@ -383,6 +383,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "prior": grid("dark, clicks right %", beside_the_ladder(rows, "prior"), "names tell places: {prior}"),
         "depth": measures("all heads of, row", part["depth"], {"click %": percent} | STEP),
     }
+    return {name: table for name, table in found.items() if table.count("\n") > 1}  # those that have a line
 
 
 def pictures(rows: list[dict]) -> dict:
