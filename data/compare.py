@@ -43,12 +43,11 @@ BESIDE = {
 METHODS = LADDER | BESIDE
 DOMAINS = ("row", "settings", "dark", "blueprint")
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
-NO_SKILL = "seed 2, 0 relations"
-OTHERS = ((2, 0), (2, 1), (2, 3), (2, 12), (3, 0), (3, 12))  # (pretraining seed, relation screens a step)
-BASES = {f"seed {seed}, {n} relations": (seed, n) for seed, n in OTHERS}
-MAIN = (LORA, VALUES, IMAGE_LORA)
 SHIPPED = "shipped base"
-RELATED = ("seed 2, 12 relations", "seed 3, 12 relations")
+SEED, DOSES = 3, (0, 1, 3, 12)  # another pretraining seed; screens a step that the third stage asks relations about
+BASES = {f"seed {SEED}, {relations} relations": relations for relations in DOSES}
+NO_SKILL, *_, RELATED = BASES
+MAIN = (LORA, VALUES, IMAGE_LORA)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         add("longer", name, 1, steps=4 * STEPS)
     for base, name in product(BASES, MAIN):
         add("skill", name, 2, base=base_file(cfg, base))
-        if base in RELATED:
+        if base == RELATED:
             add("headline", name, 1, base=base_file(cfg, base), domain="settings")
     for base, projections in product((BASE, base_file(cfg, NO_SKILL)), ("qkv", "qk", "vo", "o", "v")):
         add("elsewhere", projections, 1, LORA_VISUAL, projections=projections, base=base)
@@ -92,7 +91,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         add("probe", name, 2, IMAGE_LORA, num_heads=size, **chosen)
         if size == 8 and name in ("top", "matched", "random", "gate"):
             add("probe", name, 1, IMAGE_LORA, num_heads=size, domain="settings", **chosen)
-            add("probe", name, 1, IMAGE_LORA, num_heads=size, base=base_file(cfg, RELATED[0]), **chosen)
+            add("probe", name, 1, IMAGE_LORA, num_heads=size, base=base_file(cfg, RELATED), **chosen)
     for tau, domain in product((0.0, 0.5, 1.0, 4.0), PAIRED):
         add("tau", f"τ = {tau:g}", 2 if domain == "row" else 1, IMAGE_LORA, tau=tau, domain=domain)
     for seed in range(12):
@@ -132,18 +131,16 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(cfg: CompareConfig, pool) -> dict[str, str]:
-    """The bases of other seeds, and with other numbers of relation screens: name -> file.
-
-    These differ in the third stage alone."""
+    """The bases of another seed, which differ in their third stage alone: name -> file."""
     Path(cfg.bases).mkdir(parents=True, exist_ok=True)
     files = {name: base_file(cfg, name) for name in BASES}
-    whole = {BASES[name][0]: files[name] for name in RELATED}  # by seed
-    pool.map(make_base, [PretrainConfig(seed=seed, out=out) for seed, out in whole.items()], 1)
-    others = []
-    for name in BASES.keys() - RELATED:
-        seed, relations = BASES[name]
-        start = str(Path(whole[seed]).with_suffix(".2.pt"))
-        others.append(PretrainConfig(stage=3, start=start, relations=relations, seed=seed, out=files[name]))
+    make_base(PretrainConfig(seed=SEED, out=files[RELATED]))
+    start = str(Path(files[RELATED]).with_suffix(".2.pt"))
+    others = [
+        PretrainConfig(stage=3, start=start, relations=relations, seed=SEED, out=files[name])
+        for name, relations in BASES.items()
+        if name != RELATED
+    ]
     pool.map(make_base, others, 1)
     return files
 
@@ -304,7 +301,7 @@ def on_bases(rows: list[dict]) -> list[dict]:
 
 def headline(rows: list[dict]) -> str:
     shown = on_bases(rows) + where(rows, part="headline") + where(rows, part="ladder", domain="settings")
-    shown = [row for row in shown if row["name"] in MAIN and row["of_base"] in (SHIPPED, *RELATED)]
+    shown = [row for row in shown if row["name"] in MAIN and row["of_base"] in (SHIPPED, RELATED)]
     return grid("clicks right", shown, "{domain}, {of_base} %")
 
 
