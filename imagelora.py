@@ -2,8 +2,8 @@
 
     V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for the heads h in S          (section 3)
 
-in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes the rows of text tokens. Queries, keys,
-text tokens and other heads are untouched: with no image in the context the output is the base model's, bit for bit.
+in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes the rows of text tokens. The layer's
+queries, keys, text rows and other heads stay as they are. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
     adapter = attach(model, heads=select_heads(scores, 16))    # freezes the model; adapter.parameters() are trainable
@@ -43,8 +43,8 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
-    B starts at zero: the model starts as the base. A starts as in LoRA, and gamma at 1: learning rates known from LoRA,
-    or a few times these, serve here, where with gamma near 0 the same step of B would be a much smaller update.
+    B starts at zero: the model starts as the base. A starts as in LoRA, and gamma at 1, so LoRA's learning rates, or a
+    few times these, serve. With gamma near 0 the same step of B would be a much smaller update.
     """
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
@@ -53,13 +53,13 @@ class ValueAdapter(nn.Module):
         self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
         self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))  # shared by the layer's heads
         self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))  # a block for each head
-        self.gamma = nn.Parameter(torch.ones(1, device=device))  # of one element: FSDP shards no scalars
-        self.register_buffer("heads", torch.tensor(heads, device=device), persistent=False)  # [|S|]: S
+        self.gamma = nn.Parameter(torch.ones(1, device=device))  # [1], not []: FSDP shards no scalars
+        self.register_buffer("heads", torch.tensor(heads, device=device), persistent=False)  # S, [|S|]
         nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))  # uniform in +-1/sqrt(D), as PEFT's LoRA
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
-        # z = x A: what the selected heads share. A^T is made contiguous as BLAS is several times faster on [r, D].
+        # z = x A: what the selected heads share. BLAS is several times faster on a contiguous A^T [r, D].
         z = F.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
         B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
@@ -89,14 +89,14 @@ class ValueAdapter(nn.Module):
         return super()._apply(moved, recurse)
 
 
-class ThisThread(threading.local):  # what the thread that asks is in
+class ThisThread(threading.local):  # the calling thread's contexts, and its call of the model
     enabled = True  # False: in disabled()
     mask = None  # [B, T]: in visual_mask()
-    rows = None  # [N], the visual ones of B * T: in a call of the model
+    rows = None  # [N], the visual ones of B * T, in a call of the model; None: no call is running
     shape = None  # [B, T] of that call
-    grad = False  # whether it began with gradients
+    grad = False  # whether gradients were on as it began
     updated = None  # the adapters that have run in it
-    rows_again = None  # [N] in a layer that checkpointing runs again, in no call
+    rows_again = None  # [N] outside of a call: of the layer that checkpointing runs again
 
     def __reduce__(self):
         return ThisThread, ()  # a copy of the model begins anew
@@ -110,12 +110,12 @@ class ImageLoRA(nn.Module):
     float32 or wider; as `model.image_lora` they are in the model's state_dict. The way of M:
 
         model(input_ids)     _find_rows      before the call: which of its B * T rows are visual
-        a layer's input      _note_rows      they are noted on the memory of this tensor
+        a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass,
-    in no call of the model, maybe in another thread: it tells which rows these are. After Ctrl-C in a call, call the
-    model before a part of it. Leave disabled() after a backward pass that runs the whole model again.
+    in no call of the model, maybe in another thread: it tells which rows these are. Ctrl-C in a call leaves its rows:
+    call the model before a part of it. Stay in disabled() until a backward pass that runs the model again is done.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -135,8 +135,8 @@ class ImageLoRA(nn.Module):
             reader = getattr(decoder[layer], "input_layernorm", attention)  # what reads the layer's input
             steps += [(reader, self._note_rows), (attention.v_proj, partial(self._adapt_values, adapter))]
             self.layers[str(layer)] = adapter
-        # From here on the model is changed, and nothing can fail.
-        self._model, self._now = [model], ThisThread()  # in a list: the model is no part of its adapter
+        # From here on the model changes; every check is behind us.
+        self._model, self._now = [model], ThisThread()  # a list, no submodule; empty once detached
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         self._undo = [
@@ -154,18 +154,18 @@ class ImageLoRA(nn.Module):
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if not now.enabled:
             return None
-        if ids is not None and not ids.is_floating_point():
+        if ids is not None and not ids.is_floating_point():  # not embeddings by position
             if ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(ids.flatten().tolist()):
-                return None  # most calls decode one text token: seen in Python, in a tenth of the time of tensors
+                return None  # most calls decode one text token: in Python, a tenth of the time of tensors on a CPU
             visual = torch.stack([ids == image for image in self.image_token_ids]).any(0)
         else:
             _require(embeds is not None and now.mask is not None, UNKNOWN)
-            visual, kwargs = now.mask, kwargs | {"inputs_embeds": embeds.clone()}  # in no other call's memory
+            visual, kwargs = now.mask, kwargs | {"inputs_embeds": embeds.clone()}  # a copy: calls share no noted memory
         now.rows, now.shape = visual.flatten().nonzero().squeeze(1), visual.shape
         return args, kwargs
 
     def _note_rows(self, forward, *args, **kwargs):
-        """In a call they are put on the memory of a layer's input [B, T, D]; when the layer runs again, read there."""
+        """In a call, rows go onto the storage of a layer's input [B, T, D]; when it runs again they are read there."""
         x, now = args[0] if args else kwargs["hidden_states"], self._now
         memory = x.untyped_storage()
         if now.rows is None:
@@ -173,14 +173,15 @@ class ImageLoRA(nn.Module):
         elif x.requires_grad or torch.is_grad_enabled():
             _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows
-        else:
+        else:  # a first run without gradients: decoding, or re-entrant checkpointing
             _require(not now.grad, NO_GRADIENT, RuntimeError)
         return forward(*args, **kwargs)
 
     def _adapt_values(self, adapter, forward, x, *args, **kwargs):
         """X [B, T, D] -> X W_V -> V~ [B, T, H * d_h]."""
         value, now = forward(x, *args, **kwargs), self._now
-        rows, now.rows_again = now.rows_again if now.rows is None else now.rows, None
+        rows = now.rows_again if now.rows is None else now.rows
+        now.rows_again = None
         if not self._model:
             return value  # detached, but others have wrapped this since
         _require(rows is not None, ALONE, RuntimeError)
@@ -192,8 +193,8 @@ class ImageLoRA(nn.Module):
         return adapter.add_update(x, value, rows.to(x.device))
 
     def _end_call(self, model, args, output):
-        now = self._now
-        complete = output is None or not len(now.rows) or len(now.updated) == len(self.layers)  # None: after an error
+        now, failed = self._now, output is None
+        complete = failed or not len(now.rows) or len(now.updated) == len(self.layers)
         now.rows = None
         _require(complete, REPLACED, RuntimeError)
 
@@ -207,7 +208,7 @@ class ImageLoRA(nn.Module):
             vars(self._now).update(before)
 
     def disabled(self):
-        """A context in which this thread calls the base model. A training step in it saves the adapter's FLOPs."""
+        """A context in which this thread calls the base model."""
         return self._within(enabled=False)
 
     def visual_mask(self, mask: Tensor):
@@ -228,7 +229,7 @@ class ImageLoRA(nn.Module):
         return model
 
     def get_extra_state(self):
-        """Which heads of all a state_dict is of: tensors of others can have the same shapes."""
+        """Marks the heads that a state_dict is of, as tensors of other heads can have the same shapes."""
         every = [(layer, head) for layer, H in enumerate(self.head_counts) for head in range(H)]
         return torch.tensor([head in self.heads.get(layer, ()) for layer, head in every])
 
@@ -237,7 +238,7 @@ class ImageLoRA(nn.Module):
         _require(same, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
 
     def save(self, path):
-        """Write the adapter in the authors' layout, atomically; with FSDP2 on all ranks at once. ValueError on NaN."""
+        """Write the adapter in the layout of the paper's release, atomically; under FSDP2 call it on all ranks."""
         safe_save(_content(self), path)
 
     def flops(self, num_visual_tokens):
@@ -256,10 +257,10 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
 
     I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged:
-    dL/dB = A^T X_vis^T G, where G is the gradient at the value output. probe="rank1": r = 1 and A ~ N(0, 1), drawn for
-    each batch, so that E[A A^T] = I. probe="exact": r = D and A = I, the squared gradient of the whole W_V(h) over
-    visual tokens, which rank-1 is on average. The gradient of loss_fn(model, batch), by default `model(**batch).loss`,
-    is squared batch by batch: batches of one example can rank heads differently. A head that is not there scores 0.
+    dL/dB = A^T X_vis^T G, where G is dL/dV~(h). probe="rank1": r = 1 and A ~ N(0, 1), drawn for each batch. As
+    E[A A^T] = I, its mean is that of probe="exact": r = D and A = I, the squared gradient of the whole W_V(h) over
+    visual tokens. The gradient of loss_fn(model, batch), by default `model(**batch).loss`, is squared batch by batch:
+    large batches can rank heads otherwise than single examples. Heads that a narrower layer does not have score 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -290,16 +291,15 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
 
 
 def select_heads(scores, num_heads, tau=0.5) -> Heads:
-    """Exactly `num_heads` heads: layer l gets k_l ~ (sum_h I(l, h))^tau of them, its most influential. scores [L, H].
+    """Exactly `num_heads` heads: layer l gets k_l ∝ (sum_h I(l, h))^tau of them, its most influential. scores [L, H].
 
-    tau=0 spreads the budget evenly, a large one fills the most influential layers first; 0.5 is the authors' default.
-    """
+    tau=0 spreads them evenly, a large one fills the most influential layers first; 0.5 is the authors' default."""
     _check_selection(scores, num_heads, tau)
-    # k_l ~ (sum_h I(l, h))^tau with sum k_l = K exactly
+    # k_l ∝ (sum_h I(l, h))^tau with sum k_l = K exactly
     influence = scores.double().sum(1)  # of each layer
     weights = (influence / influence.max().clamp(min=1e-300)).pow(tau).clamp(min=1e-300)  # nothing over- or underflows
     budget = torch.zeros_like(weights, dtype=torch.long)
-    for _ in range(num_heads):  # one by one to the layer of the largest quotient, as Sainte-Lague does
+    for _ in range(num_heads):  # to the layer of the largest quotient, as parliaments share out seats (Sainte-Lague)
         quotient = weights / (2 * budget + 1)
         budget[quotient.where(budget < scores.shape[1], 0).argmax()] += 1
     order = scores.argsort(dim=1, descending=True, stable=True).tolist()
@@ -308,13 +308,13 @@ def select_heads(scores, num_heads, tau=0.5) -> Heads:
 
 def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
     """Training FLOPs of LoRA on one Linear, 2 m n k a product; input_grad: whether its input needs a gradient."""
-    z = dA = dx = 2 * num_tokens * r * in_features  # z = x A
-    y = dB = dz = 2 * num_tokens * r * out_features  # y = z B
+    z = dA = dx = 2 * num_tokens * r * in_features  # FLOPs of each: z = x A, and its two products back
+    y = dB = dz = 2 * num_tokens * r * out_features  # of y = z B, likewise
     return z + y + dB + dz + dA + dx * input_grad
 
 
 def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads, r, input_grad=False):
-    """Training FLOPs of a whole Image-LoRA; input_grad: as above, of the lowest adapted layer (others always do)."""
+    """Training FLOPs of a whole Image-LoRA; input_grad: as above, of the lowest adapted layer (the others need one)."""
     flops = 0
     for selected in filter(None, heads.values()):
         flops += lora_flops(num_visual_tokens, hidden_size, len(selected) * head_dim, r, input_grad)

@@ -456,9 +456,9 @@ def write(kind: str, path: Path):
     if kind == "adapter":
         adapter.save(path)
         return lambda: load(tiny_vlm(), path).state_dict()
-    state = config, adapter, torch.optim.AdamW(adapter.parameters())
-    train.save_checkpoint(*state, 7, path.parent)
-    return lambda: [train.load_checkpoint(*state, path.parent)] and adapter.state_dict()
+    found = {"step": 7, "adapter": adapter, "optimizer": torch.optim.AdamW(adapter.parameters())}
+    train.save_checkpoint(config, found, [], path.parent)
+    return lambda: train.load_checkpoint(config, path.parent)["adapter"]
 
 
 @pytest.mark.parametrize("kind", ["adapter", "base", "checkpoint"])
