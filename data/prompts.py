@@ -162,7 +162,7 @@ def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
     """Share of a batch's clicks, given teacher-forced, that hit their targets."""
     answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # each is x, y, <eos>
     points = [parse_point(decode(words)) for words in answers[:, :2].tolist()]
-    return np.mean([is_hit(point, box) for point, box in zip(points, boxes)])
+    return float(np.mean([is_hit(point, box) for point, box in zip(points, boxes)]))
 
 
 def score_line(domain: str, metrics: dict) -> str:
