@@ -975,7 +975,9 @@ BAD = ["--domain=marble", "--method=magic", "--device=abacus", "--what=1", "--st
 BAD += [f"{name}=0" for name in ("--r", "--num-heads", "--steps", "--screens", "--questions", "--test-screens")]
 BAD += ["--num-heads=10", "--r=25", "--seed=1" + 30 * "0", "--lr=nan", "--lr=-1", "--lora-alpha=inf", "--heads=best"]
 BAD += ["--heads=0:9", "--heads=0:1,1", "--out=/dev/null/x", "--out=base.pt", "--explain --method=lora", "extra"]
-BAD += [f"--pretrain {wrong}" for wrong in ("--see=0", "--lr=nan", "--out=nowhere/base.pt", "--explain", "--stage=2")]
+BAD += [
+    f"--pretrain {wrong}" for wrong in ("--steps=0", "--lr=nan", "--out=nowhere/base.pt", "--explain", "--relations=25")
+]
 BAD += [f"--costs {wrong}" for wrong in ("--num-heads=113", "--visual-tokens=0", "--shape='1 2 3 4 5 0'", "--shape=a")]
 BAD += [f"--compare {wrong}" for wrong in ("--seeds=0", "--out=base.pt", "--out=.")]
 BAD += ["--device=cuda"] * (not torch.cuda.is_available())

@@ -44,9 +44,9 @@ METHODS = LADDER | BESIDE
 DOMAINS = ("row", "settings", "dark", "blueprint")
 STEPS, TUNING_STEPS, TEST_SCREENS = 400, 200, 100
 SHIPPED = "shipped base"
-SEED, DOSES = 3, (0, 1, 3, 12)  # another pretraining seed; screens a step that the third stage asks relations about
-BASES = {f"seed {SEED}, {relations} relations": relations for relations in DOSES}
-NO_SKILL, *_, RELATED = BASES
+OTHERS = ((2, 0), (2, 3), (1, 12))  # (seed, screens a step that are asked about relations) of the second stage
+BASES = {f"seed {seed}, {relations} relations": (seed, relations) for seed, relations in OTHERS}
+NO_SKILL, _, RELATED = BASES
 MAIN = (LORA, VALUES, IMAGE_LORA)
 
 
@@ -131,17 +131,17 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(cfg: CompareConfig, pool) -> dict[str, str]:
-    """The bases of another seed, which differ in their third stage alone: name -> file."""
-    Path(cfg.bases).mkdir(parents=True, exist_ok=True)
+    """Bases that differ from each other in their second stage alone: name -> file."""
     files = {name: base_file(cfg, name) for name in BASES}
-    make_base(PretrainConfig(seed=SEED, out=files[RELATED]))
-    start = str(Path(files[RELATED]).with_suffix(".2.pt"))
-    others = [
-        PretrainConfig(stage=3, start=start, relations=relations, seed=SEED, out=files[name])
-        for name, relations in BASES.items()
-        if name != RELATED
+    first = Path(cfg.bases) / "first.pt"
+    first.parent.mkdir(parents=True, exist_ok=True)
+    if not first.exists():
+        pretrain(PretrainConfig(second_steps=0, out=str(first)))
+    second = [
+        PretrainConfig(steps=0, start=str(first), relations=relations, seed=seed, out=files[name])
+        for name, (seed, relations) in BASES.items()
     ]
-    pool.map(make_base, others, 1)
+    pool.map(make_base, second, 1)
     return files
 
 

@@ -5,13 +5,12 @@
 What it is told, and what not:
     vision     patches are taught to show names, colours and kinds on source, settings, row and night screens, and
                places on `source` alone; dark and blueprint are never seen
-    questions  about `source` screens alone, and word problems. First and second stage: where a name is, what is at a
-               place. Third stage, the vision encoder frozen: these, and what is right of a name (never where)
+    questions  about `source` screens alone, and word problems. First stage: where a name is, what is at a place.
+               Second stage, the vision encoder frozen: these, and what is right of a name (never where)
     screens    are those of the split "pretrain", which neither fine-tuning nor any test draws from
 
-Each stage has learning rates that rise and fall anew. The models after the first and the second are kept as base.1.pt
-and base.2.pt: a run that was stopped goes on with --stage 2 --start base.1.pt. data/tiny_vlm.pt was made with
---out data/tiny_vlm.pt.
+After the first stage the model is kept in base.first.pt: a run that was stopped later goes on from there, with
+--steps 0 --start base.first.pt. data/tiny_vlm.pt was made with --out data/tiny_vlm.pt.
 """
 
 import json
@@ -32,15 +31,10 @@ from imagelora import safe_save, safe_write
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 TEST_SCREENS = 400  # of each domain
-ASKED = 16  # source screens a step of the first two stages that are asked about
-SHOWN = {
-    "source": ASKED + 8,
-    "settings": 2,
-    "row": 2,
-    "night": 1,
-}  # screens a step of the first two stages, for the vision
-RELATED = 24  # source screens a step of the third stage
-POOLS = 6000, 8000  # screens of the third stage: any, and those with many neighbours
+ASKED = 16  # source screens a step of the first stage that are asked about
+SHOWN = {"source": ASKED + 8, "settings": 2, "row": 2, "night": 1}  # screens a step of the first stage, for the vision
+SECOND = 24  # source screens a step of the second stage
+POOLS = 6000, 8000  # screens of the second stage: any, and those with many neighbours
 QUESTIONS = 6  # about a screen
 REFER = 0.6  # share of these that give the point and ask for the name
 BY_COLOUR = 0.3  # share of the others that name an icon by its colour alone, where that is enough
@@ -53,12 +47,10 @@ LENS += [tuple(f"<{axis}{i}>" for i in range(screens.BINS)) for axis in "xy"]
 class PretrainConfig(Settings):
     """How the base model is made."""
 
-    see: int = option(2400, "steps of the first stage", least=1)
-    again: int = option(1200, "steps of the second stage", least=1)
-    relate: int = option(1800, "steps of the third stage", least=1)
-    relations: int = option(12, f"screens a step, of {RELATED}, that the third stage asks relations about", least=0)
-    stage: int = option(1, "the stage to begin with", least=1)
-    start: str = option("", "the model to begin a later stage with")
+    steps: int = option(3600, "steps of the first stage", least=0)
+    second_steps: int = option(1800, "steps of the second stage", least=0)
+    relations: int = option(12, f"screens a step, of {SECOND}, that the second stage asks relations about", least=0)
+    start: str = option("", "a base model to go on from; then give --steps 0")
     muon_lr: float = option(0.02, "peak learning rate of Muon, for matrices", least=0)
     lr: float = option(2e-3, "peak learning rate of AdamW, for embeddings, norms and biases", least=0)
     seed: int = option(1, "of the data and the model's start", least=0)
@@ -66,10 +58,10 @@ class PretrainConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.relations > RELATED:
-            raise ValueError(f"relations must be at most {RELATED}, got {self.relations}")
-        if self.stage > 3 or bool(self.start) != (self.stage > 1):
-            raise ValueError(f"stage must be 1, or 2 or 3 with a model to start with, got {self.stage}, {self.start!r}")
+        if self.relations > SECOND:
+            raise ValueError(f"relations must be at most {SECOND}, got {self.relations}")
+        if bool(self.start) == bool(self.steps):
+            raise ValueError("a model to go on from has no first stage: give --start or --steps, got both or neither")
 
 
 def vision_loss(features, targets, embeddings: Tensor, edges: nn.Linear, log_scale: Tensor) -> Tensor:
@@ -167,13 +159,13 @@ def first_batch(seed: int, step: int, patch: int) -> tuple[dict, Tensor, Tensor]
     return batch, pixels(shown), torch.from_numpy(np.stack(targets))
 
 
-def see(cfg: PretrainConfig, model: TinyVLM, first: int, steps: int) -> None:
-    """The whole model learns to see, to ground and to refer, on the batches from number `first` on."""
+def first_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
+    """The whole model learns to see, to ground and to refer."""
     lens = nn.Linear(model.config.hidden_size, 4), nn.Parameter(torch.tensor(0.3).log())  # boxes' edges, and a scale
     named = [*model.named_parameters(), *lens[0].named_parameters(), ("scale", lens[1])]
-    optimizer = MuonAndAdamW(cfg, named, steps)
-    for step in (bar := progress(0, steps, "see")):
-        batch, pixel_values, targets = first_batch(cfg.seed, first + step, model.config.patch_size)
+    optimizer = MuonAndAdamW(cfg, named, cfg.steps)
+    for step in (bar := progress(0, cfg.steps, "see")):
+        batch, pixel_values, targets = first_batch(cfg.seed, step, model.config.patch_size)
         features = model.get_image_features(pixel_values)  # [N, P, D]
         answers = model(**batch, image_features=features[:ASKED]).loss
         vision = vision_loss(features, targets, model.language_model.embed_tokens.weight, *lens)
@@ -181,7 +173,7 @@ def see(cfg: PretrainConfig, model: TinyVLM, first: int, steps: int) -> None:
         bar.set_postfix_str(f"answers {answers.item():.3f}  vision {vision.item():.3f}", refresh=False)
 
 
-def relate(cfg: PretrainConfig, model: TinyVLM, first: int, steps: int) -> None:
+def second_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
     """The language model alone goes on, and learns what stands right of what, on cfg.relations of its screens."""
     drawn, many = [], []
     for i in range(10**6):
@@ -195,10 +187,10 @@ def relate(cfg: PretrainConfig, model: TinyVLM, first: int, steps: int) -> None:
     seen, seen_of_many = image_features(model.vision_tower, drawn), image_features(model.vision_tower, many)
     project = model.multi_modal_projector
     trained = [*project.named_parameters(), *model.language_model.named_parameters()]
-    optimizer = MuonAndAdamW(cfg, trained, steps)
-    for step in (bar := progress(0, steps, "relate")):
+    optimizer = MuonAndAdamW(cfg, trained, cfg.second_steps)
+    for step in (bar := progress(0, cfg.second_steps, "relate")):
         rng = np.random.default_rng([cfg.seed, 1, step])
-        picks = rng.choice(len(drawn), RELATED - cfg.relations, replace=False)
+        picks = rng.choice(len(drawn), SECOND - cfg.relations, replace=False)
         asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER, BY_COLOUR) for i in picks]
         before = told_before(step, len(picks), rng)
         batch = training_batch(asked, seen.shape[1], before)
@@ -225,19 +217,16 @@ def pretrain(cfg: PretrainConfig) -> None:
     start, out = time.time(), Path(cfg.out)
     if not out.parent.is_dir():
         raise ValueError(f"there is no directory {out.parent}")
-    path = Path(cfg.start)
-    stages = (see, 0, cfg.see), (see, cfg.see, cfg.again), (relate, 0, cfg.relate)
-    for number, (learn, first, steps) in enumerate(stages, 1):
-        if number < cfg.stage:
-            continue
+    first = Path(cfg.start) if cfg.start else out.with_suffix(".first.pt")
+    if cfg.steps:
         torch.manual_seed(cfg.seed)
-        if number == 1:
-            model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
-        else:
-            model = TinyVLM.from_pretrained(path)
-        learn(cfg, model, first, steps)
-        path = out if number == 3 else out.with_suffix(f".{number}.pt")
-        save(model, path)
+        model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=screens.SIZE))
+        first_stage(cfg, model)
+        save(model, first)
+    model = TinyVLM.from_pretrained(first)  # rounded to 16 bits: a second stage that starts anew is the same
+    if cfg.second_steps:
+        second_stage(cfg, model)
+    save(model, out)
     seconds = round(time.time() - start)
     given = {name: value for name, value in asdict(cfg).items() if name != "out" and value != ""}
     options = (f"--{name.replace('_', '-')} {value}" for name, value in given.items())
