@@ -76,9 +76,10 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
             add("ladder", name, 1, **{"lr": 0.01} | METHODS[name])
         return jobs
     for domain, name in product(PAIRED, METHODS):
-        add("ladder", name, 1 if name == FROZEN else 3 if domain == "row" else 2, domain=domain)
+        seeds = 1 if name == FROZEN else 3 if domain == "row" else 2 if name in LADDER else 1
+        add("ladder", name, seeds, domain=domain)
     for domain, name in product(("dark", "blueprint"), (FROZEN, *MAIN)):
-        add("ladder", name, 1 if name == FROZEN else 2, domain=domain)
+        add("ladder", name, 1, domain=domain)
     for name in (SMALL, SMALL_VISUAL):
         add("longer", name, 1, steps=4 * STEPS)
     for base, name in product(BASES, MAIN):
