@@ -167,10 +167,10 @@ class ImageLoRA(nn.Module):
     def _note_rows(self, forward, *args, **kwargs):
         """In a call, rows go onto the storage of a layer's input [B, T, D]; when it runs again they are read there."""
         x, now = args[0] if args else kwargs["hidden_states"], self._now
-        memory = x.untyped_storage()
         if now.rows is None:
-            now.rows_again = getattr(memory, "visual_rows", None)
+            now.rows_again = getattr(x.untyped_storage(), "visual_rows", None)
         elif x.requires_grad or torch.is_grad_enabled():
+            memory = x.untyped_storage()
             _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows
         else:  # a first run without gradients: decoding, or re-entrant checkpointing

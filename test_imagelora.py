@@ -456,8 +456,8 @@ def write(kind: str, path: Path):
     if kind == "adapter":
         adapter.save(path)
         return lambda: load(tiny_vlm(), path).state_dict()
-    found = {"step": 7, "adapter": adapter, "optimizer": torch.optim.AdamW(adapter.parameters())}
-    train.save_checkpoint(config, found, [], path.parent)
+    now = SimpleNamespace(step=7, adapter=adapter, optimizer=torch.optim.AdamW(adapter.parameters()))
+    train.save_checkpoint(config, now, [], path.parent)
     return lambda: train.load_checkpoint(config, path.parent)["adapter"]
 
 

@@ -20,10 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads wait for each other at full speed; before torch
 
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 import imagelora
 from data import SPLITS, Settings, figures, option, parse, progress, prompts
 from data.compare import CompareConfig, compare
-from data.costs import CostsConfig, changes, lora_costs, print_costs, run_costs, shape_of, watch
+from data.costs import CostsConfig, changes, print_costs, run_costs, watch
+from data.lora import LoRA
 from data.pretrain import PretrainConfig, pretrain
 from data.screens import DOMAINS
 from tiny_vlm import TinyVLM
@@ -100,62 +101,56 @@ def parse_heads(text: str) -> imagelora.Heads:
 # ---- The run: one procedure that computes, stage by stage ------------------------------------------------------------
 
 
-def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str, dict]]:
-    """base -> before -> heads -> step, step, ... -> after: yields (stage, what was found there).
+def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str, SimpleNamespace]]:
+    """base -> before -> heads -> step, step, ... -> after: yields (stage, all that is known by then).
 
     It prints and writes nothing: `main_job` does. checkpoint: what `main_job` kept of a step, to go on from."""
     start = time.time()
-    model = load_base(cfg)
-    yield "base", {"model": model}
+    now = SimpleNamespace(model=load_base(cfg), heads=None, scores=None)
+    yield "base", now
     same = ("base", "task", "domain", "switches", "history", "test_screens", "split", "device", "controls")
     frozen = Config("none", **{name: getattr(cfg, name) for name in same})
-    before, base_given = measure_base(frozen)
-    base_text = prompts.text_logits(model)
-    yield "before", {"before": before}
+    now.before, now.base_given = measure_base(frozen)
+    base_text = prompts.text_logits(now.model)
+    yield "before", now
 
-    data, batches = prompts.training_data(cfg, model.device)
-    heads, result = None, {"heads_from": cfg.heads}
+    data, batches = prompts.training_data(cfg, now.model.device)
     if cfg.method == "image_lora":
-        scores = head_scores(cfg, model, batches)
-        heads = choose_heads(cfg, scores)
-        result["scores"] = scores.tolist()
-        yield "heads", {"scores": scores, "heads": heads}
+        now.scores = head_scores(cfg, now.model, batches)
+        now.heads = choose_heads(cfg, now.scores)
+        yield "heads", now
 
     torch.manual_seed(cfg.seed)
-    adapter = make_adapter(cfg, model, heads)
-    result["heads"] = heads
-    if adapter is not None:
+    now.adapter = make_adapter(cfg, now.model, now.heads)
+    now.result = {"heads": now.heads, "heads_from": cfg.heads}
+    if now.adapter is not None:
         begun = time.time()
-        yield from train(cfg, model, adapter, data, checkpoint)
-        result["step_ms"] = 1000 * (time.time() - begun) / cfg.steps
-        result |= run_costs(model, adapter, batches[0], cfg.method == "lora" and cfg.tokens == "all")
-    after, given = prompts.measure(cfg, model)
-    difference = prompts.text_logits(model) - base_text
-    result |= {
-        "before": before,
+        yield from train(cfg, now, data, checkpoint)
+        now.result["step_ms"] = 1000 * (time.time() - begun) / cfg.steps
+        all_tokens = cfg.method == "lora" and cfg.tokens == "all"
+        now.result |= run_costs(now.model, now.adapter, batches[0], all_tokens)
+    after, now.given = prompts.measure(cfg, now.model)
+    difference = prompts.text_logits(now.model) - base_text
+    if cfg.controls and cfg.task == "grounding":
+        learn = measure_base(replace(frozen, split="validation", controls=False))[1]
+        now.result |= prompts.rules(learn, now.base_given) | prompts.without_the_image(cfg, now.model)
+    now.result |= {
+        "before": now.before,
         "after": after,
+        "scores": None if now.scores is None else now.scores.tolist(),
         "text_logits_max_abs_diff": difference.abs().max().item(),
-        **(controls(cfg, model, frozen) if cfg.controls and cfg.task == "grounding" else {}),
         "seconds": round(time.time() - start, 1),
-        "device": str(model.device),
+        "device": str(now.model.device),
         "torch": torch.__version__,
     }
-    yield "after", {"result": result, "model": model, "adapter": adapter, "given": [base_given, given]}
-
-
-def controls(cfg: Config, model: TinyVLM, frozen: Config) -> dict:
-    """What a click accuracy is to be held against: rules around the base's clicks, found on validation screens, and
-    the tuned model before pictures without what is asked for."""
-    learn = measure_base(replace(frozen, split="validation", controls=False))[1]
-    return prompts.rules(learn, measure_base(frozen)[1]) | prompts.without_the_image(cfg, model)
+    yield "after", now
 
 
 def run(cfg: Config) -> dict:
     """`finetune` without prints and files: the Config's fields and what was measured."""
     torch.set_num_threads(1)
-    *_, (_, found) = finetune(cfg)
-    result = found["result"]
-    return asdict(cfg) | result.pop("after") | result
+    *_, (_, now) = finetune(cfg)
+    return asdict(cfg) | now.result.pop("after") | now.result
 
 
 def load_base(cfg: Config) -> TinyVLM:
@@ -163,7 +158,9 @@ def load_base(cfg: Config) -> TinyVLM:
     there = [found.type, "cpu"] if found else ["cpu"]
     if cfg.device not in ("auto", *there):
         raise ValueError(f"device {cfg.device} is not available here; expected one of {', '.join(there)}")
-    return TinyVLM.from_pretrained(prompts.base_path(cfg.base)).to(there[0] if cfg.device == "auto" else cfg.device)
+    device = there[0] if cfg.device == "auto" else cfg.device
+    path = prompts.base_path(cfg.base)
+    return TinyVLM.from_pretrained(path).to(device)
 
 
 @cache
@@ -172,38 +169,36 @@ def measure_base(frozen: Config) -> tuple[dict, list]:
     return prompts.measure(frozen, load_base(frozen))
 
 
-def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, checkpoint: dict | None) -> Iterator:
+def train(cfg: Config, now: SimpleNamespace, data: tuple, checkpoint: dict | None) -> Iterator:
     """AdamW on the loss of the answers, the rate warmed up over a twentieth of the steps, then decayed to zero.
 
-    Yields ("step", ...) before each update. Raises FloatingPointError at a loss that is not finite."""
+    Yields ("step", now) before each update. Raises FloatingPointError at a loss that is not finite."""
     groups = [{"params": [], "scale": 1.0}, {"params": [], "scale": cfg.gamma_lr}]
-    for name, parameter in adapter.named_parameters():
+    for name, parameter in now.adapter.named_parameters():
         groups[name.endswith("gamma")]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0)
-    first = 0
+    now.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0)
     if checkpoint:
-        first = checkpoint["step"]
-        adapter.load_state_dict(checkpoint["adapter"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    warm_up = max(cfg.steps // 20, 1)
-    for step in range(first, cfg.steps):
-        lr = cfg.lr * min((step + 1) / warm_up, 1 - step / cfg.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        batch, boxes = prompts.batch_of(cfg, data, prompts.PROBE_BATCHES + step)  # after the probe's
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            output = model(**batch)
-        loss, click = output.loss.item(), None
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
+        now.adapter.load_state_dict(checkpoint["adapter"])
+        now.optimizer.load_state_dict(checkpoint["optimizer"])
+    device, warm_up = now.model.device.type, max(cfg.steps // 20, 1)
+    for now.step in range(checkpoint["step"] if checkpoint else 0, cfg.steps):
+        decay = 1 - now.step / cfg.steps
+        rate = min((now.step + 1) / warm_up, decay)
+        for group in now.optimizer.param_groups:
+            group["lr"] = cfg.lr * rate * group["scale"]
+        batch, boxes = prompts.batch_of(cfg, data, prompts.PROBE_BATCHES + now.step)  # after the probe's
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            output = now.model(**batch)
+        now.loss, now.click = output.loss.item(), None
+        if not math.isfinite(now.loss):
+            raise FloatingPointError(f"the loss is {now.loss} at step {now.step}; try a smaller --lr than {cfg.lr}")
         if cfg.task == "grounding" and not cfg.replay:
-            click = prompts.hit_rate(output.logits, batch["labels"], boxes)
-        found = {"step": step, "loss": loss, "click": click, "optimizer": optimizer}
-        yield "step", found | {"model": model, "adapter": adapter}
-        optimizer.zero_grad()
+            now.click = prompts.hit_rate(output.logits, batch["labels"], boxes)
+        yield "step", now
+        now.optimizer.zero_grad()
         output.loss.backward()
-        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(now.adapter.parameters(), 1.0)
+        now.optimizer.step()
 
 
 def head_scores(cfg: Config, model: TinyVLM, batches: list[dict]) -> Tensor:
@@ -222,7 +217,11 @@ def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
         top = imagelora.select_heads(scores, cfg.num_heads, cfg.tau)
         if cfg.heads == "top":
             return top
-        return {layer: sorted(rng.permutation(num_heads)[: len(heads)].tolist()) for layer, heads in top.items()}
+        matched = {}
+        for layer, heads in top.items():
+            drawn = rng.permutation(num_heads)[: len(heads)]
+            matched[layer] = sorted(drawn.tolist())
+        return matched
     order = {
         "all": range(scores.numel()),
         "lowest": range(cfg.num_heads),
@@ -233,6 +232,14 @@ def choose_heads(cfg: Config, scores: Tensor) -> imagelora.Heads:
     for i in sorted(map(int, order[cfg.heads])):
         heads.setdefault(i // num_heads, []).append(i % num_heads)
     return heads
+
+
+def make_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
+    if cfg.method == "image_lora":
+        return imagelora.attach(model, cfg.r, cfg.lora_alpha, heads, cfg.normalize)
+    if cfg.method == "none":
+        return None
+    return LoRA(model, cfg.r, cfg.lora_alpha, cfg.projections, visual_only=cfg.tokens == "visual")
 
 
 # ---- What is shown and saved -----------------------------------------------------------------------------------------
@@ -247,40 +254,39 @@ def main_job(cfg: Config) -> None:
     checkpoint = load_checkpoint(cfg, out) if cfg.resume else None
     curve, film = checkpoint["curve"] if checkpoint else [], []
     with progress(len(curve), cfg.steps, "train") as bar:
-        for stage, found in finetune(cfg, checkpoint):
+        for stage, now in finetune(cfg, checkpoint):
             if stage != "step":
                 bar.clear()
-                report(stage, cfg, found)
+                report(stage, cfg, now)
                 continue
-            step = found["step"]
-            if step % 20 == 0:  # what is kept has just given a finite loss
-                save_checkpoint(cfg, found, curve, out)
-            if cfg.film and step % (cfg.steps // 32 + 1) == 0:
-                film.append((step, prompts.few_answers(cfg, found["model"])))
-            curve.append((step, found["loss"], found["click"]))
+            if now.step % 20 == 0:  # what is kept has just given a finite loss
+                save_checkpoint(cfg, now, curve, out)
+            if cfg.film and now.step % (cfg.steps // 32 + 1) == 0:
+                film.append((now.step, prompts.few_answers(cfg, now.model)))
+            curve.append((now.step, now.loss, now.click))
             clicks = [click for _, _, click in curve[-10:] if click is not None]
             shown = f"  click {np.mean(clicks):.0%}" if clicks else ""
-            bar.set_postfix_str(f"loss {found['loss']:.3f}{shown}", refresh=False)
+            bar.set_postfix_str(f"loss {now.loss:.3f}{shown}", refresh=False)
             bar.update()
-    figures.save(figures.predictions(*found["given"]), out / "predictions.png")
-    if found["adapter"] is not None:
-        found["adapter"].save(out / "adapter.pt")
+    figures.save(figures.predictions(now.base_given, now.given), out / "predictions.png")
+    if now.adapter is not None:
+        now.adapter.save(out / "adapter.pt")
         figures.save(figures.curve(curve), out / "curve.png")
     if film:
-        film.append((cfg.steps, prompts.few_answers(cfg, found["model"])))
+        film.append((cfg.steps, prompts.few_answers(cfg, now.model)))
         figures.save_moving(figures.moving(film), out / "training.gif")
-    text = json.dumps(asdict(cfg) | found["result"], indent=1) + "\n"
+    text = json.dumps(asdict(cfg) | now.result, indent=1) + "\n"
     imagelora.safe_write(text.encode(), out / "metrics.json")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved    {out}/ {' '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
 
 
-def save_checkpoint(cfg: Config, found: dict, curve: list, out: Path) -> None:
+def save_checkpoint(cfg: Config, now: SimpleNamespace, curve: list, out: Path) -> None:
     content = {
         "settings": asdict(cfg),
-        "step": found["step"],
-        "adapter": found["adapter"].state_dict(),
-        "optimizer": found["optimizer"].state_dict(),
+        "step": now.step,
+        "adapter": now.adapter.state_dict(),
+        "optimizer": now.optimizer.state_dict(),
         "curve": curve,
     }
     imagelora.safe_save(content, out / "checkpoint.pt")
@@ -306,23 +312,22 @@ def differs(cfg: Config, settings: dict) -> str | None:
             return name
 
 
-def report(stage: str, cfg: Config, found: dict) -> None:
+def report(stage: str, cfg: Config, now: SimpleNamespace) -> None:
     """The lines of a stage."""
     if stage == "base":
-        model = found["model"]
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        name, patches = Path(cfg.base).name, model.config.num_patches
-        print(f"base     {name} · {size:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
+        size = sum(p.numel() for p in now.model.parameters()) / 1e6
+        name, patches = Path(cfg.base).name, now.model.config.num_patches
+        print(f"base     {name} · {size:.2f} M parameters · {patches} visual tokens a screen · {now.model.device}")
     elif stage == "before":
-        print(f"before   {prompts.score_line(cfg.domain, found['before'])}")
+        print(f"before   {prompts.score_line(cfg.domain, now.before)}")
     elif stage == "heads":
-        scores, heads = found["scores"], found["heads"]
+        count = now.scores.numel()
         batches = f"{prompts.PROBE_BATCHES}×{cfg.screens} screens"
-        print(f"probe    {cfg.probe} influence of {scores.numel()} heads, {batches}:  {figures.bars(scores, heads)}")
-        chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in heads.items())
-        print(f"select   {sum(map(len, heads.values()))} of {scores.numel()} heads: {chosen}")
+        print(f"probe    {cfg.probe} influence of {count} heads, {batches}:  {figures.bars(now.scores, now.heads)}")
+        chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in now.heads.items())
+        print(f"select   {sum(map(len, now.heads.values()))} of {count} heads: {chosen}")
     else:
-        report_after(cfg, found["result"])
+        report_after(cfg, now.result)
 
 
 def report_after(cfg: Config, result: dict) -> None:
@@ -349,76 +354,6 @@ def report_after(cfg: Config, result: dict) -> None:
     print(f"         {flops / step:.1%} of the whole training step's {step / 1e6:.0f} MFLOP a screen")
 
 
-# ---- The baseline: standard LoRA on whole Linear layers --------------------------------------------------------------
-
-
-class LoRA(nn.Module):
-    """y + (alpha / r) x A B on these projections of every language layer; the rest of the model is frozen.
-
-    names: letters of q, k, v, o. visual_only: only the rows of visual tokens are updated, as in Image-LoRA.
-    """
-
-    def __init__(self, model: TinyVLM, r: int, lora_alpha: float, names: str = "qkvo", visual_only: bool = False):
-        super().__init__()
-        self.r, self.scaling = r, lora_alpha / r
-        self.names, self.visual_only = names, visual_only
-        self.shape = shape_of(model)
-        self.enabled, self.rows = True, None
-        self.A = nn.ParameterList()
-        self.B = nn.ParameterList()
-        model.requires_grad_(False)
-        model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
-        for layer in model.language_model.layers:
-            for name in names:
-                linear = getattr(layer.self_attn, f"{name}_proj")
-                linear.register_forward_hook(partial(self._add, len(self.A)))
-                A = torch.empty(linear.in_features, r, device=model.device)
-                nn.init.kaiming_uniform_(A.T, a=math.sqrt(5))
-                self.A.append(A)
-                self.B.append(torch.zeros(r, linear.out_features, device=model.device))
-
-    def _find_rows(self, model, args, kwargs) -> None:
-        """The rows of B * T that are updated: None for all of them; inside `disabled()` none."""
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        visual = (ids == model.config.image_token_id).flatten() & self.enabled
-        self.rows = None
-        if self.visual_only or not self.enabled:
-            self.rows = visual.nonzero().squeeze(1)
-
-    def _add(self, i: int, linear, inputs, y: Tensor) -> Tensor:
-        x = inputs[0].flatten(0, -2)  # [B * T, d_in]
-        if self.rows is not None:
-            x = x[self.rows]
-        update = self.scaling * (x @ self.A[i]) @ self.B[i]
-        if self.rows is None:
-            return y + update.view_as(y)
-        return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
-
-    @contextmanager
-    def disabled(self):
-        """Within it the model is the base model."""
-        self.enabled = False
-        try:
-            yield
-        finally:
-            self.enabled = True
-
-    def flops(self, num_tokens: int) -> int:
-        """FLOPs of the adapter in one training step (forward and backward) over so many tokens."""
-        return lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
-
-    def save(self, path: Path) -> None:
-        imagelora.safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
-
-
-def make_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
-    if cfg.method == "image_lora":
-        return imagelora.attach(model, cfg.r, cfg.lora_alpha, heads, cfg.normalize)
-    if cfg.method == "none":
-        return None
-    return LoRA(model, cfg.r, cfg.lora_alpha, cfg.projections, visual_only=cfg.tokens == "visual")
-
-
 # ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------
 
 
@@ -435,7 +370,9 @@ def explain(cfg: Config) -> None:
     if cfg.method != "image_lora" or cfg.task != "grounding":
         raise ValueError(f"the walk is one of image_lora and grounding, not of {cfg.method} and {cfg.task}")
     out = Path(cfg.out or f"runs/{cfg.domain}")
-    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
+    path, metrics = out / "metrics.json", {}
+    if path.exists():
+        metrics = json.loads(path.read_text())
     if differs(cfg, metrics | {"heads": metrics.get("heads_from")}):
         main_job(cfg)
     print()
@@ -471,10 +408,14 @@ def explain(cfg: Config) -> None:
     given = prompts.evaluate(model, drawn, features)[1]
     station("11 answer", f"{point} before, {given[0][2]} now; right is a click in {sample['bbox']}")
     shown = prompts.four_of(given)
-    asked = [prompts.questions([given[i][1]], features[[drawn.index(given[i][0])]]) for i in shown]
-    place, looks = figures.where_it_looks(model, adapter, asked)
     screens, samples, after = zip(*(given[i] for i in shown))
-    picture = figures.look(screens, samples, looks, [base_given[i][2] for i in shown], after, place)
+    before = [base_given[i][2] for i in shown]
+    asked = []
+    for screen, sample in zip(screens, samples):
+        picked = features[[drawn.index(screen)]]
+        asked.append(prompts.questions([sample], picked))
+    place, looks = figures.where_it_looks(model, adapter, asked)
+    picture = figures.look(screens, samples, looks, before, after, place)
     figures.save(picture, out / "look.png")
     station("12 picture", f"{out}/look.png: where head {place[1]} of layer {place[0]} looks, the most focused one")
 
@@ -490,10 +431,13 @@ def explain_update(model: TinyVLM, adapter: imagelora.ImageLoRA, one: dict) -> N
     station("6 M X", f"trained; rows adapted: {rows[0]} .. {rows[-1]}, the image's", imagelora.ValueAdapter.add_update)
     station("7 update", f"layer {lowest}, norms over these rows by head:", imagelora.ValueAdapter.forward)
     for name, tensor in (("X W_V(h)", base_value), ("update", update)):
-        norms = tensor[rows].unflatten(1, (-1, attention.head_dim)).norm(dim=(0, 2)).tolist()
-        station("", f"{name:9}" + "  ".join(f"{norm:6.2f}" for norm in norms))
+        by_head = tensor[rows].unflatten(1, (-1, attention.head_dim))  # [N, H, d_h]
+        norms = by_head.norm(dim=(0, 2)).tolist()
+        shown = "  ".join(f"{norm:6.2f}" for norm in norms)
+        station("", f"{name:9}{shown}")
     moved = changes(model, adapter, one)
-    shown = ", ".join(f"{moved[f'q{layer}']:.0%} in layer {layer}" for layer in range(len(model.language_model.layers)))
+    layers = range(len(model.language_model.layers))
+    shown = ", ".join(f"{moved[f'q{layer}']:.0%} in layer {layer}" for layer in layers)
     station("8 looking", f"queries moved by {shown}: the lowest adapted layer looks where it looked")
 
 
