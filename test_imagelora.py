@@ -1017,7 +1017,7 @@ def test_the_comparison_stops_goes_on_and_runs_nothing_twice(small_base, monkeyp
     assert command("--compare --out=out", capsys)[0] == 0
 
 
-@pytest.mark.parametrize("best, tried", [(0.01, 3), (0.02, 4), (0.0025, 5), (0.32, 7), (0.0003125, 7)])
+@pytest.mark.parametrize("best, tried", [(0.02, 3), (0.01, 4), (0.0025, 6), (0.64, 7), (0.00125, 6)])
 def test_a_rate_is_the_best_on_validation_screens_and_the_grid_reaches_beyond_it(best, tried):
     def finish(jobs):
         assert {job["split"] for job in jobs} == {"validation"}

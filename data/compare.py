@@ -3,8 +3,8 @@
     python train.py --compare --out data        makes data/compare.json, data/figures/ and the tables of data/README.md
 
 A job is a part of the comparison, a name, and the fields of `train.Config` in which the run differs from the defaults.
-A row of compare.json is a job and what was measured. A table is a function of the rows. To add a table, add its jobs
-to `jobs_of` and a function to TABLES. This file knows no model: the caller hands it `run`.
+A row of compare.json is a job and what was measured. To add a table, add its jobs to `jobs_of` and a line to `tables`,
+where `grid` says what its lines and columns are. This file knows no model: the caller hands it `run`.
 """
 
 import json

@@ -186,9 +186,10 @@ def curve(steps: list) -> Image.Image:
     each, running = ([(step, y, 0) for (step, *_), y in zip(steps, ys)] for ys in (losses, means))
     lines = [("", "#cde1ee", each), (f"{means[-1]:.2g}", BLUE, running)]
     page.axes(240, 200, 1400, 1064, lines, "training step", "loss of the answers (log scale)", "y", dots=False)
-    clicks = [(step, 100 * click, 0) for step, _, click in steps if click is not None]
+    shares = [(step, 100 * click, 0) for step, _, click in steps if click is not None]
+    clicks = [*accumulate(shares, lambda mean, now: (now[0], 0.9 * mean[1] + 0.1 * now[1], 0))]
     if clicks:
-        lines, title = [(f"{clicks[-1][1]:.0f} %", BLUE, clicks)], "clicks that hit the target, %"
+        lines, title = [(f"{clicks[-1][1]:.0f} %", BLUE, clicks)], "clicks that hit the target, running mean, %"
         page.axes(1880, 200, 3040, 1064, lines, "training step", title, dots=False, ends=(0, 100))
     return page.image.reduce(2)
 

@@ -259,7 +259,8 @@ def few_answers(cfg, model) -> list:
     """The answer to one question about each of the first six screens."""
     drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, cfg.switches)
     given = evaluate(model, drawn[:6], features[:6], cfg.task, cfg.history)[1]
-    return [next(answer for answer in given if answer[0] is screen) for screen in drawn[:6]]
+    by_screen = [[answer for answer in given if answer[0] is screen] for screen in drawn[:6]]
+    return [answers[i % len(answers)] for i, answers in enumerate(by_screen)]  # words and icons
 
 
 def four_of(given: list) -> list[int]:
