@@ -337,6 +337,8 @@ def overlap(rows: list[dict]) -> str:
 def correlation(rows: list[dict]) -> str:
     """Spearman's rank correlation of the summed score of random heads with their clicks."""
     sets, body = where(rows, part="sets"), []
+    if not sets:
+        return ""
     for row in where(rows, part="probe", domain="row", base=BASE, num_heads=8, seed=0):
         if row["name"] in ("top", "exact", "gate"):
             scores = row["scores"]
