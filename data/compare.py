@@ -98,8 +98,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
             add("probe", name, 1, IMAGE_LORA, num_heads=size, base=base_file(cfg, RELATED), **chosen)
     for tau in (0.0, 0.5, 1.0, 4.0):
         add("tau", f"τ = {tau:g}", 2, IMAGE_LORA, tau=tau)
-    for seed in range(10):
-        add("sets", f"set {seed}", 1, IMAGE_LORA, heads="random", num_heads=8, seed=seed)
+    add("sets", "random", 10, IMAGE_LORA, heads="random", num_heads=8)
     for gamma_lr, normalize in ((1.0, True), (0.1, True), (0.0, True), (1.0, False), (0.0, False)):
         add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=normalize)
     for replay, lr in ((0, 0.0025), (0, 0.005), (0, 0.01), (0, 0.02), (1, 0.005), (1, 0.01)):
