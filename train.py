@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads wait for each other at full speed; before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits for another soon gives way; before torch
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Config(Settings):
     history: int = option(0, "word problems told before each screen: longer text, same image", least=0)
     replay: int = option(0, "word problems trained on before each screen", least=0)
     prior: bool = option(False, "train only on targets whose place is a function of their name")
-    test_screens: int = option(200, "screens that the accuracies are measured on", least=1)
+    test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
     split: str = option("test", "which screens those are", SPLITS)
     seed: int = option(0, "of the data's order, the adapter's start and the probe", least=0)
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
