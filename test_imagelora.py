@@ -1009,7 +1009,9 @@ def test_the_comparison_stops_goes_on_and_runs_nothing_twice(small_base, monkeyp
     finished, stopped_at = json.loads(path.read_text()), "none"
     status, printed, _ = command(line, capsys)
     rows = json.loads(path.read_text())
-    assert status == 0 and len(path.read_text().splitlines()) == len(rows) + 2 == len(compare.METHODS) + 2
+    assert (
+        status == 0 and len(path.read_text().splitlines()) == len(rows) + 2 == len(compare.METHODS) + 3
+    )  # and the base
     assert finished == rows[: len(finished)] and 0 < len(finished) < len(rows)
     assert all(table in printed for table in compare.tables(rows).values())
     shutil.copy(ROOT / "data" / "compare.json", path)
