@@ -1009,9 +1009,7 @@ def test_the_comparison_stops_goes_on_and_runs_nothing_twice(small_base, monkeyp
     finished, stopped_at = json.loads(path.read_text()), "none"
     status, printed, _ = command(line, capsys)
     rows = json.loads(path.read_text())
-    assert (
-        status == 0 and len(path.read_text().splitlines()) == len(rows) + 2 == len(compare.METHODS) + 3
-    )  # and the base
+    assert status == 0 and len(path.read_text().splitlines()) == len(rows) + 2 == len(compare.SHOWN) + 3  # and the base
     assert finished == rows[: len(finished)] and 0 < len(finished) < len(rows)
     assert all(table in printed for table in compare.tables(rows).values())
     shutil.copy(ROOT / "data" / "compare.json", path)
@@ -1026,9 +1024,8 @@ def test_a_rate_is_the_best_on_validation_screens_and_the_grid_reaches_beyond_it
         seen.update(job["lr"] for job in jobs)
         return [job | {"action_acc": -abs(math.log(job["lr"] / best))} for job in jobs]
 
-    for method in (compare.LORA, compare.IMAGE_LORA):
-        seen = set()
-        assert compare.best_rate(method, finish) == pytest.approx(best) and len(seen) == tried
+    seen, pairs = set(), [(compare.LORA, "base.pt"), (compare.IMAGE_LORA, "base.pt")]
+    assert compare.best_rates(pairs, finish) == pytest.approx(dict.fromkeys(pairs, best)) and len(seen) == tried
 
 
 # 10. The pages

@@ -40,14 +40,23 @@ BESIDE = {
     SMALL: {"method": "lora", "r": 2, "lora_alpha": 4.0},
     SMALL_VISUAL: {"method": "lora", "r": 2, "lora_alpha": 4.0, "tokens": "visual"},
 }
-METHODS = LADDER | BESIDE
+SHOWN = LADDER | BESIDE
+SETS = {
+    f"LoRA {' '.join(names)}, visual tokens": {"method": "lora", "tokens": "visual", "projections": names}
+    for names in ("qkvo", "qkv", "vo", "v", "qk", "o")
+}
+METHODS = SHOWN | SETS
 DOMAINS = ("row", "settings", "dark", "blueprint")
 STEPS, FEWER_STEPS, TUNING_STEPS, TEST_SCREENS = 600, 400, 200, 100
-SHIPPED = "shipped base"
-OTHERS = ((2, 0), (2, 3), (1, 12))  # (seed, screens a step that are asked about relations) of the second stage
-BASES = {f"seed {seed}, {relations} relations": (seed, relations) for seed, relations in OTHERS}
-NO_SKILL, _, RELATED = BASES
-MAIN = (LORA, VALUES, IMAGE_LORA)
+SEEDS = (1, 2, 3)  # of pretraining; the first is the shipped base's
+SHIPPED, *WHOLE = BASES = [f"seed {seed}" for seed in SEEDS]
+DOSES = (0, 3)  # screens a step that are asked about relations, in second stages beside those of 12
+DOSED = {f"seed {seed}, {dose} relations": (seed, dose) for seed, dose in product(SEEDS[:2], DOSES)}
+NO_SKILL = next(iter(DOSED))
+MAIN = (LORA, VALUES, ALL_HEADS, IMAGE_LORA)
+CHOICES = {name: {"heads": name} for name in ("top", "matched", "random", "lowest", "least")}
+CHOICES |= {name: {"heads": "top", "probe": name} for name in ("gate", "exact")}
+FEW = ("top", "matched", "random", "gate")
 
 
 @dataclass(frozen=True)
@@ -60,47 +69,62 @@ class CompareConfig(Settings):
     out: str = option("runs/compare", "directory of compare.json; finished rows found there are kept")
 
 
+def job(cfg: CompareConfig, part: str, name: str, rung: str = "", base: str = SHIPPED, **settings) -> dict:
+    """A run. It is a variant of `rung` in METHODS (default: name), and takes the learning rate of that method."""
+    rung, file = rung or name, base_file(cfg, base)
+    fewer = part in ("probe", "sets", "tau", "gamma", "depth", "referring")
+    common = {
+        "part": part,
+        "name": name,
+        "rate_of": (rung, file),
+        "base": file,
+        "steps": FEWER_STEPS if fewer else STEPS,
+        "test_screens": TEST_SCREENS,
+        "controls": part in ("ladder", "rates", "blind"),
+    }
+    return common | METHODS[rung] | settings
+
+
 def jobs_of(cfg: CompareConfig) -> list[dict]:
-    """Every run but those that choose learning rates. A run whose rate is not named has that of its method."""
+    """Every run but those that choose learning rates."""
     jobs = []
 
-    def add(part, name, seeds, rung=None, **settings):
-        rung = rung or name
-        steps = FEWER_STEPS if part in ("probe", "sets", "tau", "gamma", "depth", "referring") else STEPS
-        common = {"part": part, "name": name, "rate_of": rung, "steps": steps, "test_screens": TEST_SCREENS}
-        common["controls"] = part in ("ladder", "rates", "blind")
-        jobs.extend(common | METHODS[rung] | settings | {"seed": seed} for seed in range(seeds))
+    def add(part, name, seeds, *of, **settings):
+        jobs.extend(job(cfg, part, name, *of, **settings, seed=seed) for seed in range(seeds))
 
     if cfg.quick:
-        for name in METHODS:
+        for name in SHOWN:
             add("ladder", name, 1, **{"lr": 0.01} | METHODS[name])
         return jobs
-    for domain, name in product(DOMAINS[:2], METHODS):
+    for domain, name in product(DOMAINS[:2], SHOWN):
         seeds = 1 if name == FROZEN else 3 if domain == "row" else 2 if name in LADDER else 1
         add("ladder", name, seeds, domain=domain)
-    for domain, name in product(("dark", "blueprint"), (FROZEN, *MAIN)):
+    for domain, name in product(DOMAINS[2:], (FROZEN, *MAIN)):
         add("ladder", name, 1, domain=domain)
     for name in (SMALL, SMALL_VISUAL):
         add("longer", name, 1, steps=4 * STEPS)
-    for base, name in product(BASES, MAIN):
-        add("skill", name, 2, base=base_file(cfg, base))
-        if base == RELATED:
-            add("headline", name, 1, base=base_file(cfg, base), domain="settings")
-    for base, projections in product((BASE, base_file(cfg, NO_SKILL)), ("qkv", "qk", "vo", "o")):
-        add("elsewhere", projections, 1, LORA_VISUAL, projections=projections, base=base)
-    for size, name in product((4, 8, 12), ("top", "matched", "random", "gate", "exact", "lowest", "least")):
-        if size == 12 and name in ("exact", "lowest", "least"):
-            continue
-        chosen = {"heads": "top", "probe": name} if name in ("gate", "exact") else {"heads": name}
-        add("probe", name, 2, IMAGE_LORA, num_heads=size, **chosen)
-        if size == 8 and name in ("top", "matched", "random", "gate"):
-            add("probe", name, 1, IMAGE_LORA, num_heads=size, domain="settings", **chosen)
-            add("probe", name, 1, IMAGE_LORA, num_heads=size, base=base_file(cfg, RELATED), **chosen)
-    for tau in (0.0, 0.5, 1.0, 4.0):
-        add("tau", f"τ = {tau:g}", 2, IMAGE_LORA, tau=tau)
+    for base, name in product((*WHOLE, *DOSED), MAIN):
+        add("bases", name, 2, base=base)
+        if base in WHOLE and name in (LORA, IMAGE_LORA):
+            add("bases", name, 1, base=base, domain="settings")
+    for base, name in product((SHIPPED, NO_SKILL), SETS):
+        if name not in (SHOWN if base == SHIPPED else MAIN):  # these are other parts'
+            add("elsewhere", name, 2, base=base)
+    for size, (name, chosen) in product((4, 8, 12), CHOICES.items()):
+        common = {"rung": IMAGE_LORA, "num_heads": size} | chosen
+        if name in FEW or size < 12:
+            add("probe", name, 2, **common)
+        if name in FEW and size > 4:
+            add("probe", name, 2, base=WHOLE[0], **common)
+        if name in FEW and size == 8:
+            add("probe", name, 1, domain="settings", **common)
+    for base, tau in product(BASES[:2], (0.0, 0.5, 1.0, 4.0)):
+        add("tau", f"τ = {tau:g}", 2, IMAGE_LORA, base=base, tau=tau)
     add("sets", "random", 10, IMAGE_LORA, heads="random", num_heads=8)
-    for gamma_lr, normalize in ((1.0, True), (0.1, True), (0.0, True), (1.0, False), (0.0, False)):
-        add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=normalize)
+    for base, gamma_lr in product(BASES[:2], (1.0, 0.1, 0.0)):
+        add("gamma", f"γ's rate {gamma_lr:g} of A's", 2, IMAGE_LORA, base=base, gamma_lr=gamma_lr)
+    for gamma_lr in (1.0, 0.0):
+        add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=False)
     for replay, lr in ((0, 0.0025), (0, 0.005), (0, 0.01), (0, 0.02), (1, 0.005), (1, 0.01)):
         add("rates", f"{replay} replayed", 1, LORA, lr=lr, replay=replay)
     for name in (LORA_VISUAL, IMAGE_LORA):
@@ -125,7 +149,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
 
 
 def base_file(cfg: CompareConfig, name: str) -> str:
-    return f"{cfg.bases}/{name.replace(', ', '-').replace(' ', '')}.pt"
+    return BASE if name == SHIPPED else f"{cfg.bases}/{name.replace(', ', '-').replace(' ', '')}.pt"
 
 
 def make_base(cfg: PretrainConfig) -> None:
@@ -133,42 +157,98 @@ def make_base(cfg: PretrainConfig) -> None:
         pretrain(cfg)
 
 
-def make_bases(cfg: CompareConfig, pool) -> dict[str, str]:
-    """Bases that differ from each other in their second stage alone: name -> file."""
-    files = {name: base_file(cfg, name) for name in BASES}
-    first = Path(cfg.bases) / "first.pt"
-    first.parent.mkdir(parents=True, exist_ok=True)
-    if not first.exists():
-        pretrain(PretrainConfig(second_steps=0, out=str(first)))
-    second = [
-        PretrainConfig(steps=0, start=str(first), relations=relations, seed=seed, out=files[name])
-        for name, (seed, relations) in BASES.items()
+def make_bases(cfg: CompareConfig, pool) -> None:
+    """Whole bases of other seeds, and bases that differ from the first two in their second stage alone."""
+    Path(cfg.bases).mkdir(parents=True, exist_ok=True)
+    first = {seed: f"{cfg.bases}/seed{seed}.first.pt" for seed in SEEDS}
+    whole = [PretrainConfig(seed=seed, out=base_file(cfg, name)) for seed, name in zip(SEEDS[1:], WHOLE)]
+    again = PretrainConfig(seed=SEEDS[0], second_steps=0, out=f"{cfg.bases}/seed{SEEDS[0]}.pt")  # for its first stage
+    pool.map(make_base, [*whole, again], 1)
+    dosed = [
+        PretrainConfig(steps=0, start=first[seed], relations=dose, seed=seed, out=base_file(cfg, name))
+        for name, (seed, dose) in DOSED.items()
     ]
-    pool.map(make_base, second, 1)
-    return files
+    pool.map(make_base, dosed, 1)
 
 
-def base_rows(files: dict[str, str]) -> list[dict]:
+def base_rows(cfg: CompareConfig) -> list[dict]:
     """A row for each base: its record."""
-    records = {name: json.loads(base_path(file).with_suffix(".json").read_text()) for name, file in files.items()}
-    return [{"part": "bases", "name": name, "base": files[name]} | record for name, record in records.items()]
+    rows = []
+    for name in [SHIPPED] if cfg.quick else [*BASES, *DOSED]:
+        file = base_file(cfg, name)
+        record = json.loads(base_path(file).with_suffix(".json").read_text())
+        rows.append({"part": "pretraining", "name": name, "base": file} | record)
+    return rows
 
 
-def tuning_jobs(method: str, rates: list[float]) -> list[dict]:
-    """A method at these learning rates, half as long, on validation screens and seeds that no table uses."""
-    common = METHODS[method] | {"part": "tuning", "name": method, "split": "validation"}
-    common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS, "controls": False}
-    return [common | {"domain": domain, "lr": lr, "seed": 100} for lr in rates for domain in PAIRED]
+def tuning_jobs(method: str, base: str, rates: list[float]) -> list[dict]:
+    """A method at these learning rates, a third as long, on validation screens and a seed that no table uses."""
+    common = METHODS[method] | {"part": "tuning", "name": method, "base": base, "split": "validation"}
+    common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS, "controls": False, "seed": 100}
+    return [common | {"lr": lr} for lr in rates]
 
 
-def best_rate(method: str, finish) -> float:
-    """The learning rate of a method: three are tried, and more until the best is not the last of them."""
-    best, scores = 0.02, {}
-    while new := [lr for lr in (best, best / 2, 2 * best) if lr not in scores and 0.001 < lr < 1]:
-        rows = finish(tuning_jobs(method, new))
-        scores |= {lr: np.mean([row["action_acc"] for row in rows if row["lr"] == lr]) for lr in new}
-        best = max(scores, key=scores.get)  # of equals the one nearest to 0.02
+def best_rates(pairs: list[tuple], finish) -> dict[tuple, float]:
+    """(method, base) -> its learning rate: three are tried, and more until the best is not the last of them."""
+    best, scores = dict.fromkeys(pairs, 0.02), {pair: {} for pair in pairs}
+
+    def untried(pair):
+        near = best[pair], best[pair] / 2, 2 * best[pair]
+        return [lr for lr in near if lr not in scores[pair] and 0.001 < lr < 1]
+
+    while jobs := [job for pair in pairs for job in tuning_jobs(*pair, untried(pair))]:
+        for row in finish(jobs):
+            scores[row["name"], row["base"]][row["lr"]] = row["action_acc"]
+        best = {pair: max(of, key=of.get) for pair, of in scores.items()}  # of equals the one nearest to 0.02
     return best
+
+
+class Rows:
+    """The rows of compare.json. What has the settings of a known run is not run again."""
+
+    def __init__(self, path: Path, make_config, run):
+        self.path, self.make_config, self.run = path, make_config, run
+        self.names = [f.name for f in fields(make_config) if f.name != "device"]
+        try:
+            rows = json.loads(path.read_text()) if path.exists() else []
+            self.bases = [row for row in rows if row["part"] == "pretraining"]
+            runs = rows[len(self.bases) :]
+            self.known = {self.key(row | {"heads": row["heads_from"]}): row for row in runs}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
+        self.measured = {settings: row for (_, _, settings), row in self.known.items()}
+
+    def key(self, row: dict) -> tuple:
+        """(part, name, settings of the run)."""
+        return row["part"], row["name"], tuple(row[name] for name in self.names)
+
+    def write(self) -> None:
+        rows = map(json.dumps, [*self.bases, *self.known.values()])
+        safe_write(("[\n" + ",\n".join(rows) + "\n]\n").encode(), self.path)
+
+    def finish(self, jobs: list[dict], pool, bar) -> list[dict]:
+        """The rows of these jobs. What is missing is run, and written at once."""
+        keys, missing = [], {}
+        for job in jobs:
+            cfg = self.make_config(**{name: value for name, value in job.items() if name in self.names})
+            keys.append(self.key(job | asdict(cfg)))
+            if keys[-1][2] not in self.measured:
+                missing[keys[-1][2]] = cfg
+        bar.total = max(bar.total, bar.n + len(missing))
+        for settings, row in zip(missing, pool.imap(self.run, missing.values())):
+            self.measured[settings] = json.loads(json.dumps(row))
+            self.name(keys)
+            bar.set_postfix_str(f"{row['domain']}, {row['method']}, {Path(row['base']).stem}", refresh=False)
+            bar.update()
+        self.name(keys)
+        return [self.known[key] for key in keys]
+
+    def name(self, keys: list[tuple]) -> None:
+        """Keeps the runs that are done as rows of their parts."""
+        for part, name, settings in keys:
+            if settings in self.measured:
+                self.known[part, name, settings] = self.measured[settings] | {"part": part, "name": name}
+        self.write()
 
 
 def compare(cfg: CompareConfig, make_config, run) -> None:
@@ -177,46 +257,21 @@ def compare(cfg: CompareConfig, make_config, run) -> None:
     make_config(**fields) gives the settings of a run, run(settings) its row."""
     path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [f.name for f in fields(make_config) if f.name != "device"]
-
-    def key(row: dict) -> tuple:
-        return row["part"], row["name"], *(row[name] for name in names)
-
-    try:
-        rows = json.loads(path.read_text()) if path.exists() else []
-        made = [row for row in rows if row["part"] == "bases"]
-        known = {key(row | {"heads": row["heads_from"]}): row for row in rows if row["part"] != "bases"}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
-
-    def finish(jobs: list[dict]) -> list[dict]:
-        """The rows of these jobs, run where they are missing; every new row is written at once, a row a line."""
-        settings = [
-            make_config(**{name: job[name] for name in job.keys() - {"part", "name", "rate_of"}}) for job in jobs
-        ]
-        keys = [key(job | asdict(each)) for job, each in zip(jobs, settings)]
-        missing = [i for i, at in enumerate(keys) if at not in known]
-        bar.total = max(bar.total, bar.n + len(missing))
-        for i, measured in zip(missing, pool.imap(run, [settings[i] for i in missing])):
-            row = {"part": jobs[i]["part"], "name": jobs[i]["name"]} | measured
-            known[keys[i]] = json.loads(json.dumps(row))
-            text = "[\n" + ",\n".join(map(json.dumps, [*made, *known.values()])) + "\n]\n"
-            safe_write(text.encode(), path)
-            bar.set_postfix_str(f"{row['part']}, {row['domain']}, {row['name']}", refresh=False)
-            bar.update()
-        return [known[at] for at in keys]
-
-    jobs = jobs_of(cfg)
+    rows, jobs = Rows(path, make_config, run), jobs_of(cfg)
     with get_context("spawn").Pool(cfg.workers) as pool:
-        if not made:
-            made = base_rows({SHIPPED: BASE} | ({} if cfg.quick else make_bases(cfg, pool)))
-        with progress(len(known), len(jobs) + (0 if cfg.quick else 2 * 3 * len(METHODS)), "compare") as bar:
-            tuned = {} if cfg.quick else {method: best_rate(method, finish) for method in METHODS if method != FROZEN}
-            done = finish([{"lr": tuned.get(job["rate_of"])} | job for job in jobs])
-    print("\n" + "\n\n".join(tables(made + done).values()))
+        if not rows.bases:
+            if not cfg.quick:
+                make_bases(cfg, pool)
+            rows.bases = base_rows(cfg)
+        pairs = list(dict.fromkeys(job["rate_of"] for job in jobs if "lr" not in job))
+        with progress(len(rows.measured), len(jobs) + 4 * len(pairs), "compare") as bar:
+            tuned = best_rates(pairs, partial(rows.finish, pool=pool, bar=bar))
+            done = rows.finish([{"lr": tuned.get(job["rate_of"])} | job for job in jobs], pool, bar)
+    done = rows.bases + done
+    print("\n" + "\n\n".join(tables(done).values()))
     if not cfg.quick:
         (path.parent / "figures").mkdir(exist_ok=True)
-        for name, picture in pictures(made + done).items():
+        for name, picture in pictures(done).items():
             figures.save(picture, path.parent / "figures" / f"{name}.png")
     print(f"\nsaved {path}")
 
@@ -296,16 +351,36 @@ STEP = {
 }
 
 
-def on_bases(rows: list[dict]) -> list[dict]:
-    """Runs on row with every base; the shipped one's are the ladder's."""
-    shown = where(rows, part="ladder", domain="row") + where(rows, part="skill")
-    return [row for row in shown if row["name"] in MAIN]
+def on_bases(rows: list[dict], bases: list[str], domain: str = "row") -> list[dict]:
+    """Runs with these bases; the shipped one's are the ladder's."""
+    shown = where(rows, part="ladder", domain=domain) + where(rows, part="bases", domain=domain)
+    return [row for row in shown if row["name"] in MAIN and row["of_base"] in bases]
+
+
+def over_bases(rows: list[dict]) -> str:
+    """The mean of an accuracy in %, and its standard deviation over seeds; where there are several bases, over them."""
+    means = [np.mean([row["action_acc"] for row in where(rows, of_base=name)]) for name in {r["of_base"] for r in rows}]
+    return percent([{"action_acc": mean} for mean in means] if len(means) > 1 else rows)
 
 
 def headline(rows: list[dict]) -> str:
-    shown = on_bases(rows) + where(rows, part="headline") + where(rows, part="ladder", domain="settings")
-    shown = [row for row in shown if row["name"] in MAIN and row["of_base"] in (SHIPPED, RELATED)]
-    return grid("clicks right", shown, "{domain}, {of_base} %")
+    shown = []
+    for domain in PAIRED:
+        of = on_bases(rows, BASES, domain)
+        shown += [row | {"column": row["of_base"]} for row in of] + [row | {"column": "all three"} for row in of]
+    return grid("clicks right", shown, "{domain}, {column} %", cell=over_bases)
+
+
+def skill(rows: list[dict]) -> str:
+    shown = sorted(on_bases(rows, [*BASES, *DOSED]), key=lambda row: row["relation"])
+    return grid("row, clicks right", shown, "{name} %", "{of_base}: {relation:.1f} % right")
+
+
+def elsewhere(rows: list[dict]) -> str:
+    """Clicks and the learning rate that was found, of LoRA at visual tokens on every set of projections."""
+    shown = where(rows, part="elsewhere") + where(rows, part="ladder", domain="row") + where(rows, part="bases")
+    shown = [row for name in SETS for row in where(shown, name=name) if row["of_base"] in (SHIPPED, NO_SKILL)]
+    return grid("row", shown, "{of_base} %", cell=lambda of: f"{percent(of)} (rate {of[0]['lr']:g})")
 
 
 def controls(rows: list[dict]) -> str:
@@ -349,7 +424,7 @@ def correlation(rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown."""
-    bases = {row["base"]: row for row in where(rows, part="bases")}
+    bases = {row["base"]: row for row in where(rows, part="pretraining")}
     for row in rows:
         of = bases[row["base"]]
         row |= {"of_base": of["name"], "relation": 100 * of["source"]["relation_acc"]} | row.get("changes", {})
@@ -364,19 +439,18 @@ def tables(rows: list[dict]) -> dict[str, str]:
     for domain in dict.fromkeys(row["domain"] for row in part["ladder"]):
         found[domain] = measures(domain, where(part["ladder"], domain=domain), MEASURED)
     small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
-    elsewhere = "LoRA at visual tokens on"
     sqrt = "1/√S: {normalize}"
     update = partial(mean, field="update0", form=".2f")
     found |= {
         "headline": headline(rows),
-        "skill": grid("what is right of a name", on_bases(rows), "{name} %", "{of_base}: {relation:.1f} % right"),
+        "skill": skill(rows),
         "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
-        "elsewhere": grid(elsewhere, part["elsewhere"], "row, {of_base} %"),
+        "elsewhere": elsewhere(rows),
         "probe": grid("heads", part["probe"], "{domain}, K = {num_heads}, {of_base} %"),
         "overlap": overlap(rows),
         "correlation": correlation(rows),
-        "tau": grid("clicks right, K = 12", part["tau"], "{domain} %"),
-        "gamma": grid("row, clicks right %", part["gamma"], "heads: {heads_from}, " + sqrt),
+        "tau": grid("row, K = 12", part["tau"], "{of_base} %"),
+        "gamma": grid("row, clicks right %", part["gamma"], "{of_base}, " + sqrt),
         "rates": grid("LoRA, row, clicks right %", part["rates"], "rate {lr:g}"),
         "forgetting": grid("LoRA, row, word problems %", part["rates"], "rate {lr:g}", cell=acc("word_problem")),
         "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
@@ -391,14 +465,14 @@ def tables(rows: list[dict]) -> dict[str, str]:
 def pictures(rows: list[dict]) -> dict:
     """The figures of README that are made of rows."""
     points, lines = [], defaultdict(list)
-    for name in list(METHODS)[1:]:
+    for name in list(SHOWN)[1:]:
         of = where(rows, part="ladder", domain="row", name=name)
         clicks = [row["action_acc"] for row in of]
         x = np.mean([row["adapter_flops_per_screen"] for row in of]) / 1e3
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
-    shown = sorted(on_bases(rows), key=lambda row: row["relation"])
-    for name, base in dict.fromkeys((row["name"], row["base"]) for row in shown):
+    shown = sorted(on_bases(rows, [*BASES, *DOSED]), key=lambda row: row["relation"])
+    for name, base in dict.fromkeys((row["name"], row["base"]) for row in shown if row["name"] != ALL_HEADS):
         of = where(shown, name=name, base=base)
         clicks = [row["action_acc"] for row in of]
         lines[name].append((of[0]["relation"] / 100, np.mean(clicks), np.std(clicks, ddof=1)))
