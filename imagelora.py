@@ -10,8 +10,8 @@ queries, keys, text rows and other heads stay as they are. With no image the out
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
-A worked example: of three tokens with two features each the second is visual; of two heads with one feature each head
-1 is adapted, with a scale of 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added there and nowhere else:
+A worked example. Of three tokens of two features the second is visual. Of two heads of one feature head 1 is adapted;
+the scale is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added there and nowhere else:
 
     >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_kv_heads=2, heads=[1], r=1, lora_alpha=1)
     >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]])), adapter.B.data.fill_(0.1)
@@ -96,7 +96,7 @@ class ThisThread(threading.local):  # the calling thread's contexts, and its cal
     shape = None  # [B, T] of that call
     grad = False  # whether gradients were on as it began
     updated = None  # the adapters that have run in it
-    rows_again = None  # [N] outside of a call: of the layer that checkpointing runs again
+    rows_again = None  # [N], outside of a call: the visual rows of the layer that checkpointing runs again
 
     def __reduce__(self):
         return ThisThread, ()  # a copy of the model begins anew
@@ -107,15 +107,15 @@ class ImageLoRA(nn.Module):
 
     heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. Raises ValueError, the model as
     it was, where it or the arguments do not allow it. `.parameters()` are exactly the trainable A, B and gamma, in
-    float32 or wider; as `model.image_lora` they are in the model's state_dict. The way of M:
+    float32 or wider; as `model.image_lora` they are in the model's state_dict. How M gets to the values:
 
         model(input_ids)     _find_rows      before the call: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
-    The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass,
-    in no call of the model, maybe in another thread: it tells which rows these are. Ctrl-C in a call leaves its rows:
-    call the model before a part of it. Stay in disabled() until a backward pass that runs the model again is done.
+    The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
+    No call of the model is running then, and the thread may be another; the note tells the rows. With checkpointing,
+    stay in disabled() until the backward pass is done. After Ctrl-C in a call, call the model before a part of it.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -156,11 +156,11 @@ class ImageLoRA(nn.Module):
             return None
         if ids is not None and not ids.is_floating_point():  # not embeddings by position
             if ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(ids.flatten().tolist()):
-                return None  # most calls decode one text token: in Python, a tenth of the time of tensors on a CPU
+                return None  # most calls decode one text token; this check is ten times as fast as one by tensors
             visual = torch.stack([ids == image for image in self.image_token_ids]).any(0)
         else:
             _require(embeds is not None and now.mask is not None, UNKNOWN)
-            visual, kwargs = now.mask, kwargs | {"inputs_embeds": embeds.clone()}  # a copy: calls share no noted memory
+            visual, kwargs = now.mask, kwargs | {"inputs_embeds": embeds.clone()}  # a copy, as rows are noted on it
         now.rows, now.shape = visual.flatten().nonzero().squeeze(1), visual.shape
         return args, kwargs
 
@@ -256,11 +256,11 @@ attach = ImageLoRA  # adapter = attach(model, ...)
 def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
 
-    I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged:
-    dL/dB = A^T X_vis^T G, where G is dL/dV~(h). probe="rank1": r = 1 and A ~ N(0, 1), drawn for each batch. As
-    E[A A^T] = I, its mean is that of probe="exact": r = D and A = I, the squared gradient of the whole W_V(h) over
-    visual tokens. The gradient of loss_fn(model, batch), by default `model(**batch).loss`, is squared batch by batch:
-    large batches can rank heads otherwise than single examples. Heads that a narrower layer does not have score 0.
+    I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged.
+    The gradient is dL/dB = A^T X_vis^T G, with G = dL/dV~(h). probe="rank1": r = 1 and A ~ N(0, 1), drawn for each
+    batch. As E[A A^T] = I, its mean is that of probe="exact": r = D and A = I, the squared gradient of the whole W_V(h)
+    over visual tokens. The gradient of loss_fn(model, batch), by default `model(**batch).loss`, is squared batch by
+    batch: large ones can rank heads otherwise than single examples. Heads that a narrower layer does not have score 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -333,7 +333,7 @@ def _require(right, sentence, error=ValueError):
 UNKNOWN = "which tokens are visual? pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
 NO_MASK = "the visual mask must be a bool tensor [B, T], got {} {}"
 MISSHAPED = "input_ids or mask tell of tokens {}, v_proj got {}; for beams, mask.repeat_interleave(num_beams, 0)"
-ALONE = "v_proj ran outside of model(...): in model.forward(), a part alone, a checkpoint of layers or of copied input"
+ALONE = "v_proj ran outside of model(...): by model.forward(), alone, or in a checkpoint of several layers or of a copy"
 REUSED = "a layer's input lies in the memory of another call's, which has other visual tokens: clone() it"
 REPLACED = "an adapted v_proj was not called: was it replaced (merged, quantized) after attach()? detach() before that"
 NO_GRADIENT = "no gradient reaches the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"

@@ -650,7 +650,7 @@ def split(model):
 
 
 X = torch.zeros(1, 7, D)
-OUTSIDE, COPIED = r"v_proj ran outside of model\(\.\.\.\)", "a checkpoint of layers or of copied input"
+OUTSIDE, COPIED = r"v_proj ran outside of model\(\.\.\.\)", "a checkpoint of several layers or of a copy"
 NOT_RIGHT = {
     "a v_proj alone": (OUTSIDE, lambda model: v_proj(model, 0)(X)),
     "a v_proj alone, without gradients": (OUTSIDE, torch.no_grad()(lambda model: v_proj(model, 0)(X))),
