@@ -134,6 +134,7 @@ def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str,
     if cfg.controls and cfg.task == "grounding":
         learn = measure_base(replace(frozen, split="validation", controls=False))[1]
         now.result |= prompts.rules(learn, now.base_given) | prompts.without_the_image(cfg, now.model)
+        now.result["target_attention"] = prompts.looks(cfg, now.model).tolist()
     now.result |= {
         "before": now.before,
         "after": after,
@@ -377,7 +378,7 @@ def explain(cfg: Config) -> None:
         main_job(cfg)
     print()
     model = load_base(cfg)
-    drawn, features = prompts.seen(cfg.base, cfg.domain, "test", 60, model.device)
+    drawn, features = prompts.seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
     base_given = prompts.evaluate(model, drawn, features)[1]
     screen, sample, point = base_given[0]
     one = prompts.questions([sample], features[:1])
@@ -407,17 +408,10 @@ def explain(cfg: Config) -> None:
     explain_decoding(model, adapter, sample, features[:1])
     given = prompts.evaluate(model, drawn, features)[1]
     station("11 answer", f"{point} before, {given[0][2]} now; right is a click in {sample['bbox']}")
-    shown = prompts.four_of(given)
-    screens, samples, after = zip(*(given[i] for i in shown))
-    before = [base_given[i][2] for i in shown]
-    asked = []
-    for screen, sample in zip(screens, samples):
-        picked = features[[drawn.index(screen)]]
-        asked.append(prompts.questions([sample], picked))
-    place, looks = figures.where_it_looks(model, adapter, asked)
-    picture = figures.look(screens, samples, looks, before, after, place)
-    figures.save(picture, out / "look.png")
-    station("12 picture", f"{out}/look.png: where head {place[1]} of layer {place[0]} looks, the most focused one")
+    place, before, after, shown = prompts.turned_head(cfg, model, adapter, base_given, given)
+    figures.save(figures.look(shown, place), out / "look.png")
+    station("12 picture", f"{out}/look.png: how head {place[1]} of layer {place[0]} has turned to the right targets;")
+    station("", f"they had {before:.0%} of its attention and have {after:.0%} now")
 
 
 def explain_update(model: TinyVLM, adapter: imagelora.ImageLoRA, one: dict) -> None:

@@ -80,7 +80,7 @@ def job(cfg: CompareConfig, part: str, name: str, rung: str = "", base: str = SH
         "base": file,
         "steps": FEWER_STEPS if fewer else STEPS,
         "test_screens": TEST_SCREENS,
-        "controls": part in ("ladder", "rates", "blind"),
+        "controls": part in ("ladder", "bases", "rates", "blind"),
     }
     return common | METHODS[rung] | settings
 
@@ -103,9 +103,9 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         add("ladder", name, 1, domain=domain)
     for name in (SMALL, SMALL_VISUAL):
         add("longer", name, 1, steps=4 * STEPS)
-    for base, name in product((*WHOLE, *DOSED), MAIN):
-        add("bases", name, 2, base=base)
-        if base in WHOLE and name in (LORA, IMAGE_LORA):
+    for base, name in product((*WHOLE, *DOSED), (FROZEN, *MAIN)):
+        add("bases", name, 1 if name == FROZEN else 2, base=base)
+        if base in WHOLE:
             add("bases", name, 1, base=base, domain="settings")
     for base, name in product((SHIPPED, NO_SKILL), SETS):
         if name not in (SHOWN if base == SHIPPED else MAIN):  # these are other parts'
@@ -354,7 +354,7 @@ STEP = {
 def on_bases(rows: list[dict], bases: list[str], domain: str = "row") -> list[dict]:
     """Runs with these bases; the shipped one's are the ladder's."""
     shown = where(rows, part="ladder", domain=domain) + where(rows, part="bases", domain=domain)
-    return [row for row in shown if row["name"] in MAIN and row["of_base"] in bases]
+    return [row for row in shown if row["name"] in (FROZEN, *MAIN) and row["of_base"] in bases]
 
 
 def over_bases(rows: list[dict]) -> str:
@@ -374,6 +374,16 @@ def headline(rows: list[dict]) -> str:
 def skill(rows: list[dict]) -> str:
     shown = sorted(on_bases(rows, [*BASES, *DOSED]), key=lambda row: row["relation"])
     return grid("row, clicks right", shown, "{name} %", "{of_base}: {relation:.1f} % right")
+
+
+def looks(rows: list[dict]) -> str:
+    """The largest share of its attention that a head gives to the switch."""
+    shown = sorted(on_bases(rows, [*BASES, *DOSED]), key=lambda row: row["relation"])
+
+    def most(of: list[dict]) -> str:
+        return percent([{"action_acc": np.max(row["target_attention"])} for row in of])
+
+    return grid("row, a head's attention on the switch", shown, "{name} %", "{of_base}: {relation:.1f} % right", most)
 
 
 def elsewhere(rows: list[dict]) -> str:
@@ -444,6 +454,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     found |= {
         "headline": headline(rows),
         "skill": skill(rows),
+        "looks": looks(rows),
         "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
         "elsewhere": elsewhere(rows),
         "probe": grid("heads", part["probe"], "{domain}, K = {num_heads}, {of_base} %"),
@@ -471,11 +482,14 @@ def pictures(rows: list[dict]) -> dict:
         x = np.mean([row["adapter_flops_per_screen"] for row in of]) / 1e3
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
-    shown = sorted(on_bases(rows, [*BASES, *DOSED]), key=lambda row: row["relation"])
-    for name, base in dict.fromkeys((row["name"], row["base"]) for row in shown if row["name"] != ALL_HEADS):
-        of = where(shown, name=name, base=base)
-        clicks = [row["action_acc"] for row in of]
-        lines[name].append((of[0]["relation"] / 100, np.mean(clicks), np.std(clicks, ddof=1)))
+    doses = dict.fromkeys(BASES, PretrainConfig.relations) | {base: dose for base, (_, dose) in DOSED.items()}
+    for name, dose in product((LORA, VALUES, IMAGE_LORA), sorted(set(doses.values()))):
+        places = []  # of each base with that dose
+        for base in [base for base in doses if doses[base] == dose]:
+            of = where(on_bases(rows, [base]), name=name)
+            places.append((of[0]["relation"] / 100, np.mean([row["action_acc"] for row in of])))
+        x, y = zip(*places)
+        lines[name].append((np.mean(x), np.mean(y), np.std(y, ddof=1)))
     flops = restrictions(CostsConfig())
     shares = [(name, of / max(flops.values())) for name, of in flops.items()]
     return {

@@ -9,9 +9,11 @@ from collections import defaultdict
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -253,6 +255,56 @@ def without_the_image(cfg, model) -> dict:
         pictures = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device, switches)
         found[f"{switches}_acc"] = evaluate(model, *pictures)[0]["action_acc"]
     return found
+
+
+@torch.no_grad()
+def attention_maps(model, batch: dict) -> Tensor:
+    """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H, P]."""
+    with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
+        model(**batch)  # whose queries and keys are [1, heads, T, d], rotated
+    seen = [(q[0, :, -1:] @ k[0].mT / q.shape[-1] ** 0.5).softmax(-1) for (q, k, _), _ in attend.call_args_list]
+    return torch.stack(seen)[:, :, 0, batch["input_ids"][0] == model.config.image_token_id]
+
+
+def patches_of(box: screens.Box, count: int) -> Tensor:
+    """Which of the patches of a screen [count] a box overlaps."""
+    left, top, right, bottom = box
+    size = SIZE // round(count**0.5)
+    start = torch.arange(0, SIZE, size)
+    columns = (start < right) & (left < start + size)
+    rows = (start < bottom) & (top < start + size)
+    return (rows[:, None] & columns).flatten()
+
+
+def looks(cfg, model, count: int = 100) -> Tensor:
+    """The share of its attention that each head gives to the right target, from the last token before the answer: the
+    mean over so many questions [L, H]."""
+    drawn, features = seen(cfg.base, cfg.domain, cfg.split, cfg.test_screens, model.device)
+    shares = []
+    for i, sample in exam(drawn)[:count]:
+        maps = attention_maps(model, questions([sample], features[[i]]))
+        shares.append(maps[..., patches_of(sample["bbox"], maps.shape[-1])].sum(-1))
+    return torch.stack(shares).mean(0)
+
+
+def turned_head(cfg, model, adapter, base: list, tuned: list) -> tuple:
+    """The head that has turned to the right targets the most, as (layer, head); their share of its attention before and
+    after; and to show it, (screen, sample, its weights [P] before and after, clicks before and after) of four answers.
+
+    base, tuned: the answers of the model without and with the adapter."""
+    drawn, features = seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
+    after, shown = looks(cfg, model), []
+    with adapter.disabled():
+        before = looks(cfg, model)
+    place = divmod(int((after - before).argmax()), after.shape[1])
+    for i in four_of(tuned):
+        screen, sample, click = tuned[i]
+        asked = questions([sample], features[[drawn.index(screen)]])
+        weights = attention_maps(model, asked)[place]
+        with adapter.disabled():
+            base_weights = attention_maps(model, asked)[place]
+        shown.append((screen, sample, base_weights, weights, base[i][2], click))
+    return place, before[place], after[place], shown
 
 
 def few_answers(cfg, model) -> list:
