@@ -48,12 +48,13 @@ SETS = {
 METHODS = SHOWN | SETS
 DOMAINS = ("row", "settings", "dark", "blueprint")
 STEPS, FEWER_STEPS, TUNING_STEPS, TEST_SCREENS = 600, 400, 200, 100
-SEEDS = (1, 2, 3)  # of pretraining; the first is the shipped base's
-SHIPPED, *WHOLE = BASES = [f"seed {seed}" for seed in SEEDS]
-DOSES = (0, 3)  # screens a step that are asked about relations, in second stages beside those of 12
-DOSED = {f"seed {seed}, {dose} relations": (seed, dose) for seed, dose in product(SEEDS[:2], DOSES)}
+BASES = {"seed 2": 2, "seed 3": 3, "seed 1": 1}  # seeds of pretraining; the first is the shipped base's
+SHIPPED, *WHOLE = BASES
+# bases of the same first stage whose second one asks about relations on fewer screens a step: none, or 3
+DOSED = {f"{base}, {dose} relations": (base, dose) for base, dose in ((SHIPPED, 0), (SHIPPED, 3), (WHOLE[0], 0))}
 NO_SKILL = next(iter(DOSED))
-MAIN = (LORA, VALUES, ALL_HEADS, IMAGE_LORA)
+MAIN = (LORA, VALUES, IMAGE_LORA)
+HEADLINE = (LORA, VALUES, ALL_HEADS, IMAGE_LORA)
 CHOICES = {name: {"heads": name} for name in ("top", "matched", "random", "lowest", "least")}
 CHOICES |= {name: {"heads": "top", "probe": name} for name in ("gate", "exact")}
 FEW = ("top", "matched", "random", "gate")
@@ -70,13 +71,14 @@ class CompareConfig(Settings):
 
 
 def job(cfg: CompareConfig, part: str, name: str, rung: str = "", base: str = SHIPPED, **settings) -> dict:
-    """A run. It is a variant of `rung` in METHODS (default: name), and takes the learning rate of that method."""
+    """A run. It is a variant of `rung` in METHODS (default: name), and takes the learning rate of that method, found on
+    the shipped base or on one with fewer relations."""
     rung, file = rung or name, base_file(cfg, base)
     fewer = part in ("probe", "sets", "tau", "gamma", "depth", "referring")
     common = {
         "part": part,
         "name": name,
-        "rate_of": (rung, file),
+        "rate_of": (rung, file if base in DOSED else base_file(cfg, SHIPPED)),
         "base": file,
         "steps": FEWER_STEPS if fewer else STEPS,
         "test_screens": TEST_SCREENS,
@@ -97,14 +99,15 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
             add("ladder", name, 1, **{"lr": 0.01} | METHODS[name])
         return jobs
     for domain, name in product(DOMAINS[:2], SHOWN):
-        seeds = 1 if name == FROZEN else 3 if domain == "row" else 2 if name in LADDER else 1
+        seeds = 1 if name == FROZEN else 3 if domain == "row" else 2 if name in HEADLINE else 1
         add("ladder", name, seeds, domain=domain)
     for domain, name in product(DOMAINS[2:], (FROZEN, *MAIN)):
         add("ladder", name, 1, domain=domain)
     for name in (SMALL, SMALL_VISUAL):
         add("longer", name, 1, steps=4 * STEPS)
-    for base, name in product((*WHOLE, *DOSED), (FROZEN, *MAIN)):
-        add("bases", name, 1 if name == FROZEN else 2, base=base)
+    for base, name in product((*WHOLE, *DOSED), (FROZEN, *HEADLINE)):
+        if base in WHOLE or name != ALL_HEADS:
+            add("bases", name, 1 if name == FROZEN else 2, base=base)
         if base in WHOLE:
             add("bases", name, 1, base=base, domain="settings")
     for base, name in product((SHIPPED, NO_SKILL), SETS):
@@ -158,16 +161,17 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(cfg: CompareConfig, pool) -> None:
-    """Whole bases of other seeds, and bases that differ from the first two in their second stage alone."""
+    """Whole bases of other seeds, then those that differ from them in their second stage alone."""
     Path(cfg.bases).mkdir(parents=True, exist_ok=True)
-    first = {seed: f"{cfg.bases}/seed{seed}.first.pt" for seed in SEEDS}
-    whole = [PretrainConfig(seed=seed, out=base_file(cfg, name)) for seed, name in zip(SEEDS[1:], WHOLE)]
-    again = PretrainConfig(seed=SEEDS[0], second_steps=0, out=f"{cfg.bases}/seed{SEEDS[0]}.pt")  # for its first stage
-    pool.map(make_base, [*whole, again], 1)
-    dosed = [
-        PretrainConfig(steps=0, start=first[seed], relations=dose, seed=seed, out=base_file(cfg, name))
-        for name, (seed, dose) in DOSED.items()
-    ]
+    again = Path(cfg.bases) / "first.pt"  # the shipped base's first stage is not in the repository
+    whole = [PretrainConfig(seed=BASES[SHIPPED], second_steps=0, out=str(again))]
+    whole += [PretrainConfig(seed=BASES[name], out=base_file(cfg, name)) for name in WHOLE]
+    pool.map(make_base, whole, 1)
+    dosed = []
+    for name, (base, dose) in DOSED.items():
+        start = again if base == SHIPPED else Path(base_file(cfg, base)).with_suffix(".first.pt")
+        second = {"steps": 0, "start": str(start), "seed": BASES[base], "relations": dose}
+        dosed.append(PretrainConfig(**second, out=base_file(cfg, name)))
     pool.map(make_base, dosed, 1)
 
 
@@ -354,7 +358,7 @@ STEP = {
 def on_bases(rows: list[dict], bases: list[str], domain: str = "row") -> list[dict]:
     """Runs with these bases; the shipped one's are the ladder's."""
     shown = where(rows, part="ladder", domain=domain) + where(rows, part="bases", domain=domain)
-    return [row for row in shown if row["name"] in (FROZEN, *MAIN) and row["of_base"] in bases]
+    return [row for row in shown if row["name"] in (FROZEN, *HEADLINE) and row["of_base"] in bases]
 
 
 def over_bases(rows: list[dict]) -> str:
@@ -483,13 +487,13 @@ def pictures(rows: list[dict]) -> dict:
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
     doses = dict.fromkeys(BASES, PretrainConfig.relations) | {base: dose for base, (_, dose) in DOSED.items()}
-    for name, dose in product((LORA, VALUES, IMAGE_LORA), sorted(set(doses.values()))):
+    for name, dose in product(MAIN, sorted(set(doses.values()))):
         places = []  # of each base with that dose
         for base in [base for base in doses if doses[base] == dose]:
             of = where(on_bases(rows, [base]), name=name)
             places.append((of[0]["relation"] / 100, np.mean([row["action_acc"] for row in of])))
         x, y = zip(*places)
-        lines[name].append((np.mean(x), np.mean(y), np.std(y, ddof=1)))
+        lines[name].append((np.mean(x), np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0))
     flops = restrictions(CostsConfig())
     shares = [(name, of / max(flops.values())) for name, of in flops.items()]
     return {

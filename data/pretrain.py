@@ -36,7 +36,7 @@ SHOWN = {"source": ASKED + 8, "settings": 2, "row": 2, "night": 1}  # screens a 
 SECOND = 24  # source screens a step of the second stage
 POOLS = 6000, 8000  # screens of the second stage: any, and those with many neighbours
 QUESTIONS = 6  # about a screen
-REFER = 0.6  # share of these that give the point and ask for the name
+REFER = 0.6, 0.3  # share of these that give the point and ask for the name, in the first stage and in the second
 BY_COLOUR = 0.3  # share of the others that name an icon by its colour alone, where that is enough
 # what a patch should decode to: what it shows, its colour, and the x and y of the element's centre
 LENS = [(*screens.LABELS, *screens.ICONS, "switch"), screens.COLOURS]
@@ -154,7 +154,7 @@ def first_batch(seed: int, step: int, patch: int) -> tuple[dict, Tensor, Tensor]
         for i in range(count)
     ]
     targets = [patch_targets(screen, patch, places=i < SHOWN["source"]) for i, screen in enumerate(shown)]
-    asked = [screens.ask(screen, QUESTIONS, rng, REFER, BY_COLOUR) for screen in shown[:ASKED]]
+    asked = [screens.ask(screen, QUESTIONS, rng, REFER[0], BY_COLOUR) for screen in shown[:ASKED]]
     batch = training_batch(asked, targets[0].shape[0], told_before(step, ASKED, rng))
     return batch, pixels(shown), torch.from_numpy(np.stack(targets))
 
@@ -191,7 +191,7 @@ def second_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
     for step in (bar := progress(0, cfg.second_steps, "relate")):
         rng = np.random.default_rng([cfg.seed, 1, step])
         picks = rng.choice(len(drawn), SECOND - cfg.relations, replace=False)
-        asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER, BY_COLOUR) for i in picks]
+        asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER[1], BY_COLOUR) for i in picks]
         before = told_before(step, len(picks), rng)
         batch = training_batch(asked, seen.shape[1], before)
         loss = model(**batch, image_features=project(seen[picks])).loss
