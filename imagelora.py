@@ -114,8 +114,8 @@ class ImageLoRA(nn.Module):
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call of the model is running then, and the thread may be another; the note tells the rows. With checkpointing,
-    stay in disabled() until the backward pass is done. After Ctrl-C in a call, call the model before a part of it.
+    No call of the model is running then, and the thread may be another; the note tells the rows. Where a checkpoint is
+    of the whole model, stay in disabled() until its backward pass is done. After Ctrl-C call the model before its parts.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
