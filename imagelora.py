@@ -115,7 +115,7 @@ class ImageLoRA(nn.Module):
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
     No call of the model is running then, and the thread may be another; the note tells the rows. Where a checkpoint is
-    of the whole model, stay in disabled() until its backward pass is done. After Ctrl-C call the model before its parts.
+    of the whole model, stay in disabled() until its backward pass is done. After Ctrl-C call the model before a part.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
