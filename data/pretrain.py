@@ -31,12 +31,11 @@ from imagelora import safe_save, safe_write
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 TEST_SCREENS = 400  # of each domain
-ASKED = 16  # source screens a step of the first stage that are asked about
-SHOWN = {"source": ASKED + 8, "settings": 2, "row": 2, "night": 1}  # screens a step of the first stage, for the vision
+SHOWN = {"source": 16, "settings": 2, "row": 2, "night": 1}  # screens a step of the first stage; asked about: source
 SECOND = 24  # source screens a step of the second stage
-POOLS = 6000, 8000  # screens of the second stage: any, and those with many neighbours
-QUESTIONS = 6  # about a screen
-REFER = 0.6, 0.3  # share of these that give the point and ask for the name, in the first stage and in the second
+POOLS = 12000, 8000  # screens of the second stage: any, and those with many neighbours
+QUESTIONS = 12  # about a screen
+REFER = 0.5  # share of these that give the point and ask for the name
 BY_COLOUR = 0.3  # share of the others that name an icon by its colour alone, where that is enough
 # what a patch should decode to: what it shows, its colour, and the x and y of the element's centre
 LENS = [(*screens.LABELS, *screens.ICONS, "switch"), screens.COLOURS]
@@ -47,7 +46,7 @@ LENS += [tuple(f"<{axis}{i}>" for i in range(screens.BINS)) for axis in "xy"]
 class PretrainConfig(Settings):
     """How the base model is made."""
 
-    steps: int = option(3600, "steps of the first stage", least=0)
+    steps: int = option(3200, "steps of the first stage", least=0)
     second_steps: int = option(1800, "steps of the second stage", least=0)
     relations: int = option(12, f"screens a step, of {SECOND}, that the second stage asks relations about", least=0)
     start: str = option("", "a base model to go on from; then give --steps 0")
@@ -154,8 +153,8 @@ def first_batch(seed: int, step: int, patch: int) -> tuple[dict, Tensor, Tensor]
         for i in range(count)
     ]
     targets = [patch_targets(screen, patch, places=i < SHOWN["source"]) for i, screen in enumerate(shown)]
-    asked = [screens.ask(screen, QUESTIONS, rng, REFER[0], BY_COLOUR) for screen in shown[:ASKED]]
-    batch = training_batch(asked, targets[0].shape[0], told_before(step, ASKED, rng))
+    asked = [screens.ask(screen, QUESTIONS, rng, REFER, BY_COLOUR) for screen in shown[: SHOWN["source"]]]
+    batch = training_batch(asked, targets[0].shape[0], told_before(step, SHOWN["source"], rng))
     return batch, pixels(shown), torch.from_numpy(np.stack(targets))
 
 
@@ -167,7 +166,7 @@ def first_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
     for step in (bar := progress(0, cfg.steps, "see")):
         batch, pixel_values, targets = first_batch(cfg.seed, step, model.config.patch_size)
         features = model.get_image_features(pixel_values)  # [N, P, D]
-        answers = model(**batch, image_features=features[:ASKED]).loss
+        answers = model(**batch, image_features=features[: SHOWN["source"]]).loss
         vision = vision_loss(features, targets, model.language_model.embed_tokens.weight, *lens)
         optimizer.step(answers + vision, step)
         bar.set_postfix_str(f"answers {answers.item():.3f}  vision {vision.item():.3f}", refresh=False)
@@ -191,7 +190,7 @@ def second_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
     for step in (bar := progress(0, cfg.second_steps, "relate")):
         rng = np.random.default_rng([cfg.seed, 1, step])
         picks = rng.choice(len(drawn), SECOND - cfg.relations, replace=False)
-        asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER[1], BY_COLOUR) for i in picks]
+        asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER, BY_COLOUR) for i in picks]
         before = told_before(step, len(picks), rng)
         batch = training_batch(asked, seen.shape[1], before)
         loss = model(**batch, image_features=project(seen[picks])).loss
