@@ -98,9 +98,10 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         for name in SHOWN:
             add("ladder", name, 1, **{"lr": 0.01} | METHODS[name])
         return jobs
-    for domain, name in product(DOMAINS[:2], SHOWN):
-        seeds = 1 if name == FROZEN else 3 if domain == "row" else 2 if name in HEADLINE else 1
-        add("ladder", name, seeds, domain=domain)
+    for name in SHOWN:
+        add("ladder", name, 1 if name == FROZEN else 3 if name in HEADLINE else 2)
+    for name in (FROZEN, *HEADLINE, LORA_VISUAL):
+        add("ladder", name, 1 if name in (FROZEN, LORA_VISUAL) else 2, domain="settings")
     for domain, name in product(DOMAINS[2:], (FROZEN, *MAIN)):
         add("ladder", name, 1, domain=domain)
     for name in (SMALL, SMALL_VISUAL):
@@ -116,15 +117,15 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
     for size, (name, chosen) in product((4, 8, 12), CHOICES.items()):
         common = {"rung": IMAGE_LORA, "num_heads": size} | chosen
         if name in FEW or size < 12:
-            add("probe", name, 2, **common)
+            add("probe", name, 2 if name in FEW else 1, **common)
         if name in FEW and size > 4:
             add("probe", name, 2, base=WHOLE[0], **common)
         if name in FEW and size == 8:
             add("probe", name, 1, domain="settings", **common)
-    for base, tau in product(BASES[:2], (0.0, 0.5, 1.0, 4.0)):
-        add("tau", f"τ = {tau:g}", 2, IMAGE_LORA, base=base, tau=tau)
+    for base, tau in product((SHIPPED, WHOLE[0]), (0.0, 0.5, 1.0, 4.0)):
+        add("tau", f"τ = {tau:g}", 2 if tau < 1 else 1, IMAGE_LORA, base=base, tau=tau)
     add("sets", "random", 10, IMAGE_LORA, heads="random", num_heads=8)
-    for base, gamma_lr in product(BASES[:2], (1.0, 0.1, 0.0)):
+    for base, gamma_lr in product((SHIPPED, WHOLE[0]), (1.0, 0.1, 0.0)):
         add("gamma", f"γ's rate {gamma_lr:g} of A's", 2, IMAGE_LORA, base=base, gamma_lr=gamma_lr)
     for gamma_lr in (1.0, 0.0):
         add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=False)
