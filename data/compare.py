@@ -48,7 +48,7 @@ SETS = {
 METHODS = SHOWN | SETS
 DOMAINS = ("row", "settings", "dark", "blueprint")
 STEPS, FEWER_STEPS, TUNING_STEPS, TEST_SCREENS = 600, 400, 200, 100
-BASES = {"seed 2": 2, "seed 3": 3, "seed 1": 1}  # seeds of pretraining; the first is the shipped base's
+BASES = {"seed 2": 2, "seed 1": 1, "seed 3": 3}  # seeds of pretraining; the first is the shipped base's
 SHIPPED, *WHOLE = BASES
 # bases of the same first stage whose second one asks about relations on fewer screens a step: none, or 3
 DOSED = {f"{base}, {dose} relations": (base, dose) for base, dose in ((SHIPPED, 0), (SHIPPED, 3), (WHOLE[0], 0))}
@@ -484,7 +484,7 @@ def pictures(rows: list[dict]) -> dict:
     for name in list(SHOWN)[1:]:
         of = where(rows, part="ladder", domain="row", name=name)
         clicks = [row["action_acc"] for row in of]
-        x = np.mean([row["adapter_flops_per_screen"] for row in of]) / 1e3
+        x = np.mean([row["adapter_flops_per_screen"] for row in of]) / 1e6
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
     doses = dict.fromkeys(BASES, PretrainConfig.relations) | {base: dose for base, (_, dose) in DOSED.items()}

@@ -261,9 +261,13 @@ def without_the_image(cfg, model) -> dict:
 def attention_maps(model, batch: dict) -> Tensor:
     """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H, P]."""
     with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
-        model(**batch)  # whose queries and keys are [1, heads, T, d], rotated
-    seen = [(q[0, :, -1:] @ k[0].mT / q.shape[-1] ** 0.5).softmax(-1) for (q, k, _), _ in attend.call_args_list]
-    return torch.stack(seen)[:, :, 0, batch["input_ids"][0] == model.config.image_token_id]
+        model(**batch)
+    maps = []
+    for (query, key, _), _ in attend.call_args_list:  # [1, heads, T, d], rotated
+        scores = query[0, :, -1:] @ key[0].mT / query.shape[-1] ** 0.5
+        maps.append(scores.softmax(-1)[:, 0])
+    visual = batch["input_ids"][0] == model.config.image_token_id
+    return torch.stack(maps)[..., visual]
 
 
 def patches_of(box: screens.Box, count: int) -> Tensor:
