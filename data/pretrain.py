@@ -34,7 +34,7 @@ TEST_SCREENS = 400  # of each domain
 SHOWN = {"source": 16, "settings": 2, "row": 2, "night": 1}  # screens a step of the first stage; asked about: source
 SECOND = 24  # source screens a step of the second stage
 POOLS = 12000, 8000  # screens of the second stage: any, and those with many neighbours
-QUESTIONS = 12  # about a screen
+QUESTIONS = 12, 6  # about a screen, in the first stage and in the second, which asks about nothing twice
 REFER = 0.5  # share of these that give the point and ask for the name
 BY_COLOUR = 0.3  # share of the others that name an icon by its colour alone, where that is enough
 # what a patch should decode to: what it shows, its colour, and the x and y of the element's centre
@@ -153,7 +153,7 @@ def first_batch(seed: int, step: int, patch: int) -> tuple[dict, Tensor, Tensor]
         for i in range(count)
     ]
     targets = [patch_targets(screen, patch, places=i < SHOWN["source"]) for i, screen in enumerate(shown)]
-    asked = [screens.ask(screen, QUESTIONS, rng, REFER, BY_COLOUR) for screen in shown[: SHOWN["source"]]]
+    asked = [screens.ask(screen, QUESTIONS[0], rng, REFER, BY_COLOUR) for screen in shown[: SHOWN["source"]]]
     batch = training_batch(asked, targets[0].shape[0], told_before(step, SHOWN["source"], rng))
     return batch, pixels(shown), torch.from_numpy(np.stack(targets))
 
@@ -190,7 +190,7 @@ def second_stage(cfg: PretrainConfig, model: TinyVLM) -> None:
     for step in (bar := progress(0, cfg.second_steps, "relate")):
         rng = np.random.default_rng([cfg.seed, 1, step])
         picks = rng.choice(len(drawn), SECOND - cfg.relations, replace=False)
-        asked = [screens.ask(drawn[i], QUESTIONS, rng, REFER, BY_COLOUR) for i in picks]
+        asked = [screens.ask(drawn[i], QUESTIONS[1], rng, REFER, BY_COLOUR, distinct=True) for i in picks]
         before = told_before(step, len(picks), rng)
         batch = training_batch(asked, seen.shape[1], before)
         loss = model(**batch, image_features=project(seen[picks])).loss
