@@ -780,8 +780,8 @@ def test_the_shipped_base_is_what_its_record_says():
         )
         assert metrics[name] == pytest.approx(record[domain][name], abs=0.12), (domain, name)
     assert prompts.evaluate_word_problems(model, features[:, :0], count=32) > 0.95
-    places = first_batch(1, 0, 16)[2][..., 2:].flatten(1)  # told of 24 source, not of settings, row, night
-    assert (places >= 0).any(1).tolist() == [True] * 24 + [False] * 5
+    places = first_batch(1, 0, 16)[2][..., 2:].flatten(1)  # told of 16 source, not of settings, row, night
+    assert (places >= 0).any(1).tolist() == [True] * 16 + [False] * 5
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

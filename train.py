@@ -131,10 +131,11 @@ def finetune(cfg: Config, checkpoint: dict | None = None) -> Iterator[tuple[str,
         now.result |= run_costs(now.model, now.adapter, batches[0], all_tokens)
     after, now.given = prompts.measure(cfg, now.model)
     difference = prompts.text_logits(now.model) - base_text
+    if cfg.task == "grounding":
+        now.result["target_attention"] = prompts.looks(cfg, now.model).tolist()
     if cfg.controls and cfg.task == "grounding":
         learn = measure_base(replace(frozen, split="validation", controls=False))[1]
         now.result |= prompts.rules(learn, now.base_given) | prompts.without_the_image(cfg, now.model)
-        now.result["target_attention"] = prompts.looks(cfg, now.model).tolist()
     now.result |= {
         "before": now.before,
         "after": after,

@@ -34,7 +34,7 @@ TEST_SCREENS = 400  # of each domain
 SHOWN = {"source": 16, "settings": 2, "row": 2, "night": 1}  # screens a step of the first stage; asked about: source
 SECOND = 24  # source screens a step of the second stage
 POOLS = 12000, 8000  # screens of the second stage: any, and those with many neighbours
-QUESTIONS = 12, 6  # about a screen, in the first stage and in the second, which asks about nothing twice
+QUESTIONS = 12, 6  # about a screen, in the first stage and the second; there about different things
 REFER = 0.5  # share of these that give the point and ask for the name
 BY_COLOUR = 0.3  # share of the others that name an icon by its colour alone, where that is enough
 # what a patch should decode to: what it shows, its colour, and the x and y of the element's centre
