@@ -70,14 +70,15 @@ class CompareConfig(Settings):
 
 
 def job(cfg: CompareConfig, part: str, name: str, rung: str = "", base: str = SHIPPED, **settings) -> dict:
-    """A run. It is a variant of `rung` in METHODS (default: name), and takes the learning rate of that method, found on
-    the shipped base, or on the one without relations."""
+    """A run. It is a variant of `rung` in METHODS (default: name), and takes that method's learning rate on its base,
+    found on row screens; on dark and blueprint ones, on these."""
     rung, file = rung or name, base_file(cfg, base)
+    domain = settings.get("domain", "row")
     fewer = part in ("probe", "sets", "tau", "gamma", "depth", "referring")
     common = {
         "part": part,
         "name": name,
-        "rate_of": (rung, file if base == NO_SKILL else base_file(cfg, SHIPPED)),
+        "rate_of": (rung, file, domain if domain in DOMAINS[2:] else "row"),
         "base": file,
         "steps": FEWER_STEPS if fewer else STEPS,
         "test_screens": TEST_SCREENS,
@@ -116,18 +117,13 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         common = {"rung": IMAGE_LORA, "num_heads": size} | chosen
         if name in FEW or size == 8:
             add("probe", name, 2 if name in FEW else 1, **common)
-        if name in FEW and size > 4:
-            add("probe", name, 2, base=WHOLE[0], **common)
         if name in FEW and size == 8:
             add("probe", name, 1, domain="settings", **common)
-    for base, tau in product((SHIPPED, WHOLE[0]), (0.0, 0.5, 1.0, 4.0)):
-        if base == SHIPPED or tau < 1:
-            add("tau", f"τ = {tau:g}", 2 if tau < 1 else 1, IMAGE_LORA, base=base, tau=tau)
+    for tau in (0.0, 0.5, 1.0, 4.0):
+        add("tau", f"τ = {tau:g}", 2 if tau < 1 else 1, IMAGE_LORA, tau=tau)
     add("sets", "random", 10, IMAGE_LORA, heads="random", num_heads=8)
-    for base, gamma_lr in product((SHIPPED, WHOLE[0]), (1.0, 0.1, 0.0)):
-        add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, base=base, gamma_lr=gamma_lr)
-    for gamma_lr in (1.0, 0.0):
-        add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=False)
+    for gamma_lr, normalize in ((1.0, True), (0.1, True), (0.0, True), (1.0, False), (0.0, False)):
+        add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=normalize)
     for replay, lr in ((0, 0.0025), (0, 0.005), (0, 0.01), (0, 0.02), (1, 0.01), (1, 0.02)):
         add("rates", f"{replay} replayed", 1, LORA, lr=lr, replay=replay)
     for name in (LORA_VISUAL, IMAGE_LORA):
@@ -185,25 +181,25 @@ def base_rows(cfg: CompareConfig) -> list[dict]:
     return rows
 
 
-def tuning_jobs(method: str, base: str, rates: list[float]) -> list[dict]:
+def tuning_jobs(method: str, base: str, domain: str, rates: list[float]) -> list[dict]:
     """A method at these learning rates, a third as long, on validation screens and a seed that no table uses."""
-    common = METHODS[method] | {"part": "tuning", "name": method, "base": base, "split": "validation"}
+    common = METHODS[method] | {"part": "tuning", "name": method, "base": base, "domain": domain, "split": "validation"}
     common |= {"steps": TUNING_STEPS, "test_screens": TEST_SCREENS, "controls": False, "seed": 100}
     return [common | {"lr": lr} for lr in rates]
 
 
-def best_rates(pairs: list[tuple], finish) -> dict[tuple, float]:
-    """(method, base) -> its learning rate: three are tried, and more until the best is not the last of them."""
-    best, scores = dict.fromkeys(pairs, 0.02), {pair: {} for pair in pairs}
+def best_rates(wanted: list[tuple], finish) -> dict[tuple, float]:
+    """(method, base, domain) -> learning rate: three are tried, and more until the best is not the last of them."""
+    best, scores = dict.fromkeys(wanted, 0.02), {of: {} for of in wanted}
 
-    def untried(pair):
-        near = best[pair], best[pair] / 2, 2 * best[pair]
-        return [lr for lr in near if lr not in scores[pair] and 0.001 < lr < 1]
+    def untried(of):
+        near = best[of], best[of] / 2, 2 * best[of]
+        return [lr for lr in near if lr not in scores[of] and 0.001 < lr < 1]
 
-    while jobs := [job for pair in pairs for job in tuning_jobs(*pair, untried(pair))]:
+    while jobs := [job for of in wanted for job in tuning_jobs(*of, untried(of))]:
         for row in finish(jobs):
-            scores[row["name"], row["base"]][row["lr"]] = row["action_acc"]
-        best = {pair: max(of, key=of.get) for pair, of in scores.items()}  # of equals the one nearest to 0.02
+            scores[row["name"], row["base"], row["domain"]][row["lr"]] = row["action_acc"]
+        best = {of: max(tried, key=tried.get) for of, tried in scores.items()}  # of equals the one nearest to 0.02
     return best
 
 
@@ -267,9 +263,9 @@ def compare(cfg: CompareConfig, make_config, run) -> None:
             if not cfg.quick:
                 make_bases(cfg, pool)
             rows.bases = base_rows(cfg)
-        pairs = list(dict.fromkeys(job["rate_of"] for job in jobs if "lr" not in job))
-        with progress(len(rows.measured), len(jobs) + 4 * len(pairs), "compare") as bar:
-            tuned = best_rates(pairs, partial(rows.finish, pool=pool, bar=bar))
+        wanted = list(dict.fromkeys(job["rate_of"] for job in jobs if "lr" not in job))
+        with progress(len(rows.measured), len(jobs) + 4 * len(wanted), "compare") as bar:
+            tuned = best_rates(wanted, partial(rows.finish, pool=pool, bar=bar))
             done = rows.finish([{"lr": tuned.get(job["rate_of"])} | job for job in jobs], pool, bar)
     done = rows.bases + done
     print("\n" + "\n\n".join(tables(done).values()))
@@ -323,6 +319,11 @@ def acc(field: str):
     return partial(percent, field=f"{field}_acc")
 
 
+def rule(field: str):
+    """Of the base alone, so the same for every seed."""
+    return partial(mean, field=f"{field}_acc", unit=0.01, form=".1f")
+
+
 MEASURED = {  # column -> what stands there
     "click %": percent,
     "words %": acc("text"),
@@ -337,10 +338,10 @@ MEASURED = {  # column -> what stands there
 }
 CONTROLS = {
     "click %": percent,
-    "best constant": acc("constant"),
-    "base + offset a kind": acc("offset"),
-    "base + offset a name": acc("name_offset"),
-    "base's height, best column": acc("column"),
+    "best constant": rule("constant"),
+    "base + offset a kind": rule("offset"),
+    "base + offset a name": rule("name_offset"),
+    "base's height, best column": rule("column"),
     "image erased": acc("blank"),
     "switches erased": acc("erased"),
     "exchanged with names": acc("exchanged"),
@@ -369,7 +370,7 @@ def over_bases(rows: list[dict]) -> str:
 
 def headline(rows: list[dict]) -> str:
     shown = []
-    for domain in PAIRED:
+    for domain in DOMAINS[:2]:
         of = on_bases(rows, BASES, domain)
         shown += [row | {"column": row["of_base"]} for row in of] + [row | {"column": "both bases"} for row in of]
     return grid("clicks right", shown, "{domain}, {column} %", cell=over_bases)
@@ -378,6 +379,20 @@ def headline(rows: list[dict]) -> str:
 def skill(rows: list[dict]) -> str:
     shown = sorted(on_bases(rows, [*BASES, *DOSED]), key=lambda row: row["relation"])
     return grid("row, clicks right", shown, "{name} %", "{of_base}: {relation:.1f} % right")
+
+
+def early_rows(rows: list[dict], **wanted) -> list[dict]:
+    """The runs that chose the learning rates on row: on validation screens, after fewer steps."""
+    return [row for row in where(rows, part="tuning", domain="row", **wanted) if row["name"] in HEADLINE]
+
+
+def best_click(rows: list[dict]) -> float:
+    return max(row["action_acc"] for row in rows)
+
+
+def early(rows: list[dict]) -> str:
+    title = f"row, {TUNING_STEPS} steps, validation screens"
+    return grid(title, early_rows(rows), "{of_base} %", cell=lambda of: f"{100 * best_click(of):.1f}" if of else "")
 
 
 def looks(rows: list[dict]) -> str:
@@ -458,6 +473,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     found |= {
         "headline": headline(rows),
         "skill": skill(rows),
+        "early": early(rows),
         "looks": looks(rows),
         "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
         "elsewhere": elsewhere(rows),
@@ -486,14 +502,11 @@ def pictures(rows: list[dict]) -> dict:
         x = np.mean([row["adapter_flops_per_screen"] for row in of]) / 1e6
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
-    doses = dict.fromkeys(BASES, PretrainConfig.relations) | {base: dose for base, (_, dose) in DOSED.items()}
-    for name, dose in product(MAIN, sorted(set(doses.values()))):
-        places = []  # of each base with that dose
-        for base in [base for base in doses if doses[base] == dose]:
-            of = where(on_bases(rows, [base]), name=name)
-            places.append((of[0]["relation"] / 100, np.mean([row["action_acc"] for row in of])))
-        x, y = zip(*places)
-        lines[name].append((np.mean(x), np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0))
+    for base, name in product((NO_SKILL, SHIPPED), MAIN):
+        of = where(on_bases(rows, [base]), name=name)
+        x, clicks = of[0]["relation"] / 100, [row["action_acc"] for row in of]
+        lines[name].append((x, np.mean(clicks), np.std(clicks, ddof=1) if len(of) > 1 else 0))
+        lines[f"{name}, {TUNING_STEPS} steps"].append((x, best_click(early_rows(rows, of_base=base, name=name)), 0))
     flops = restrictions(CostsConfig())
     shares = [(name, of / max(flops.values())) for name, of in flops.items()]
     return {

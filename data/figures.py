@@ -161,7 +161,7 @@ def trade_off(points: list[dict]) -> Image.Image:
 def skill(series: dict) -> Image.Image:
     """When values suffice: {name: [(the base's relation accuracy, click accuracy on row, its spread), ...]}, 0..1."""
     lines = []
-    for (name, points), fill in zip(series.items(), (BLUE, GREEN, ORANGE)):
+    for (name, points), fill in zip(series.items(), (BLUE, BLUE, GREEN, GREEN, ORANGE, ORANGE)):
         marks = sorted(_mark(100 * x, y, spread) for x, y, spread in points)
         lines.append((name, fill, marks))
     xs, _, lows, highs = zip(*(mark for *_, marks in lines for mark in marks))
