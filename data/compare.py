@@ -266,8 +266,8 @@ def compare(cfg: CompareConfig, make_config, run) -> None:
         wanted = list(dict.fromkeys(job["rate_of"] for job in jobs if "lr" not in job))
         with progress(len(rows.measured), len(jobs) + 4 * len(wanted), "compare") as bar:
             tuned = best_rates(wanted, partial(rows.finish, pool=pool, bar=bar))
-            done = rows.finish([{"lr": tuned.get(job["rate_of"])} | job for job in jobs], pool, bar)
-    done = rows.bases + done
+            rows.finish([{"lr": tuned.get(job["rate_of"])} | job for job in jobs], pool, bar)
+    done = [*rows.bases, *rows.known.values()]
     print("\n" + "\n\n".join(tables(done).values()))
     if not cfg.quick:
         (path.parent / "figures").mkdir(exist_ok=True)

@@ -327,7 +327,7 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
     layers = []
     for layer, row in enumerate(heights):
         marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
-        for head in heads.get(layer, []):
-            marks[head] = f"[{marks[head]}]"
+        chosen = heads.get(layer, [])
+        marks = [f"[{mark}]" if head in chosen else mark for head, mark in enumerate(marks)]
         layers.append("".join(marks))
     return " · ".join(layers)
