@@ -1184,7 +1184,7 @@ REFUSED = [
     (partial(score_heads, batches=[prompt(IMAGE)]), "the loss of probe batch 0 is None: do its labels hold an answer"),
     (partial(score_heads, batches=[EARLY, EARLY | {"labels": torch.full((1, 7), -100)}]), "of probe batch 1 is nan"),
     (lambda m: [setattr(m, "language_model", None), attach(m)], "found none"),
-    (lambda m: [delattr(attention(m, 1), "v_proj"), attach(m)], "layers.1 has no self_attn.v_pr"),
+    (lambda m: [delattr(attention(m, 1), "v_proj"), attach(m)], "layers.1 has no self_attn.v_proj"),
     (lambda m: [setattr(attention(m, 1), "head_dim", 5), attach(m)], "head_dim is 5, v_proj has"),
     (lambda m: [m.language_model.layers.append(m.language_model.layers[0]), attach(m)], "layers share a v_proj"),
     (hf("LlamaForCausalLM", **DECODER), "no image_token_id"),
