@@ -82,7 +82,7 @@ class ValueAdapter(nn.Module):
         return by_head.index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
     def _apply(self, fn, recurse=True):
-        def moved(t):  # to another device, but to no type in which small steps would be lost
+        def moved(t):  # to another device; .half() and .bfloat16() leave them float32, as small steps would be lost
             new = fn(t)
             return t.to(new.device) if new.element_size() < 4 else new
 
@@ -109,13 +109,13 @@ class ImageLoRA(nn.Module):
     it was, where it or the arguments do not allow it. `.parameters()` are exactly the trainable A, B and gamma, in
     float32 or wider; as `model.image_lora` they are in the model's state_dict. How M gets to the values:
 
-        model(input_ids)     _find_rows      before the call: which of its B * T rows are visual
+        model(input_ids)     _find_rows      as the call begins: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call of the model is running then, and the thread may be another; the note tells the rows. Where a checkpoint is
-    of the whole model, stay in disabled() until its backward pass is done. After Ctrl-C call the model before a part.
+    No call of the model is running then, and the thread may be another; the note tells the rows. If the whole model is
+    checkpointed, and called in disabled(), leave that after the backward pass only, which calls the model again.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -173,7 +173,7 @@ class ImageLoRA(nn.Module):
             memory = x.untyped_storage()
             _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows
-        else:  # a first run without gradients: decoding, or re-entrant checkpointing
+        else:  # no gradients: as in decoding; in a call that has them, re-entrant checkpointing would lose the rows
             _require(not now.grad, NO_GRADIENT, RuntimeError)
         return forward(*args, **kwargs)
 
@@ -260,7 +260,7 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     The gradient is dL/dB = A^T X_vis^T G, with G = dL/dV~(h). probe="rank1": r = 1 and A ~ N(0, 1), drawn for each
     batch. As E[A A^T] = I, its mean is that of probe="exact": r = D and A = I, the squared gradient of the whole W_V(h)
     over visual tokens. The gradient of loss_fn(model, batch), by default `model(**batch).loss`, is squared batch by
-    batch: large ones can rank heads otherwise than single examples. Heads that a narrower layer does not have score 0.
+    batch: large ones can rank heads otherwise than single examples. Train or eval mode stays; absent heads score 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -462,7 +462,7 @@ def _content(adapter):
     for name, tensor in adapter.layers.state_dict().items():  # parameters() may be FSDP's copies in bfloat16
         layer, kind = name.split(".")
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
-        _require(tensor.isfinite().all(), f"{kind} of layer {layer} is not finite; the adapter is not saved")
+        _require(tensor.numel() and tensor.isfinite().all(), f"{kind} of layer {layer} is empty or not finite: unsaved")
         layers[layer][kind] = tensor.cpu()[0 if kind == "gamma" else ...]
     return {
         "model_name": adapter.model_name,

@@ -496,9 +496,10 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(step, lambda *_: Path("/dev/full").write_text("x"))
             adapter.save(path)
-    adapter.layers["1"].A.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="A of layer 1 is not finite"):
-        adapter.save(path)
+    for wrong in (torch.full((D, 8), math.nan), torch.zeros(0)):
+        adapter.layers["1"].A.data = wrong
+        with pytest.raises(ValueError, match="A of layer 1 is empty or not finite"):
+            adapter.save(path)
     assert path.read_bytes() == saved and list(tmp_path.iterdir()) == [path]
 
 
@@ -838,7 +839,7 @@ def test_the_main_job_and_the_walk_print_and_write_what_they_say_and_a_row_is_th
     status, printed, error = command(f"--explain {OPTIONS} --film")  # the walk makes the run first
     said = [line.split()[0] for line in printed.splitlines() if line[:1] not in ("", " ")]
     assert status == 0 and said[:9] == "base before probe select after controls text cost saved".split(), error
-    assert all(text in printed for text in ("identical", "counted = computed", "of the whole training step"))
+    assert all(text in printed for text in ("identical", "counted = computed", "of the decoder's training step"))
     out, cfg = Path("runs/row"), train.Config(**SHORT)
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert sizes.keys() == {"adapter.pt", "metrics.json", "predictions.png", "curve.png", "training.gif", "look.png"}

@@ -64,9 +64,9 @@ class Config(Settings):
     r: int = option(8, "rank", least=1)
     lora_alpha: float = option(16.0, "the update is scaled by lora_alpha / r", least=0)
     normalize: bool = option(True, "scale by 1/sqrt|S| too")
-    lr: float = option(0.04, "peak learning rate of AdamW", least=0)
-    gamma_lr: float = option(1.0, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
-    steps: int = option(600, "training steps", least=1)
+    lr: float = option(0.08, "peak learning rate of AdamW", least=0)
+    gamma_lr: float = option(0.1, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
+    steps: int = option(500, "training steps", least=1)
     screens: int = option(8, "screens a step", least=1)
     questions: int = option(5, "questions a screen, packed into one sequence", least=1)
     history: int = option(0, "word problems told before each screen: longer text, same image", least=0)
@@ -266,9 +266,9 @@ def main_job(cfg: Config) -> None:
             if cfg.film and now.step % (cfg.steps // 32 + 1) == 0:
                 film.append((now.step, prompts.few_answers(cfg, now.model)))
             curve.append((now.step, now.loss, now.click))
-            clicks = [click for _, _, click in curve[-10:] if click is not None]
-            shown = f"  click {np.mean(clicks):.0%}" if clicks else ""
-            bar.set_postfix_str(f"loss {now.loss:.3f}{shown}", refresh=False)
+            _, losses, clicks = zip(*curve[-10:])
+            shown = "" if None in clicks else f"  click {np.mean(clicks):.0%}"
+            bar.set_postfix_str(f"loss {np.mean(losses):.2f}{shown}", refresh=False)
             bar.update()
     figures.save(figures.predictions(now.base_given, now.given), out / "predictions.png")
     if now.adapter is not None:
@@ -324,7 +324,7 @@ def report(stage: str, cfg: Config, now: SimpleNamespace) -> None:
         print(f"before   {prompts.score_line(cfg.domain, now.before)}")
     elif stage == "heads":
         count = now.scores.numel()
-        batches = f"{prompts.PROBE_BATCHES}×{cfg.screens} screens"
+        batches = f"{prompts.PROBE_BATCHES} batches of {cfg.screens} screens"
         print(f"probe    {cfg.probe} influence of {count} heads, {batches}:  {figures.bars(now.scores, now.heads)}")
         chosen = " · ".join(f"layer {layer}: {' '.join(map(str, h))}" for layer, h in now.heads.items())
         print(f"select   {sum(map(len, now.heads.values()))} of {count} heads: {chosen}")
@@ -353,7 +353,7 @@ def report_after(cfg: Config, result: dict) -> None:
     counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
     small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA)"
     print(f"{small} · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / lora:.0%} of LoRA), {counted}")
-    print(f"         {flops / step:.1%} of the whole training step's {step / 1e6:.0f} MFLOP a screen")
+    print(f"         {flops / step:.1%} of the decoder's training step, {step / 1e6:.0f} MFLOP a screen")
 
 
 # ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------

@@ -34,7 +34,7 @@ LADDER = {  # one restriction a line, from LoRA to Image-LoRA
     ALL_HEADS: {"heads": "all"},
     IMAGE_LORA: {},
 }
-SMALL, SMALL_VISUAL = "LoRA r = 2, all tokens", "LoRA r = 2, visual tokens"
+SMALL, SMALL_VISUAL = "LoRA q k v o, r = 2, all tokens", "LoRA q k v o, r = 2, visual tokens"
 BESIDE = {
     "LoRA v, all tokens": {"method": "lora", "projections": "v"},
     SMALL: {"method": "lora", "r": 2, "lora_alpha": 4.0},
@@ -47,13 +47,22 @@ SETS = {
 }
 METHODS = SHOWN | SETS
 DOMAINS = ("row", "settings", "dark", "blueprint")
-STEPS, FEWER_STEPS, TUNING_STEPS, TEST_SCREENS = 600, 300, 200, 100
-BASES = {"seed 2": 2, "seed 1": 1}  # seeds of pretraining; the first is the shipped base's
-SHIPPED, *WHOLE = BASES
+STEPS, FEWER_STEPS, TUNING_STEPS, TEST_SCREENS = 500, 300, 200, 100
+BASES = {  # how they are made; the first is the shipped one
+    "base 1": {"seed": 1},
+    "base 2": {"seed": 2, "muon_lr": 0.02},
+    "base 3": {"seed": 3, "steps": 4800},
+}
+SHIPPED, OTHER, *_ = BASES
+DOSED = {  # other second stages of these bases
+    f"{SHIPPED}, 0 relations": (SHIPPED, {"relations": 0}),
+    f"{OTHER}, 0 relations": (OTHER, {"relations": 0}),
+    f"{SHIPPED}, 1 relations, 700 steps": (SHIPPED, {"relations": 1, "second_steps": 700}),
+    f"{SHIPPED}, 1 relations": (SHIPPED, {"relations": 1}),
+}
 NO_SKILL = f"{SHIPPED}, 0 relations"
-DOSED = {NO_SKILL: (SHIPPED, 0)}  # of its first stage, asked about relations on so many screens a step of the second
 MAIN = (LORA, VALUES, IMAGE_LORA)
-HEADLINE = (LORA, VALUES, ALL_HEADS, IMAGE_LORA)
+HEADLINE = (LORA, LORA_VISUAL, VALUES, ALL_HEADS, IMAGE_LORA, SMALL_VISUAL)
 CHOICES = {name: {"heads": name} for name in ("top", "matched", "random", "lowest", "least")}
 CHOICES |= {name: {"heads": "top", "probe": name} for name in ("gate", "exact")}
 FEW = ("top", "matched", "random", "gate")
@@ -96,36 +105,31 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
 
     if cfg.quick:
         for name in SHOWN:
-            add("ladder", name, 1, **{"lr": 0.01} | METHODS[name])
+            add("ladder", name, 1, **{"lr": 0.02} | METHODS[name])
         return jobs
     for name in SHOWN:
         add("ladder", name, 1 if name == FROZEN else 3 if name in (LORA, IMAGE_LORA) else 2)
-    for name in (FROZEN, *HEADLINE, LORA_VISUAL):
+    for name in (FROZEN, *HEADLINE):
         add("ladder", name, 2 if name in (LORA, IMAGE_LORA) else 1, domain="settings")
     for domain, name in product(DOMAINS[2:], (FROZEN, *MAIN)):
         add("ladder", name, 1, domain=domain)
     add("longer", SMALL_VISUAL, 1, steps=4 * STEPS)
-    for base, name in product((*WHOLE, *DOSED), (FROZEN, *HEADLINE)):
-        if base in WHOLE or name != ALL_HEADS:
+    for base in list(BASES)[1:]:
+        for name in (FROZEN, *HEADLINE):
             add("bases", name, 2 if name in (LORA, IMAGE_LORA) else 1, base=base)
-        if base in WHOLE and name in (FROZEN, LORA, IMAGE_LORA):
-            add("bases", name, 1, base=base, domain="settings")
+            if name in (FROZEN, *MAIN):
+                add("bases", name, 1, base=base, domain="settings")
+    for base, name in product(DOSED, (FROZEN, *MAIN)):
+        add("bases", name, 2 if name == IMAGE_LORA else 1, base=base)
     for base, name in product((SHIPPED, NO_SKILL), SETS):
         if name not in (SHOWN if base == SHIPPED else MAIN):  # these are other parts'
             add("elsewhere", name, 1, base=base)
-    for size, (name, chosen) in product((4, 8, 12), CHOICES.items()):
-        common = {"rung": IMAGE_LORA, "num_heads": size} | chosen
-        if name in FEW or size == 8:
-            add("probe", name, 2 if name in FEW else 1, **common)
-        if name in FEW and size == 8:
-            add("probe", name, 1, domain="settings", **common)
-    for tau in (0.0, 0.5, 1.0, 4.0):
-        add("tau", f"τ = {tau:g}", 2 if tau < 1 else 1, IMAGE_LORA, tau=tau)
-    add("sets", "random", 10, IMAGE_LORA, heads="random", num_heads=8)
-    for gamma_lr, normalize in ((1.0, True), (0.1, True), (0.0, True), (1.0, False), (0.0, False)):
-        add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, gamma_lr=gamma_lr, normalize=normalize)
-    for replay, lr in ((0, 0.0025), (0, 0.005), (0, 0.01), (0, 0.02), (1, 0.01), (1, 0.02)):
-        add("rates", f"{replay} replayed", 1, LORA, lr=lr, replay=replay)
+    add_heads(add)
+    for name, rates in ((LORA, (0.0025, 0.005, 0.01)), (IMAGE_LORA, (0.01, 0.02, 0.04, 0.08))):
+        for lr in rates:
+            add("rates", name, 1, lr=lr)
+    for lr in (0.0025, 0.01):
+        add("rates", f"{LORA}, replay", 1, LORA, lr=lr, replay=1)
     for name in (LORA_VISUAL, IMAGE_LORA):
         add("blind", name, 1, switches="erased")
     for domain, name in product(("dark", "settings"), (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)):
@@ -134,7 +138,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         heads = f"0:{','.join(map(str, range(size)))}"
         brief = {"lr": 0.01, "split": "validation", "test_screens": 2}
         add("normalization", f"{size} heads", 1, IMAGE_LORA, steps=steps, heads=heads, normalize=normalize, **brief)
-    for name in (LORA, "LoRA v, all tokens", IMAGE_LORA):
+    for name in (LORA, IMAGE_LORA):
         add("history", name, 1, history=9)
     for name in (LORA, LORA_VISUAL, IMAGE_LORA):
         add("prior", name, 1, domain="dark", prior=True)
@@ -142,6 +146,26 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
         heads = " ".join(f"{layer}:0,1,2,3,4,5" for layer in range(lowest, 4))
         add("depth", f"layers {lowest} to 3", 1, ALL_HEADS, heads=heads)
     return jobs
+
+
+def add_heads(add) -> None:
+    """Which heads, how they are spread over the layers, and how they are scaled."""
+    for size, (name, chosen) in product((4, 8, 12), CHOICES.items()):
+        common = {"rung": IMAGE_LORA, "num_heads": size} | chosen
+        if name in FEW or size == 8:
+            add("probe", name, 2 if name in FEW else 1, **common)
+        if name in FEW and size == 8:
+            add("probe", name, 1, domain="settings", **common)
+        if name in FEW and size < 12:
+            for base in list(BASES)[1:]:
+                add("probe", name, 1, base=base, **common)
+    for base, tau in product(BASES, (0.0, 0.5, 1.0, 4.0)):
+        add("tau", f"τ = {tau:g}", 2 if base == SHIPPED else 1, IMAGE_LORA, base=base, tau=tau)
+    add("sets", "random", 10, IMAGE_LORA, heads="random", num_heads=8)
+    for base, (gamma_lr, normalize) in product(BASES, product((1.0, 0.1, 0.0), (True, False))):
+        if normalize or base == SHIPPED:
+            of_gamma = {"gamma_lr": gamma_lr, "normalize": normalize}
+            add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, base=base, **of_gamma)
 
 
 # ---- Bases, learning rates, and the runs -----------------------------------------------------------------------------
@@ -160,13 +184,13 @@ def make_bases(cfg: CompareConfig, pool) -> None:
     """Whole bases of other seeds, then those that differ from them in their second stage alone."""
     Path(cfg.bases).mkdir(parents=True, exist_ok=True)
     again = Path(cfg.bases) / "first.pt"  # the shipped base's first stage is not in the repository
-    whole = [PretrainConfig(seed=BASES[SHIPPED], second_steps=0, out=str(again))]
-    whole += [PretrainConfig(seed=BASES[name], out=base_file(cfg, name)) for name in WHOLE]
+    whole = [PretrainConfig(**BASES[SHIPPED], second_steps=0, out=str(again))]
+    whole += [PretrainConfig(**BASES[name], out=base_file(cfg, name)) for name in list(BASES)[1:]]
     pool.map(make_base, whole, 1)
     dosed = []
-    for name, (base, dose) in DOSED.items():
+    for name, (base, changes) in DOSED.items():
         start = again if base == SHIPPED else Path(base_file(cfg, base)).with_suffix(".first.pt")
-        second = {"steps": 0, "start": str(start), "seed": BASES[base], "relations": dose}
+        second = BASES[base] | {"steps": 0, "start": str(start)} | changes
         dosed.append(PretrainConfig(**second, out=base_file(cfg, name)))
     pool.map(make_base, dosed, 1)
 
@@ -362,17 +386,29 @@ def on_bases(rows: list[dict], bases: list[str], domain: str = "row") -> list[di
     return [row for row in shown if row["name"] in (FROZEN, *HEADLINE) and row["of_base"] in bases]
 
 
+def spread(rows: list[dict]) -> tuple[float, float]:
+    """The mean of an accuracy over seeds, and its standard deviation; 0 of one."""
+    clicks = [row["action_acc"] for row in rows]
+    return np.mean(clicks), np.std(clicks, ddof=1) if len(clicks) > 1 else 0
+
+
+def base_means(rows: list[dict]) -> list[float]:
+    """The mean accuracy on each base."""
+    bases = dict.fromkeys(row["of_base"] for row in rows)
+    return [np.mean([row["action_acc"] for row in where(rows, of_base=base)]) for base in bases]
+
+
 def over_bases(rows: list[dict]) -> str:
     """The mean of an accuracy in %, and its standard deviation over seeds; where there are several bases, over them."""
-    means = [np.mean([row["action_acc"] for row in where(rows, of_base=name)]) for name in {r["of_base"] for r in rows}]
+    means = base_means(rows)
     return percent([{"action_acc": mean} for mean in means] if len(means) > 1 else rows)
 
 
 def headline(rows: list[dict]) -> str:
     shown = []
-    for domain in DOMAINS[:2]:
+    for domain, every in product(DOMAINS[:2], (False, True)):
         of = on_bases(rows, BASES, domain)
-        shown += [row | {"column": row["of_base"]} for row in of] + [row | {"column": "both bases"} for row in of]
+        shown += [row | {"column": f"{len(BASES)} bases" if every else row["of_base"]} for row in of]
     return grid("clicks right", shown, "{domain}, {column} %", cell=over_bases)
 
 
@@ -409,7 +445,7 @@ def elsewhere(rows: list[dict]) -> str:
     """Clicks and the learning rate that was found, of LoRA at visual tokens on every set of projections."""
     shown = where(rows, part="elsewhere") + where(rows, part="ladder", domain="row") + where(rows, part="bases")
     shown = [row for name in SETS for row in where(shown, name=name) if row["of_base"] in (SHIPPED, NO_SKILL)]
-    return grid("row", shown, "{of_base} %", cell=lambda of: f"{percent(of)} (rate {of[0]['lr']:g})")
+    return grid("row", shown, "{of_base} %", cell=lambda of: f"{percent(of)} (rate {of[0]['lr']:g})" if of else "")
 
 
 def controls(rows: list[dict]) -> str:
@@ -422,6 +458,10 @@ def beside_the_ladder(rows: list[dict], part: str) -> list[dict]:
     """The rows of a part, after those of the ladder's runs that differ from them in one thing."""
     names = {(row["name"], row["domain"]) for row in where(rows, part=part)}
     return [row for row in where(rows, part="ladder") if (row["name"], row["domain"]) in names] + where(rows, part=part)
+
+
+def column_of(row: dict) -> tuple:
+    return row["of_base"], row["domain"], row["num_heads"]
 
 
 def overlap(rows: list[dict]) -> str:
@@ -468,6 +508,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     for domain in dict.fromkeys(row["domain"] for row in part["ladder"]):
         found[domain] = measures(domain, where(part["ladder"], domain=domain), MEASURED)
     small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
+    by_rate = sorted(part["rates"], key=lambda row: row["lr"])
     sqrt = "1/√S: {normalize}"
     update = partial(mean, field="update0", form=".2f")
     found |= {
@@ -477,13 +518,14 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "looks": looks(rows),
         "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
         "elsewhere": elsewhere(rows),
-        "probe": grid("heads", part["probe"], "{domain}, K = {num_heads}, {of_base} %"),
+        "probe": grid("heads", sorted(part["probe"], key=column_of), "{domain}, K = {num_heads}, {of_base} %"),
         "overlap": overlap(rows),
         "correlation": correlation(rows),
         "tau": grid("row, K = 12", part["tau"], "{of_base} %"),
         "gamma": grid("row, clicks right %", part["gamma"], "{of_base}, " + sqrt),
-        "rates": grid("LoRA, row, clicks right %", part["rates"], "rate {lr:g}"),
-        "forgetting": grid("LoRA, row, word problems %", part["rates"], "rate {lr:g}", cell=acc("word_problem")),
+        "rates": grid("row, clicks right %", by_rate, "rate {lr:g}"),
+        "forgetting": grid("row, word problems %", by_rate, "rate {lr:g}", cell=acc("word_problem")),
+        "after": grid("row, those after an image %", by_rate, "rate {lr:g}", cell=MEASURED["after an image %"]),
         "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
         "normalization": grid("layer 0's update", part["normalization"], "{name}", "{steps} steps, " + sqrt, update),
         "history": grid("row, clicks right %", beside_the_ladder(rows, "history"), "after {history} word problems"),
@@ -495,22 +537,25 @@ def tables(rows: list[dict]) -> dict[str, str]:
 
 def pictures(rows: list[dict]) -> dict:
     """The figures of README that are made of rows."""
-    points, lines = [], defaultdict(list)
+    points = []
     for name in list(SHOWN)[1:]:
         of = where(rows, part="ladder", domain="row", name=name)
-        clicks = [row["action_acc"] for row in of]
         x = np.mean([row["adapter_flops_per_screen"] for row in of]) / 1e6
+        y, over_seeds = spread(of)
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
-        points.append({"name": name, "x": x, "y": np.mean(clicks), "spread": np.std(clicks, ddof=1), "kept": kept})
-    for base, name in product((NO_SKILL, SHIPPED), MAIN):
-        of = where(on_bases(rows, [base]), name=name)
-        x, clicks = of[0]["relation"] / 100, [row["action_acc"] for row in of]
-        lines[name].append((x, np.mean(clicks), np.std(clicks, ddof=1) if len(of) > 1 else 0))
-        lines[f"{name}, {TUNING_STEPS} steps"].append((x, best_click(early_rows(rows, of_base=base, name=name)), 0))
+        points.append({"name": name, "x": x, "y": y, "spread": over_seeds, "kept": kept})
+    panels = {f"after {steps} steps": defaultdict(list) for steps in (TUNING_STEPS, STEPS)}
+    relation = {row["of_base"]: row["relation"] / 100 for row in where(rows, part="pretraining")}
+    for name, first in product(MAIN, (SHIPPED, OTHER)):
+        bases = [first, *(base for base, (start, _) in DOSED.items() if start == first)]
+        soon = [(relation[base], best_click(early_rows(rows, of_base=base, name=name)), 0) for base in bases]
+        late = [(relation[base], *spread(where(on_bases(rows, [base]), name=name))) for base in bases]
+        for lines, marks in zip(panels.values(), (soon, late)):
+            lines[name].append(marks)
     flops = restrictions(CostsConfig())
     shares = [(name, of / max(flops.values())) for name, of in flops.items()]
     return {
         "trade_off": figures.trade_off(points),
-        "skill": figures.skill(lines),
+        "skill": figures.skill(panels),
         "factors": figures.factors(shares),
     }

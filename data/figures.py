@@ -121,7 +121,7 @@ def curve(steps: list) -> Image.Image:
     page.plot(xs, means, BLUE, f"{means[-1]:.2g}")
     means = _running_mean([100 * click for *_, click in steps if click is not None])
     if means:
-        title = "clicks that hit the target, running mean, %"
+        title = "clicks on training screens that are right, mean, %"
         page.axes((1880, 200, 3040, 1064), xs, (0, 100), "training step", title)
         page.plot(xs, means, BLUE, f"{means[-1]:.0f} %")
     return page.finished()
@@ -142,7 +142,7 @@ def trade_off(points: list[dict]) -> Image.Image:
     dots.sort()  # by x
     top = 340 + POLE * len(dots)
     page = Page(top + 1140)
-    page.write(MARGIN, TITLE, "click accuracy after fine-tuning, %")
+    page.write(MARGIN, TITLE, "clicks right on row screens, %")
     page.write(1080, TITLE, "blue: answers without an image stay exactly as they were", BLUE)
     page.write(2640, TITLE, "orange: they change", ORANGE)
     xs, _, lows, highs = zip(*(mark for mark, *_ in dots))
@@ -153,29 +153,31 @@ def trade_off(points: list[dict]) -> Image.Image:
     pole = 0
     for i, ((x, y, _, high), fill, name) in enumerate(dots):  # the names stand on poles
         pole, foot, height = max(page.at_x(x), pole + 24), page.at_x(x), 180 + POLE * i
-        page.line((pole, height - 20, pole, top - 40, foot, page.at_y(high)), fill, 3)
+        page.line((pole, height - 20, pole, top - 40, foot, page.at_y(high)), GREY, 3)
         page.write(pole + 20, height, f"{name}: {y:.1f} %", fill)
     return page.finished()
 
 
-def skill(series: dict) -> Image.Image:
-    """When values suffice: {name: [(the base's relation accuracy, click accuracy on row, its spread), ...]}, 0..1."""
-    lines = []
-    for (name, points), fill in zip(series.items(), (BLUE, BLUE, GREEN, GREEN, ORANGE, ORANGE)):
-        marks = sorted(_mark(100 * x, y, spread) for x, y, spread in points)
-        lines.append((name, fill, marks))
-    xs, _, lows, highs = zip(*(mark for *_, marks in lines for mark in marks))
-    page = Page(1760)
-    before = "before fine-tuning: how often the base model knows what stands right of a name, %"
-    after = "after fine-tuning on row screens: clicks that hit the switch, %"
-    right = WIDTH - 100 - max(map(FONT.getlength, series))
-    page.axes((240, 200, right, 1528), xs, lows + highs, before, after)
-    lines.sort(key=lambda line: -line[2][-1][1])  # as they end, from above
-    for name, fill, marks in lines:
-        xs, ys, *_ = zip(*marks)
-        page.plot(xs, ys, fill, name)
-        for mark in marks:
-            page.dot(mark, fill)
+def skill(panels: dict) -> Image.Image:
+    """When values suffice, a panel each: {title: {name: [line, ...]}}, a line for each first stage of pretraining,
+    [(the base's relation accuracy, click accuracy on row, its spread), ...] in 0..1. Names stand at the last one."""
+    page = Page(1600)
+    what = "clicks that hit the switch, %, after fine-tuning on row screens"
+    page.write(200, TITLE, f"{what}; a line joins bases of the same first stage")
+    for i, (title, series) in enumerate(panels.items()):
+        left = 200 + 1140 * i
+        page.axes((left, 280, left + 1000, 1360), (0, 100), (0, 100), "before: knows what is right of a name, %", title)
+        lines = []
+        for (name, several), fill in zip(series.items(), (ORANGE, GREEN, BLUE)):
+            for k, points in enumerate(several):
+                marks = sorted(_mark(100 * x, y, spread) for x, y, spread in points)
+                lines.append((marks, fill, name if i == len(panels) - 1 and k == 0 else ""))
+        lines.sort(key=lambda line: -line[0][-1][1])  # as they end, from above
+        for marks, fill, name in lines:
+            xs, ys, *_ = zip(*marks)
+            page.plot(xs, ys, fill, name)
+            for mark in marks:
+                page.dot(mark, fill)
     return page.finished()
 
 

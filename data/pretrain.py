@@ -50,9 +50,9 @@ class PretrainConfig(Settings):
     second_steps: int = option(1800, "steps of the second stage", least=0)
     relations: int = option(12, f"screens a step, of {SECOND}, that the second stage asks relations about", least=0)
     start: str = option("", "a base model to go on from; then give --steps 0")
-    muon_lr: float = option(0.02, "peak learning rate of Muon, for matrices", least=0)
+    muon_lr: float = option(0.01, "peak learning rate of Muon, for matrices", least=0)
     lr: float = option(2e-3, "peak learning rate of AdamW, for embeddings, norms and biases", least=0)
-    seed: int = option(2, "of the data and the model's start", least=0)
+    seed: int = option(1, "of the data and the model's start", least=0)
     out: str = option("base.pt", "file to write; its accuracies go beside it as .json")
 
     def __post_init__(self):
