@@ -1,7 +1,7 @@
 """Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch what the paper says happen.
 
     python train.py                  before, probe, select, train, after, cost: under a minute on two CPU cores
-    python train.py --method lora    the same with standard LoRA (q, k, v, o of every layer, all tokens)
+    python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens), best at --lr 0.01
     python train.py --explain        a guided walk: one question through every step, tensor by tensor
     python train.py --pretrain       make a base model like data/tiny_vlm.pt from nothing
     python train.py --compare        every method, task, budget and seed: the tables of data/README.md
