@@ -114,8 +114,8 @@ class ImageLoRA(nn.Module):
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call of the model is running then, and the thread may be another; the note tells the rows. If the whole model is
-    checkpointed, and called in disabled(), leave that after the backward pass only, which calls the model again.
+    No call is running then, and the thread may be another. Where the whole model is checkpointed, and called in
+    disabled(), leave that after the backward pass only. After Ctrl-C call the whole model before a layer of it.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):

@@ -53,10 +53,10 @@ BASES = {  # how they are made; the first is the shipped one
     "base 2": {"seed": 2, "muon_lr": 0.02},
     "base 3": {"seed": 3, "steps": 4800},
 }
-SHIPPED, OTHER, *_ = BASES
+SHIPPED, *OTHERS = BASES
 DOSED = {  # other second stages of these bases
     f"{SHIPPED}, 0 relations": (SHIPPED, {"relations": 0}),
-    f"{OTHER}, 0 relations": (OTHER, {"relations": 0}),
+    f"{OTHERS[0]}, 0 relations": (OTHERS[0], {"relations": 0}),
     f"{SHIPPED}, 1 relations, 700 steps": (SHIPPED, {"relations": 1, "second_steps": 700}),
     f"{SHIPPED}, 1 relations": (SHIPPED, {"relations": 1}),
 }
@@ -114,7 +114,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
     for domain, name in product(DOMAINS[2:], (FROZEN, *MAIN)):
         add("ladder", name, 1, domain=domain)
     add("longer", SMALL_VISUAL, 1, steps=4 * STEPS)
-    for base in list(BASES)[1:]:
+    for base in OTHERS:
         for name in (FROZEN, *HEADLINE):
             add("bases", name, 2 if name in (LORA, IMAGE_LORA) else 1, base=base)
             if name in (FROZEN, *MAIN):
@@ -157,7 +157,7 @@ def add_heads(add) -> None:
         if name in FEW and size == 8:
             add("probe", name, 1, domain="settings", **common)
         if name in FEW and size < 12:
-            for base in list(BASES)[1:]:
+            for base in OTHERS:
                 add("probe", name, 1, base=base, **common)
     for base, tau in product(BASES, (0.0, 0.5, 1.0, 4.0)):
         add("tau", f"τ = {tau:g}", 2 if base == SHIPPED else 1, IMAGE_LORA, base=base, tau=tau)
@@ -185,7 +185,7 @@ def make_bases(cfg: CompareConfig, pool) -> None:
     Path(cfg.bases).mkdir(parents=True, exist_ok=True)
     again = Path(cfg.bases) / "first.pt"  # the shipped base's first stage is not in the repository
     whole = [PretrainConfig(**BASES[SHIPPED], second_steps=0, out=str(again))]
-    whole += [PretrainConfig(**BASES[name], out=base_file(cfg, name)) for name in list(BASES)[1:]]
+    whole += [PretrainConfig(**BASES[name], out=base_file(cfg, name)) for name in OTHERS]
     pool.map(make_base, whole, 1)
     dosed = []
     for name, (base, changes) in DOSED.items():
@@ -392,16 +392,11 @@ def spread(rows: list[dict]) -> tuple[float, float]:
     return np.mean(clicks), np.std(clicks, ddof=1) if len(clicks) > 1 else 0
 
 
-def base_means(rows: list[dict]) -> list[float]:
-    """The mean accuracy on each base."""
-    bases = dict.fromkeys(row["of_base"] for row in rows)
-    return [np.mean([row["action_acc"] for row in where(rows, of_base=base)]) for base in bases]
-
-
 def over_bases(rows: list[dict]) -> str:
     """The mean of an accuracy in %, and its standard deviation over seeds; where there are several bases, over them."""
-    means = base_means(rows)
-    return percent([{"action_acc": mean} for mean in means] if len(means) > 1 else rows)
+    bases = dict.fromkeys(row["of_base"] for row in rows)
+    means = [{"action_acc": spread(where(rows, of_base=base))[0]} for base in bases]
+    return percent(means if len(means) > 1 else rows)
 
 
 def headline(rows: list[dict]) -> str:
@@ -546,7 +541,7 @@ def pictures(rows: list[dict]) -> dict:
         points.append({"name": name, "x": x, "y": y, "spread": over_seeds, "kept": kept})
     panels = {f"after {steps} steps": defaultdict(list) for steps in (TUNING_STEPS, STEPS)}
     relation = {row["of_base"]: row["relation"] / 100 for row in where(rows, part="pretraining")}
-    for name, first in product(MAIN, (SHIPPED, OTHER)):
+    for name, first in product(MAIN, (SHIPPED, OTHERS[0])):
         bases = [first, *(base for base, (start, _) in DOSED.items() if start == first)]
         soon = [(relation[base], best_click(early_rows(rows, of_base=base, name=name)), 0) for base in bases]
         late = [(relation[base], *spread(where(on_bases(rows, [base]), name=name))) for base in bases]
