@@ -6,7 +6,7 @@ in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes 
 queries, keys, text rows and other heads stay as they are. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
-    adapter = attach(model, heads=select_heads(scores, 16))    # freezes the model; adapter.parameters() are trainable
+    adapter = attach(model, heads=select_heads(scores, 16))    # to 16 heads; adapter.parameters() are trained
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
@@ -105,17 +105,17 @@ class ThisThread(threading.local):  # the calling thread's contexts, and its cal
 class ImageLoRA(nn.Module):
     """Freezes `model` and adapts the values of visual tokens, scaled by lora_alpha / r and, if normalize, 1/sqrt|S|.
 
-    heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. Raises ValueError, the model as
-    it was, where it or the arguments do not allow it. `.parameters()` are exactly the trainable A, B and gamma, in
-    float32 or wider; as `model.image_lora` they are in the model's state_dict. How M gets to the values:
+    heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. Where the model or an argument
+    cannot be, it raises ValueError and leaves the model as it was. `.parameters()` are exactly the trainable A, B and
+    gamma, in float32 or wider; as `model.image_lora` they are in its state_dict. How M gets to the values:
 
         model(input_ids)     _find_rows      as the call begins: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. Where the whole model is checkpointed, and called in
-    disabled(), leave that after the backward pass only. After Ctrl-C call the whole model before a layer of it.
+    No call is running then, and the thread may be another. If the whole model is checkpointed, not its layers, stay in
+    disabled() until the backward pass is over. A call that Ctrl-C broke off is over when the model is called again.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -173,7 +173,7 @@ class ImageLoRA(nn.Module):
             memory = x.untyped_storage()
             _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows
-        else:  # no gradients: as in decoding; in a call that has them, re-entrant checkpointing would lose the rows
+        else:  # as in decoding. But where the call has gradients, re-entrant checkpointing would lose the rows:
             _require(not now.grad, NO_GRADIENT, RuntimeError)
         return forward(*args, **kwargs)
 
@@ -259,8 +259,9 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged.
     The gradient is dL/dB = A^T X_vis^T G, with G = dL/dV~(h). probe="rank1": r = 1 and A ~ N(0, 1), drawn for each
     batch. As E[A A^T] = I, its mean is that of probe="exact": r = D and A = I, the squared gradient of the whole W_V(h)
-    over visual tokens. The gradient of loss_fn(model, batch), by default `model(**batch).loss`, is squared batch by
-    batch: large ones can rank heads otherwise than single examples. Train or eval mode stays; absent heads score 0.
+    over visual tokens. batches: any iterable; the loss is loss_fn(model, batch), by default `model(**batch).loss`. Its
+    gradient is squared batch by batch: large batches can rank heads otherwise than single examples. The model stays in
+    train or eval mode; a head that a layer does not have scores 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -295,7 +296,6 @@ def select_heads(scores, num_heads, tau=0.5) -> Heads:
 
     tau=0 spreads them evenly, a large one fills the most influential layers first; 0.5 is the authors' default."""
     _check_selection(scores, num_heads, tau)
-    # k_l ∝ (sum_h I(l, h))^tau with sum k_l = K exactly
     influence = scores.double().sum(1)  # of each layer
     weights = (influence / influence.max().clamp(min=1e-300)).pow(tau).clamp(min=1e-300)  # nothing over- or underflows
     budget = torch.zeros_like(weights, dtype=torch.long)
@@ -476,7 +476,7 @@ def _content(adapter):
 
 
 def load(model, path) -> ImageLoRA:
-    """Attach the adapter in `path`, ours or the authors'. ValueError, the model untouched, where it does not fit."""
+    """Attach the file's adapter, ours or the authors', trainable. ValueError, the model untouched, if sizes differ."""
     content, adapter = safe_load(path), None
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}

@@ -964,7 +964,7 @@ def test_the_lines_costs_and_tables_of_the_readme_are_those_of_the_code(capsys):
     shown = blocks(PAGES[0], "training FLOP")[0].splitlines()
     assert set(shown) <= set(capsys.readouterr().out.splitlines())
     for name, table in compare.tables(json.loads((ROOT / "data" / "compare.json").read_text())).items():
-        assert table in PAGES[1].read_text() and (name not in ("ladder", "probe") or table in text)
+        assert table in PAGES[1].read_text() and (name not in ("ladder", "choices") or table in text)
 
 
 def adapt_by_the_readme(model, adapter, visual, **options):
@@ -1145,7 +1145,7 @@ def test_the_example_of_readme_trains_on_two_processes_as_on_one_goes_on_and_ans
             shutil.rmtree(old)
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and re.search(r"^\['.*'\]$", done.stdout, re.M), done.stderr[-3000:]
-        return imagelora.safe_load("adapter.pt")["layers"]
+        return imagelora.safe_load("run/adapter.pt")["layers"]
 
     kept = launch(torchrun)
     (first, batch), (second, _) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))

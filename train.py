@@ -8,7 +8,7 @@
     python train.py --costs          what LoRA and Image-LoRA cost at the scale of real models
     python train.py ... --help       the settings of one of these
 
-Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size · L layers · H value heads
+Shapes:  B sequences · T tokens · N screens · P visual tokens per screen · D hidden size · L layers · H value heads
 """
 
 import inspect
@@ -67,8 +67,8 @@ class Config(Settings):
     lr: float = option(0.08, "peak learning rate of AdamW", least=0)
     gamma_lr: float = option(0.1, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
     steps: int = option(500, "training steps", least=1)
-    screens: int = option(8, "screens a step", least=1)
-    questions: int = option(5, "questions a screen, packed into one sequence", least=1)
+    screens: int = option(8, "screens per step", least=1)
+    questions: int = option(5, "questions per screen, packed into one sequence", least=1)
     history: int = option(0, "word problems told before each screen: longer text, same image", least=0)
     replay: int = option(0, "word problems trained on before each screen", least=0)
     prior: bool = option(False, "train only on targets whose place is a function of their name")
@@ -319,7 +319,7 @@ def report(stage: str, cfg: Config, now: SimpleNamespace) -> None:
     if stage == "base":
         size = sum(p.numel() for p in now.model.parameters()) / 1e6
         name, patches = Path(cfg.base).name, now.model.config.num_patches
-        print(f"base     {name} · {size:.2f} M parameters · {patches} visual tokens a screen · {now.model.device}")
+        print(f"base     {name} · {size:.2f} M parameters · {patches} visual tokens per screen · {now.model.device}")
     elif stage == "before":
         print(f"before   {prompts.score_line(cfg.domain, now.before)}")
     elif stage == "heads":
@@ -334,15 +334,19 @@ def report(stage: str, cfg: Config, now: SimpleNamespace) -> None:
 
 def report_after(cfg: Config, result: dict) -> None:
     print(f"after    {prompts.score_line(cfg.domain, result['after'])}")
-    named = {
+    rules = {
         "constant": "best constant",
-        "name_offset": "base + an offset a name",
+        "offset": "base + an offset per kind",
+        "name_offset": "per name",
+    }
+    changed = {
         "erased": "switches erased",
         "exchanged": "exchanged with their names",
     }
-    shown = [f"{text} {result[f'{key}_acc']:.1%}" for key, text in named.items() if f"{key}_acc" in result]
-    if shown:
-        print(f"controls {' · '.join(shown)}")
+    for title, named in ("controls", rules), ("", changed):
+        shown = [f"{text} {result[f'{key}_acc']:.1%}" for key, text in named.items() if f"{key}_acc" in result]
+        if shown:
+            print(f"{title:9}{' · '.join(shown)}")
     difference = result["text_logits_max_abs_diff"]
     verdict = f"{'changed' if difference else 'identical'} (max |difference| = {difference:.3g})"
     print(f"text     logits of 256 text-only prompts: {verdict}")
@@ -352,8 +356,8 @@ def report_after(cfg: Config, result: dict) -> None:
     flops, lora, step = (result[f"{name}_flops_per_screen"] for name in ("adapter", "lora", "step"))
     counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
     small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA)"
-    print(f"{small} · adapter {flops / 1e6:.2f} MFLOP a screen ({flops / lora:.0%} of LoRA), {counted}")
-    print(f"         {flops / step:.1%} of the decoder's training step, {step / 1e6:.0f} MFLOP a screen")
+    print(f"{small} · adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora:.0%} of LoRA), {counted}")
+    print(f"         {flops / step:.1%} of the decoder's training step, {step / 1e6:.0f} MFLOP per screen")
 
 
 # ---- A guided walk: one screen and one question through base, probe, selection, training steps and decoding ----------
@@ -387,7 +391,7 @@ def explain(cfg: Config) -> None:
     station("", f"right is a click in the box {sample['bbox']}; the base model clicks {point}")
     batches = prompts.training_data(cfg, model.device)[1]
     scores = head_scores(cfg, model, batches)
-    station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line a layer, the largest = 1", imagelora.score_heads)
+    station("2 probe", "I(l, h) = ||dL/dB_l(h)||^2, a line per layer, the largest = 1", imagelora.score_heads)
     for row in (scores / scores.max()).tolist():
         station("", "  ".join(f"{score:.2f}" for score in row))
     heads = choose_heads(cfg, scores)

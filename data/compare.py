@@ -63,9 +63,11 @@ DOSED = {  # other second stages of these bases
 NO_SKILL = f"{SHIPPED}, 0 relations"
 MAIN = (LORA, VALUES, IMAGE_LORA)
 HEADLINE = (LORA, LORA_VISUAL, VALUES, ALL_HEADS, IMAGE_LORA, SMALL_VISUAL)
+TO_LOOK = {SHIPPED: SHOWN, NO_SKILL: MAIN, OTHERS[1]: HEADLINE}  # bases that SETS are tried on, but what others try
 CHOICES = {name: {"heads": name} for name in ("top", "matched", "random", "lowest", "least")}
 CHOICES |= {name: {"heads": "top", "probe": name} for name in ("gate", "exact")}
-FEW = ("top", "matched", "random", "gate")
+DRAWN = ("matched", "random")  # each seed draws other heads; of the other choices it changes little
+FEW = ("top", *DRAWN, "gate")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def job(cfg: CompareConfig, part: str, name: str, rung: str = "", base: str = SH
     found on row screens; on dark and blueprint ones, on these."""
     rung, file = rung or name, base_file(cfg, base)
     domain = settings.get("domain", "row")
-    fewer = part in ("probe", "sets", "tau", "gamma", "depth", "referring")
+    fewer = part in ("probe", "tau", "gamma", "depth", "referring")
     common = {
         "part": part,
         "name": name,
@@ -108,7 +110,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
             add("ladder", name, 1, **{"lr": 0.02} | METHODS[name])
         return jobs
     for name in SHOWN:
-        add("ladder", name, 1 if name == FROZEN else 3 if name in (LORA, IMAGE_LORA) else 2)
+        add("ladder", name, 1 if name == FROZEN else 3 if name in (LORA, IMAGE_LORA, SMALL_VISUAL) else 2)
     for name in (FROZEN, *HEADLINE):
         add("ladder", name, 2 if name in (LORA, IMAGE_LORA) else 1, domain="settings")
     for domain, name in product(DOMAINS[2:], (FROZEN, *MAIN)):
@@ -121,13 +123,14 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
                 add("bases", name, 1, base=base, domain="settings")
     for base, name in product(DOSED, (FROZEN, *MAIN)):
         add("bases", name, 2 if name == IMAGE_LORA else 1, base=base)
-    for base, name in product((SHIPPED, NO_SKILL), SETS):
-        if name not in (SHOWN if base == SHIPPED else MAIN):  # these are other parts'
-            add("elsewhere", name, 1, base=base)
+    for base, others in TO_LOOK.items():
+        for name in SETS:
+            if name not in others:
+                add("elsewhere", name, 1, base=base)
     add_heads(add)
     for name, rates in ((LORA, (0.0025, 0.005, 0.01)), (IMAGE_LORA, (0.01, 0.02, 0.04, 0.08))):
         for lr in rates:
-            add("rates", name, 1, lr=lr)
+            add("rates", name, 3 if lr == 0.0025 else 1, lr=lr)
     for lr in (0.0025, 0.01):
         add("rates", f"{LORA}, replay", 1, LORA, lr=lr, replay=1)
     for name in (LORA_VISUAL, IMAGE_LORA):
@@ -153,19 +156,18 @@ def add_heads(add) -> None:
     for size, (name, chosen) in product((4, 8, 12), CHOICES.items()):
         common = {"rung": IMAGE_LORA, "num_heads": size} | chosen
         if name in FEW or size == 8:
-            add("probe", name, 2 if name in FEW else 1, **common)
+            add("probe", name, 10 if name in DRAWN else 5 if name in FEW else 1, **common)
         if name in FEW and size == 8:
-            add("probe", name, 1, domain="settings", **common)
+            add("probe", name, 5, domain="settings", **common)
         if name in FEW and size < 12:
             for base in OTHERS:
-                add("probe", name, 1, base=base, **common)
+                add("probe", name, 5, base=base, **common)
     for base, tau in product(BASES, (0.0, 0.5, 1.0, 4.0)):
         add("tau", f"τ = {tau:g}", 2 if base == SHIPPED else 1, IMAGE_LORA, base=base, tau=tau)
-    add("sets", "random", 10, IMAGE_LORA, heads="random", num_heads=8)
     for base, (gamma_lr, normalize) in product(BASES, product((1.0, 0.1, 0.0), (True, False))):
         if normalize or base == SHIPPED:
             of_gamma = {"gamma_lr": gamma_lr, "normalize": normalize}
-            add("gamma", f"γ's rate {gamma_lr:g} of A's", 1, IMAGE_LORA, base=base, **of_gamma)
+            add("gamma", f"γ's rate {gamma_lr:g} of A's", 2, IMAGE_LORA, base=base, **of_gamma)
 
 
 # ---- Bases, learning rates, and the runs -----------------------------------------------------------------------------
@@ -353,7 +355,7 @@ MEASURED = {  # column -> what stands there
     "words %": acc("text"),
     "icons %": acc("icon"),
     "parameters": partial(mean, field="trainable_parameters"),
-    "adapter kFLOP a screen": partial(mean, field="adapter_flops_per_screen", unit=1e3),
+    "adapter kFLOP per screen": partial(mean, field="adapter_flops_per_screen", unit=1e3),
     "source %": acc("source"),
     "word problems %": acc("word_problem"),
     "after an image %": acc("word_problem_after_image"),
@@ -363,20 +365,20 @@ MEASURED = {  # column -> what stands there
 CONTROLS = {
     "click %": percent,
     "best constant": rule("constant"),
-    "base + offset a kind": rule("offset"),
-    "base + offset a name": rule("name_offset"),
+    "base + offset per kind": rule("offset"),
+    "base + offset per name": rule("name_offset"),
     "base's height, best column": rule("column"),
     "image erased": acc("blank"),
     "switches erased": acc("erased"),
     "exchanged with names": acc("exchanged"),
 }
 STEP = {
-    "adapter kFLOP a screen": partial(mean, field="adapter_flops_per_screen", unit=1e3),
+    "adapter kFLOP per screen": partial(mean, field="adapter_flops_per_screen", unit=1e3),
     "counted": partial(mean, field="counted_flops_per_screen", unit=1e3),
     "the decoder's step, MFLOP": partial(mean, field="step_flops_per_screen", unit=1e6, form=".1f"),
     "the vision tower, MFLOP": partial(mean, field="vision_flops_per_screen", unit=1e6, form=".1f"),
     "kept for the backward pass, KiB": partial(mean, field="saved_bytes_per_screen", unit=1024),
-    "ms a step": partial(mean, field="step_ms", form=".0f"),
+    "ms per step": partial(mean, field="step_ms", form=".0f"),
 }
 
 
@@ -438,8 +440,9 @@ def looks(rows: list[dict]) -> str:
 
 def elsewhere(rows: list[dict]) -> str:
     """Clicks and the learning rate that was found, of LoRA at visual tokens on every set of projections."""
-    shown = where(rows, part="elsewhere") + where(rows, part="ladder", domain="row") + where(rows, part="bases")
-    shown = [row for name in SETS for row in where(shown, name=name) if row["of_base"] in (SHIPPED, NO_SKILL)]
+    parts = ("elsewhere", "ladder", "bases")
+    shown = [row for row in where(rows, domain="row") if row["part"] in parts and row["of_base"] in TO_LOOK]
+    shown = [row for name in SETS for row in where(shown, name=name)]
     return grid("row", shown, "{of_base} %", cell=lambda of: f"{percent(of)} (rate {of[0]['lr']:g})" if of else "")
 
 
@@ -460,11 +463,11 @@ def column_of(row: dict) -> tuple:
 
 
 def overlap(rows: list[dict]) -> str:
-    """How many of its heads a choice shares with the probe's of the same seed."""
+    """How many of its heads a choice shares with the probe's of seed 0."""
     shown = []
     for row in where(rows, part="probe", domain="row", base=BASE):
-        same = {name: row[name] for name in ("part", "domain", "base", "num_heads", "seed")}
-        top = where(rows, name="top", **same)[0]["heads"]
+        same = {name: row[name] for name in ("part", "domain", "base", "num_heads")}
+        top = where(rows, name="top", seed=0, **same)[0]["heads"]
         shared = sum(len(set(row["heads"].get(layer, [])) & set(chosen)) for layer, chosen in top.items())
         shown.append(row | {"shared": shared})
     return grid(
@@ -474,10 +477,9 @@ def overlap(rows: list[dict]) -> str:
 
 def correlation(rows: list[dict]) -> str:
     """Spearman's rank correlation of the summed score of random heads with their clicks."""
-    sets, body = where(rows, part="sets"), []
-    if not sets:
-        return ""
-    for row in where(rows, part="probe", domain="row", base=BASE, num_heads=8, seed=0):
+    common, body = {"part": "probe", "domain": "row", "base": BASE, "num_heads": 8}, []
+    sets = where(rows, name="random", **common)
+    for row in where(rows, seed=0, **common):
         if row["name"] in ("top", "exact", "gate"):
             scores = row["scores"]
             summed = [sum(scores[int(layer)][h] for layer, heads in of["heads"].items() for h in heads) for of in sets]
@@ -502,6 +504,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     }
     for domain in dict.fromkeys(row["domain"] for row in part["ladder"]):
         found[domain] = measures(domain, where(part["ladder"], domain=domain), MEASURED)
+    few = [row for row in where(part["probe"], domain="row") if row["name"] in FEW and row["num_heads"] < 12]
     small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
     by_rate = sorted(part["rates"], key=lambda row: row["lr"])
     sqrt = "1/√S: {normalize}"
@@ -514,6 +517,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
         "elsewhere": elsewhere(rows),
         "probe": grid("heads", sorted(part["probe"], key=column_of), "{domain}, K = {num_heads}, {of_base} %"),
+        "choices": grid(f"heads, {len(BASES)} bases", few, "{num_heads} of 24 heads %", cell=over_bases),
         "overlap": overlap(rows),
         "correlation": correlation(rows),
         "tau": grid("row, K = 12", part["tau"], "{of_base} %"),
@@ -539,18 +543,24 @@ def pictures(rows: list[dict]) -> dict:
         y, over_seeds = spread(of)
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": y, "spread": over_seeds, "kept": kept})
-    panels = {f"after {steps} steps": defaultdict(list) for steps in (TUNING_STEPS, STEPS)}
     relation = {row["of_base"]: row["relation"] / 100 for row in where(rows, part="pretraining")}
-    for name, first in product(MAIN, (SHIPPED, OTHERS[0])):
+    panels = {}
+    for first, name in product((SHIPPED, OTHERS[0]), MAIN):
         bases = [first, *(base for base, (start, _) in DOSED.items() if start == first)]
         soon = [(relation[base], best_click(early_rows(rows, of_base=base, name=name)), 0) for base in bases]
         late = [(relation[base], *spread(where(on_bases(rows, [base]), name=name))) for base in bases]
-        for lines, marks in zip(panels.values(), (soon, late)):
-            lines[name].append(marks)
+        panels.setdefault(f"{first}, {TUNING_STEPS} steps", {})[name] = soon
+        panels.setdefault(f"{first}, {STEPS} steps", {})[name] = late
+    sets = {}
+    for size, base in product((4, 8), BASES):
+        of = where(rows, part="probe", domain="row", num_heads=size, of_base=base)
+        runs = {name: [row["action_acc"] for row in where(of, name=name)] for name in FEW}
+        sets.setdefault(f"{size} of 24 heads", {})[base] = runs
     flops = restrictions(CostsConfig())
     shares = [(name, of / max(flops.values())) for name, of in flops.items()]
     return {
         "trade_off": figures.trade_off(points),
         "skill": figures.skill(panels),
+        "choices": figures.choices(sets),
         "factors": figures.factors(shares),
     }

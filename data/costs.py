@@ -95,7 +95,7 @@ def print_costs(cfg: CostsConfig) -> None:
     print(f"{'':38}{'LoRA':>16}{'Image-LoRA':>16}{'saved':>9}")
     for name, theirs, mine, form in (
         ("trainable parameters", lora_parameters, parameters, ","),
-        ("adapter training FLOP a sequence", lora, ours, ","),
+        ("adapter training FLOP per sequence", lora, ours, ","),
         ("their share of the decoder's step", lora / (step + lora), ours / (step + ours), ".3%"),
     ):
         print(f"{name:38}{theirs:16{form}}{mine:16{form}}{1 - mine / theirs:9.1%}")

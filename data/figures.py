@@ -38,6 +38,15 @@ class Page(ImageDraw.ImageDraw):
     def write(self, x, y, words: str, fill=INK, anchor="lm"):
         self.text((x, y), words, fill, FONT, anchor)
 
+    def legend(self, title: str, inks: dict):
+        """The first line: a title, then each name in its ink."""
+        self.write(MARGIN, TITLE, title)
+        x = MARGIN + self.textlength(title, FONT)
+        for name, fill in inks.items():
+            self.circle((x + 100, TITLE), 20, fill)
+            self.write(x + 136, TITLE, name, fill)
+            x += 136 + self.textlength(name, FONT)
+
     def target(self, left, top, right, bottom):
         """A black frame with a white rim, to be seen on every screen."""
         for margin, fill, width in ((12, "white", 15), (9, "black", 6)):
@@ -56,7 +65,7 @@ class Page(ImageDraw.ImageDraw):
     def axes(self, box: tuple, xs, ys, of_x: str, of_y="", log=""):
         """Axes around a box (left, top, right, bottom) that these values fill; log: "x" or "y" for a logarithm."""
         left, top, right, bottom = box
-        x_ticks, self.at_x = _scale(xs, left, right, log == "x")
+        x_ticks, self.at_x = _scale(xs, left, right, log == "x") if xs else ((), None)
         y_ticks, self.at_y = _scale(ys, bottom, top, log == "y")
         self.names_at, self.free = right, top
         for tick in y_ticks:
@@ -134,50 +143,64 @@ def _mark(x: float, mean: float, spread: float) -> tuple:
 
 
 def trade_off(points: list[dict]) -> Image.Image:
-    """Accuracy against the adapter's FLOPs: points = [{name, x: MFLOP a screen, y, spread: 0..1, kept: bool}, ...]."""
+    """Accuracy against the adapter's FLOPs: points = [{name, x: MFLOP, y, spread: 0..1, kept: bool}, ...]."""
     dots = []
     for point in points:
         fill = BLUE if point["kept"] else ORANGE
         dots.append((_mark(point["x"], point["y"], point["spread"]), fill, point["name"]))
-    dots.sort()  # by x
+    dots.sort(key=lambda dot: (round(dot[0][0], 1), -dot[0][1]))  # of about equal FLOPs the better first
     top = 340 + POLE * len(dots)
     page = Page(top + 1140)
-    page.write(MARGIN, TITLE, "clicks right on row screens, %")
-    page.write(1080, TITLE, "blue: answers without an image stay exactly as they were", BLUE)
-    page.write(2640, TITLE, "orange: they change", ORANGE)
+    inks = {"answers without an image stay as they were": BLUE, "they change": ORANGE}
+    page.legend("clicks right on row screens, %", inks)
     xs, _, lows, highs = zip(*(mark for mark, *_ in dots))
-    title = "FLOPs of the adapter in a training step, millions a screen (log scale)"
+    title = "FLOPs of the adapter in a training step, millions per screen (log scale)"
     page.axes((240, top, 2760, top + 940), xs, lows + highs, title, log="x")
-    for mark, fill, _ in sorted(dots, key=lambda dot: -dot[0][1]):  # the lower ones in front
-        page.dot(mark, fill)
     pole = 0
-    for i, ((x, y, _, high), fill, name) in enumerate(dots):  # the names stand on poles
-        pole, foot, height = max(page.at_x(x), pole + 24), page.at_x(x), 180 + POLE * i
-        page.line((pole, height - 20, pole, top - 40, foot, page.at_y(high)), GREY, 3)
+    for i, ((x, y, *_), fill, name) in enumerate(dots):  # the names stand on poles, from which a line leads to the dot
+        pole, height = max(page.at_x(x), pole + POLE), 180 + POLE * i
+        page.line((pole, height - 20, pole, page.at_y(y), page.at_x(x), page.at_y(y)), GREY, 3)
         page.write(pole + 20, height, f"{name}: {y:.1f} %", fill)
+    for mark, fill, _ in dots:
+        page.dot(mark, fill)
     return page.finished()
 
 
 def skill(panels: dict) -> Image.Image:
-    """When values suffice, a panel each: {title: {name: [line, ...]}}, a line for each first stage of pretraining,
-    [(the base's relation accuracy, click accuracy on row, its spread), ...] in 0..1. Names stand at the last one."""
-    page = Page(1600)
-    what = "clicks that hit the switch, %, after fine-tuning on row screens"
-    page.write(200, TITLE, f"{what}; a line joins bases of the same first stage")
+    """When values suffice, a panel each: {title: {name: [(the base's relation accuracy, click accuracy on row, its
+    spread), ...]}} in 0..1."""
+    page = Page(1480)
+    inks = dict(zip(next(iter(panels.values())), (ORANGE, GREEN, BLUE)))
+    page.legend("clicks right on row screens, %", inks)
     for i, (title, series) in enumerate(panels.items()):
-        left = 200 + 1140 * i
-        page.axes((left, 280, left + 1000, 1360), (0, 100), (0, 100), "before: knows what is right of a name, %", title)
-        lines = []
-        for (name, several), fill in zip(series.items(), (ORANGE, GREEN, BLUE)):
-            for k, points in enumerate(several):
-                marks = sorted(_mark(100 * x, y, spread) for x, y, spread in points)
-                lines.append((marks, fill, name if i == len(panels) - 1 and k == 0 else ""))
-        lines.sort(key=lambda line: -line[0][-1][1])  # as they end, from above
-        for marks, fill, name in lines:
+        left = 140 + 812 * i
+        page.axes((left, 280, left + 640, 1240), (0, 100), (0, 100), "skill of the base, %", title)
+        for name, points in series.items():
+            marks = sorted(_mark(100 * x, y, spread) for x, y, spread in points)
             xs, ys, *_ = zip(*marks)
-            page.plot(xs, ys, fill, name)
+            page.plot(xs, ys, inks[name])
             for mark in marks:
-                page.dot(mark, fill)
+                page.dot(mark, inks[name])
+    return page.finished()
+
+
+def choices(panels: dict) -> Image.Image:
+    """What choices of heads reach, a panel each: {title: {group: {choice: [click accuracy, 0..1, of a run, ...]}}}."""
+    page = Page(1260)
+    inks = dict(zip(("top", "gate", "matched", "random"), (BLUE, ORANGE, GREEN, GREY)))
+    page.legend("clicks right on row screens, %; a ring is a run, a bar the mean", inks)
+    for i, (title, groups) in enumerate(panels.items()):
+        left = 160 + 1640 * i
+        page.axes((left, 280, left + 1480, 1100), (), (0, 100), "", title)
+        for k, (group, runs) in enumerate(groups.items()):
+            middle = left + 490 * k + 250
+            page.write(middle, 1180, group, GREY, "mm")
+            for j, (name, fill) in enumerate(inks.items()):
+                x = middle + 110 * j - 165
+                for value in runs[name]:
+                    page.circle((x, page.at_y(100 * value)), 16, None, fill, 6)
+                y = page.at_y(100 * sum(runs[name]) / len(runs[name]))
+                page.line((x - 44, y, x + 44, y), fill, 10)
     return page.finished()
 
 
@@ -306,7 +329,7 @@ def look(answers: list, place: tuple) -> Image.Image:
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):
         page.write(MARGIN + 816 * i, 288, title)
     layer, head = place
-    page.write(868, 192, f"where head {head} of layer {layer} looks (bright)")
+    page.write(868, 192, f"where the question's last token looks by head {head} of layer {layer} (bright)")
     page.line((868, 240, 2452, 240), GREY, 4)
     return page.finished()
 

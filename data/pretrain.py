@@ -48,7 +48,7 @@ class PretrainConfig(Settings):
 
     steps: int = option(3200, "steps of the first stage", least=0)
     second_steps: int = option(1800, "steps of the second stage", least=0)
-    relations: int = option(12, f"screens a step, of {SECOND}, that the second stage asks relations about", least=0)
+    relations: int = option(12, f"screens per step, of {SECOND}, that the second stage asks relations about", least=0)
     start: str = option("", "a base model to go on from; then give --steps 0")
     muon_lr: float = option(0.01, "peak learning rate of Muon, for matrices", least=0)
     lr: float = option(2e-3, "peak learning rate of AdamW, for embeddings, norms and biases", least=0)
