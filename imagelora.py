@@ -105,17 +105,17 @@ class ThisThread(threading.local):  # the calling thread's contexts, and its cal
 class ImageLoRA(nn.Module):
     """Freezes `model` and adapts the values of visual tokens, scaled by lora_alpha / r and, if normalize, 1/sqrt|S|.
 
-    heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. Where the model or an argument
-    cannot be, it raises ValueError and leaves the model as it was. `.parameters()` are exactly the trainable A, B and
-    gamma, in float32 or wider; as `model.image_lora` they are in its state_dict. How M gets to the values:
+    heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. If the model cannot be adapted,
+    or an argument is wrong, it raises ValueError and leaves the model as it was. `.parameters()` are the trained A,
+    B and gamma alone, float32 or wider; as `model.image_lora` they are in its state_dict. How M gets to the values:
 
         model(input_ids)     _find_rows      as the call begins: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. If the whole model is checkpointed, not its layers, stay in
-    disabled() until the backward pass is over. A call that Ctrl-C broke off is over when the model is called again.
+    No call is running then, and the thread may be another. If the whole model is checkpointed, not its layers, a call
+    in disabled() needs its backward pass in there too. What Ctrl-C leaves of a call, the next call of the model resets.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -258,10 +258,10 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
 
     I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged.
     The gradient is dL/dB = A^T X_vis^T G, with G = dL/dV~(h). probe="rank1": r = 1 and A ~ N(0, 1), drawn for each
-    batch. As E[A A^T] = I, its mean is that of probe="exact": r = D and A = I, the squared gradient of the whole W_V(h)
-    over visual tokens. batches: any iterable; the loss is loss_fn(model, batch), by default `model(**batch).loss`. Its
-    gradient is squared batch by batch: large batches can rank heads otherwise than single examples. The model stays in
-    train or eval mode; a head that a layer does not have scores 0.
+    batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared gradient of
+    the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), by default
+    `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank heads
+    differently. The model is left as it was, in train or eval mode; a head that a layer does not have scores 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)

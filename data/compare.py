@@ -362,6 +362,12 @@ MEASURED = {  # column -> what stands there
     "text logits": lambda rows: f"{max(row['text_logits_max_abs_diff'] for row in rows):.2g}",
     "rate": partial(mean, field="lr", form="g"),
 }
+PRESERVED = {
+    "word problems": MEASURED["word problems %"],
+    "those after an image": MEASURED["after an image %"],
+    "source clicks": MEASURED["source %"],
+    "row clicks": percent,
+}
 CONTROLS = {
     "click %": percent,
     "best constant": rule("constant"),
@@ -510,6 +516,11 @@ def tables(rows: list[dict]) -> dict[str, str]:
     few = [row for row in where(part["probe"], domain="row") if row["name"] in FEW and row["num_heads"] < 12]
     small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
     by_rate = sorted(part["rates"], key=lambda row: row["lr"])
+    kept = [
+        row for row in where(part["ladder"], domain="row") if row["name"] in (FROZEN, IMAGE_LORA, SMALL_VISUAL, LORA)
+    ]
+    kept += [row | {"name": f"{LORA}, a quarter of its rate"} for row in where(by_rate, lr=0.0025, replay=0)]
+    kept += where(by_rate, lr=0.01, replay=1)
     sqrt = "1/√S: {normalize}"
     update = partial(mean, field="update0", form=".2f")
     found |= {
@@ -527,6 +538,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "gamma": grid("row, clicks right %", part["gamma"], "{of_base}, " + sqrt),
         "rates": grid("row, clicks right %", by_rate, "rate {lr:g}"),
         "forgetting": grid("row, word problems %", by_rate, "rate {lr:g}", cell=acc("word_problem")),
+        "preserved": measures("trained on row, %", kept, PRESERVED),
         "after": grid("row, those after an image %", by_rate, "rate {lr:g}", cell=MEASURED["after an image %"]),
         "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
         "normalization": grid("layer 0's update", part["normalization"], "{name}", "{steps} steps, " + sqrt, update),

@@ -124,7 +124,8 @@ def curve(steps: list) -> Image.Image:
     page = Page(1300)
     xs = [step for step, *_ in steps]
     losses = [max(loss, 1e-5) for _, loss, _ in steps]
-    page.axes((240, 200, 1400, 1064), xs, losses, "training step", "loss (log scale); pale: each step, dark: mean", "y")
+    title = "loss (log scale); pale: each step, dark: running mean"
+    page.axes((240, 200, 1400, 1064), xs, losses, "training step", title, "y")
     page.plot(xs, losses, "#cde1ee")
     means = _running_mean(losses)
     page.plot(xs, means, BLUE, f"{means[-1]:.2g}")
@@ -187,8 +188,8 @@ def skill(panels: dict) -> Image.Image:
 def choices(panels: dict) -> Image.Image:
     """What choices of heads reach, a panel each: {title: {group: {choice: [click accuracy, 0..1, of a run, ...]}}}."""
     page = Page(1260)
-    inks = dict(zip(("top", "gate", "matched", "random"), (BLUE, ORANGE, GREEN, GREY)))
-    page.legend("clicks right on row screens, %; a ring is a run, a bar the mean", inks)
+    inks = dict(zip(("top", "matched", "random", "gate"), (BLUE, GREEN, GREY, ORANGE)))
+    page.legend("clicks right on row screens, %; a ring is a run, a line their mean", inks)
     for i, (title, groups) in enumerate(panels.items()):
         left = 160 + 1640 * i
         page.axes((left, 280, left + 1480, 1100), (), (0, 100), "", title)
