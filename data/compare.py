@@ -461,6 +461,15 @@ def controls(rows: list[dict]) -> str:
     return measures("control, %", [row | {"name": told.format(**row)} for row in shown], CONTROLS)
 
 
+def preserved(rows: list[dict]) -> str:
+    """What is left of other skills, beside LoRA's two remedies."""
+    ladder, rates = where(rows, part="ladder", domain="row"), where(rows, part="rates")
+    shown = [row for row in ladder if row["name"] in (FROZEN, LORA, SMALL_VISUAL, IMAGE_LORA)]
+    shown += [row | {"name": f"{LORA}, a quarter of its rate"} for row in where(rates, lr=0.0025, replay=0)]
+    shown += where(rates, lr=0.01, replay=1)
+    return measures("trained on row, %", shown, PRESERVED)
+
+
 def beside_the_ladder(rows: list[dict], part: str) -> list[dict]:
     """The rows of a part, after those of the ladder's runs that differ from them in one thing."""
     names = {(row["name"], row["domain"]) for row in where(rows, part=part)}
@@ -516,11 +525,6 @@ def tables(rows: list[dict]) -> dict[str, str]:
     few = [row for row in where(part["probe"], domain="row") if row["name"] in FEW and row["num_heads"] < 12]
     small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
     by_rate = sorted(part["rates"], key=lambda row: row["lr"])
-    kept = [
-        row for row in where(part["ladder"], domain="row") if row["name"] in (FROZEN, IMAGE_LORA, SMALL_VISUAL, LORA)
-    ]
-    kept += [row | {"name": f"{LORA}, a quarter of its rate"} for row in where(by_rate, lr=0.0025, replay=0)]
-    kept += where(by_rate, lr=0.01, replay=1)
     sqrt = "1/√S: {normalize}"
     update = partial(mean, field="update0", form=".2f")
     found |= {
@@ -538,7 +542,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "gamma": grid("row, clicks right %", part["gamma"], "{of_base}, " + sqrt),
         "rates": grid("row, clicks right %", by_rate, "rate {lr:g}"),
         "forgetting": grid("row, word problems %", by_rate, "rate {lr:g}", cell=acc("word_problem")),
-        "preserved": measures("trained on row, %", kept, PRESERVED),
+        "preserved": preserved(rows),
         "after": grid("row, those after an image %", by_rate, "rate {lr:g}", cell=MEASURED["after an image %"]),
         "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
         "normalization": grid("layer 0's update", part["normalization"], "{name}", "{steps} steps, " + sqrt, update),
