@@ -44,7 +44,7 @@ class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
     B starts at zero: the model starts as the base. A starts as in LoRA, and gamma at 1, so LoRA's learning rates, or a
-    few times these, serve. With gamma near 0 the same step of B would be a much smaller update.
+    few times these, serve. Freeze gamma, or give it a tenth of the rate; near 0 it would shrink each step of B.
     """
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
@@ -73,8 +73,7 @@ class ValueAdapter(nn.Module):
         """
         H, d_h = self.num_kv_heads, self.B.shape[2]
         _require(value.shape[-1] == H * d_h, SPLIT.format(value.shape[-1], H, d_h), RuntimeError)
-        # M X, without its zero rows
-        x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
+        x_vis = x.flatten(0, -2).index_select(0, rows)  # M X without its zero rows, [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h): in the values seen as [B * T * H, d_h], head h of token n is row n * H + h
         by_head = value.reshape(-1, d_h)
@@ -114,8 +113,8 @@ class ImageLoRA(nn.Module):
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. If the whole model is checkpointed, not its layers, a call
-    in disabled() needs its backward pass in there too. What Ctrl-C leaves of a call, the next call of the model resets.
+    No call is running then, and the thread may be another. If you checkpoint the whole model instead of
+    its layers, run backward() inside disabled() too. What Ctrl-C leaves of a call, the next call of the model resets.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -148,7 +147,7 @@ class ImageLoRA(nn.Module):
         torch.compiler.reset()  # what is compiled already would not run the hooks
 
     def _find_rows(self, model, args, kwargs):
-        """The arguments of a call -> M's diagonal, visual [B, T] -> the visual rows [N] of B * T."""
+        """The arguments of a call -> M's diagonal, visual [B, T] -> where it is 1, indices [N] into the B * T rows."""
         now = self._now
         now.rows, now.updated, now.grad = torch.zeros(0, dtype=torch.long), set(), torch.is_grad_enabled()
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
@@ -173,7 +172,7 @@ class ImageLoRA(nn.Module):
             memory = x.untyped_storage()
             _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows
-        else:  # as in decoding. But where the call has gradients, re-entrant checkpointing would lose the rows:
+        else:  # no gradient, so nothing to note. If the call has some, this is re-entrant checkpointing:
             _require(not now.grad, NO_GRADIENT, RuntimeError)
         return forward(*args, **kwargs)
 
@@ -200,6 +199,7 @@ class ImageLoRA(nn.Module):
 
     @contextmanager
     def _within(self, **changes):
+        _require(self._model, "this Image-LoRA is detached; use the one that load() or attach() returned", RuntimeError)
         before = {name: getattr(self._now, name) for name in changes}
         vars(self._now).update(changes)
         try:
