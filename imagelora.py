@@ -10,8 +10,8 @@ queries, keys, text rows and other heads stay as they are. With no image the out
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
-A worked example. Of three tokens of two features the second is visual. Of two heads of one feature head 1 is adapted;
-the scale is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added there and nowhere else:
+A worked example. Three tokens with two features each; token 1 is visual. Two heads of size 1; head 1 is adapted, the
+scale is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added there and nowhere else:
 
     >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_kv_heads=2, heads=[1], r=1, lora_alpha=1)
     >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]])), adapter.B.data.fill_(0.1)
@@ -113,8 +113,8 @@ class ImageLoRA(nn.Module):
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. If you checkpoint the whole model instead of
-    its layers, run backward() inside disabled() too. What Ctrl-C leaves of a call, the next call of the model resets.
+    No call is running then, and the thread may be another. If the whole model is checkpointed, not its layers, a call
+    made in disabled() needs its backward() there, too. What Ctrl-C leaves of a call, the next one resets.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -153,7 +153,7 @@ class ImageLoRA(nn.Module):
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if not now.enabled:
             return None
-        if ids is not None and not ids.is_floating_point():  # not embeddings by position
+        if ids is not None and not ids.is_floating_point():  # else they are embeddings, given first
             if ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(ids.flatten().tolist()):
                 return None  # most calls decode one text token; this check is ten times as fast as one by tensors
             visual = torch.stack([ids == image for image in self.image_token_ids]).any(0)

@@ -121,7 +121,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
             add("bases", name, 2 if name in (LORA, IMAGE_LORA) else 1, base=base)
             if name in (FROZEN, *MAIN):
                 add("bases", name, 1, base=base, domain="settings")
-    for base, name in product(DOSED, (FROZEN, *MAIN)):
+    for base, name in product(DOSED, (FROZEN, *MAIN, ALL_HEADS)):
         add("bases", name, 2 if name == IMAGE_LORA else 1, base=base)
     for base, others in TO_LOOK.items():
         for name in SETS:
