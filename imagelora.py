@@ -2,8 +2,8 @@
 
     V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for the heads h in S          (section 3)
 
-in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes the rows of text tokens. The layer's
-queries, keys, text rows and other heads stay as they are. With no image the output is the base model's, bit for bit.
+in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes the rows of text tokens. For the same X
+the layer's queries, keys, text rows and other heads stay. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
     adapter = attach(model, heads=select_heads(scores, 16))    # to 16 heads; adapter.parameters() are trained
@@ -43,8 +43,7 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
-    B starts at zero: the model starts as the base. A starts as in LoRA, and gamma at 1, so LoRA's learning rates, or a
-    few times these, serve. Freeze gamma, or give it a tenth of the rate; near 0 it would shrink each step of B.
+    B starts at zero: the model starts as the base. A starts as in LoRA, gamma at 1: near 0 it would shrink B's steps.
     """
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
@@ -105,16 +104,17 @@ class ImageLoRA(nn.Module):
     """Freezes `model` and adapts the values of visual tokens, scaled by lora_alpha / r and, if normalize, 1/sqrt|S|.
 
     heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. If the model cannot be adapted,
-    or an argument is wrong, it raises ValueError and leaves the model as it was. `.parameters()` are the trained A,
-    B and gamma alone, float32 or wider; as `model.image_lora` they are in its state_dict. How M gets to the values:
+    or an argument is wrong, it raises ValueError and leaves the model as it was. `.parameters()` are A, B and gamma
+    alone, float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at LoRA's rate or up to
+    eight times as much. Freeze gamma, or give it a tenth of that. How M gets to the values:
 
         model(input_ids)     _find_rows      as the call begins: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. If the whole model is checkpointed, not its layers, a call
-    made in disabled() needs its backward() there, too. What Ctrl-C leaves of a call, the next one resets.
+    No call is running then, and the thread may be another. If you checkpoint a call of the whole model in disabled(),
+    call backward() in the same disabled(). What Ctrl-C leaves of a call, the next one resets.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -153,7 +153,7 @@ class ImageLoRA(nn.Module):
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if not now.enabled:
             return None
-        if ids is not None and not ids.is_floating_point():  # else they are embeddings, given first
+        if ids is not None and not ids.is_floating_point():  # a first argument of floats is embeddings
             if ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(ids.flatten().tolist()):
                 return None  # most calls decode one text token; this check is ten times as fast as one by tensors
             visual = torch.stack([ids == image for image in self.image_token_ids]).any(0)
@@ -314,7 +314,7 @@ def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
 
 
 def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads, r, input_grad=False):
-    """Training FLOPs of a whole Image-LoRA; input_grad: as above, of the lowest adapted layer (the others need one)."""
+    """Training FLOPs of a whole Image-LoRA; input_grad: whether its lowest layer's input needs a gradient."""
     flops = 0
     for selected in filter(None, heads.values()):
         flops += lora_flops(num_visual_tokens, hidden_size, len(selected) * head_dim, r, input_grad)

@@ -415,12 +415,14 @@ def headline(rows: list[dict]) -> str:
         shown += [row | {"column": row["of_base"]} for row in of]
         tried = {name: {row["of_base"] for row in where(of, name=name)} for name in (FROZEN, *HEADLINE)}
         shown += [row | {"column": f"{len(BASES)} bases"} for row in of if len(tried[row["name"]]) == len(BASES)]
-    return grid("clicks right", shown, "{domain}, {column} %", cell=over_bases)
+    return grid("correct clicks", shown, "{domain}, {column} %", cell=over_bases)
 
 
 def skill(rows: list[dict]) -> str:
-    shown = sorted(on_bases(rows, [*BASES, *DOSED]), key=lambda row: row["relation"])
-    return grid("row, clicks right", shown, "{name} %", "{of_base}: {relation:.1f} % right")
+    """What was run on every base, whole or with another second stage."""
+    shown = [row for row in on_bases(rows, [*BASES, *DOSED]) if row["name"] in (*MAIN, ALL_HEADS)]
+    shown.sort(key=lambda row: row["relation"])
+    return grid("row, correct clicks", shown, "{name} %", "{of_base}: skill {relation:.1f} %")
 
 
 def early_rows(rows: list[dict], **wanted) -> list[dict]:
@@ -444,7 +446,7 @@ def looks(rows: list[dict]) -> str:
     def most(of: list[dict]) -> str:
         return percent([{"action_acc": np.max(row["target_attention"])} for row in of])
 
-    return grid("row, a head's attention on the switch", shown, "{name} %", "{of_base}: {relation:.1f} % right", most)
+    return grid("row, a head's attention on the switch", shown, "{name} %", "{of_base}: skill {relation:.1f} %", most)
 
 
 def elsewhere(rows: list[dict]) -> str:
@@ -464,7 +466,7 @@ def controls(rows: list[dict]) -> str:
 def preserved(rows: list[dict]) -> str:
     """What is left of other skills, beside LoRA's two remedies."""
     ladder, rates = where(rows, part="ladder", domain="row"), where(rows, part="rates")
-    shown = [row for row in ladder if row["name"] in (FROZEN, LORA, SMALL_VISUAL, IMAGE_LORA)]
+    shown = [row for row in ladder if row["name"] in (FROZEN, LORA, SMALL_VISUAL, ALL_HEADS, IMAGE_LORA)]
     shown += [row | {"name": f"{LORA}, a quarter of its rate"} for row in where(rates, lr=0.0025, replay=0)]
     shown += where(rates, lr=0.01, replay=1)
     return measures("trained on row, %", shown, PRESERVED)
@@ -516,7 +518,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     for row in rows:
         part[row["part"]].append(row)
     found = {
-        "ladder": grid("clicks right", part["ladder"], "{domain} %"),
+        "ladder": grid("correct clicks", part["ladder"], "{domain} %"),
         "controls": controls(rows),
         "step": measures("a training step, row", where(part["ladder"], domain="row"), STEP),
     }
@@ -532,22 +534,22 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "skill": skill(rows),
         "early": early(rows),
         "looks": looks(rows),
-        "longer": grid("clicks right", small, "{domain}, {steps} steps %"),
+        "longer": grid("correct clicks", small, "{domain}, {steps} steps %"),
         "elsewhere": elsewhere(rows),
         "probe": grid("heads", sorted(part["probe"], key=column_of), "{domain}, K = {num_heads}, {of_base} %"),
         "choices": grid(f"heads, {len(BASES)} bases", few, "{num_heads} of 24 heads %", cell=over_bases),
         "overlap": overlap(rows),
         "correlation": correlation(rows),
         "tau": grid("row, K = 12", part["tau"], "{of_base} %"),
-        "gamma": grid("row, clicks right %", part["gamma"], "{of_base}, " + sqrt),
-        "rates": grid("row, clicks right %", by_rate, "rate {lr:g}"),
+        "gamma": grid("row, correct clicks %", part["gamma"], "{of_base}, " + sqrt),
+        "rates": grid("row, correct clicks %", by_rate, "rate {lr:g}"),
         "forgetting": grid("row, word problems %", by_rate, "rate {lr:g}", cell=acc("word_problem")),
         "preserved": preserved(rows),
         "after": grid("row, those after an image %", by_rate, "rate {lr:g}", cell=MEASURED["after an image %"]),
         "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
         "normalization": grid("layer 0's update", part["normalization"], "{name}", "{steps} steps, " + sqrt, update),
-        "history": grid("row, clicks right %", beside_the_ladder(rows, "history"), "after {history} word problems"),
-        "prior": grid("dark, clicks right %", beside_the_ladder(rows, "prior"), "names tell places: {prior}"),
+        "history": grid("row, correct clicks %", beside_the_ladder(rows, "history"), "after {history} word problems"),
+        "prior": grid("dark, correct clicks %", beside_the_ladder(rows, "prior"), "names tell places: {prior}"),
         "depth": measures("all heads of, row", part["depth"], {"click %": percent} | STEP),
     }
     return {name: table for name, table in found.items() if table.count("\n") > 1}  # those that have a line

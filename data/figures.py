@@ -131,7 +131,7 @@ def curve(steps: list) -> Image.Image:
     page.plot(xs, means, BLUE, f"{means[-1]:.2g}")
     means = _running_mean([100 * click for *_, click in steps if click is not None])
     if means:
-        title = "clicks on training screens that are right, mean, %"
+        title = "correct clicks on training screens, running mean, %"
         page.axes((1880, 200, 3040, 1064), xs, (0, 100), "training step", title)
         page.plot(xs, means, BLUE, f"{means[-1]:.0f} %")
     return page.finished()
@@ -153,7 +153,7 @@ def trade_off(points: list[dict]) -> Image.Image:
     top = 340 + POLE * len(dots)
     page = Page(top + 1140)
     inks = {"answers without an image stay as they were": BLUE, "they change": ORANGE}
-    page.legend("clicks right on row screens, %", inks)
+    page.legend("correct clicks on row screens, %", inks)
     xs, _, lows, highs = zip(*(mark for mark, *_ in dots))
     title = "FLOPs of the adapter in a training step, millions per screen (log scale)"
     page.axes((240, top, 2760, top + 940), xs, lows + highs, title, log="x")
@@ -172,7 +172,7 @@ def skill(panels: dict) -> Image.Image:
     spread), ...]}} in 0..1."""
     page = Page(1480)
     inks = dict(zip(next(iter(panels.values())), (ORANGE, GREEN, BLUE)))
-    page.legend("clicks right on row screens, %", inks)
+    page.legend("correct clicks on row screens, %", inks)
     for i, (title, series) in enumerate(panels.items()):
         left = 140 + 812 * i
         page.axes((left, 280, left + 640, 1240), (0, 100), (0, 100), "skill of the base, %", title)
@@ -189,7 +189,7 @@ def choices(panels: dict) -> Image.Image:
     """What choices of heads reach, a panel each: {title: {group: {choice: [click accuracy, 0..1, of a run, ...]}}}."""
     page = Page(1260)
     inks = dict(zip(("top", "matched", "random", "gate"), (BLUE, GREEN, GREY, ORANGE)))
-    page.legend("clicks right on row screens, %; a ring is a run, a line their mean", inks)
+    page.legend("correct clicks on row screens, %; a ring is a run, a line their mean", inks)
     for i, (title, groups) in enumerate(panels.items()):
         left = 160 + 1640 * i
         page.axes((left, 280, left + 1480, 1100), (), (0, 100), "", title)
