@@ -6,7 +6,7 @@ in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes 
 the layer's queries, keys, text rows and other heads stay. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
-    adapter = attach(model, heads=select_heads(scores, 16))    # to 16 heads; adapter.parameters() are trained
+    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; freeze gamma, train adapter.parameters()
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
@@ -172,7 +172,7 @@ class ImageLoRA(nn.Module):
             memory = x.untyped_storage()
             _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows
-        else:  # no gradient, so nothing to note. If the call has some, this is re-entrant checkpointing:
+        else:  # no gradients, as in decoding. If they were on as the call began, checkpointing is re-entrant:
             _require(not now.grad, NO_GRADIENT, RuntimeError)
         return forward(*args, **kwargs)
 
