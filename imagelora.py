@@ -6,7 +6,7 @@ in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes 
 the layer's queries, keys, text rows and other heads stay. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
-    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; freeze gamma, train adapter.parameters()
+    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; A and B are trained, gamma best is not
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
@@ -261,7 +261,7 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared gradient of
     the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), by default
     `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank heads
-    differently. The model is left as it was, in train or eval mode; a head that a layer does not have scores 0.
+    differently. It runs in the model's mode, train or eval, and leaves the model as it was. Absent heads score 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -292,7 +292,7 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
 
 
 def select_heads(scores, num_heads, tau=0.5) -> Heads:
-    """Exactly `num_heads` heads: layer l gets k_l ∝ (sum_h I(l, h))^tau of them, its most influential. scores [L, H].
+    """{layer: heads}, `num_heads` in all: layer l gets its k_l best, with k_l ∝ (sum_h I(l, h))^tau. scores [L, H].
 
     tau=0 spreads them evenly, a large one fills the most influential layers first; 0.5 is the authors' default."""
     _check_selection(scores, num_heads, tau)
@@ -476,7 +476,7 @@ def _content(adapter):
 
 
 def load(model, path) -> ImageLoRA:
-    """Attach the file's adapter, ours or the authors', trainable. ValueError, the model untouched, if sizes differ."""
+    """Attach the adapter in a file, ours or the authors', all of it trainable. ValueError if it is not of this size."""
     content, adapter = safe_load(path), None
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}

@@ -570,7 +570,7 @@ def pictures(rows: list[dict]) -> dict:
         bases = [first, *(base for base, (start, _) in DOSED.items() if start == first)]
         soon = [(relation[base], best_click(early_rows(rows, of_base=base, name=name)), 0) for base in bases]
         late = [(relation[base], *spread(where(on_bases(rows, [base]), name=name))) for base in bases]
-        panels.setdefault(f"{first}, {TUNING_STEPS} steps", {})[name] = soon
+        panels.setdefault(f"{first}, {TUNING_STEPS} steps, validation", {})[name] = soon
         panels.setdefault(f"{first}, {STEPS} steps", {})[name] = late
     sets = {}
     for size, base in product((4, 8), BASES):

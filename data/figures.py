@@ -330,7 +330,8 @@ def look(answers: list, place: tuple) -> Image.Image:
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):
         page.write(MARGIN + 816 * i, 288, title)
     layer, head = place
-    page.write(868, 192, f"where the question's last token looks by head {head} of layer {layer} (bright)")
+    where = f"where the question's last token looks by head {head} of layer {layer}"
+    page.write(868, 192, f"{where} (bright; each panel by its own largest)")
     page.line((868, 240, 2452, 240), GREY, 4)
     return page.finished()
 
