@@ -6,7 +6,7 @@ in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes 
 the layer's queries, keys, text rows and other heads stay. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
-    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; A and B are trained, gamma best is not
+    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; train A and B, best without gamma
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
@@ -113,8 +113,8 @@ class ImageLoRA(nn.Module):
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. If you checkpoint a call of the whole model in disabled(),
-    call backward() in the same disabled(). What Ctrl-C leaves of a call, the next one resets.
+    No call is running then, and the thread may be another. If a checkpoint() holds a call of the whole model inside
+    disabled(), backward() belongs in there, too, as it calls the model again. Ctrl-C in a call does not harm the next.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -476,7 +476,7 @@ def _content(adapter):
 
 
 def load(model, path) -> ImageLoRA:
-    """Attach the adapter in a file, ours or the authors', all of it trainable. ValueError if it is not of this size."""
+    """Attach the adapter in a file, ours or the authors', all of it trainable. ValueError if its shapes do not fit."""
     content, adapter = safe_load(path), None
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
