@@ -6,7 +6,7 @@ in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes 
 the layer's queries, keys, text rows and other heads stay. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
-    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; train A and B, best without gamma
+    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; train A and B, freeze gamma
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
@@ -113,8 +113,8 @@ class ImageLoRA(nn.Module):
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. If a checkpoint() holds a call of the whole model inside
-    disabled(), backward() belongs in there, too, as it calls the model again. Ctrl-C in a call does not harm the next.
+    No call is running then, and the thread may be another. If you checkpoint() a whole call of the model inside
+    disabled(), call backward() inside disabled(), too, as that runs the call again. Ctrl-C does not harm the next call.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -261,7 +261,7 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared gradient of
     the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), by default
     `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank heads
-    differently. It runs in the model's mode, train or eval, and leaves the model as it was. Absent heads score 0.
+    differently. It runs in the model's mode, train or eval, and leaves the model as it was. Heads a layer lacks: 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)

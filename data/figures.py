@@ -331,7 +331,7 @@ def look(answers: list, place: tuple) -> Image.Image:
         page.write(MARGIN + 816 * i, 288, title)
     layer, head = place
     where = f"where the question's last token looks by head {head} of layer {layer}"
-    page.write(868, 192, f"{where} (bright: more; scaled to each panel's maximum)")
+    page.write(868, 192, f"{where} (bright; scaled in each panel)")
     page.line((868, 240, 2452, 240), GREY, 4)
     return page.finished()
 
