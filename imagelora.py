@@ -114,7 +114,7 @@ class ImageLoRA(nn.Module):
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
     No call is running then, and the thread may be another. If you checkpoint() a whole call of the model inside
-    disabled(), call backward() inside disabled(), too, as that runs the call again. Ctrl-C does not harm the next call.
+    disabled(), call backward() in there, too, as it runs the call again. After Ctrl-C call the model before a layer.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -476,7 +476,7 @@ def _content(adapter):
 
 
 def load(model, path) -> ImageLoRA:
-    """Attach the adapter in a file, ours or the authors', all of it trainable. ValueError if its shapes do not fit."""
+    """Attach a file's adapter, ours or the authors', trainable. ValueError, the model untouched, if it does not fit."""
     content, adapter = safe_load(path), None
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}

@@ -65,7 +65,9 @@ class Config(Settings):
     r: int = option(8, "rank", least=1)
     lora_alpha: float = option(16.0, "the update is scaled by lora_alpha / r", least=0)
     normalize: bool = option(True, "scale by 1/sqrt|S| too")
-    lr: float = option(0.0, "peak learning rate of AdamW; 0 is 0.08, of lora 0.01", least=0)
+    lr: float = option(
+        0.0, f"peak learning rate of AdamW; 0 is {RATES['image_lora']}, of lora {RATES['lora']}", least=0
+    )
     gamma_lr: float = option(0.1, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
     steps: int = option(500, "training steps", least=1)
     screens: int = option(8, "screens per step", least=1)

@@ -21,7 +21,7 @@ MARGIN = 52  # left and right of what is on it
 TITLE = 72  # where the first line of words stands
 GAP = 48  # between the pictures of screens
 CAPTION = 152  # below each of them, for words
-POLE = 84  # by which the names of `trade_off` stand below each other
+POLE = 84  # by which the names of `trade_off` stand right of and below each other
 ROUND = [step * 10.0**e for e in range(-6, 10) for step in (1, 2, 5)]  # what the ticks of axes are
 
 
