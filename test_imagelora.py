@@ -1116,32 +1116,55 @@ def test_on_visual_tokens_alone_it_is_pefts_lora_on_v_proj():
     torch.testing.assert_close(logits_of(ours, batch), logits_of(theirs, batch))
 
 
-def llava_on_disk(path: Path) -> None:
+LLAVA_NAME, QWEN_NAME = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
+FOR_QWEN = {  # what the script's comments say
+    f'"{LLAVA_NAME}"  # or ': "",
+    "AutoProcessor.from_pretrained(NAME)  # Qwen: ": "AutoProcessor.",
+    "heads = select_heads(scores, scores.numel() // 2)": "heads = None",
+}
+
+
+def processor_for(family: str):
+    """Six words, an image in place of a text that is missing."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "cat"])} | {"<image>": PICTURE}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "cat"])}
+    marks, image = {"<image>": PICTURE}, "<image>"
+    if family == "Qwen2_5_VL":
+        marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO, "<|vision_start|>": 92, "<|vision_end|>": 93}
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | marks, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "model_input_names": ["input_ids", "attention_mask"]}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    template = "{% for c in messages[0]['content'] %}{{ c['text'] or 'IMAGE' }} {% endfor %}a:".replace("IMAGE", image)
+    if family == "Qwen2_5_VL":
+        pytest.importorskip("torchvision")
+        sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 64}
+        pictures, videos = transformers.Qwen2VLImageProcessor(**sizes), transformers.Qwen2VLVideoProcessor(**sizes)
+        return transformers.Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=template)
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    options["chat_template"] = "{% for c in messages[0]['content'] %}{{ c['text'] or '<image>' }} {% endfor %}a:"
-    transformers.LlavaProcessor(images, tokenizer, **options).save_pretrained(path / "llava-hf/llava-1.5-7b-hf")
-    tiny_hf_vlm().save_pretrained(path / "llava-hf/llava-1.5-7b-hf")
-    Image.effect_noise((12, 9), 64).save(path / "cat.png")
-    examples = [{"image": None if i % 4 else "cat.png", "prompt": "what ?", "answer": "a cat"} for i in range(16)]
-    (path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    return transformers.LlavaProcessor(pictures, tokenizer, chat_template=template, **options)
 
 
-def test_the_example_of_readme_trains_on_two_processes_as_on_one_goes_on_and_answers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, name, changes", [("Llava", LLAVA_NAME, {}), ("Qwen2_5_VL", QWEN_NAME, FOR_QWEN)])
+def test_the_script_of_readme_trains_on_two_processes_as_on_one_goes_on_and_answers(
+    family, name, changes, tmp_path, monkeypatch
+):
     """The ranks keep equal adapters, though one may have an image where the other has none."""
-    llava_on_disk(tmp_path)
+    processor_for(family).save_pretrained(tmp_path / name)
+    tiny_hf_vlm(family).save_pretrained(tmp_path / name)
+    Image.effect_noise((12, 9), 64).save(tmp_path / "cat.png")
+    examples = [{"image": None if i % 4 else "cat.png", "prompt": "what ?", "answer": "a cat"} for i in range(16)]
+    (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     script = blocks(PAGES[0], "# tune.py:")[0]
-    script = script.replace("save_steps=100", "save_steps=2").replace("warmup_steps=20", "warmup_steps=0")
+    for old, new in ({"save_steps=100": "save_steps=2", "warmup_steps=20": "warmup_steps=0"} | changes).items():
+        assert old in script
+        script = script.replace(old, new)
     script += '\ntorch.save([adapter.state_dict(), dict(collate(examples[:2]))], f"rank{args.process_index}.pt")\n'
     Path("tune.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tune.py"]
@@ -1158,7 +1181,9 @@ def test_the_example_of_readme_trains_on_two_processes_as_on_one_goes_on_and_ans
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert all(saved["B"].any() and saved["B"].dtype == torch.float32 for saved in kept.values())
     assert batch["labels"].tolist() == [[-100] * 7 + [4, 5, 2]] * 2  # a cat </s>
-    assert batch["input_ids"].eq(PICTURE).sum(1).tolist() == [4, 0]
+    images = batch["input_ids"] == PICTURE
+    assert images.sum(1).tolist() == [4 if family == "Llava" else 2, 0]
+    assert images.equal(batch.get("mm_token_type_ids", images) == 1)  # transformers 5 needs them for Qwen
     written = Path("run/checkpoint-2/trainer_state.json").stat().st_mtime_ns
     # transformers 4 loads an optimizer on "cpu:0" if there are two processes, which torch does not know
     resumed = torchrun if pytest.importorskip("transformers").__version__ >= "5" else [sys.executable, "tune.py"]
