@@ -114,7 +114,7 @@ class ImageLoRA(nn.Module):
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
     No call is running then, and the thread may be another. If you checkpoint() a whole call of the model inside
-    disabled(), call backward() in there, too, as it runs the call again. After Ctrl-C call the model before a layer.
+    disabled(), call backward() in there too: it runs the call again. After Ctrl-C call the model once before a layer.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -257,7 +257,7 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
 
     I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged.
-    The gradient is dL/dB = A^T X_vis^T G, with G = dL/dV~(h). probe="rank1": r = 1 and A ~ N(0, 1), drawn for each
+    The gradient is dL/dB = A^T X_vis^T G, with G = dL/dV~(h) there. probe="rank1": r = 1 and A ~ N(0, 1), new for each
     batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared gradient of
     the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), by default
     `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank heads

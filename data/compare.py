@@ -62,6 +62,7 @@ DOSED = {  # other second stages of these bases
 }
 NO_SKILL = f"{SHIPPED}, 0 relations"
 MAIN = (LORA, VALUES, IMAGE_LORA)
+ON_BASES = (LORA, VALUES, ALL_HEADS, IMAGE_LORA)  # what was run on every base, whole or with another second stage
 HEADLINE = (LORA, LORA_VISUAL, VALUES, ALL_HEADS, IMAGE_LORA, SMALL_VISUAL)
 TO_LOOK = {SHIPPED: SHOWN, NO_SKILL: MAIN, OTHERS[1]: HEADLINE}  # bases to try SETS on, but for these
 CHOICES = {name: {"heads": name} for name in ("top", "matched", "random", "lowest", "least")}
@@ -121,7 +122,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
             add("bases", name, 2 if name in (LORA, IMAGE_LORA) else 1, base=base)
             if name in (FROZEN, *MAIN):
                 add("bases", name, 1, base=base, domain="settings")
-    for base, name in product(DOSED, (FROZEN, *MAIN, ALL_HEADS)):
+    for base, name in product(DOSED, (FROZEN, *ON_BASES)):
         add("bases", name, 2 if name == IMAGE_LORA else 1, base=base)
     for base, others in TO_LOOK.items():
         for name in SETS:
@@ -309,11 +310,17 @@ def where(rows: list[dict], **wanted) -> list[dict]:
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
+def spread(rows: list[dict], field: str = "action_acc") -> tuple[float, float]:
+    """The mean of an accuracy over seeds in %, and its standard deviation; 0 of one."""
+    values = [100 * row[field] for row in rows]
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
+
+
 def percent(rows: list[dict], field: str = "action_acc") -> str:
-    """The mean of an accuracy over seeds in %, and its standard deviation."""
-    values = [100 * row[field] for row in rows if field in row]
-    spread = f" ±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}" if values else ""
+    """`spread` in words."""
+    known = [row for row in rows if field in row]
+    form = "{:.1f} ±{:.1f}" if len(known) > 1 else "{:.1f}"
+    return form.format(*spread(known, field)) if known else ""
 
 
 def mean(rows: list[dict], field: str, unit: float = 1, form: str = ",.0f") -> str:
@@ -364,7 +371,7 @@ MEASURED = {  # column -> what stands there
 }
 PRESERVED = {
     "word problems": MEASURED["word problems %"],
-    "those after an image": MEASURED["after an image %"],
+    "word problems after an image": MEASURED["after an image %"],
     "source clicks": MEASURED["source %"],
     "row clicks": percent,
 }
@@ -394,16 +401,10 @@ def on_bases(rows: list[dict], bases: list[str], domain: str = "row") -> list[di
     return [row for row in shown if row["name"] in (FROZEN, *HEADLINE) and row["of_base"] in bases]
 
 
-def spread(rows: list[dict]) -> tuple[float, float]:
-    """The mean of an accuracy over seeds, and its standard deviation; 0 of one."""
-    clicks = [row["action_acc"] for row in rows]
-    return np.mean(clicks), np.std(clicks, ddof=1) if len(clicks) > 1 else 0
-
-
 def over_bases(rows: list[dict]) -> str:
     """The mean of an accuracy in %, and its standard deviation over seeds; where there are several bases, over them."""
     bases = dict.fromkeys(row["of_base"] for row in rows)
-    means = [{"action_acc": spread(where(rows, of_base=base))[0]} for base in bases]
+    means = [{"action_acc": np.mean([row["action_acc"] for row in where(rows, of_base=base)])} for base in bases]
     return percent(means if len(means) > 1 else rows)
 
 
@@ -419,8 +420,7 @@ def headline(rows: list[dict]) -> str:
 
 
 def skill(rows: list[dict]) -> str:
-    """What was run on every base, whole or with another second stage."""
-    shown = [row for row in on_bases(rows, [*BASES, *DOSED]) if row["name"] in (*MAIN, ALL_HEADS)]
+    shown = [row for name in ON_BASES for row in where(on_bases(rows, [*BASES, *DOSED]), name=name)]
     shown.sort(key=lambda row: row["relation"])
     return grid("row, correct clicks", shown, "{name} %", "{of_base}: skill {relation:.1f} %")
 
@@ -431,12 +431,12 @@ def early_rows(rows: list[dict], **wanted) -> list[dict]:
 
 
 def best_click(rows: list[dict]) -> float:
-    return max(row["action_acc"] for row in rows)
+    return 100 * max(row["action_acc"] for row in rows)
 
 
 def early(rows: list[dict]) -> str:
     title = f"row, {TUNING_STEPS} steps, validation screens"
-    return grid(title, early_rows(rows), "{of_base} %", cell=lambda of: f"{100 * best_click(of):.1f}" if of else "")
+    return grid(title, early_rows(rows), "{of_base} %", cell=lambda of: f"{best_click(of):.1f}" if of else "")
 
 
 def looks(rows: list[dict]) -> str:
@@ -495,19 +495,6 @@ def overlap(rows: list[dict]) -> str:
     )
 
 
-def correlation(rows: list[dict]) -> str:
-    """Spearman's rank correlation of the summed score of random heads with their clicks."""
-    common, body = {"part": "probe", "domain": "row", "base": BASE, "num_heads": 8}, []
-    sets = where(rows, name="random", **common)
-    for row in where(rows, seed=0, **common):
-        if row["name"] in ("top", "exact", "gate"):
-            scores = row["scores"]
-            summed = [sum(scores[int(layer)][h] for layer, heads in of["heads"].items() for h in heads) for of in sets]
-            ranks = [np.argsort(np.argsort(values)) for values in (summed, [of["action_acc"] for of in sets])]
-            body.append([row["probe"], f"{np.corrcoef(*ranks)[0, 1]:.2f}"])
-    return markdown([f"score of {len(sets)} random sets of 8 heads", "rank correlation with clicks on row"], body)
-
-
 def tables(rows: list[dict]) -> dict[str, str]:
     """Every table that these rows allow, as Markdown."""
     bases = {row["base"]: row for row in where(rows, part="pretraining")}
@@ -526,7 +513,8 @@ def tables(rows: list[dict]) -> dict[str, str]:
         found[domain] = measures(domain, where(part["ladder"], domain=domain), MEASURED)
     few = [row for row in where(part["probe"], domain="row") if row["name"] in FEW and row["num_heads"] < 12]
     small = [row for row in beside_the_ladder(rows, "longer") if row["domain"] in PAIRED]
-    by_rate = sorted(part["rates"], key=lambda row: row["lr"])
+    by_rate = sorted(part["rates"], key=lambda row: (row["name"], row["lr"]))
+    by_rate = [row | {"name": "{name}, rate {lr:g}".format(**row)} for row in by_rate]
     sqrt = "1/√S: {normalize}"
     update = partial(mean, field="update0", form=".2f")
     found |= {
@@ -539,13 +527,10 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "probe": grid("heads", sorted(part["probe"], key=column_of), "{domain}, K = {num_heads}, {of_base} %"),
         "choices": grid(f"heads, {len(BASES)} bases", few, "{num_heads} of 24 heads %", cell=over_bases),
         "overlap": overlap(rows),
-        "correlation": correlation(rows),
         "tau": grid("row, K = 12", part["tau"], "{of_base} %"),
         "gamma": grid("row, correct clicks %", part["gamma"], "{of_base}, " + sqrt),
-        "rates": grid("row, correct clicks %", by_rate, "rate {lr:g}"),
-        "forgetting": grid("row, word problems %", by_rate, "rate {lr:g}", cell=acc("word_problem")),
         "preserved": preserved(rows),
-        "after": grid("row, those after an image %", by_rate, "rate {lr:g}", cell=MEASURED["after an image %"]),
+        "rates": measures("trained on row, %", by_rate, PRESERVED),
         "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
         "normalization": grid("layer 0's update", part["normalization"], "{name}", "{steps} steps, " + sqrt, update),
         "history": grid("row, correct clicks %", beside_the_ladder(rows, "history"), "after {history} word problems"),
@@ -564,18 +549,19 @@ def pictures(rows: list[dict]) -> dict:
         y, over_seeds = spread(of)
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": y, "spread": over_seeds, "kept": kept})
-    relation = {row["of_base"]: row["relation"] / 100 for row in where(rows, part="pretraining")}
-    panels = {}
-    for first, name in product((SHIPPED, OTHERS[0]), MAIN):
+    relation = {row["of_base"]: row["relation"] for row in where(rows, part="pretraining")}
+    panels = defaultdict(dict)
+    for first, name in product(BASES, ON_BASES):
         bases = [first, *(base for base, (start, _) in DOSED.items() if start == first)]
         soon = [(relation[base], best_click(early_rows(rows, of_base=base, name=name)), 0) for base in bases]
         late = [(relation[base], *spread(where(on_bases(rows, [base]), name=name))) for base in bases]
-        panels.setdefault(f"{first}, {TUNING_STEPS} steps, validation", {})[name] = soon
-        panels.setdefault(f"{first}, {STEPS} steps", {})[name] = late
+        panels[f"{first}, {TUNING_STEPS} steps, validation screens"][name] = soon
+        panels[f"{first}, {STEPS} steps, test screens"][name] = late
+    panels = {title: panels[title] for title in sorted(panels, key=lambda title: str(STEPS) in title)}
     sets = {}
     for size, base in product((4, 8), BASES):
         of = where(rows, part="probe", domain="row", num_heads=size, of_base=base)
-        runs = {name: [row["action_acc"] for row in where(of, name=name)] for name in FEW}
+        runs = {name: [100 * row["action_acc"] for row in where(of, name=name)] for name in FEW}
         sets.setdefault(f"{size} of 24 heads", {})[base] = runs
     flops = restrictions(CostsConfig())
     shares = [(name, of / max(flops.values())) for name, of in flops.items()]

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.screens import SIZE, is_hit, referring
 from imagelora import safe_write
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # Okabe and Ito's
 INK, GREY, PALE = "#222222", "#667085", "#e4e7ec"
 FONT = ImageFont.load_default(56)
 WIDTH = 3320  # of a page
@@ -38,13 +38,13 @@ class Page(ImageDraw.ImageDraw):
     def write(self, x, y, words: str, fill=INK, anchor="lm"):
         self.text((x, y), words, fill, FONT, anchor)
 
-    def legend(self, title: str, inks: dict):
-        """The first line: a title, then each name in its ink."""
+    def legend(self, title: str, inks: dict, own_line=False):
+        """The first line: a title, then each name in its ink, there or on a line of their own."""
         self.write(MARGIN, TITLE, title)
-        x = MARGIN + self.textlength(title, FONT)
+        x, y = (MARGIN - 80, TITLE + 96) if own_line else (MARGIN + self.textlength(title, FONT), TITLE)
         for name, fill in inks.items():
-            self.circle((x + 100, TITLE), 20, fill)
-            self.write(x + 136, TITLE, name, fill)
+            self.circle((x + 100, y), 20, fill)
+            self.write(x + 136, y, name, fill)
             x += 136 + self.textlength(name, FONT)
 
     def target(self, left, top, right, bottom):
@@ -137,14 +137,13 @@ def curve(steps: list) -> Image.Image:
     return page.finished()
 
 
-def _mark(x: float, mean: float, spread: float) -> tuple:
-    """A mean and its spread, 0..1, as (x, mean, low end, high end) in %."""
-    y, spread = 100 * mean, 100 * spread
+def _mark(x: float, y: float, spread: float) -> tuple:
+    """(x, a mean in %, the low and the high end of its spread)."""
     return x, y, y - spread, min(y + spread, 100)
 
 
 def trade_off(points: list[dict]) -> Image.Image:
-    """Accuracy against the adapter's FLOPs: points = [{name, x: MFLOP, y, spread: 0..1, kept: bool}, ...]."""
+    """Accuracy against the adapter's FLOPs: points = [{name, x: MFLOP, y, spread: %, kept: bool}, ...]."""
     dots = []
     for point in points:
         fill = BLUE if point["kept"] else ORANGE
@@ -168,16 +167,16 @@ def trade_off(points: list[dict]) -> Image.Image:
 
 
 def skill(panels: dict) -> Image.Image:
-    """When values suffice, a panel each: {title: {name: [(the base's relation accuracy, click accuracy on row, its
-    spread), ...]}} in 0..1."""
-    page = Page(1480)
-    inks = dict(zip(next(iter(panels.values())), (ORANGE, GREEN, BLUE)))
-    page.legend("correct clicks on row screens, %", inks)
+    """When values suffice, a panel each, three in a line: {title: {name: [(the base's relation accuracy, click accuracy
+    on row, its spread), ...]}} in %."""
+    page = Page(2400)
+    inks = dict(zip(next(iter(panels.values())), (ORANGE, GREEN, PURPLE, BLUE)))
+    page.legend("correct clicks on row screens, %", inks, own_line=True)
     for i, (title, series) in enumerate(panels.items()):
-        left = 140 + 812 * i
-        page.axes((left, 280, left + 640, 1240), (0, 100), (0, 100), "skill of the base, %", title)
+        left, top = 160 + 1080 * (i % 3), 400 + 1040 * (i // 3)
+        page.axes((left, top, left + 880, top + 680), (0, 100), (0, 100), "skill of the base, %", title)
         for name, points in series.items():
-            marks = sorted(_mark(100 * x, y, spread) for x, y, spread in points)
+            marks = sorted(_mark(*point) for point in points)
             xs, ys, *_ = zip(*marks)
             page.plot(xs, ys, inks[name])
             for mark in marks:
@@ -186,7 +185,7 @@ def skill(panels: dict) -> Image.Image:
 
 
 def choices(panels: dict) -> Image.Image:
-    """What choices of heads reach, a panel each: {title: {group: {choice: [click accuracy, 0..1, of a run, ...]}}}."""
+    """What choices of heads reach, a panel each: {title: {group: {choice: [click accuracy of a run, %, ...]}}}."""
     page = Page(1260)
     inks = dict(zip(("top", "matched", "random", "gate"), (BLUE, GREEN, GREY, ORANGE)))
     page.legend("correct clicks on row screens, %; a ring is a run, a line their mean", inks)
@@ -199,8 +198,8 @@ def choices(panels: dict) -> Image.Image:
             for j, (name, fill) in enumerate(inks.items()):
                 x = middle + 110 * j - 165
                 for value in runs[name]:
-                    page.circle((x, page.at_y(100 * value)), 16, None, fill, 6)
-                y = page.at_y(100 * sum(runs[name]) / len(runs[name]))
+                    page.circle((x, page.at_y(value)), 16, None, fill, 6)
+                y = page.at_y(sum(runs[name]) / len(runs[name]))
                 page.line((x - 44, y, x + 44, y), fill, 10)
     return page.finished()
 
