@@ -1128,14 +1128,16 @@ def processor_for(family: str):
     """Six words, an image in place of a text that is missing."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "cat"])}
-    marks, image = {"<image>": PICTURE}, "<image>"
+    fast, marks, image = transformers.PreTrainedTokenizerFast, {"<image>": PICTURE}, "<image>"
     if family == "Qwen2_5_VL":
         marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO, "<|vision_start|>": 92, "<|vision_end|>": 93}
         image = "<|vision_start|><|image_pad|><|vision_end|>"
+        if transformers.__version__ < "5":  # whose processor takes no other
+            fast = transformers.Qwen2TokenizerFast
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | marks, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "model_input_names": ["input_ids", "attention_mask"]}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokenizer = fast(tokenizer_object=tokenizer, **special)
     tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
     template = "{% for c in messages[0]['content'] %}{{ c['text'] or 'IMAGE' }} {% endfor %}a:".replace("IMAGE", image)
     if family == "Qwen2_5_VL":
