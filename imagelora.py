@@ -43,7 +43,7 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
-    B starts at zero: the model starts as the base. A starts as in LoRA, gamma at 1: near 0 it would shrink B's steps.
+    B starts at zero: the model starts as the base. A starts as in LoRA, gamma at 1: near 0 B's steps would do little.
     """
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
@@ -114,7 +114,7 @@ class ImageLoRA(nn.Module):
 
     The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
     No call is running then, and the thread may be another. If you checkpoint() a whole call of the model inside
-    disabled(), call backward() in there too: it runs the call again. After Ctrl-C call the model once before a layer.
+    disabled(), call backward() in there too: it runs the call again. After Ctrl-C call the whole model before a layer.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -257,11 +257,11 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
 
     I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged.
-    The gradient is dL/dB = A^T X_vis^T G, with G = dL/dV~(h) there. probe="rank1": r = 1 and A ~ N(0, 1), new for each
-    batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared gradient of
-    the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), by default
-    `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank heads
-    differently. It runs in the model's mode, train or eval, and leaves the model as it was. Heads a layer lacks: 0.
+    The gradient is dL/dB = A^T X_vis^T G, G being dL/dV~(h) at visual tokens. probe="rank1": r = 1 and A ~ N(0, 1), new
+    for each batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared
+    gradient of the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), if not
+    given `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank
+    heads differently. It runs in the model's mode, train or eval, and leaves the model as it was. Absent heads: 0.
     """
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -322,7 +322,7 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads, r, input_g
     return flops
 
 
-# ----------------- That was the method, all of it. Below: what is refused, and how files are written ------------------
+# ------ That was the method, all of it. Below: what is refused, how a forward is wrapped, how files are written -------
 
 
 def _require(right, sentence, error=ValueError):

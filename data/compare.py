@@ -45,7 +45,8 @@ SETS = {
     f"LoRA {' '.join(names)}, visual tokens": {"method": "lora", "tokens": "visual", "projections": names}
     for names in ("qkvo", "qkv", "vo", "v", "qk", "o")
 }
-METHODS = SHOWN | SETS
+RANKS = {f"{IMAGE_LORA}, r = {r}": {"r": r, "lora_alpha": 2.0 * r} for r in (2, 4, 8, 16, 32)}
+METHODS = SHOWN | SETS | RANKS
 DOMAINS = ("row", "settings", "dark", "blueprint")
 STEPS, FEWER_STEPS, TUNING_STEPS, TEST_SCREENS = 500, 300, 200, 100
 BASES = {  # how they are made; the first is the shipped one
@@ -94,7 +95,7 @@ def job(cfg: CompareConfig, part: str, name: str, rung: str = "", base: str = SH
         "base": file,
         "steps": FEWER_STEPS if fewer else STEPS,
         "test_screens": TEST_SCREENS,
-        "controls": part in ("ladder", "rates", "blind"),
+        "controls": part in ("ladder", "rates", "ranks", "blind"),
     }
     return common | METHODS[rung] | settings
 
@@ -134,6 +135,8 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
             add("rates", name, 3 if lr == 0.0025 else 1, lr=lr)
     for lr in (0.0025, 0.01):
         add("rates", f"{LORA}, replay", 1, LORA, lr=lr, replay=1)
+    for name in RANKS:
+        add("ranks", name, 2)
     for name in (LORA_VISUAL, IMAGE_LORA):
         add("blind", name, 1, switches="erased")
     for domain, name in product(("dark", "settings"), (FROZEN, LORA, LORA_VISUAL, IMAGE_LORA)):
@@ -531,6 +534,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "gamma": grid("row, correct clicks %", part["gamma"], "{of_base}, " + sqrt),
         "preserved": preserved(rows),
         "rates": measures("trained on row, %", by_rate, PRESERVED),
+        "ranks": measures("row", sorted(part["ranks"], key=lambda row: row["r"]), MEASURED),
         "referring": grid("names right", part["referring"], "{domain} %", cell=acc("name")),
         "normalization": grid("layer 0's update", part["normalization"], "{name}", "{steps} steps, " + sqrt, update),
         "history": grid("row, correct clicks %", beside_the_ladder(rows, "history"), "after {history} word problems"),

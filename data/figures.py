@@ -90,11 +90,11 @@ class Page(ImageDraw.ImageDraw):
             self.write(self.names_at + 40, y, name, fill)
             self.free = y + 80
 
-    def dot(self, mark: tuple, fill: str):
+    def dot(self, mark: tuple, fill: str, radius=22):
         x, y, low, high = mark
         x = self.at_x(x)
         self.line((x, self.at_y(low), x, self.at_y(high)), fill, 6)
-        self.circle((x, self.at_y(y)), 22, fill)
+        self.circle((x, self.at_y(y)), radius, fill)
 
 
 def _scale(values, start: int, end: int, log: bool) -> tuple:
@@ -175,12 +175,12 @@ def skill(panels: dict) -> Image.Image:
     for i, (title, series) in enumerate(panels.items()):
         left, top = 160 + 1080 * (i % 3), 400 + 1040 * (i // 3)
         page.axes((left, top, left + 880, top + 680), (0, 100), (0, 100), "skill of the base, %", title)
-        for name, points in series.items():
+        for k, (name, points) in enumerate(series.items()):
             marks = sorted(_mark(*point) for point in points)
             xs, ys, *_ = zip(*marks)
             page.plot(xs, ys, inks[name])
             for mark in marks:
-                page.dot(mark, inks[name])
+                page.dot(mark, inks[name], 32 - 5 * k)  # so that equal ones are rings around each other
     return page.finished()
 
 
