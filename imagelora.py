@@ -112,9 +112,9 @@ class ImageLoRA(nn.Module):
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
-    The note is for gradient checkpointing, which keeps a layer's input and runs the layer again in the backward pass.
-    No call is running then, and the thread may be another. If you checkpoint() a whole call of the model inside
-    disabled(), call backward() in there too: it runs the call again. After Ctrl-C call the whole model before a layer.
+    The note is for gradient checkpointing: it keeps a layer's input and runs the layer again in the backward pass. No
+    call is running then, and the thread may be another. A checkpoint() of a whole call in disabled() needs its backward()
+    there, too. If Ctrl-C has stopped a call, call the whole model once before you run a single layer.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
@@ -294,7 +294,7 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
 def select_heads(scores, num_heads, tau=0.5) -> Heads:
     """{layer: heads}, `num_heads` in all: layer l gets its k_l best, with k_l ∝ (sum_h I(l, h))^tau. scores [L, H].
 
-    tau=0 spreads them evenly, a large one fills the most influential layers first; 0.5 is the authors' default."""
+    tau=0 spreads them evenly, a large one fills the best layers first; 0.5 is the authors'. All layers have H heads."""
     _check_selection(scores, num_heads, tau)
     influence = scores.double().sum(1)  # of each layer
     weights = (influence / influence.max().clamp(min=1e-300)).pow(tau).clamp(min=1e-300)  # nothing over- or underflows

@@ -1,8 +1,8 @@
 """Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons. Domains:
 
 source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
-settings   pairs of a name and a switch right after it, anywhere; the right click is the *switch*
-row        a pair a row: the name at the left, its switch anywhere to its right; the right click is the *switch*
+settings   pairs of a name and a switch right after it, anywhere; the correct click is on the *switch*
+row        a pair a row: the name at the left, its switch anywhere to its right; the correct click is on the *switch*
 dark       the source task in a dark palette that nothing in pretraining has seen
 blueprint  the source task as white outlines on blue, so without colours; nothing in pretraining has seen it
 night      another dark palette, shown to the vision encoder in pretraining; nothing else is done with it
@@ -155,8 +155,8 @@ def _place_in_rows(rng, sizes: list[tuple[int, int]]) -> list[Box]:
 def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: str = "shown") -> Screen:
     """Screen number `index` of a split; the same arguments give the same screen.
 
-    switches: "erased" leaves them out of the picture, the right click stays where they would be; "exchanged" puts them
-    at the left end of their pair and the name at the right end. Nothing else of the screen changes."""
+    switches: "erased" leaves them out of the picture, the correct click stays where they would be; "exchanged" puts
+    them at the left end of their pair and the name at the right end. Nothing else of the screen changes."""
     rng = np.random.default_rng([SPLITS.index(split), tuple(PALETTES).index(domain), index, seed])
     least, most = COUNTS[domain]
     more = GAP + SWITCH[0] if domain in PAIRED else 0  # width of a pair than of its name
