@@ -105,8 +105,8 @@ class ImageLoRA(nn.Module):
 
     heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. If the model cannot be adapted,
     or an argument is wrong, it raises ValueError and leaves the model as it was. `.parameters()` are A, B and gamma
-    alone, float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at LoRA's rate or up to
-    eight times as much. Freeze gamma, or give it a tenth of that. How M gets to the values:
+    alone, float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at the rate of a LoRA of
+    alpha = 2 r or up to eight times as much. Freeze gamma, or give it a tenth of that. How M gets to the values:
 
         model(input_ids)     _find_rows      as the call begins: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
