@@ -79,7 +79,7 @@ class Config(Settings):
     split: str = option("test", "which screens those are", SPLITS)
     seed: int = option(0, "of the data's order, the adapter's start and the probe", least=0)
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    out: str = option("", "output directory, default runs/DOMAIN; of --explain runs/explain")
+    out: str = option("", "output directory, default runs/DOMAIN")
     resume: bool = option(False, "go on from OUT/checkpoint.pt")
     controls: bool = option(True, "measure trivial answers and other skills beside the task")
     film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")

@@ -132,7 +132,7 @@ def jobs_of(cfg: CompareConfig) -> list[dict]:
     add_heads(add)
     for name, rates in ((LORA, (0.0025, 0.005, 0.01)), (IMAGE_LORA, (0.01, 0.02, 0.04, 0.08))):
         for lr in rates:
-            add("rates", name, 3 if lr == 0.0025 else 1, lr=lr)
+            add("rates", name, 3, lr=lr)
     for lr in (0.0025, 0.01):
         add("rates", f"{LORA}, replay", 1, LORA, lr=lr, replay=1)
     for name in RANKS:
@@ -467,12 +467,15 @@ def controls(rows: list[dict]) -> str:
 
 
 def preserved(rows: list[dict]) -> str:
-    """What is left of other skills, beside LoRA's two remedies."""
-    ladder, rates = where(rows, part="ladder", domain="row"), where(rows, part="rates")
-    shown = [row for row in ladder if row["name"] in (FROZEN, LORA, SMALL_VISUAL, ALL_HEADS, IMAGE_LORA)]
-    shown += [row | {"name": f"{LORA}, a quarter of its rate"} for row in where(rates, lr=0.0025, replay=0)]
-    shown += where(rates, lr=0.01, replay=1)
-    return measures("trained on row, %", shown, PRESERVED)
+    """What is left of other skills, also at lower rates, and with replay."""
+    lower = {LORA: {"half": 0.005, "a quarter": 0.0025}, IMAGE_LORA: {"half": 0.04, "a quarter": 0.02}}
+    shown = []
+    for name in (FROZEN, LORA, ALL_HEADS, IMAGE_LORA, SMALL_VISUAL):
+        shown += where(rows, part="ladder", domain="row", name=name)
+        for share, lr in lower.get(name, {}).items():
+            of = where(rows, part="rates", name=name, lr=lr)
+            shown += [row | {"name": f"{name}, {share} of its rate"} for row in of]
+    return measures("trained on row, %", shown + where(rows, part="rates", lr=0.01, replay=1), PRESERVED)
 
 
 def beside_the_ladder(rows: list[dict], part: str) -> list[dict]:
