@@ -991,12 +991,12 @@ def test_the_five_steps_of_the_readme_are_all_that_a_trainer_needs_and_its_loop_
 def test_the_lines_of_the_readme_scale_points_to_the_picture_that_the_model_sees(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (12, 9)).save("cat.png")
-    examples = [{"image": name, "prompt": "what is at (6, 3) ?", "answer": "(12,9)"} for name in ("cat.png", None)]
+    examples = [{"image": name, "prompt": "what is at (6, 3) ?", "answer": "[12,9]"} for name in ("cat.png", None)]
     given = {"Image": Image, "processor": Mock(), "examples": examples}
     given["processor"].image_processor.patch_size = 4
     given["ask"] = lambda asked: {"image_grid_thw": torch.tensor([[1, 2, 4]])}  # 8 pixels high, 16 wide
     exec(blocks(PAGES[0], "def resized")[0], given)
-    assert given["examples"] == [examples[0] | {"prompt": "what is at (8, 3) ?", "answer": "(16, 8)"}, examples[1]]
+    assert given["examples"] == [examples[0] | {"prompt": "what is at (8, 3) ?", "answer": "[16, 8]"}, examples[1]]
 
 
 # 11. Real Hugging Face VLMs: tiny random models of every family, built offline

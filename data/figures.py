@@ -38,12 +38,12 @@ class Page(ImageDraw.ImageDraw):
     def write(self, x, y, words: str, fill=INK, anchor="lm"):
         self.text((x, y), words, fill, FONT, anchor)
 
-    def legend(self, title: str, inks: dict, own_line=False):
+    def legend(self, title: str, inks: dict, own_line=False, rings=False):
         """The first line: a title, then each name in its ink, there or on a line of their own."""
         self.write(MARGIN, TITLE, title)
         x, y = (MARGIN - 80, TITLE + 96) if own_line else (MARGIN + self.textlength(title, FONT), TITLE)
         for name, fill in inks.items():
-            self.circle((x + 100, y), 20, fill)
+            self.circle((x + 100, y), 20, None if rings else fill, fill, 6)
             self.write(x + 136, y, name, fill)
             x += 136 + self.textlength(name, FONT)
 
@@ -188,7 +188,7 @@ def choices(panels: dict) -> Image.Image:
     """What choices of heads reach, a panel each: {title: {group: {choice: [click accuracy of a run, %, ...]}}}."""
     page = Page(1260)
     inks = dict(zip(("top", "matched", "random", "gate"), (BLUE, GREEN, GREY, ORANGE)))
-    page.legend("correct clicks on row screens, %; a ring is a run, a line their mean", inks)
+    page.legend("correct clicks on row screens, %; a ring is a run, a line their mean", inks, rings=True)
     for i, (title, groups) in enumerate(panels.items()):
         left = 160 + 1640 * i
         page.axes((left, 280, left + 1480, 1100), (), (0, 100), "", title)
