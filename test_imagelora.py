@@ -988,11 +988,9 @@ def test_the_five_steps_of_the_readme_are_all_that_a_trainer_needs_and_its_loop_
     assert sum(map(len, load(given["adapter"].detach(), "adapter.pt").heads.values())) == L * H // 2
 
 
-def test_the_lines_of_the_readme_scale_points_to_the_picture_that_the_model_sees(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (12, 9)).save("cat.png")
+def test_the_lines_of_the_readme_scale_points_to_the_picture_that_the_model_sees():
     examples = [{"image": name, "prompt": "what is at (6, 3) ?", "answer": "[12,9]"} for name in ("cat.png", None)]
-    given = {"Image": Image, "processor": Mock(), "examples": examples}
+    given = {"picture": lambda e: Image.new("RGB", (12, 9)), "processor": Mock(), "examples": examples}
     given["processor"].image_processor.patch_size = 4
     given["ask"] = lambda asked: {"image_grid_thw": torch.tensor([[1, 2, 4]])}  # 8 pixels high, 16 wide
     exec(blocks(PAGES[0], "def resized")[0], given)
