@@ -113,8 +113,8 @@ class ImageLoRA(nn.Module):
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
     The note is for gradient checkpointing: it keeps a layer's input and runs the layer again in the backward pass. No
-    call is running then, and the thread may be another. A checkpoint() of a whole call in disabled() needs its backward
-    pass there, too. If Ctrl-C has stopped a call, call the whole model once before you run a single layer.
+    call is running then, and the thread may be another. If you checkpoint() a whole call inside disabled(), run its
+    backward pass in there, too. If Ctrl-C has stopped a call, call the whole model once before you run a single layer.
     """
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):

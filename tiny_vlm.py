@@ -3,7 +3,7 @@
     pixel_values ── vision_tower (ViT) ── multi_modal_projector ──┐ visual embeddings
     input_ids ───── embed_tokens ── placeholders replaced by them ┴─ language_model (GPT) ── logits
 
-An image is a run of `config.image_token_id` placeholders in `input_ids`, one per patch, as in every Hugging Face VLM.
+An image is a run of `config.image_token_id` placeholders in `input_ids`, as in most Hugging Face VLMs, one per patch.
 
 Shapes: B batch · T tokens · N images · P patches · D hidden size · H value, H_q query heads · d their size · V words
 """
