@@ -6,7 +6,7 @@ in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes 
 the layer's queries, keys, text rows and other heads stay. With no image the output is the base model's, bit for bit.
 
     scores = score_heads(model, batches)                       # which value heads carry the image into the answer
-    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; train A and B, freeze gamma
+    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; freeze gamma yourself
     adapter.save("adapter.pt")                                 # after training
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 

@@ -1174,6 +1174,7 @@ def test_readmes_script_trains_on_two_processes_as_on_one_goes_on_and_answers(fa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it: sums of floats in one order
     script += '\ntorch.save([adapter.state_dict(), dict(collate(examples[:2]))], f"rank{args.process_index}.pt")\n'
     Path("tune.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tune.py"]
