@@ -43,7 +43,7 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 class ValueAdapter(nn.Module):
     """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
 
-    B starts at zero: the model starts as the base. A starts as in LoRA, gamma at 1: near 0 B's steps would do little.
+    B starts at zero: the model starts as the base. A starts as in LoRA, gamma at 1: a small gamma would blunt B.
     """
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):

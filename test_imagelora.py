@@ -1126,7 +1126,11 @@ def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_the_loop_of
     given = {"model": model, "adapter": adapter, "batches": [batch, batch], "torch": torch}
     exec(blocks(PAGES[0], "optimizer.zero_grad()")[0], given)
     assert all(a.B.flatten(1).any(1).all() for a in adapter.layers.values())
-    assert torch.equal(logits_of(model, text), base_text) and not torch.equal(logits_of(model, batch), base)
+    tuned = logits_of(model, batch)
+    assert torch.equal(logits_of(model, text), base_text) and not torch.equal(tuned, base)
+    adapter.save(tmp_path / "adapter.pt")
+    load(adapter.detach(), tmp_path / "adapter.pt")
+    assert torch.equal(logits_of(model, batch), tuned)
 
 
 def processor_for(family: str):
