@@ -56,12 +56,12 @@ BASES = {  # how they are made; the first is the shipped one
 }
 SHIPPED, *OTHERS = BASES
 DOSED = {  # other second stages of these bases
-    f"{SHIPPED}, 0 relations": (SHIPPED, {"relations": 0}),
-    f"{OTHERS[0]}, 0 relations": (OTHERS[0], {"relations": 0}),
-    f"{SHIPPED}, 1 relations, 700 steps": (SHIPPED, {"relations": 1, "second_steps": 700}),
-    f"{SHIPPED}, 1 relations": (SHIPPED, {"relations": 1}),
+    f"{SHIPPED}, no relations": (SHIPPED, {"relations": 0}),
+    f"{OTHERS[0]}, no relations": (OTHERS[0], {"relations": 0}),
+    f"{SHIPPED}, 1 relation screen, 700 steps": (SHIPPED, {"relations": 1, "second_steps": 700}),
+    f"{SHIPPED}, 1 relation screen": (SHIPPED, {"relations": 1}),
 }
-NO_SKILL = f"{SHIPPED}, 0 relations"
+NO_SKILL = f"{SHIPPED}, no relations"
 MAIN = (LORA, VALUES, IMAGE_LORA)
 ON_BASES = (LORA, VALUES, ALL_HEADS, IMAGE_LORA)  # what was run on every base, whole or with another second stage
 HEADLINE = (LORA, LORA_VISUAL, VALUES, ALL_HEADS, IMAGE_LORA, SMALL_VISUAL)
