@@ -320,7 +320,7 @@ def spread(rows: list[dict], field: str = "action_acc") -> tuple[float, float]:
 
 
 def percent(rows: list[dict], field: str = "action_acc") -> str:
-    """`spread` in words."""
+    """`spread` as text; the rows that lack the field are left out."""
     known = [row for row in rows if field in row]
     form = "{:.1f} ±{:.1f}" if len(known) > 1 else "{:.1f}"
     return form.format(*spread(known, field)) if known else ""
@@ -468,13 +468,13 @@ def controls(rows: list[dict]) -> str:
 
 def preserved(rows: list[dict]) -> str:
     """What is left of other skills, also at lower rates, and with replay."""
-    lower = {LORA: {"half": 0.005, "a quarter": 0.0025}, IMAGE_LORA: {"half": 0.04, "a quarter": 0.02}}
     shown = []
     for name in (FROZEN, LORA, ALL_HEADS, IMAGE_LORA, SMALL_VISUAL):
-        shown += where(rows, part="ladder", domain="row", name=name)
-        for share, lr in lower.get(name, {}).items():
-            of = where(rows, part="rates", name=name, lr=lr)
-            shown += [row | {"name": f"{name}, {share} of its rate"} for row in of]
+        own = where(rows, part="ladder", domain="row", name=name)
+        shown += own
+        for share, parts in {"half": 2, "a quarter": 4}.items():
+            lower = where(rows, part="rates", name=name, lr=own[0]["lr"] / parts)
+            shown += [row | {"name": f"{name}, {share} of its rate"} for row in lower]
     return measures("trained on row, %", shown + where(rows, part="rates", lr=0.01, replay=1), PRESERVED)
 
 
@@ -557,14 +557,15 @@ def pictures(rows: list[dict]) -> dict:
         kept = not any(row["text_logits_max_abs_diff"] for row in of)
         points.append({"name": name, "x": x, "y": y, "spread": over_seeds, "kept": kept})
     relation = {row["of_base"]: row["relation"] for row in where(rows, part="pretraining")}
-    panels = defaultdict(dict)
+    soon, late = defaultdict(dict), defaultdict(dict)
     for first, name in product(BASES, ON_BASES):
         bases = [first, *(base for base, (start, _) in DOSED.items() if start == first)]
-        soon = [(relation[base], best_click(early_rows(rows, of_base=base, name=name)), 0) for base in bases]
-        late = [(relation[base], *spread(where(on_bases(rows, [base]), name=name))) for base in bases]
-        panels[f"{first}, {TUNING_STEPS} steps, validation screens"][name] = soon
-        panels[f"{first}, {STEPS} steps, test screens"][name] = late
-    panels = {title: panels[title] for title in sorted(panels, key=lambda title: str(STEPS) in title)}
+        soon[f"{first}, {TUNING_STEPS} steps, validation screens"][name] = [
+            (relation[base], best_click(early_rows(rows, of_base=base, name=name)), 0) for base in bases
+        ]
+        late[f"{first}, {STEPS} steps, test screens"][name] = [
+            (relation[base], *spread(where(on_bases(rows, [base]), name=name))) for base in bases
+        ]
     sets = {}
     for size, base in product((4, 8), BASES):
         of = where(rows, part="probe", domain="row", num_heads=size, of_base=base)
@@ -574,7 +575,7 @@ def pictures(rows: list[dict]) -> dict:
     shares = [(name, of / max(flops.values())) for name, of in flops.items()]
     return {
         "trade_off": figures.trade_off(points),
-        "skill": figures.skill(panels),
+        "skill": figures.skill(soon | late),
         "choices": figures.choices(sets),
         "factors": figures.factors(shares),
     }
