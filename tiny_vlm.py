@@ -8,9 +8,8 @@ An image is a run of `config.image_token_id` placeholders in `input_ids`, as in 
 Shapes: B batch · T tokens · N images · P patches · D hidden size · H value, H_q query heads · d their size · V words
 """
 
-import io
 import zipfile
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +36,14 @@ class TinyVLMConfig:
     rope_theta: int = 10000
 
     def __post_init__(self):
-        for f in fields(self):
-            value, least = getattr(self, f.name), 0 if f.name.endswith("_id") else 1
-            if type(value) is not int or not least <= value <= 16384:
-                raise ValueError(f"{f.name} must be an integer in {least}..16384, got {value!r}")
         for whole, part in (
-            ("image_size", "patch_size"),
+            ("image_size", "patch_size"),  # or the picture's edge would not be seen
             ("vision_hidden_size", "vision_num_attention_heads"),
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
         ):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}")
-        for name in ("image_token_id", "pad_token_id", "eos_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(f"{name} must be below vocab_size {self.vocab_size}, got {getattr(self, name)}")
 
     @property
     def num_patches(self) -> int:
@@ -191,13 +183,12 @@ class TinyVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, path) -> "TinyVLM":
         """The model in the file {"config", "state"}, float32, for evaluation. ValueError where the file holds none."""
-        checked = io.BytesIO()
         try:
-            with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
-                for name in archive.namelist():
-                    copy.writestr(name, archive.read(name))  # torch.load itself would not notice a flipped bit
-            checked.seek(0)
-            content = torch.load(checked, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load itself would not notice a flipped bit
+            if damaged:
+                raise ValueError(f"its part {damaged} is damaged")
+            content = torch.load(path, map_location="cpu", weights_only=True)
             model = cls(TinyVLMConfig(**content["config"]))
             model.load_state_dict(content["state"])
         except Exception as error:

@@ -1,6 +1,8 @@
-"""Synthetic screens, word problems and the tokenizer; everything is reproducible from (domain, split, index, seed)."""
+"""The tiny world, the base model, the baselines and the evidence; and what all commands share."""
 
 import argparse
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from multiprocessing import parent_process
 
@@ -26,22 +28,32 @@ class Settings:
                 raise ValueError(f"{f.name} must be finite and at least {least}, got {value}")
 
 
-def parse(settings_class, arguments: list[str], prog: str, description: str):
-    """The settings in these arguments: an option for each field of the dataclass."""
+def command(settings_class, job: Callable, description: str, arguments: list[str] | None = None) -> int:
+    """Runs job(settings), with an option for each field of the dataclass.
+
+    Returns the exit status: 0, 1 the loss was not finite, 2 bad input, 130 interrupted."""
     form = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog, description=description, formatter_class=form, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
     for f in fields(settings_class):
         known = " | ".join(f.metadata["choices"])
         text = f"{known}{': ' * bool(known)}{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
-        kind = {"type": type(f.default)}
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
+        kind = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text, **kind)
-    return settings_class(**vars(parser.parse_args(arguments)))
+    try:
+        job(settings_class(**vars(parser.parse_args(arguments))))
+    except KeyboardInterrupt:
+        print("\nstopped")
+        return 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def progress(first: int, total: int, name: str) -> tqdm:
-    """A progress bar over the steps first..total-1; none in a process of a pool."""
+def progress(steps: Iterable, name: str, total: int | None = None, quiet: bool = False) -> tqdm:
+    """A progress bar over these steps; none in a process of a pool."""
     layout = "{desc:<9}|{bar:24}| {n_fmt}/{total_fmt}{postfix}  {elapsed} < {remaining}"
-    quiet = parent_process() is not None
-    return tqdm(range(first, total), name, total, initial=first, bar_format=layout, disable=quiet)
+    return tqdm(steps, name, total, bar_format=layout, disable=quiet or parent_process() is not None)

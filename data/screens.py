@@ -4,12 +4,12 @@ source     light screens, elements anywhere; the only domain whose questions the
 settings   pairs of a name and a switch right after it, anywhere; the correct click is on the *switch*
 row        a pair a row: the name at the left, its switch anywhere to its right; the correct click is on the *switch*
 dark       the source task in a dark palette that nothing in pretraining has seen
-blueprint  the source task as white outlines on blue, so without colours; nothing in pretraining has seen it
 night      another dark palette, shown to the vision encoder in pretraining; nothing else is done with it
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -30,22 +30,26 @@ GAP = 6  # pixels between a name and its switch on `settings`, at least so many 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
 
 
-@dataclass(frozen=True)
-class Palette:
+class Domain(NamedTuple):
+    """A kind of screen: its colours, and what stands on it."""
+
+    number: int  # in the random seeds of its screens
     background: str
     button: str
     text: str
     icons: dict[str, str]  # colour -> what is drawn
-    outline: bool = False  # buttons and icons as outlines without their fill
+    names: tuple[int, int] = (5, 7)  # on a screen, least and most
+    paired: bool = False  # whether names have switches
 
 
-PALETTES = dict.fromkeys(("source", "settings", "row"), Palette("#f5f6f8", "#dfe3ea", "#1e2430", LIGHT))
-PALETTES["dark"] = Palette("#0e3d44", "#17606b", "#e2f6f8", DARK)
-PALETTES["blueprint"] = Palette("#1f4fa0", "#ffffff", "#ffffff", {"": "#ffffff"}, outline=True)
-DOMAINS = tuple(PALETTES)  # what a run can be about
-PALETTES["night"] = Palette("#14171c", "#303743", "#eef1f6", DARK)
-PAIRED = ("settings", "row")  # domains whose names have switches
-COUNTS = dict.fromkeys(PALETTES, (5, 7)) | {"settings": (4, 6), "row": (4, 5)}  # names on a screen, least and most
+_LIGHT = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT
+DOMAINS = {
+    "source": Domain(0, *_LIGHT),
+    "settings": Domain(1, *_LIGHT, names=(4, 6), paired=True),
+    "row": Domain(2, *_LIGHT, names=(4, 5), paired=True),
+    "dark": Domain(3, "#0e3d44", "#17606b", "#e2f6f8", DARK),
+    "night": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Element:
     """Something that is drawn on a screen."""
 
     name: str  # a word of LABELS or ICONS, or "switch"
-    colour: str  # of an icon; "" for text, and on blueprint
+    colour: str  # of an icon; "" for text
     data_type: str  # "text" | "icon"
     bbox: Box  # where it is drawn
     click: Box | None  # where a click on it belongs; None for what is never asked for
@@ -94,7 +98,7 @@ def _outlines() -> dict[str, np.ndarray]:
 @cache
 def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.Image:
     """An element as an RGBA picture, drawn once at 4 times its size and averaged down (anti-aliasing)."""
-    palette, k = PALETTES[domain], 4
+    look, k = DOMAINS[domain], 4
     width, height = SWITCH if kind == "switch" else (size, size)
     if kind == "text":
         font = ImageFont.load_default(size * k)
@@ -102,28 +106,26 @@ def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.
     sprite = Image.new("RGBA", (width * k, height * k))
     draw, right, bottom = ImageDraw.Draw(sprite), width * k - 1, height * k - 1
     if kind == "text":
-        fill = None if palette.outline else palette.button
-        draw.rounded_rectangle((0, 0, right, bottom), 3 * k, fill, palette.button, k)
-        draw.text((width * k / 2, height * k / 2), name, fill=palette.text, font=font, anchor="mm")
+        draw.rounded_rectangle((0, 0, right, bottom), 3 * k, look.button, look.button, k)
+        draw.text((width * k / 2, height * k / 2), name, fill=look.text, font=font, anchor="mm")
     elif kind == "switch":
         track, x = ("#3c4657", (width - height) * k) if name == "on" else ("#b4bac4", 0)
         draw.rounded_rectangle((0, 0, right, bottom), height * k // 2, fill=track)
         draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
     else:
-        line, corners = palette.icons[colour], _outlines()[name] * (right, bottom)
-        draw.polygon(corners.flatten().tolist(), None if palette.outline else line, line, width=6)
+        corners = _outlines()[name] * (right, bottom)
+        draw.polygon(corners.flatten().tolist(), look.icons[colour], look.icons[colour], width=6)
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
-def _contents(rng: np.random.Generator, count: int, domain: str) -> list[tuple[str, str, str, int]]:
+def _contents(rng, count: int) -> list[tuple]:
     """`count` (kind, name, colour, size), half of them text; names are unique, icons at least together with colour."""
-    colours = tuple(PALETTES[domain].icons)
     texts = rng.choice(len(LABELS), count // 2, replace=False)
-    kinds = rng.permutation(len(ICONS))[: 3 if len(colours) > 1 else None]  # few, so often ambiguous without colour
-    pairs = rng.choice(len(kinds) * len(colours), count - count // 2, replace=False)
+    kinds = rng.permutation(len(ICONS))[:3]  # few, so often ambiguous without colour
+    pairs = rng.choice(len(kinds) * len(COLOURS), count - count // 2, replace=False)
     items = [("text", LABELS[i], "", int(rng.integers(11, 13))) for i in texts]
-    for kind, colour in (divmod(int(p), len(colours)) for p in pairs):
-        items.append(("icon", ICONS[kinds[kind]], colours[colour], int(rng.choice((14, 18, 22)))))
+    for kind, colour in (divmod(int(p), len(COLOURS)) for p in pairs):
+        items.append(("icon", ICONS[kinds[kind]], COLOURS[colour], int(rng.choice((14, 18, 22)))))
     return items
 
 
@@ -152,27 +154,27 @@ def _place_in_rows(rng, sizes: list[tuple[int, int]]) -> list[Box]:
     return boxes
 
 
-def draw_screen(domain: str, split: str, index: int, seed: int = 0, switches: str = "shown") -> Screen:
+def draw_screen(domain: str, split: str, index: int, seed=0, switches="shown") -> Screen:
     """Screen number `index` of a split; the same arguments give the same screen.
 
     switches: "erased" leaves them out of the picture, the correct click stays where they would be; "exchanged" puts
     them at the left end of their pair and the name at the right end. Nothing else of the screen changes."""
-    rng = np.random.default_rng([SPLITS.index(split), tuple(PALETTES).index(domain), index, seed])
-    least, most = COUNTS[domain]
-    more = GAP + SWITCH[0] if domain in PAIRED else 0  # width of a pair than of its name
+    look = DOMAINS[domain]
+    rng = np.random.default_rng([SPLITS.index(split), look.number, index, seed])
+    more = GAP + SWITCH[0] if look.paired else 0  # width of a pair than of its name
     boxes = None
     while boxes is None:
-        items = _contents(rng, int(rng.integers(least, most + 1)), domain)
+        items = _contents(rng, int(rng.integers(look.names[0], look.names[1] + 1)))
         sprites = [_sprite(*item, domain) for item in items]
         sizes = [(sprite.width + more, sprite.height) for sprite in sprites]
         boxes = _place_in_rows(rng, sizes) if domain == "row" else _place_freely(rng, sizes)
 
-    image, elements = Image.new("RGB", (SIZE, SIZE), PALETTES[domain].background), []
+    image, elements = Image.new("RGB", (SIZE, SIZE), look.background), []
     for (kind, name, colour, _), sprite, (left, top, right, bottom) in zip(items, sprites, boxes):
         x, beside = (right - sprite.width, left) if switches == "exchanged" else (left, right - SWITCH[0])
         image.paste(sprite, (x, top), sprite)
         box = target = (x, top, x + sprite.width, bottom)
-        if domain in PAIRED:
+        if look.paired:
             toggle = _sprite("switch", ("on", "off")[rng.integers(2)], "", 0, domain)
             y = (top + bottom - SWITCH[1]) // 2
             target = (beside, y, beside + SWITCH[0], y + SWITCH[1])
@@ -189,7 +191,7 @@ def centre_bins(bbox: Box) -> tuple[int, int]:
     return (left + right) // (2 * BIN), (top + bottom) // (2 * BIN)
 
 
-def called(screen: Screen, element: Element, by_colour: bool = False) -> str:
+def called(screen: Screen, element: Element, by_colour=False) -> str:
     """What a question calls an element: by its colour too where its name is ambiguous.
 
     by_colour: an icon by that alone where it is enough."""
@@ -199,7 +201,7 @@ def called(screen: Screen, element: Element, by_colour: bool = False) -> str:
     return element.name if names.count(element.name) == 1 else f"{element.colour} {element.name}"
 
 
-def grounding(screen: Screen, element: Element, rng: np.random.Generator, by_colour: bool = False) -> dict:
+def grounding(screen: Screen, element: Element, rng, by_colour=False) -> dict:
     """A sample with ScreenSpot's names (bbox, instruction, data_type) and the `answer` to train on."""
     name = called(screen, element, by_colour)
     x, y = centre_bins(element.click)
@@ -239,18 +241,11 @@ def relations(screen: Screen) -> list[dict]:
     ]
 
 
-def fits_prior(target: Element) -> bool:
-    """Whether a target lies in the quarter of the screen that a language prior gives to its name."""
-    x, y = centre_bins(target.click)
-    names = (*LABELS, *ICONS)
-    return names.index(target.name) % 4 == 2 * (2 * y // BINS) + 2 * x // BINS
-
-
-def ask(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False, prior=False) -> list[dict]:
+def ask(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False) -> list:
     """So many random samples. refer: share that give the point and ask for the name; by_colour: as in `grounding`.
 
-    distinct: no target twice before each was asked for once; prior: only targets that fit the language prior."""
-    targets = [target for target in screen.targets() if fits_prior(target) or not prior]
+    distinct: no target twice before each was asked for once."""
+    targets = screen.targets()
     order, samples = rng.permutation(len(targets)) if distinct else None, []
     for j in range(count):
         target = targets[order[j % len(order)] if distinct else rng.integers(len(targets))]

@@ -1,14 +1,15 @@
-"""Standard LoRA, the baseline: on whole Linear layers, of all tokens or of visual ones."""
+"""What Image-LoRA is compared with: standard LoRA, the authors' gate, and heads that no probe has chosen."""
 
 import math
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.costs import lora_costs, shape_of
-from imagelora import safe_save
+from imagelora import Heads, safe_save, select_heads
 
 
 class LoRA(nn.Module):
@@ -68,3 +69,36 @@ class LoRA(nn.Module):
 
     def save(self, path) -> None:
         safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
+
+
+def gate_scores(model, batches: list[dict]) -> Tensor:
+    """The authors' release scores a head by the squared gradient of a gate g on its values [L, H]."""
+    # dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
+    layers = model.language_model.layers
+    weights = [layer.self_attn.v_proj.weight for layer in layers]  # of [H * d_h, D]
+    scores = torch.zeros(len(layers), model.config.num_key_value_heads, device=model.device)
+    for batch in batches:
+        gradients = torch.autograd.grad(model(**batch).loss, weights)
+        products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
+        scores += products.unflatten(1, (scores.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
+    return scores.detach().cpu()
+
+
+def choose_heads(choice: str, scores: Tensor, count: int, tau: float, seed: int) -> Heads:
+    """So many heads of scores [L, H].
+
+    top, gate: the highest, layer by layer. random: any. matched: any, but as many in each layer as the highest are.
+    all: every head."""
+    layers, num_heads = scores.shape
+    rng = np.random.default_rng(seed)
+    if choice == "all":
+        return {layer: list(range(num_heads)) for layer in range(layers)}
+    heads = select_heads(scores, count, tau)
+    if choice == "random":
+        heads = {}
+        for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
+            heads.setdefault(i // num_heads, []).append(i % num_heads)
+    if choice == "matched":
+        for layer, selected in heads.items():
+            heads[layer] = sorted(rng.permutation(num_heads)[: len(selected)].tolist())
+    return heads

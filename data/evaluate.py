@@ -1,0 +1,184 @@
+"""Answers decoded and scored: the task, what else the model can do, and what a click gets without looking."""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import screens
+from data.prompts import CHUNK, load_base, questions, seen, training_batch, turn
+from data.screens import BIN, BINS, DOMAINS, Screen, is_hit
+from data.words import decode, parse_point, word_problem
+
+Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or the name that was answered
+
+
+def exam(drawn: list[Screen], task="grounding") -> list[tuple[int, dict]]:
+    """Every target of every screen asked once, or what is right of it: (number of the screen, sample)."""
+    asked = []
+    rng = np.random.default_rng(0)
+    for i, screen in enumerate(drawn):
+        if task == "relations":
+            samples = screens.relations(screen)
+        elif task == "referring":
+            samples = [screens.referring(screen, target) for target in screen.targets()]
+        else:
+            samples = [screens.grounding(screen, target, rng) for target in screen.targets()]
+        asked += [(i, sample) for sample in samples]
+    return asked
+
+
+@torch.no_grad()
+def answer(model, samples: list[dict], features: Tensor, history=0) -> list[str]:
+    """Greedy answers to `questions`."""
+    answers = []
+    for start in range(0, len(samples), CHUNK):
+        part = slice(start, start + CHUNK)
+        batch = questions(samples[part], features[part], history)
+        out = model.generate(**batch, max_new_tokens=3)
+        new = out[:, batch["input_ids"].shape[1] :]
+        answers += map(decode, new.tolist())
+    return answers
+
+
+def evaluate(model, drawn: list[Screen], features: Tensor, task="grounding", history=0) -> tuple[dict, list[Given]]:
+    """All targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers)."""
+    order, samples = zip(*exam(drawn, task))
+    answers = answer(model, samples, features[list(order)], history)
+    if task == "grounding":
+        answers = [*map(parse_point, answers)]
+        hits = np.array([is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)])
+        words = np.array([sample["data_type"] == "text" for sample in samples])
+        metrics = {
+            "action_acc": float(hits.mean()),
+            "text_acc": float(hits[words].mean()),
+            "icon_acc": float(hits[~words].mean()),
+            "wrong_format_num": answers.count(None),  # no points
+        }
+    else:
+        right = [given == sample["answer"] for given, sample in zip(answers, samples)]
+        metrics = {"name_acc" if task == "referring" else "relation_acc": float(np.mean(right))}
+    metrics["num_total"] = len(samples)
+    of_screens = [drawn[i] for i in order]
+    return metrics, [*zip(of_screens, samples, answers)]
+
+
+def evaluate_word_problems(model, features: Tensor, count=256) -> float:
+    """Share of test word problems whose final number is right, each asked after one of the images of `questions`."""
+    problems = [word_problem("test", i) for i in range(count)]
+    answers = answer(model, problems, features[torch.arange(count) % len(features)])
+    right = 0
+    for given, problem in zip(answers, problems):
+        right += given.split()[-1:] == problem["answer"].split()[-1:]
+    return right / count
+
+
+def examined(cfg, model, split: str, switches="shown"):
+    """The screens that a run is judged on, as `seen`."""
+    return seen(cfg.base, cfg.domain, split, cfg.test_screens, model.device, switches)
+
+
+def measure(cfg, model) -> tuple[dict, list[Given]]:
+    """(What the model can do: the task, source screens, word problems, these after an image; its answers)."""
+    drawn, features = examined(cfg, model, cfg.split)
+    metrics, given = evaluate(model, drawn, features, cfg.task, cfg.history)
+    source = seen(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
+    metrics["source_acc"] = evaluate(model, *source)[0]["action_acc"]
+    metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
+    metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
+    return metrics, given
+
+
+def score_line(domain: str, metrics: dict) -> str:
+    """The metrics of `evaluate` in words, and the word problems where they were measured too."""
+    line = "click accuracy on {domain} screens {action_acc:6.1%}  (words {text_acc:.1%}  icons {icon_acc:.1%})"
+    if "name_acc" in metrics:
+        line = "names right on {domain} screens {name_acc:6.1%}"
+    if "relation_acc" in metrics:
+        line = "what is right of a name, on {domain} screens {relation_acc:6.1%}"
+    if "word_problem_acc" in metrics:
+        line += "    word problems {word_problem_acc:.1%}"
+    return line.format(domain=domain, **metrics)
+
+
+@torch.no_grad()
+def text_logits(model) -> Tensor:
+    """Logits of text-only prompts (test word problems with their answers) [256, T, V]."""
+    told = [[turn(word_problem("test", i))] for i in range(256)]
+    ids = training_batch([[]] * len(told), 0, told)["input_ids"]
+    return model(ids.to(model.device)).logits
+
+
+def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
+    """Share of a batch's clicks, given teacher-forced, that hit their targets."""
+    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # each is x, y, <eos>
+    hits = 0
+    for words, box in zip(answers[:, :2].tolist(), boxes):
+        hits += is_hit(parse_point(decode(words)), box)
+    return hits / len(boxes)
+
+
+def few_answers(cfg, model) -> list[Given]:
+    """The answer to one question about each of the first six screens."""
+    drawn, features = examined(cfg, model, cfg.split)
+    _, given = evaluate(model, drawn[:6], features[:6], cfg.task, cfg.history)
+    few = []
+    for i, screen in enumerate(drawn[:6]):
+        about = [answer for answer in given if answer[0] is screen]
+        few.append(about[i % len(about)])  # words and icons
+    return few
+
+
+# ---- Controls: what a click gets without looking for the switch ------------------------------------------------------
+
+
+def best_move(clicks: list, boxes: list) -> tuple[int, int]:
+    """The move (dx, dy), in whole bins and one for all, after which the most of these clicks are in their boxes."""
+    steps = np.arange(1 - BINS, BINS) * BIN
+    x, y = np.array(clicks)[..., None].transpose(1, 0, 2)  # each [N, 1]
+    left, top, right, bottom = np.array(boxes)[..., None].transpose(1, 0, 2)
+    columns = (left <= x + steps) & (x + steps < right)  # [N, moves]
+    rows = (top <= y + steps) & (y + steps < bottom)
+    hits = columns.T.astype(float) @ rows  # [moves in x, moves in y]
+    dx, dy = np.unravel_index(hits.argmax(), hits.shape)
+    return int(steps[dx]), int(steps[dy])
+
+
+def rule(learn: list[Given], given: list[Given], kind="", start=lambda point: point) -> float:
+    """Click accuracy of a rule: from start(the base model's click), move as was best on the answers `learn`.
+
+    One move for all, or with `kind` (a field of the samples) one for each of these. No point is a miss."""
+    clicks, boxes = defaultdict(list), defaultdict(list)
+    for _, sample, point in learn:
+        if point:
+            clicks[sample.get(kind)].append(start(point))
+            boxes[sample.get(kind)].append(sample["bbox"])
+    moves = {which: best_move(clicks[which], boxes[which]) for which in clicks}
+    hits = 0
+    for _, sample, point in given:
+        if point:
+            x, y = start(point)
+            dx, dy = moves.get(sample.get(kind), (0, 0))
+            hits += is_hit((x + dx, y + dy), sample["bbox"])
+    return hits / len(given)
+
+
+def controls(cfg, model, base_given: list[Given]) -> dict[str, float]:
+    """Click accuracy of trivial rules, and of the model before pictures in which it could not or should not hit.
+
+    The rules: a constant; the base's click, moved by an offset for each kind of name, or for each name. They are found
+    on the base's answers about validation screens, and judged on `base_given`. The pictures: those without their
+    switches, and those with switch and name exchanged."""
+    base = load_base(cfg.base, model.device)
+    _, learn = evaluate(base, *examined(cfg, model, "validation"), history=cfg.history)
+    corner = BIN / 2, BIN / 2
+    found = {
+        "constant_acc": rule(learn, base_given, start=lambda point: corner),
+        "offset_acc": rule(learn, base_given, "data_type"),
+        "name_offset_acc": rule(learn, base_given, "name"),
+    }
+    for switches in ("erased", "exchanged") if DOMAINS[cfg.domain].paired else ():
+        metrics, _ = evaluate(model, *examined(cfg, model, cfg.split, switches), history=cfg.history)
+        found[f"{switches}_acc"] = metrics["action_acc"]
+    return found

@@ -1,0 +1,177 @@
+"""A guided walk: fine-tunes as train.py does, then follows one question through every step, tensor by tensor.
+
+python -m data.walk          with the options of train.py; writes OUT/look.png
+"""
+
+import inspect
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+import imagelora
+import train
+from data import command, figures
+from data.evaluate import answer, exam, examined, text_logits
+from data.prompts import batch_of, questions, training_data
+from data.screens import SIZE, is_hit
+
+
+def station(title: str, text: str, ran=None) -> None:
+    """A line of the walk; `ran` is the function of imagelora.py that has just run."""
+    where = f"   [imagelora.py:{inspect.getsourcelines(ran)[1]}]" if ran else ""
+    print(f"{title:13}{text}{where}")
+
+
+def walk(cfg: train.Config) -> None:
+    """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
+    if (cfg.method, cfg.task, cfg.history) != ("image_lora", "grounding", 0):
+        raise ValueError("the walk is one of image_lora and grounding, without word problems before the screens")
+    out = Path(cfg.out or f"runs/{cfg.domain}")
+    out.mkdir(parents=True, exist_ok=True)
+    done = train.finetune(cfg)
+    model, adapter = done.model, done.adapter
+    _, sample, point = done.before[0]
+    drawn, features = examined(cfg, model, cfg.split)
+    print()
+    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
+    station("", f"right is a click in the box {sample['bbox']}; the base model clicks {point}")
+    show_start(cfg, adapter.heads)
+    show_update(model, adapter, questions([sample], features[:1]))
+    logits = text_logits(model)
+    with adapter.disabled():
+        change = (logits - text_logits(model)).abs().max()
+    station("6 text", f"logits of {len(logits)} prompts without an image: max change {change:g}")
+    show_decoding(model, adapter, sample, features[:1])
+    station("8 answer", f"{point} before, {done.after[0][2]} now; right is a click in {sample['bbox']}")
+    show_looking(done, drawn, features, out / "look.png")
+
+
+def show_start(cfg: train.Config, heads: imagelora.Heads) -> None:
+    """The first backward pass, on a fresh base."""
+    model = train.load_base(cfg)
+    torch.manual_seed(cfg.seed)
+    adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
+    lowest = min(heads)
+    values = adapter.layers[str(lowest)]
+    station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", imagelora.attach)
+    batch, _ = batch_of(cfg, training_data(cfg, model.device), 0)
+    model(**batch).loss.backward()
+    norms = ", ".join(f"{name} {p.grad.norm():.2g}" for name, p in values.named_parameters())
+    station("", f"first step, norms of the gradients: {norms}; while B = 0, A and gamma have none")
+
+
+def show_update(model, adapter: imagelora.ImageLoRA, one: dict) -> None:
+    """What the adapter adds to the values of a prompt in its lowest layer, and how far queries move above it."""
+    lowest = min(adapter.heads)
+    tuned = projected(model, one)
+    with adapter.disabled():
+        base = projected(model, one)
+    values = base["v", lowest]  # X W_V [T, H * d_h]: the lowest adapted layer reads what it read before
+    update = tuned["v", lowest] - values
+    rows = update.abs().sum(1).nonzero().squeeze(1)
+    station(
+        "3 M X",
+        f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's",
+        imagelora.ValueAdapter.add_update,
+    )
+    station("4 update", f"layer {lowest}, norms over these rows by head:", imagelora.ValueAdapter.forward)
+    for name, tensor in (("X W_V(h)", values), ("update", update)):
+        by_head = tensor[rows].unflatten(1, (model.config.num_key_value_heads, -1))  # [N, H, d_h]
+        shown = "  ".join(f"{norm:6.2f}" for norm in by_head.norm(dim=(0, 2)).tolist())
+        station("", f"{name:9}{shown}")
+    moved = []
+    for layer in range(model.config.num_hidden_layers):
+        change = (tuned["q", layer] - base["q", layer]).norm() / base["q", layer].norm()
+        moved.append(f"{change:.0%} in layer {layer}")
+    station("5 looking", f"queries moved by {', '.join(moved)}: the lowest adapted layer looks where it looked")
+
+
+@torch.no_grad()
+def projected(model, one: dict) -> dict:
+    """Queries and values of one sequence in every layer, {("q" or "v", layer): [T, H * d_h]}."""
+    found, names = {}, {}
+    for i, layer in enumerate(model.language_model.layers):
+        names[layer.self_attn.q_proj] = "q", i
+        names[layer.self_attn.v_proj] = "v", i
+
+    def keep(linear, inputs, output):
+        found[names[linear]] = output[0]
+
+    hooks = [linear.register_forward_hook(keep) for linear in names]
+    model(**one)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def show_decoding(model, adapter: imagelora.ImageLoRA, sample: dict, features) -> None:
+    """How many rows are adapted in each forward pass of an answer."""
+    rows = []
+    values = next(iter(adapter.layers.values()))
+    counts = [
+        model.register_forward_pre_hook(lambda module, inputs: rows.append(0)),
+        values.register_forward_pre_hook(lambda module, inputs: rows.append(rows.pop() + len(inputs[0]))),
+    ]
+    answer(model, [sample], features)
+    for count in counts:
+        count.remove()
+    station("7 decoding", f"rows adapted, by forward pass: {rows}", imagelora.ImageLoRA._find_rows)
+
+
+# ---- Where heads look ------------------------------------------------------------------------------------------------
+
+
+def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> None:
+    """The head that has turned to the right targets the most, and a picture of four answers of it."""
+    model, disabled = done.model, done.adapter.disabled
+    shares = looks(model, drawn, features)
+    with disabled():
+        base_shares = looks(model, drawn, features)
+    layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
+    hits = [is_hit(click, sample["bbox"]) for _, sample, click in done.after]
+    shown = []
+    for i in (0, len(hits) // 3, 2 * len(hits) // 3, hits.index(min(hits))):  # the last is wrong, if any is
+        screen, sample, _ = done.after[i]
+        asked = questions([sample], features[[drawn.index(screen)]])
+        weights = attention_maps(model, asked)[layer, head]
+        with disabled():
+            base_weights = attention_maps(model, asked)[layer, head]
+        shown.append((done.before[i], done.after[i], base_weights, weights))
+    figures.save(figures.look(shown, layer, head), path)
+    station("9 picture", f"{path}: how head {head} of layer {layer} has turned to the right targets;")
+    share, base_share = shares[layer, head], base_shares[layer, head]
+    station("", f"they had {base_share:.0%} of its attention and have {share:.0%} now")
+
+
+@torch.no_grad()
+def attention_maps(model, batch: dict) -> torch.Tensor:
+    """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H, P]."""
+    with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
+        model(**batch)
+    maps = []
+    for (query, key, _), _ in attend.call_args_list:  # [1, heads, T, d], rotated
+        scores = query[0, :, -1:] @ key[0].mT / query.shape[-1] ** 0.5
+        maps.append(scores.softmax(-1)[:, 0])
+    visual = batch["input_ids"][0] == model.config.image_token_id
+    return torch.stack(maps)[..., visual]
+
+
+def looks(model, drawn: list, features, count: int = 100) -> torch.Tensor:
+    """The share of its attention that each head gives to the patches of the right target, from the last token before
+    the answer: the mean over so many questions [L, H]."""
+    side = round(model.config.num_patches**0.5)
+    size = SIZE // side
+    shares = []
+    for i, sample in exam(drawn)[:count]:
+        left, top, right, bottom = sample["bbox"]
+        maps = attention_maps(model, questions([sample], features[[i]])).unflatten(-1, (side, side))
+        of_target = maps[..., top // size : (bottom - 1) // size + 1, left // size : (right - 1) // size + 1]
+        shares.append(of_target.sum((-2, -1)))
+    return torch.stack(shares).mean(0)
+
+
+if __name__ == "__main__":
+    sys.exit(command(train.Config, walk, __doc__))
