@@ -25,41 +25,39 @@ layer (the KV heads under grouped-query attention) · d_h head size · r rank ·
 """
 
 import io
-import math
 import os
 import threading
 import zipfile
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Heads = dict[int, list[int]]  # {layer: [value head, ...]}
+NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 
 
 class ValueAdapter(nn.Module):
-    """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer.
-
-    B starts at zero: the model starts as the base. A starts as in LoRA, gamma at 1: a small gamma would blunt B.
-    """
+    """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer; it starts with B = 0."""
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
         super().__init__()
         self.num_kv_heads = num_kv_heads
         self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
+        self.heads = torch.tensor(heads, device="cpu")  # S, [|S|]; no buffer: to_empty() and the like would unset it
         self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))  # shared by the layer's heads
         self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))  # a block for each head
-        self.gamma = nn.Parameter(torch.ones(1, device=device))  # [1], not []: FSDP shards no scalars
-        self.register_buffer("heads", torch.tensor(heads, device=device), persistent=False)  # S, [|S|]
-        nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5))  # uniform in +-1/sqrt(D), as PEFT's LoRA
+        self.gamma = nn.Parameter(torch.ones(1, device=device))  # a small one blunts B; FSDP shards no scalars
+        self.float()  # whatever torch.set_default_dtype() says
+        nn.init.kaiming_uniform_(self.A.T, a=5**0.5)  # uniform in +-1/sqrt(D), as PEFT's LoRA
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
         # z = x A: what the selected heads share. BLAS is several times faster on a contiguous A^T [r, D].
-        z = F.linear(x_vis, self.A.T.contiguous())  # [N, r]
+        z = nn.functional.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
         B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
         return z @ B.transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
@@ -67,16 +65,15 @@ class ValueAdapter(nn.Module):
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values V~.
 
-        M X is a gather of rows, so nothing is computed for text tokens. Without any row the values stay, but every
-        parameter gets a gradient (of zero), which data-parallel training needs.
-        """
+        M X is a gather of rows, so nothing is computed for text tokens. Without any row the values stay, and the
+        parameters' gradients are zero, not missing: data-parallel training needs them."""
         H, d_h = self.num_kv_heads, self.B.shape[2]
         _require(value.shape[-1] == H * d_h, SPLIT.format(value.shape[-1], H, d_h), RuntimeError)
         x_vis = x.flatten(0, -2).index_select(0, rows)  # M X without its zero rows, [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h): in the values seen as [B * T * H, d_h], head h of token n is row n * H + h
         by_head = value.reshape(-1, d_h)
-        head_rows = (rows[:, None] * H + self.heads).flatten()  # [N * |S|]
+        head_rows = (rows[:, None] * H + self.heads.to(rows.device, non_blocking=True)).flatten()  # [N * |S|]
         return by_head.index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
     def _apply(self, fn, recurse=True):
@@ -87,14 +84,15 @@ class ValueAdapter(nn.Module):
         return super()._apply(moved, recurse)
 
 
-class ThisThread(threading.local):  # the calling thread's contexts, and its call of the model
-    enabled = True  # False: in disabled()
-    mask = None  # [B, T]: in visual_mask()
-    rows = None  # [N], the visual ones of B * T, in a call of the model; None: no call is running
-    shape = None  # [B, T] of that call
+CONTEXTS = ContextVar("CONTEXTS")  # this thread's or coroutine's {adapter: {"disabled": True, "mask": ...}}
+
+
+class ThisThread(threading.local):  # the calling thread's call of the model, if one is running
+    rows = None  # [N], the visual ones of B * T; None: no call is running
+    shape = None  # [B, T]
     grad = False  # whether gradients were on as it began
     updated = None  # the adapters that have run in it
-    rows_again = None  # [N], outside of a call: the visual rows of the layer that checkpointing runs again
+    layer_rows = None  # [N], of the layer whose input was just read: in the call, or again in a backward pass
 
     def __reduce__(self):
         return ThisThread, ()  # a copy of the model begins anew
@@ -104,18 +102,19 @@ class ImageLoRA(nn.Module):
     """Freezes `model` and adapts the values of visual tokens, scaled by lora_alpha / r and, if normalize, 1/sqrt|S|.
 
     heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. If the model cannot be adapted,
-    or an argument is wrong, it raises ValueError and leaves the model as it was. `.parameters()` are A, B and gamma
-    alone, float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at the rate of a LoRA of
+    or an argument is wrong, it raises ValueError and leaves the model as it was. Wrap, merge, quantize and patch (PEFT,
+    Liger) first, then attach; under a reward head, attach(model.model). `.parameters()` are A, B and gamma alone,
+    float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at the rate of a LoRA of
     alpha = 2 r or up to eight times as much. Freeze gamma, or give it a tenth of that. How M gets to the values:
 
         model(input_ids)     _find_rows      as the call begins: which of its B * T rows are visual
         a layer's input      _note_rows      they are noted on its storage, which detached views of it share
         its v_proj           _adapt_values   X W_V becomes V~ in these rows
 
-    The note is for gradient checkpointing: it keeps a layer's input and runs the layer again in the backward pass. No
-    call is running then, and the thread may be another. If you checkpoint() a whole call inside disabled(), run its
-    backward pass in there, too. If Ctrl-C has stopped a call, call the whole model once before you run a single layer.
-    """
+    The note is for gradient checkpointing: it keeps a layer's input and runs the layer again in the backward pass, in
+    no call, maybe in another thread. Views, detach() and what autograd saves share the storage, and it keeps its Python
+    attributes as long as its memory lives. Do not checkpoint() a whole call inside disabled(): it runs again outside.
+    If Ctrl-C has stopped a call, call the whole model once before you run a single layer."""
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
         super().__init__()
@@ -131,7 +130,8 @@ class ImageLoRA(nn.Module):
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
             adapter = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, _device(attention.v_proj))
-            reader = getattr(decoder[layer], "input_layernorm", attention)  # what reads the layer's input
+            # Not the layer: transformers 5 checkpoints it inside its hooks, which do not run again then; its norm does
+            reader = getattr(decoder[layer], "input_layernorm", attention)
             steps += [(reader, self._note_rows), (attention.v_proj, partial(self._adapt_values, adapter))]
             self.layers[str(layer)] = adapter
         # From here on the model changes; every check is behind us.
@@ -141,75 +141,76 @@ class ImageLoRA(nn.Module):
         self._undo = [
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True).remove,
             model.register_forward_hook(self._end_call, always_call=True).remove,
-            *(_wrap(module, step) for module, step in steps),
+            *(_wrap(module, self._now, step) for module, step in steps),
         ]
         model.image_lora = self
         torch.compiler.reset()  # what is compiled already would not run the hooks
 
     def _find_rows(self, model, args, kwargs):
         """The arguments of a call -> M's diagonal, visual [B, T] -> where it is 1, indices [N] into the B * T rows."""
-        now = self._now
-        now.rows, now.updated, now.grad = torch.zeros(0, dtype=torch.long), set(), torch.is_grad_enabled()
+        _require(not torch.jit.is_tracing(), TRACED, RuntimeError)
+        now, within = self._now, CONTEXTS.get({}).get(self, {})
+        now.rows, now.updated, now.grad = NO_ROWS, set(), torch.is_grad_enabled()
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        if not now.enabled:
+        if "disabled" in within:
             return None
         if ids is not None and not ids.is_floating_point():  # a first argument of floats is embeddings
             if ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(ids.flatten().tolist()):
                 return None  # most calls decode one text token; this check is ten times as fast as one by tensors
             visual = torch.stack([ids == image for image in self.image_token_ids]).any(0)
         else:
-            _require(embeds is not None and now.mask is not None, UNKNOWN)
-            visual, kwargs = now.mask, kwargs | {"inputs_embeds": embeds.clone()}  # a copy, as rows are noted on it
-        now.rows, now.shape = visual.flatten().nonzero().squeeze(1), visual.shape
+            _require(embeds is not None and "mask" in within, UNKNOWN)
+            visual = within["mask"]
+            kwargs = kwargs | {"inputs_embeds": embeds.clone()}  # rows are noted on the copy
+        rows = visual.flatten().nonzero().squeeze(1)
+        now.rows, now.shape = rows if len(rows) else NO_ROWS, visual.shape
         return args, kwargs
 
     def _note_rows(self, forward, *args, **kwargs):
         """In a call, rows go onto the storage of a layer's input [B, T, D]; when it runs again they are read there."""
         x, now = args[0] if args else kwargs["hidden_states"], self._now
+        memory, now.layer_rows = x.untyped_storage(), now.rows
+        rows, shape = getattr(memory, "visual_rows", (now.rows, x.shape))
         if now.rows is None:
-            now.rows_again = getattr(x.untyped_storage(), "visual_rows", None)
-        elif x.requires_grad or torch.is_grad_enabled():
-            memory = x.untyped_storage()
-            _require(now.rows.equal(getattr(memory, "visual_rows", now.rows)), REUSED, RuntimeError)
-            memory.visual_rows = now.rows
-        else:  # no gradients, as in decoding. If they were on as the call began, checkpointing is re-entrant:
-            _require(not now.grad, NO_GRADIENT, RuntimeError)
+            now.layer_rows = rows if shape == x.shape else None  # in a part of the input they are others
+        elif now.grad or torch.is_grad_enabled():  # on in the call, off in here: in a re-entrant checkpoint
+            _require(x.requires_grad or torch.is_grad_enabled(), NO_GRADIENT, RuntimeError)
+            _require(now.rows.equal(rows), REUSED, RuntimeError)
+            memory.visual_rows = now.rows, x.shape
         return forward(*args, **kwargs)
 
     def _adapt_values(self, adapter, forward, x, *args, **kwargs):
         """X [B, T, D] -> X W_V -> V~ [B, T, H * d_h]."""
         value, now = forward(x, *args, **kwargs), self._now
-        rows = now.rows_again if now.rows is None else now.rows
-        now.rows_again = None
+        rows, now.layer_rows = now.layer_rows, None
         if not self._model:
             return value  # detached, but others have wrapped this since
-        _require(rows is not None, ALONE, RuntimeError)
+        _require(rows is not None, ALONE if now.rows is None else REPLACED, RuntimeError)
         if len(rows) and now.rows is not None:
-            _require(now.shape == x.shape[:-1], MISSHAPED.format(now.shape, x.shape[:-1]), RuntimeError)
+            tokens = x.shape[:-1]
+            _require(now.shape == tokens, MISSHAPED.format(now.shape, tokens), RuntimeError)
             now.updated.add(adapter)
-        if not len(rows) and not torch.is_grad_enabled():
-            return value  # as for each decoded token: its image's values are in the cache
         return adapter.add_update(x, value, rows.to(x.device))
 
     def _end_call(self, model, args, output):
-        now, failed = self._now, output is None
-        complete = failed or not len(now.rows) or len(now.updated) == len(self.layers)
-        now.rows = None
+        now = self._now
+        complete = output is None or not len(now.rows) or len(now.updated) == len(self.layers)  # None: it failed
+        now.rows = now.layer_rows = None
         _require(complete, REPLACED, RuntimeError)
 
     @contextmanager
     def _within(self, **changes):
         _require(self._model, "this Image-LoRA is detached; use the one that load() or attach() returned", RuntimeError)
-        before = {name: getattr(self._now, name) for name in changes}
-        vars(self._now).update(changes)
+        before = CONTEXTS.get({})
+        entered = CONTEXTS.set(before | {self: before.get(self, {}) | changes})
         try:
             yield
         finally:
-            vars(self._now).update(before)
+            CONTEXTS.reset(entered)
 
     def disabled(self):
-        """A context in which this thread calls the base model."""
-        return self._within(enabled=False)
+        """A context in which this thread or coroutine calls the base model; asyncio.to_thread() takes it along."""
+        return self._within(disabled=True)
 
     def visual_mask(self, mask: Tensor):
         """A context in which calls by `inputs_embeds` (not by `input_ids`) go by this mask [B, T], True if visual."""
@@ -230,8 +231,10 @@ class ImageLoRA(nn.Module):
 
     def get_extra_state(self):
         """Marks the heads that a state_dict is of, as tensors of other heads can have the same shapes."""
-        every = [(layer, head) for layer, H in enumerate(self.head_counts) for head in range(H)]
-        return torch.tensor([head in self.heads.get(layer, ()) for layer, head in every])
+        marks = []
+        for layer, H in enumerate(self.head_counts):
+            marks += [head in self.heads.get(layer, ()) for head in range(H)]
+        return torch.tensor(marks, device="cpu")
 
     def set_extra_state(self, selected):
         same = selected.cpu().bool().equal(self.get_extra_state())
@@ -261,20 +264,21 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     for each batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared
     gradient of the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), if not
     given `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank
-    heads differently. It runs in the model's mode, train or eval, and leaves the model as it was. Absent heads: 0.
-    """
+    heads differently; in float16 it can underflow: scale the loss. It runs in the model's mode, train or eval, and
+    leaves the model as it was. Absent heads: 0."""
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     D = _checked_model(model)[0][0].self_attn.v_proj.in_features
     r = 1 if probe == "rank1" else D
     adapter = attach(model, r, lora_alpha=r, normalize=False)  # the scale in front of A B is 1
     try:
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.zeros(len(adapter.layers), max(adapter.head_counts))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")
         count = 0
         for count, batch in enumerate(batches, 1):
             for a in adapter.layers.values():
-                A = torch.randn(D, r, generator=generator) if probe == "rank1" else torch.eye(D)
+                A = scores.new_empty(D, r)
+                A = A.normal_(generator=generator) if probe == "rank1" else nn.init.eye_(A)
                 a.A.requires_grad_(False).copy_(A)
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
@@ -282,6 +286,8 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
             adapter.zero_grad()
             loss.backward()
             for layer, a in enumerate(adapter.layers.values()):
+                if a.B.grad is None:
+                    continue  # the loss is of a lower layer
                 # I(l, h) = ||dL/dB_l(h)||^2
                 gradient = a.B.grad.float()  # [H, r, d_h]
                 scores[layer, : a.num_kv_heads] += gradient.square().sum((1, 2)).cpu()
@@ -334,9 +340,11 @@ UNKNOWN = "which tokens are visual? pass input_ids by name, or inputs_embeds ins
 NO_MASK = "the visual mask must be a bool tensor [B, T], got {} {}"
 MISSHAPED = "input_ids or mask tell of tokens {}, v_proj got {}; for beams, mask.repeat_interleave(num_beams, 0)"
 ALONE = "v_proj ran outside of model(...): by model.forward(), alone, or in a checkpoint of several layers or of a copy"
+TRACED = "torch.jit.trace would fix which tokens are visual; so would an ONNX export by it"
 REUSED = "a layer's input lies in the memory of another call's, which has other visual tokens: clone() it"
-REPLACED = "an adapted v_proj was not called: was it replaced (merged, quantized) after attach()? detach() before that"
+REPLACED = "an adapted v_proj or its input_layernorm was not called: apply what replaces them (Liger, merging) first"
 NO_GRADIENT = "no gradient reaches the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"
+UNTRAINED = "the adapter is frozen and B still zero, as if untrained: did get_peft_model() come after attach()?"
 NO_LOSS = "the loss of probe batch {} is {}: do its labels hold an answer?"
 SPLIT = "v_proj gave {} features, not {} heads of {}: are heads split over devices?"
 
@@ -367,8 +375,9 @@ def _checked_model(model):
     _require(len(v_projs) == len(decoder), "layers share a v_proj; they cannot be adapted")
     attached = any(hasattr(v_proj, "without_image_lora") for v_proj in v_projs)
     _require(not attached, "the model already has an Image-LoRA; call its detach() first")
+    config = getattr(model, "config", None)  # DistributedDataParallel and the like have none
     names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
-    ids = {getattr(model.config, name, None) for name in names} - {None}
+    ids = {getattr(config, name, None) for name in names} - {None}
     _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the whole VLM, unwrapped")
     return decoder, head_counts, ids
 
@@ -411,18 +420,27 @@ def _untrace():  # torch.compile runs these at each call, unseen; at the first a
         setattr(ImageLoRA, step, torch.compiler.disable(getattr(ImageLoRA, step)))
 
 
-def _wrap(module, step):
+def _wrap(module, now, step):
     """Puts `step` around `module.forward`. No hook: torch.compile may run what it has compiled without one."""
-    module.without_image_lora = {name: own for name, own in vars(module).items() if name == "forward"}
-    module.forward = partial(step, module.forward)
+    module.without_image_lora = vars(module).get("forward")  # None: its class's
+    module.forward = partial(_unless_idle, now, step, module.forward)
     return partial(_unwrap, module, module.forward)
+
+
+def _unless_idle(now, step, forward, *args, **kwargs):
+    """The step; nearly all calls, which decode a text token, have neither rows nor gradients and go past it."""
+    if not torch.compiler.is_compiling() and now.rows is NO_ROWS:
+        if not now.grad and not torch.is_grad_enabled():  # else Ctrl-C has stopped it, and a backward pass is running
+            return forward(*args, **kwargs)
+    return step(forward, *args, **kwargs)
 
 
 def _unwrap(module, ours):
     before = vars(module).pop("without_image_lora")
     if vars(module).get("forward") is ours:  # else others have wrapped it since, and it passes through
         del module.forward
-        vars(module).update(before)
+        if before is not None:
+            module.forward = before
 
 
 def safe_write(data, path):
@@ -436,7 +454,6 @@ def safe_write(data, path):
 
 
 def safe_save(content, path):
-    """`torch.save` by `safe_write`."""
     torch.save(content, buffer := io.BytesIO())  # not to the disk: where that is full, torch.save raises no OSError
     safe_write(buffer.getbuffer(), path)
 
@@ -464,6 +481,8 @@ def _content(adapter):
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
         _require(tensor.numel() and tensor.isfinite().all(), f"{kind} of layer {layer} is empty or not finite: unsaved")
         layers[layer][kind] = tensor.cpu()[0 if kind == "gamma" else ...]
+    Bs = [a.B for a in adapter.layers.values()]
+    _require(any(B.requires_grad or B.any() for B in Bs), UNTRAINED)
     return {
         "model_name": adapter.model_name,
         "r": adapter.r,
@@ -485,11 +504,12 @@ def load(model, path) -> ImageLoRA:
         _require(counts == adapter.head_counts, f"its layers have {counts} value heads, not {adapter.head_counts}")
         state = {}
         for layer, saved in content["layers"].items():
-            order = torch.tensor(heads[int(layer)]).argsort()  # the file's order of heads is its own, ours is sorted
+            order = torch.tensor(heads[int(layer)], device="cpu").argsort()  # the file's own; ours is sorted
             _require(len(saved["B"]) == len(order), f"layer {layer} names {len(order)} heads for {len(saved['B'])}")
             saved = saved | {"B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
             for name, tensor in saved.items():
-                _require(tensor.float().isfinite().all(), f"{name} of layer {layer} does not hold finite numbers")
+                right = tensor.is_floating_point() and tensor.float().isfinite().all()
+                _require(right, f"{name} of layer {layer} does not hold finite floats")
                 state[f"{layer}.{name}"] = tensor
         adapter.layers.load_state_dict(state)
         return adapter
