@@ -21,10 +21,7 @@ from test_imagelora import (
     EARLY,
     IMAGE,
     IMG,
-    H,
-    L,
     attach_trained,
-    checkpoint_layers,
     logits_of,
     loss_of,
     prompt,
@@ -33,7 +30,6 @@ from test_imagelora import (
 )
 
 ROOT = Path(imagelora.__file__).parent
-TUNE = (ROOT / "data" / "tune.py").read_text()
 
 
 def block(text: str) -> str:
@@ -64,26 +60,16 @@ def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_the_five_steps_of_the_readme_are_all_that_a_trainer_needs_and_its_loop_trains(tmp_path, monkeypatch):
+def test_the_lines_of_the_readme_are_all_that_a_trainer_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trainer, model = Mock(), tiny_vlm()
-    given = {"model": model, "batches": [EARLY], "args": None, "collate": None, "examples": None, "Trainer": trainer}
-    model.gradient_checkpointing_enable, given["torch"] = lambda how: checkpoint_layers(model, **how), torch
-    exec(block("score_heads(model, batches)"), given)
-    assert trainer.call_args.args[0] is model and trainer.return_value.train.called
-    exec(block("optimizer.zero_grad()"), given)
-    assert all(a.B.any() and a.gamma == 1 for a in given["adapter"].layers.values())
-    assert sum(map(len, load(given["adapter"].detach(), "adapter.pt").heads.values())) == L * H // 2
-
-
-def test_the_script_scales_points_to_the_picture_that_the_model_sees():
-    examples = [{"image": name, "prompt": "what is at (6, 3) ?", "answer": "[12,9]"} for name in ("cat.png", None)]
-    given = {"picture": lambda e: Image.new("RGB", (12, 9)), "processor": Mock(), "re": re}
-    given["processor"].image_processor.patch_size = 4
-    given["ask"] = lambda asked: {"image_grid_thw": torch.tensor([[1, 2, 4]])}  # 8 pixels high, 16 wide
-    exec(re.search(r"^def resized.*?\n\n\n", TUNE, re.M | re.S)[0], given, made := {})
-    assert made["resized"](examples[0]) == examples[0] | {"prompt": "what is at (8, 3) ?", "answer": "[16,8]"}
-    assert made["resized"](examples[1]) == examples[1]
+    given = dict.fromkeys(("args", "collate", "examples")) | {
+        "model": tiny_vlm(),
+        "batches": [EARLY],
+        "Trainer": Mock(),
+    }
+    exec(block('adapter.save("adapter.pt")'), given)
+    assert given["Trainer"].call_args.args[0] is given["model"] and given["Trainer"].return_value.train.called
+    assert load(given["adapter"].detach(), "adapter.pt").heads == given["adapter"].heads
 
 
 # 2. Every family
@@ -118,7 +104,7 @@ FAMILIES = {  # what differs from DECODER; the vision config; other settings
     "AyaVision": (COHERE, SIGLIP | {"image_size": 16}, LAST_LAYER),
 }
 WALKS = [(family, PICTURE, "bare") for family in FAMILIES] + [(family, VIDEO, "bare") for family in list(FAMILIES)[:3]]
-WALKS += [("Llava", PICTURE, "PEFT")]
+WALKS += [("Llava", PICTURE, "PEFT"), ("Llava", PICTURE, "inner")]  # inner: as under a reward head
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "suppress_tokens": [PICTURE, VIDEO]}
 GREEDY |= {"output_logits": True, "return_dict_in_generate": True}
 
@@ -169,7 +155,7 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
         peft = pytest.importorskip("peft")
         user = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*language_model.*q_proj"))
     options = {"r": 2, "heads": {0: [1], 1: [0, 1]}}
-    adapter = attach_trained(user, **options)
+    adapter = attach_trained(model.model if wrapper == "inner" else user, **options)
     assert torch.equal(logits_of(user, text), base_text)
     with adapter.disabled():
         assert torch.equal(logits_of(user, batch), base)
@@ -178,7 +164,7 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     again = slopes(user, loss_of(user, batch))
     model.eval().gradient_checkpointing_disable()
-    assert adapter.detach() is model and torch.equal(logits_of(model, batch), base)
+    assert adapter.detach() in (model, model.model) and torch.equal(logits_of(model, batch), base)
     adapt_by_the_readme(model, adapter, batch["input_ids"] == kind, **options)
     expected, theirs = logits_of(model, batch), slopes(model, loss_of(model, batch))
     assert (got - base).abs().max() > 1e-2
@@ -201,7 +187,7 @@ def test_on_visual_tokens_alone_it_is_pefts_lora_on_v_proj():
 
 
 @pytest.mark.parametrize("family", ["Llava", "Qwen2_5_VL"])
-def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_the_loop_of_the_readme(family, tmp_path):
+def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_a_plain_loop(family, tmp_path):
     """Its text stays the quantized base's."""
     transformers, _, _ = map(pytest.importorskip, ("transformers", "accelerate", "bitsandbytes"))
     tiny_hf_vlm(family).save_pretrained(tmp_path)
@@ -212,8 +198,12 @@ def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_the_loop_of
     batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == PICTURE, -100)
     base, base_text = logits_of(model, batch), logits_of(model, text)
     adapter = attach(model, heads=select_heads(score_heads(model, [batch]), 3))
-    given = {"model": model, "adapter": adapter, "batches": [batch, batch], "torch": torch}
-    exec(block("optimizer.zero_grad()"), given)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     assert all(a.B.flatten(1).any(1).all() for a in adapter.layers.values())
     tuned = logits_of(model, batch)
     assert torch.equal(logits_of(model, text), base_text) and not torch.equal(tuned, base)
@@ -248,27 +238,32 @@ def processor_for(family: str):
     return transformers.LlavaProcessor(pictures, tokenizer, chat_template=template, **options)
 
 
-FOR_LLAVA = {"# NAME, SIZE": "NAME, SIZE", "PROBE = False": "PROBE = True"}
+CHANGES = {  # of the script
+    "Qwen2_5_VL": {"POINTS = False": "POINTS = True"},
+    "Llava": {"# NAME, SIZE": "NAME, SIZE", "PROBE = False": "PROBE = True"},
+}
 
 
-@pytest.mark.parametrize("family, changes", [("Qwen2_5_VL", {}), ("Llava", FOR_LLAVA)])
-def test_the_script_trains_on_two_processes_as_on_one_goes_on_and_answers(family, changes, tmp_path, monkeypatch):
-    """The ranks keep equal adapters, though one may have an image where the other has none."""
-    script = TUNE
-    for old, new in ({"save_steps=100": "save_steps=2", "warmup_steps=20": "warmup_steps=0"} | changes).items():
+@pytest.mark.parametrize("family", CHANGES)
+def test_the_script_trains_on_two_processes_as_on_one_goes_on_and_answers(family, tmp_path, monkeypatch):
+    """The ranks keep equal adapters, though one may have an image where the other has none. Points are scaled to the
+    picture that Qwen sees, 16 x 8 pixels here."""
+    script, changes = (ROOT / "data" / "tune.py").read_text(), {"save_steps=100": "save_steps=2"}
+    for old, new in (changes | {"warmup_steps=20": "warmup_steps=0"} | CHANGES[family]).items():
         assert old in script
         script = script.replace(old, new)
     name = re.findall(r'^NAME, SIZE = "(.*?)"', script, re.M)[-1]
     processor_for(family).save_pretrained(tmp_path / name)
     tiny_hf_vlm(family).save_pretrained(tmp_path / name)
     Image.effect_noise((12, 9), 64).save(tmp_path / "cat.png")
-    examples = [{"image": None if i % 4 else "cat.png", "prompt": "what ?", "answer": "a cat"} for i in range(16)]
+    examples = [{"image": None if i % 4 else "cat.png", "prompt": "(6, 3)", "answer": "a cat"} for i in range(16)]
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it: sums of floats in one order
-    script += '\ntorch.save([adapter.state_dict(), dict(collate(examples[:2]))], f"rank{args.process_index}.pt")\n'
+    script += '\nseen = [adapter.state_dict(), dict(collate(examples[:2])), examples[0]["prompt"]]\n'
+    script += 'torch.save(seen, f"rank{args.process_index}.pt")\n'
     Path("tune.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tune.py"]
 
@@ -280,10 +275,11 @@ def test_the_script_trains_on_two_processes_as_on_one_goes_on_and_answers(family
         return imagelora.safe_load("run/adapter.pt")["layers"]
 
     kept = launch(torchrun)
-    (first, batch), (second, _) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    (first, batch, asked), (second, *_) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert all(saved["B"].any() and saved["B"].dtype == torch.float32 for saved in kept.values())
     assert batch["labels"].tolist() == [[-100] * 7 + [4, 5, 2]] * 2  # a cat </s>
+    assert asked == ("(8, 3)" if family == "Qwen2_5_VL" else "(6, 3)")
     images = batch["input_ids"] == PICTURE
     assert images.sum(1).tolist() == [4 if family == "Llava" else 2, 0]
     assert images.equal(batch.get("mm_token_type_ids", images) == 1)  # transformers 5 needs them for Qwen
