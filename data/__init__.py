@@ -44,12 +44,9 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
     except KeyboardInterrupt:
         print("\nstopped")
         return 130
-    except FloatingPointError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

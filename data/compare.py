@@ -37,7 +37,7 @@ UNSKILLED = ("runs/bases/1-unskilled.pt", "runs/bases/2-unskilled.pt", "runs/bas
 LORA, SMALL = "LoRA q k v o, all tokens", "LoRA q k v o, visual tokens, r = 2"
 ALL, HALF = "Image-LoRA, all heads", "Image-LoRA, half of the heads"
 METHODS = {  # the ladder: one restriction a line, from LoRA to Image-LoRA
-    "frozen": {"method": "none"},
+    "frozen": {"method": "none", "lr": 0.0},
     LORA: {"method": "lora", "draws": 3},
     "LoRA q k v o, visual tokens": {"method": "lora", "tokens": "visual"},
     SMALL: {"method": "lora", "tokens": "visual", "r": 2, "draws": 3},
@@ -79,7 +79,7 @@ TABLES = {  # title -> (its lines, its columns); where both set a field, the col
 class CompareConfig(Settings):
     """The comparison's settings; each field is an option of the command line too."""
 
-    quick: bool = option(False, "the first table alone, on the shipped base, at rate 0.02")
+    quick: bool = option(False, "the first table alone, on the shipped base, at rate 0.01")
     workers: int = option(2, "processes, of one thread each", least=1)
     out: str = option("runs/compare", "directory of compare.json; the runs found there are kept")
 
@@ -95,12 +95,13 @@ def cells() -> dict[tuple[str, str, str], dict]:
 
 
 def configs(settings: dict, lr: float) -> list[list[train.Config]]:
-    """The runs of a cell at this rate: for each base its draws."""
-    own = {name: value for name, value in settings.items() if name not in ("bases", "draws")}
-    return [
-        [train.Config(**own, base=base, seed=10 * draw + i, lr=lr) for draw in range(settings.get("draws", 1))]
-        for i, base in enumerate(settings.get("bases", BASES), 1)
-    ]
+    """The runs of a cell, at this rate if its settings name none: for each base its draws."""
+    own = {"lr": lr} | {name: value for name, value in settings.items() if name not in ("bases", "draws")}
+    runs = []
+    for i, base in enumerate(settings.get("bases", BASES), 1):
+        seeds = [10 * draw + i for draw in range(settings.get("draws", 1))]
+        runs.append([train.Config(**own, base=base, seed=seed) for seed in seeds])
+    return runs
 
 
 # ---- Learning rates --------------------------------------------------------------------------------------------------
@@ -191,9 +192,9 @@ def compare(cfg: CompareConfig) -> None:
             wanted = {place: settings | one for place, settings in wanted.items() if place[0] == "row"}
         else:
             make_bases(pool)
-            searches = dict.fromkeys(search_of(of) for of in wanted.values() if of.get("method") != "none")
+            searches = dict.fromkeys(search_of(of) for of in wanted.values() if "lr" not in of)
             rates = choose_rates([*searches], lambda runs: done.finish(runs, pool, "rates"))
-        runs = {place: configs(of, rates.get(search_of(of), 0.02)) for place, of in wanted.items()}
+        runs = {place: configs(of, rates.get(search_of(of), 0.01)) for place, of in wanted.items()}
         done.finish([run for bases in runs.values() for draws in bases for run in draws], pool, "runs")
     rows = {place: [[done.known[run] for run in draws] for draws in bases] for place, bases in runs.items()}
     print("\n" + "\n\n".join(tables(rows)))
@@ -206,7 +207,7 @@ def compare(cfg: CompareConfig) -> None:
 # ---- Tables: each is a function of the rows --------------------------------------------------------------------------
 
 
-def percent(rows: list[list[dict]], field: str = "") -> str:
+def percent(rows: list[list[dict]], field="") -> str:
     """An accuracy in %; rows: for each base its draws. Default: the task's."""
     field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
     of_bases = [100 * np.mean([row[field] for row in draws]) for draws in rows]
@@ -218,8 +219,9 @@ def percent(rows: list[list[dict]], field: str = "") -> str:
     return text
 
 
-def mean(rows: list[list[dict]], field: str, unit: float = 1, form: str = ",.0f") -> str:
-    return format(np.mean([row[field] / unit for draws in rows for row in draws]), form)
+def mean(rows: list[list[dict]], field: str, unit=1, form=",.0f") -> str:
+    values = [row[field] / unit for draws in rows for row in draws]
+    return format(np.mean(values), form)
 
 
 MEASURES = {  # columns of the first table: what is kept, and what it costs
@@ -233,7 +235,7 @@ MEASURES = {  # columns of the first table: what is kept, and what it costs
 }
 
 
-def tables(rows: dict[tuple, list[list[dict]]]) -> list[str]:
+def tables(rows: dict[tuple, list]) -> list[str]:
     """Markdown; rows: (table, line, column) -> for each base its draws."""
     found = {}
     for (table, line, column), of_bases in rows.items():
@@ -243,7 +245,7 @@ def tables(rows: dict[tuple, list[list[dict]]]) -> list[str]:
     return [markdown(table, body) for table, body in found.items()]
 
 
-def markdown(title: str, body: dict[str, dict[str, str]]) -> str:
+def markdown(title: str, body: dict[str, dict]) -> str:
     """A table; body: line -> {column: text}."""
     columns = next(iter(body.values()))
     lines = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1)]
@@ -251,7 +253,7 @@ def markdown(title: str, body: dict[str, dict[str, str]]) -> str:
     return "\n".join(f"|{'|'.join(texts)}|" for texts in lines)
 
 
-def picture(rows: dict[tuple, list[list[dict]]]):
+def picture(rows: dict[tuple, list]):
     """Every run of the table of heads: a panel a column."""
     panels = {column.removesuffix(" %"): {} for column in BUDGETS}
     for (_, choice, column), of_bases in rows.items():

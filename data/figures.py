@@ -50,12 +50,13 @@ class Page(ImageDraw.ImageDraw):
 
     def click(self, x, y, tuned: bool):
         """A click with a white rim: the base model's is a cross, the tuned model's a ring."""
-        for r, fill, width in ((22, "white", 18), (18, BLUE if tuned else ORANGE, 9)):
+        ink = BLUE if tuned else ORANGE
+        for r, fill, width in ((22, "white", 18), (18, ink, 9)):
             if tuned:
                 self.circle((x, y), r + 8, None, fill, width)
-            else:
-                self.line((x - r, y - r, x + r, y + r), fill, width)
-                self.line((x - r, y + r, x + r, y - r), fill, width)
+                continue
+            self.line((x - r, y - r, x + r, y + r), fill, width)
+            self.line((x - r, y + r, x + r, y - r), fill, width)
 
     def mark(self, x, y, choice: str):
         """A run with heads of this choice."""
@@ -79,12 +80,13 @@ class Cell(NamedTuple):
 def _cell(before: tuple, after: tuple) -> Cell:
     """Two answers, (screen, sample, click)."""
     screen, sample, click = after
-    verdict = "right" if is_hit(click, sample["bbox"]) else "wrong"
+    target, words = sample["bbox"], sample["instruction"]
+    verdict = "right" if is_hit(click, target) else "wrong"
     picture = Image.fromarray(screen.image)
-    return Cell(picture, sample["bbox"], sample["instruction"], (before[2], click), verdict)
+    return Cell(picture, target, words, (before[2], click), verdict)
 
 
-def _sheet(cells: list[Cell], columns: int, said: str = "", now: str = "after fine-tuning", top: int = 184) -> Page:
+def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", top=184) -> Page:
     """Cells in columns, under a legend and what is `said`; now: what the second click is called."""
     side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP
     rows = math.ceil(len(cells) / columns)
@@ -98,24 +100,26 @@ def _sheet(cells: list[Cell], columns: int, said: str = "", now: str = "after fi
     page.write(1124, TITLE, now)
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
-        _draw_cell(page, cell, MARGIN + column * (side + GAP), top + row * (side + CAPTION), side)
+        x, y = MARGIN + column * (side + GAP), top + row * (side + CAPTION)
+        _draw_cell(page, cell, x, y, side)
     return page
 
 
 def _draw_cell(page: Page, cell: Cell, x: int, y: int, side: int):
     """x, y: the left upper corner of its picture, which is enlarged to this side."""
     zoom, end, below = side / SIZE, x + side, y + side + 64
-    page.image.paste(cell.picture.resize((side, side)), (x, y))
-    left, top, right, bottom = cell.target
-    page.target(x + left * zoom, y + top * zoom, x + right * zoom, y + bottom * zoom)
+    enlarged = cell.picture.resize((side, side))
+    page.image.paste(enlarged, (x, y))
+    left, top, right, bottom = (zoom * edge for edge in cell.target)
+    page.target(x + left, y + top, x + right, y + bottom)
     for tuned, point in enumerate(cell.clicks):
         if point:
             page.click(x + point[0] * zoom, y + point[1] * zoom, tuned)
     page.write(x, below, cell.words)
     if cell.verdict:
-        wrong = cell.verdict == "wrong"
-        page.rounded_rectangle((end - 200, below - 38, end, below + 42), 16, INK if wrong else PALE)
-        page.write(end - 100, below, cell.verdict, "white" if wrong else INK, "mm")
+        ink, fill = (INK, PALE) if cell.verdict == "right" else ("white", INK)
+        page.rounded_rectangle((end - 200, below - 38, end, below + 42), 16, fill)
+        page.write(end - 100, below, cell.verdict, ink, "mm")
 
 
 def predictions(base: list, tuned: list) -> Image.Image:
@@ -143,10 +147,12 @@ def moving(film: list) -> list[Image.Image]:
     for step, answers in film:
         cells = [*map(_cell, first, answers)]
         hits = sum(cell.verdict == "right" for cell in cells)
-        page = _sheet(cells, 3, f"step {step:,} of {last:,}:  {hits} of {len(cells)} clicks hit", "click now")
+        said = f"step {step:,} of {last:,}:  {hits} of {len(cells)} clicks hit"
+        page = _sheet(cells, 3, said, "click now")
         done = (WIDTH - 2 * MARGIN) * step / last
         page.rectangle((MARGIN, 136, MARGIN + done, 152), BLUE)
-        frames.append(page.finished().point(lambda value: value if value < 250 else 255))
+        picture = page.finished()
+        frames.append(picture.point(lambda value: value if value < 250 else 255))
     palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few, so that white stays white
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
@@ -172,15 +178,16 @@ def _shaded(screen: Image.Image, weights: torch.Tensor) -> Image.Image:
     """A screen, the darker the less a head looks there: weights [P]."""
     side = round(len(weights) ** 0.5)
     shade = 205 - 205 * (weights / weights.max()).sqrt()
-    mask = Image.fromarray(shade.byte().reshape(side, side).cpu().numpy())
-    mask = mask.resize(screen.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", screen.size, "#101828"), screen, mask)
+    shade = shade.byte().reshape(side, side).cpu()
+    mask = Image.fromarray(shade.numpy()).resize(screen.size, Image.Resampling.NEAREST)
+    dark = Image.new("RGB", screen.size, "#101828")
+    return Image.composite(dark, screen, mask)
 
 
 # ---- Heads -----------------------------------------------------------------------------------------------------------
 
 
-def choices(panels: dict[str, dict[str, dict[str, list[float]]]]) -> Image.Image:
+def choices(panels: dict[str, dict]) -> Image.Image:
     """What choices of heads reach, a panel each: {title: {base: {choice: [click accuracy of a run, %, ...]}}}."""
     page, bottom, unit = Page(1260), 1100, 8.2  # a percent's height
     page.write(MARGIN, TITLE, "correct clicks on row screens, %; a mark is a run, a line their mean")
@@ -208,13 +215,14 @@ def choices(panels: dict[str, dict[str, dict[str, list[float]]]]) -> Image.Image
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
     """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
-    heights = (scores / scores.max().clamp(min=1e-30) * 8).ceil().int().tolist()
+    heights = 8 * scores / scores.max().clamp(min=1e-30)
     layers = []
-    for layer, row in enumerate(heights):
-        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
-        chosen = heads.get(layer, [])
-        marks = [f"[{mark}]" if head in chosen else mark for head, mark in enumerate(marks)]
-        layers.append("".join(marks))
+    for layer, row in enumerate(heights.ceil().int().tolist()):
+        marks = ""
+        for head, height in enumerate(row):
+            mark = "▁▁▂▃▄▅▆▇█"[height]
+            marks += f"[{mark}]" if head in heads.get(layer, []) else mark
+        layers.append(marks)
     return " · ".join(layers)
 
 
@@ -229,5 +237,6 @@ def save(picture: Image.Image, path, form: str = "PNG", **how) -> None:
 
 def save_moving(frames: list[Image.Image], path) -> None:
     """An endless GIF; its last frame stays for three seconds."""
-    times = [160] * (len(frames) - 1) + [3000]
-    save(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    first, *others = frames
+    times = [160] * len(others) + [3000]
+    save(first, path, "GIF", save_all=True, append_images=others, duration=times, loop=0)

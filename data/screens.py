@@ -75,15 +75,19 @@ class Screen:
 @cache
 def _outlines() -> dict[str, np.ndarray]:
     """The corners [N, 2] of each icon on the unit square."""
-    t, tenth = (np.linspace(0, 2 * np.pi, corners, endpoint=False) for corners in (48, 10))
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    tenth = np.linspace(0, 2 * np.pi, 10, endpoint=False)
     radius = np.resize((1.0, 0.42), 10)
     heart = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    out, back = np.linspace(-2.5, 2.5, 32), np.linspace(1.9, -1.9, 32)  # on the moon's two arcs
+    out = np.linspace(-2.5, 2.5, 32)  # on the moon's two arcs
+    back = np.linspace(1.9, -1.9, 32)
+    moon_x = np.append(-np.cos(out), 0.45 - 0.85 * np.cos(back))
+    moon_y = np.append(np.sin(out), 0.66 * np.sin(back))
     curves = {  # from -1 to 1, upwards
         "circle": (np.sin(t), np.cos(t)),
         "star": (radius * np.sin(tenth), radius * np.cos(tenth)),
         "heart": (np.sin(t) ** 3, heart / 15 + 0.1),
-        "moon": (np.append(-np.cos(out), 0.45 - 0.85 * np.cos(back)), np.append(np.sin(out), 0.66 * np.sin(back))),
+        "moon": (moon_x, moon_y),
     }
     polygons = {  # x and y of each corner in percent
         "square": "10 10 90 10 90 90 10 90",
@@ -92,7 +96,9 @@ def _outlines() -> dict[str, np.ndarray]:
         "arrow": "0 34 50 34 50 4 100 50 50 96 50 66 0 66",
     }
     outlines = {name: np.stack([0.5 + 0.5 * x, 0.5 - 0.5 * y], 1) for name, (x, y) in curves.items()}
-    return outlines | {name: np.array(p.split(), float).reshape(-1, 2) / 100 for name, p in polygons.items()}
+    for name, corners in polygons.items():
+        outlines[name] = np.array(corners.split(), float).reshape(-1, 2) / 100
+    return outlines
 
 
 @cache
@@ -113,8 +119,8 @@ def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.
         draw.rounded_rectangle((0, 0, right, bottom), height * k // 2, fill=track)
         draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
     else:
-        corners = _outlines()[name] * (right, bottom)
-        draw.polygon(corners.flatten().tolist(), look.icons[colour], look.icons[colour], width=6)
+        fill, corners = look.icons[colour], _outlines()[name] * (right, bottom)
+        draw.polygon(corners.flatten().tolist(), fill, fill, width=6)
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
@@ -129,7 +135,7 @@ def _contents(rng, count: int) -> list[tuple]:
     return items
 
 
-def _place_freely(rng, sizes: list[tuple[int, int]]) -> list[Box] | None:
+def _place_freely(rng, sizes: list[tuple]) -> list[Box] | None:
     """Random boxes, 3 pixels or more apart, or None after too many attempts."""
     boxes, taken = [], np.zeros((SIZE, SIZE), bool)
     for width, height in sizes:
@@ -144,7 +150,7 @@ def _place_freely(rng, sizes: list[tuple[int, int]]) -> list[Box] | None:
     return boxes
 
 
-def _place_in_rows(rng, sizes: list[tuple[int, int]]) -> list[Box]:
+def _place_in_rows(rng, sizes: list[tuple]) -> list[Box]:
     """A box a row, each starting near the left edge and ending anywhere right of its size."""
     height = SIZE // len(sizes)  # of a row
     boxes = []
