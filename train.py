@@ -69,7 +69,7 @@ class Config(Settings):
 
 
 class Finetuned(NamedTuple):
-    row: dict  # the Config's fields and what was measured
+    result: dict  # the Config's fields and what was measured
     model: TinyVLM
     adapter: nn.Module | None
     before: list[Given]  # the base's answers
@@ -103,11 +103,11 @@ def finetune(cfg: Config, say=print) -> Finetuned:
     say(f"after    {score_line(cfg.domain, after)}")
     verdict = "changed" if difference else "identical"
     say(f"text     logits of {len(base_text)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
-    row = asdict(cfg) | after | {"before": before, "text_logits_max_abs_diff": difference}
-    row |= {"heads": heads, "heads_from": cfg.heads}
-    row |= run_costs(model, adapter, probe_batches[0], all_tokens=cfg.method == "lora" and cfg.tokens == "all")
-    row |= {"seconds": round(time.time() - start, 1), "device": str(model.device), "torch": torch.__version__}
-    return Finetuned(row, model, adapter, before_given, after_given, film)
+    result = asdict(cfg) | after | {"before": before, "text_logits_max_abs_diff": difference}
+    result |= {"heads": heads, "heads_from": cfg.heads}
+    result |= run_costs(model, adapter, probe_batches[0], all_tokens=cfg.method == "lora" and cfg.tokens == "all")
+    result |= {"seconds": round(time.time() - start, 1), "device": str(model.device), "torch": torch.__version__}
+    return Finetuned(result, model, adapter, before_given, after_given, film)
 
 
 def load_base(cfg: Config) -> TinyVLM:
@@ -172,7 +172,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, quiet: b
 
 def run(cfg: Config) -> dict:
     """`finetune` without prints: the Config's fields and what was measured."""
-    return finetune(cfg, say=lambda line: None).row
+    return finetune(cfg, say=lambda line: None).result
 
 
 # ---- What is shown and saved -----------------------------------------------------------------------------------------
@@ -184,12 +184,12 @@ def main_job(cfg: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
     done = finetune(cfg)
-    row, saved = done.row, []
+    result, saved = done.result, []
     if cfg.task == "grounding":
-        row = row | controls(cfg, done.model, done.before)
-        report_controls(row)
+        result = result | controls(cfg, done.model, done.before)
+        report_controls(result)
     if done.adapter:
-        report_costs(row)
+        report_costs(result)
 
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run; this one's comes last
     if done.adapter:
@@ -201,26 +201,26 @@ def main_job(cfg: Config) -> None:
     if done.film:
         figures.save_moving(figures.moving(done.film), out / "training.gif")
         saved.append("training.gif")
-    text = json.dumps(row, indent=1) + "\n"
+    text = json.dumps(result, indent=1) + "\n"
     imagelora.safe_write(text.encode(), out / "metrics.json")
     print(f"saved    {out}/ {' '.join(saved)} metrics.json")
 
 
-def report_controls(row: dict) -> None:
+def report_controls(result: dict) -> None:
     """Rules that see no switch; and the tuned model, where there is none or it stands elsewhere."""
     rules = (
         "best constant {constant_acc:.1%} · base + an offset per kind {offset_acc:.1%} · per name {name_offset_acc:.1%}"
     )
-    print("controls " + rules.format(**row))
-    if "erased_acc" in row:
+    print("controls " + rules.format(**result))
+    if "erased_acc" in result:
         changed = "switches erased {erased_acc:.1%} · exchanged with their names {exchanged_acc:.1%}"
-        print("         " + changed.format(**row))
+        print("         " + changed.format(**result))
 
 
-def report_costs(row: dict) -> None:
-    parameters, of_lora = row["trainable_parameters"], row["lora_trainable_parameters"]
-    flops, lora, step = (row[f"{name}_flops_per_screen"] for name in ("adapter", "lora", "step"))
-    counted = "counted = computed" if row["counted_flops_per_screen"] == flops else "counted differs from computed"
+def report_costs(result: dict) -> None:
+    parameters, of_lora = result["trainable_parameters"], result["lora_trainable_parameters"]
+    flops, lora, step = (result[f"{name}_flops_per_screen"] for name in ("adapter", "lora", "step"))
+    counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
     small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA)"
     print(f"{small} · adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora:.0%} of LoRA), {counted}")
     print(f"         {flops / step:.1%} of the decoder's training step, {step / 1e6:.0f} MFLOP per screen")

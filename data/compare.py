@@ -156,7 +156,7 @@ def run(cfg: train.Config) -> dict:
     done = train.finetune(cfg, say=lambda line: None)
     metrics, _ = evaluate(done.model, *examined(cfg, done.model, "validation"), cfg.task, cfg.history)
     right = metrics["action_acc"] if cfg.task == "grounding" else metrics["name_acc"]
-    return json.loads(json.dumps(done.row | {"validation_acc": right}))
+    return json.loads(json.dumps(done.result | {"validation_acc": right}))
 
 
 class Rows:

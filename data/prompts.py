@@ -5,7 +5,7 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
 """
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -90,16 +90,10 @@ def image_features(encode, drawn: list[Screen], device="cpu") -> Tensor:
     return torch.cat(features)
 
 
-@cache
-def draw(domain: str, split: str, count: int, switches: str) -> list[Screen]:
-    """The first screens of a split."""
-    return [draw_screen(domain, split, i, switches=switches) for i in range(count)]
-
-
 @lru_cache(16)  # so many that runs on three bases in turn find theirs again
 def seen(base: str, domain: str, split: str, count: int, device, switches="shown"):
     """(The first screens of a split, what the base's frozen vision encoder makes of them [N, P, D])."""
-    drawn = draw(domain, split, count, switches)
+    drawn = [draw_screen(domain, split, i, switches=switches) for i in range(count)]
     return drawn, image_features(load_base(base, device).get_image_features, drawn, device)
 
 
