@@ -4,7 +4,6 @@ import asyncio
 import copy
 import math
 import pickle
-import random
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -68,14 +67,10 @@ def logits_of(model, batch: dict) -> torch.Tensor:
     return model(**batch).logits
 
 
-def watch(model, batch: dict, **modules: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(What goes into a module, what comes out of it) in one forward pass."""
-    found = {}
-
-    def keep(name, module, inputs, output):
-        found[name] = inputs[0], output
-
-    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
+def watch(model, batch: dict, *modules: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(What goes into a module, what comes out of it) in one forward pass, in the order in which they run."""
+    found = []
+    hooks = [m.register_forward_hook(lambda module, x, y: found.append((x[0], y))) for m in modules]
     model(**batch)
     for hook in hooks:
         hook.remove()
@@ -102,7 +97,7 @@ def test_the_values_are_the_papers_formula():
     adapter = attach_trained(model, r=2, lora_alpha=6, heads={0: [2, 0], 1: []})
     assert list(adapter.layers) == ["0"] and sum(p.numel() for p in adapter.parameters()) == D * 2 + 2 * 2 * D_H + 1
     A, B, gamma = adapter.parameters()
-    X, value = watch(model, batch, v=attention(model, 0).v_proj)["v"]
+    ((X, value),) = watch(model, batch, attention(model, 0).v_proj)
     W_V = attention(model, 0).v_proj.weight.T  # [D, H * d_h]
     for t, token in enumerate(batch["input_ids"][0]):
         for h in range(H):
@@ -114,8 +109,7 @@ def test_the_values_are_the_papers_formula():
 
 
 def test_it_starts_as_the_base_model_so_the_first_gradient_reaches_b_only():
-    """B starts at zero: until it is trained the model is the base model, exactly, and the loss does not depend on A or
-    gamma. These start as in LoRA: A uniform in +-1/sqrt(D), gamma at 1."""
+    """B starts at zero, so the loss does not depend on A or gamma yet: A is uniform in +-1/sqrt(D), gamma is 1."""
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + AFTER, labels=True)
     base, adapter = model(**batch).logits, attach(model, heads={0: [0, 2], 1: [1]})
     adapted = model(**batch)
@@ -127,8 +121,7 @@ def test_it_starts_as_the_base_model_so_the_first_gradient_reaches_b_only():
 
 
 def test_text_with_no_image_before_it_is_the_base_models_bit_for_bit():
-    """Attention is causal, so only what comes after an image can read its values. With no image in the context a
-    trained adapter changes nothing: logits, answers, a row of a mixed batch."""
+    """Attention is causal: only what comes after an image can read its values. A text, a text's row, answers stay."""
     model, text, mixed = tiny_vlm(), prompt(TEXT), prompt(TEXT + AFTER + [2], BEFORE + IMAGE + AFTER)
     base, base_mixed, answer = logits_of(model, text), logits_of(model, mixed), model.generate(**text, max_new_tokens=6)
     attach_trained(model)
@@ -138,18 +131,17 @@ def test_text_with_no_image_before_it_is_the_base_models_bit_for_bit():
     assert changed.tolist() == [[False] * 11, [False] * len(BEFORE) + [True] * len(IMAGE + AFTER)]
 
 
-@pytest.mark.parametrize("heads", [[0, 2], [0, 1, 2]])
-def test_where_the_first_adapted_layer_looks_does_not_change_only_what_it_reads(heads):
+def test_where_the_first_adapted_layer_looks_does_not_change_only_what_it_reads():
     """Queries and keys are untouched, to the bit, and so are the values of other tokens and of other heads."""
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + [5] + IMAGE + AFTER)
-    parts = {name: getattr(attention(model, 1), f"{name}_proj") for name in "qkv"}
-    adapter, visual = attach_trained(model, heads={1: heads, 2: [1]}), batch["input_ids"] == IMG
-    adapted = watch(model, batch, **parts)
+    parts = [getattr(attention(model, 1), f"{name}_proj") for name in "qkv"]
+    adapter, visual = attach_trained(model, heads={1: [0, 2], 2: [1]}), batch["input_ids"] == IMG
+    adapted = watch(model, batch, *parts)
     with adapter.disabled():
-        base = watch(model, batch, **parts)
-    for name in parts:
-        changed = (adapted[name][1] != base[name][1]).unflatten(-1, (-1, D_H)).any(-1)  # [B, T, heads]
-        selected = torch.tensor([name == "v" and h in heads for h in range(changed.shape[2])])
+        base = watch(model, batch, *parts)
+    for name, (_, new), (_, old) in zip("qkv", adapted, base):
+        changed = (new != old).unflatten(-1, (-1, D_H)).any(-1)  # [B, T, heads]
+        selected = torch.tensor([name == "v" and h in (0, 2) for h in range(changed.shape[2])])
         assert torch.equal(changed, visual[..., None] & selected), name
 
 
@@ -164,7 +156,7 @@ def test_normalization_makes_the_first_update_as_large_for_every_number_of_heads
         optimizer = torch.optim.Adam(adapter.parameters(), lr=0.01, eps=1e-30)
         model(**batch).loss.backward()
         optimizer.step()
-        x, value = watch(model, batch, v=attention(model, 1).v_proj)["v"]
+        ((x, value),) = watch(model, batch, attention(model, 1).v_proj)
         return (value - x @ attention(model, 1).v_proj.weight.T).square().sum().item()
 
     alone = [first_update([h], normalize=True) for h in range(H)]
@@ -266,7 +258,7 @@ def test_a_state_dict_loads_also_averaged_and_not_into_other_heads_or_layers():
                 each.load_state_dict(state, strict=False)
 
 
-def test_a_narrower_type_is_the_models_alone_and_torchs_defaults_change_nothing(tmp_path):
+def test_a_narrower_type_is_the_models_alone_and_torchs_defaults_change_nothing(request):
     """A, B, gamma and the scores are float32 or wider, where the model is; to_empty() does not unset the heads."""
     adapter = attach_trained(model := tiny_vlm())
     trained = [p.clone() for p in adapter.parameters()]
@@ -274,14 +266,12 @@ def test_a_narrower_type_is_the_models_alone_and_torchs_defaults_change_nothing(
     assert all(map(torch.equal, adapter.parameters(), trained))
     assert model.double().image_lora.layers["0"].A.dtype == torch.double != model.float().image_lora.layers["0"].A.dtype
     scores = score_heads(adapter.detach(), [EARLY])
+    request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        found = score_heads(model, [EARLY])
-        attach(model, heads=select_heads(found, 3)).save(tmp_path / "adapter.pt")
-        tensors = [found, *load(model.image_lora.detach(), tmp_path / "adapter.pt").parameters()]
+        assert torch.equal(score_heads(model, [EARLY]), scores) and scores.dtype == torch.float32
+        assert {(p.dtype, p.device.type) for p in attach(model).parameters()} == {(torch.float32, "cpu")}
         empty = imagelora.ValueAdapter(D, D_H, H, [0, 2], 2, 4).to_empty(device="cpu")
-    torch.set_default_dtype(torch.float32)
-    assert torch.equal(found, scores) and {(t.dtype, t.device.type) for t in tensors} == {(torch.float32, "cpu")}
     empty.load_state_dict({"A": torch.ones(D, 2), "B": torch.ones(2, 2, D_H), "gamma": torch.ones(1)})
     update = empty.add_update(torch.ones(1, 1, D), torch.zeros(1, 1, H * D_H), torch.tensor([0]))
     assert update.view(H, D_H).any(1).tolist() == [True, False, True]
@@ -334,13 +324,6 @@ def test_the_probe_finds_the_only_head_that_can_help_even_when_it_is_silent(prob
     chosen.v_proj.weight.data[columns].zero_()  # whose base value is zero
     scores = score_heads(model, [prompt(BEFORE + IMAGE + AFTER, labels=True)], probe=probe)
     assert scores.nonzero().tolist() == [[1, 2]] and select_heads(scores, 1) == {1: [2]}
-
-
-def test_a_loss_on_a_middle_layer_scores_the_heads_below_it():
-    def loss(model, batch):
-        return watch(model, batch, norm=model.language_model.layers[1].input_layernorm)["norm"][0].square().sum()
-
-    assert score_heads(tiny_vlm(), [EARLY], loss).any(1).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 3.0])
@@ -416,10 +399,14 @@ def test_disabled_detach_and_the_probe_restore_the_base_bit_for_bit():
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + AFTER, labels=True)
     model.vision_tower.requires_grad_(False)
     before, base = state_of(model), model(**batch).logits
-    score_heads(model, [batch])
+    lower = score_heads(model, [batch], lambda m, b: watch(m, b, attention(m, 1).k_proj)[0][1].sum())
+    assert lower.any(1).tolist() == [True, False, False]  # the loss is of what layer 0 wrote
     assert state_of(model) == before and torch.equal(model(**batch).logits, base)
     adapter = attach_trained(model)
-    for other in (model, nn.ModuleList([model]), model.language_model):  # a second one would double the update
+    for other in (
+        model,
+        Mock(["get_base_model"], get_base_model=lambda: model),
+    ):  # a second one would double the update
         with pytest.raises(ValueError, match="already has an Image-LoRA; call its detach"):
             attach(other)
     with adapter.disabled(), adapter.disabled():
@@ -465,12 +452,12 @@ class Exploit(str):  # unpickled without care, it makes a file of that name
 
 
 def test_a_damaged_file_is_refused_in_one_sentence_or_loads_exactly_what_was_saved(tmp_path):
-    """A flipped bit at 60 places and in the zip's directory, a cut, foreign files, and pickles that would run code."""
-    path, made, rng = tmp_path / "file.pt", tmp_path / "made", random.Random(0)
+    """A flipped bit at every 53rd byte and in the zip's directory, a cut, foreign files, pickles that run code."""
+    path, made = tmp_path / "file.pt", tmp_path / "made"
     attach_trained(tiny_vlm(), **SOME).save(path)
     data, saved = path.read_bytes(), load(tiny_vlm(), path).state_dict()
     mutants = [data[: len(data) // 2], b"", b"not a model\n", pickle.dumps(Exploit(made))]
-    flips = [*rng.sample(range(len(data)), 60), *(entry.start() + 33 for entry in re.finditer(b"PK\1\2", data))]
+    flips = [*range(0, len(data), 53), *(entry.start() + 33 for entry in re.finditer(b"PK\1\2", data))]
     mutants += [data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :] for i in flips]
     for content in ([1, 2], {"r": Exploit(made)}):
         torch.save(content, path)
@@ -606,11 +593,10 @@ def test_an_interrupted_forward_or_context_leaves_nothing_behind(error):
     adapter = attach_trained(model := checkpoint_layers(tiny_vlm()))
     expected, loss = model(**LATE).logits, loss_of(model, LATE)
     handle = model.language_model.layers[1].register_forward_pre_hook(Mock(side_effect=error))
-    for context in (nullcontext, torch.no_grad, adapter.disabled, partial(adapter.visual_mask, EARLY["labels"] < 0)):
-        with pytest.raises(error), context():
-            model(**EARLY)
-    with pytest.raises(error), torch.no_grad():
-        model(**prompt(TEXT))
+    for context in (nullcontext, adapter.disabled, partial(adapter.visual_mask, EARLY["labels"] < 0), torch.no_grad):
+        for batch in (EARLY, prompt(TEXT)):
+            with pytest.raises(error), context():
+                model(**batch)
     handle.remove()
     refused = pytest.raises(RuntimeError, match="memory of another call's, which has other visual tokens")
     with refused if error is KeyboardInterrupt else nullcontext():
@@ -623,24 +609,20 @@ def offloaded(model):
         loss_of(checkpoint_layers(model), EARLY).backward()
 
 
-def norm(model):
-    return model.language_model.layers[0].input_layernorm
-
-
-X = torch.zeros(1, 7, D)
+NORM, X = "language_model.layers.0.input_layernorm", torch.zeros(1, 7, D)
 REPLACED = "v_proj or its input_layernorm was not called: apply what replaces them .* first"
 OUTSIDE, COPIED = r"v_proj ran outside of model\(\.\.\.\)", "a checkpoint of several layers or of a copy"
 NOT_RIGHT = [
     (lambda m: attention(m, 0).v_proj(X), OUTSIDE),
     (torch.no_grad()(lambda m: attention(m, 0).v_proj(X)), OUTSIDE),
     (lambda m: [m(**EARLY), m.language_model.layers[0](X)], OUTSIDE),
-    (lambda m: m.language_model.layers[0](watch(m, EARLY, norm=norm(m))["norm"][0][:, :5]), OUTSIDE),
+    (lambda m: m.language_model.layers[0](watch(m, EARLY, m.get_submodule(NORM))[0][0][:, :5]), OUTSIDE),
     (lambda m: m.forward(**EARLY), OUTSIDE),
     (offloaded, COPIED),
     (lambda m: loss_of(checkpoint_layers(m, layers=[m.language_model]), EARLY).backward(), COPIED),
     (lambda m: loss_of(checkpoint_layers(m, True, input_grads=False), EARLY), "needs model.enable_input_require_grads"),
     (lambda m: [setattr(attention(m, 2), "v_proj", nn.Linear(D, 12)), m(**EARLY)], REPLACED),
-    (lambda m: [setattr(norm(m), "forward", nn.RMSNorm(D).forward), m(**EARLY)], REPLACED),  # as Liger does
+    (lambda m: [setattr(m.get_submodule(NORM), "forward", nn.RMSNorm(D).forward), m(**EARLY)], REPLACED),  # as Liger
     (lambda m: torch.jit.trace(m, (EARLY["input_ids"], EARLY["pixel_values"])), "would fix which tokens are visual"),
     (lambda m: m.image_lora.layers["0"].add_update(X, X[..., :4], X), "4 features, not 3 heads of 4: are heads split"),
 ]
@@ -685,27 +667,6 @@ def test_what_others_wrap_around_a_forward_stays_theirs_after_detach():
         assert torch.equal(adapter.detach()(**EARLY).logits, base)
         adapter = attach_trained(model)
     assert len(ran) == 8
-
-
-@pytest.mark.parametrize("attach_first", [True, False])
-def test_accelerates_wrappers_may_come_before_or_after_and_the_removal_of_earlier_ones_is_noticed(attach_first):
-    accelerate = pytest.importorskip("accelerate")
-    bf16 = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare
-    dispatch = partial(accelerate.dispatch_model, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
-    attach_trained(other := tiny_vlm())
-    for wrap in (bf16, dispatch):
-        model = tiny_vlm()
-        for step in (attach_trained, wrap) if attach_first else (wrap, attach_trained):
-            step(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=wrap is bf16):
-            torch.testing.assert_close(model(**EARLY).logits, other(**EARLY).logits)
-    accelerate.hooks.remove_hook_from_submodules(model)
-    with (
-        nullcontext()
-        if attach_first
-        else pytest.raises(RuntimeError, match="v_proj or its input_layernorm was not called")
-    ):
-        assert torch.equal(model(**EARLY).logits, other(**EARLY).logits)
 
 
 # 8. What is refused

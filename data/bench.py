@@ -28,13 +28,13 @@ class BenchConfig(Settings):
 def tiny_model(family: str):  # with random weights
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    text = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
-    text |= {"num_hidden_layers": 3, "vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2}
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
+    text |= {"num_hidden_layers": 2, "vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2}
     vision = {"model_type": "clip_vision_model", "num_hidden_layers": 1}
     if family == "qwen2_5_vl":
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 8, 8]}
         text |= {"rope_parameters": rope, "rope_scaling": rope}  # transformers 5's name and 4's
-        vision = {"depth": 1, "out_hidden_size": 256}
+        vision = {"depth": 1, "out_hidden_size": 512}
     ids = {"image_token_id": IMAGE, "image_token_index": IMAGE}
     config = AutoConfig.for_model(family, text_config=text, vision_config=vision, **ids)
     return AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)

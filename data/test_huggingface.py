@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,19 +17,7 @@ from torch import nn
 
 import imagelora
 from imagelora import attach, load, score_heads, select_heads
-from test_imagelora import (
-    AFTER,
-    BEFORE,
-    EARLY,
-    IMAGE,
-    IMG,
-    attach_trained,
-    logits_of,
-    loss_of,
-    prompt,
-    slopes,
-    tiny_vlm,
-)
+from test_imagelora import EARLY, IMG, LATE, attach_trained, logits_of, loss_of, slopes, tiny_vlm
 
 ROOT = Path(imagelora.__file__).parent
 
@@ -51,7 +41,7 @@ def adapt_by_the_readme(model, adapter, visual, **options):
 
 
 def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
-    batch = prompt(BEFORE + IMAGE + AFTER, IMAGE + AFTER + BEFORE)
+    batch = {name: torch.cat([EARLY[name], LATE[name]]) for name in EARLY}
     options = {"r": 4, "lora_alpha": 6, "heads": {0: [1], 1: [0, 2], 2: [0, 1, 2]}}
     adapter = attach_trained(model := tiny_vlm(), **options)
     ours = logits_of(model, batch), slopes(model, loss_of(model, batch))
@@ -291,26 +281,36 @@ def test_the_script_trains_on_two_processes_as_on_one_goes_on_and_answers(family
     torch.testing.assert_close(launch([sys.executable, "tune.py"]), kept, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_accelerates_wrappers_may_come_before_or_after_and_the_removal_of_earlier_ones_is_noticed(attach_first):
+    accelerate = pytest.importorskip("accelerate")
+    bf16 = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare
+    dispatch = partial(accelerate.dispatch_model, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
+    attach_trained(other := tiny_vlm())
+    for wrap in (bf16, dispatch):
+        model = tiny_vlm()
+        for step in (attach_trained, wrap) if attach_first else (wrap, attach_trained):
+            step(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=wrap is bf16):
+            torch.testing.assert_close(model(**EARLY).logits, other(**EARLY).logits)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    noticed = pytest.raises(RuntimeError, match="v_proj or its input_layernorm was not called")
+    with nullcontext() if attach_first else noticed:
+        assert torch.equal(model(**EARLY).logits, other(**EARLY).logits)
+
+
 # 3. What is refused
-def hf(architecture: str, **config):  # attaches to such a model of transformers, without weights
-    def run():
-        model = getattr(pytest.importorskip("transformers"), architecture)
-        with torch.device("meta"):
-            attach(model(model.config_class(**config)))
-
-    return run
-
-
-REFUSED = [
-    (hf("LlamaForCausalLM", **DECODER), "no image_token_id"),
-    (hf("Gemma3nForCausalLM", **DECODER, layer_types=None, num_kv_shared_layers=0), "values after v_proj, in .*v_norm"),
-    (hf("MllamaForConditionalGeneration", text_config=DECODER | MROPE | {"cross_attention_layers": [1]}), "cross-att"),
-    (hf("Phi4MultimodalForCausalLM", **DECODER, vision_config={}, audio_config={}), "fused qkv"),
-    (hf("Lfm2VlForConditionalGeneration", text_config=DECODER | {"layer_types": ["conv", "full_attention"]}), "hybrid"),
-]
+REFUSED = {  # the config, a part of the sentence
+    "LlamaForCausalLM": (DECODER, "no image_token_id"),
+    "Gemma3nForCausalLM": (DECODER | {"layer_types": None, "num_kv_shared_layers": 0}, "after v_proj, in .*v_norm"),
+    "MllamaForConditionalGeneration": ({"text_config": DECODER | MROPE | {"cross_attention_layers": [1]}}, "cross-att"),
+    "Phi4MultimodalForCausalLM": (DECODER | {"vision_config": {}, "audio_config": {}}, "fused qkv"),
+    "Lfm2VlForConditionalGeneration": ({"text_config": DECODER | {"layer_types": ["conv", "full_attention"]}}, "hybr"),
+}
 
 
-@pytest.mark.parametrize("run, sentence", REFUSED)
-def test_a_model_that_cannot_be_adapted_is_refused_in_one_sentence(run, sentence):
-    with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
-        run()
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_model_that_cannot_be_adapted_is_refused_in_one_sentence(architecture):
+    model, (config, sentence) = getattr(pytest.importorskip("transformers"), architecture), REFUSED[architecture]
+    with torch.device("meta"), pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
+        attach(model(model.config_class(**config)))
