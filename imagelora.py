@@ -153,15 +153,15 @@ class ImageLoRA(nn.Module):
         now.rows, now.updated, now.grad = NO_ROWS, set(), torch.is_grad_enabled()
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if "disabled" in within:
-            return None
+            return
         if ids is not None and not ids.is_floating_point():  # a first argument of floats is embeddings
             if ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(ids.flatten().tolist()):
-                return None  # most calls decode one text token; this check is ten times as fast as one by tensors
+                return  # most calls decode one text token; this check is ten times as fast as one by tensors
             visual = torch.stack([ids == image for image in self.image_token_ids]).any(0)
         else:
             _require(embeds is not None and "mask" in within, UNKNOWN)
             visual = within["mask"]
-            kwargs = kwargs | {"inputs_embeds": embeds.clone()}  # rows are noted on the copy
+            kwargs["inputs_embeds"] = embeds.clone()  # rows are noted on the copy
         rows = visual.flatten().nonzero().squeeze(1)
         now.rows, now.shape = rows if len(rows) else NO_ROWS, visual.shape
         return args, kwargs
@@ -175,7 +175,7 @@ class ImageLoRA(nn.Module):
             now.layer_rows = rows if shape == x.shape else None  # in a part of the input they are others
         elif now.grad or torch.is_grad_enabled():  # on in the call, off in here: in a re-entrant checkpoint
             _require(x.requires_grad or torch.is_grad_enabled(), NO_GRADIENT, RuntimeError)
-            _require(now.rows.equal(rows), REUSED, RuntimeError)
+            _require(now.rows.equal(rows.to(now.rows)), REUSED, RuntimeError)
             memory.visual_rows = now.rows, x.shape
         return forward(*args, **kwargs)
 

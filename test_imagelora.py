@@ -403,10 +403,7 @@ def test_disabled_detach_and_the_probe_restore_the_base_bit_for_bit():
     assert lower.any(1).tolist() == [True, False, False]  # the loss is of what layer 0 wrote
     assert state_of(model) == before and torch.equal(model(**batch).logits, base)
     adapter = attach_trained(model)
-    for other in (
-        model,
-        Mock(["get_base_model"], get_base_model=lambda: model),
-    ):  # a second one would double the update
+    for other in (model, Mock(["get_base_model"], get_base_model=lambda: model)):  # it would double the update
         with pytest.raises(ValueError, match="already has an Image-LoRA; call its detach"):
             attach(other)
     with adapter.disabled(), adapter.disabled():
@@ -681,12 +678,10 @@ REFUSED = [
     *((lambda m, s=s: select_heads(torch.tensor([s]), 1), "scores must be") for s in (1.0, [-1.0], [math.inf])),
     (partial(score_heads, batches=[EARLY], probe="rank2"), "unknown probe 'rank2'"),
     (partial(score_heads, batches=[prompt(TEXT, labels=True)]), "the 1 probe batches hold no visual"),
+    (partial(score_heads, batches=[]), "the 0 probe batches hold no visual"),
     (partial(score_heads, batches=[prompt(IMAGE)]), "the loss of probe batch 0 is None: do its labels hold an answer"),
     (partial(score_heads, batches=[EARLY, EARLY | {"labels": torch.full((1, 7), -100)}]), "of probe batch 1 is nan"),
-    (
-        lambda m: attach(nn.ModuleDict({"module": m})),
-        "config has no image_token_id .* attach to the whole VLM, unwrapped",
-    ),
+    (lambda m: attach(nn.ModuleDict({"module": m})), "config has no image_token_id .* the whole VLM, unwrapped"),
     (lambda m: [setattr(m, "language_model", None), attach(m)], "found none"),
     (lambda m: [delattr(attention(m, 1), "v_proj"), attach(m)], "layers.1 has no self_attn.v_proj"),
     (lambda m: [setattr(attention(m, 1), "head_dim", 5), attach(m)], "head_dim is 5, v_proj has"),
