@@ -4,6 +4,7 @@
     python -m data.compare --out data          makes data/compare.json, data/figures/choices.png and the tables
 
 A cell is what its line's settings and its column's say: fields of `train.Config`, and two more, `bases` and `draws`.
+A new line of a table is a new entry of METHODS, CHOICES or OPTIONS; TABLES says which lines meet which columns.
 One replicate is one base and one seed: base i is fine-tuned with seed i, further draws have seeds 10 + i and 20 + i.
 A cell shows the mean over bases ± standard deviation, and the value of each base where they are over 3 points apart.
 

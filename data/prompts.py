@@ -70,7 +70,9 @@ def questions(samples: list[dict], features: Tensor, history=0) -> dict:
 
 def load_base(base: str, device="cpu") -> TinyVLM:
     """The model in a file, by its path from here or from the project's directory."""
-    path = base if Path(base).exists() else ROOT / base
+    path = Path(base)
+    if not path.exists() and (ROOT / base).exists():
+        path = ROOT / base
     return TinyVLM.from_pretrained(path).to(device)
 
 

@@ -131,9 +131,10 @@ def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> No
     with disabled():
         base_shares = looks(model, drawn, features)
     layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
-    hits = [is_hit(click, sample["bbox"]) for _, sample, click in done.after]
+    wrong = [i for i, (_, sample, click) in enumerate(done.after) if not is_hit(click, sample["bbox"])]
+    icons = [i for i, (_, sample, _) in enumerate(done.after) if sample["data_type"] == "icon"]
     shown = []
-    for i in (0, len(hits) // 3, 2 * len(hits) // 3, hits.index(min(hits))):  # the last is wrong, if any is
+    for i in (0, icons[len(icons) // 3], icons[len(icons) // 2], (wrong or icons)[-1]):
         screen, sample, _ = done.after[i]
         asked = questions([sample], features[[drawn.index(screen)]])
         weights = attention_maps(model, asked)[layer, head]
