@@ -1,12 +1,14 @@
 """The comparison: tables whose cells are fine-tuning runs, each on three bases.
 
     python -m data.compare --quick             the first table alone: one base, one rate, no search
-    python -m data.compare --out data          makes data/compare.json, data/figures/choices.png and the tables
+    python -m data.compare --shipped           the tables on the base that is shipped, with its three seeds
+    python -m data.compare                     the tables on three bases; the other two are made first
 
 A cell is what its line's settings and its column's say: fields of `train.Config`, and two more, `bases` and `draws`.
 A new line of a table is a new entry of METHODS, CHOICES or OPTIONS; TABLES says which lines meet which columns.
 One replicate is one base and one seed: base i is fine-tuned with seed i, further draws have seeds 10 + i and 20 + i.
-A cell shows the mean over bases ± standard deviation, and the value of each base where they are over 3 points apart.
+A cell shows the mean over bases ± standard deviation, and the value of each base where they are over 3 points apart;
+where there is one base, the same of its draws.
 
 Learning rates are chosen for each method, rank, kind of screen and kind of base, by the mean over the bases on
 validation screens, at the runs' own number of steps. Ties go to the lower rate. The grid is 0.02 times powers of two,
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 
 import train
-from data import Settings, command, figures, option, progress
+from data import Settings, command, option, progress
 from data.evaluate import evaluate, examined
 from data.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
@@ -46,7 +48,7 @@ METHODS = {  # the ladder: one restriction a line, from LoRA to Image-LoRA
     ALL: {"heads": "all", "draws": 3},
     HALF: {"draws": 3},
 }
-CHOICES = {name: {"heads": name, "draws": 3} for name in figures.MARKS}
+CHOICES = {name: {"heads": name, "draws": 3} for name in ("top", "matched", "random", "gate")}
 OPTIONS = {
     "r = 4": {"r": 4},
     "r = 8, τ = 0, γ's rate 0.1 of A's": {},
@@ -81,6 +83,7 @@ class CompareConfig(Settings):
     """The comparison's settings; each field is an option of the command line too."""
 
     quick: bool = option(False, "the first table alone, on the shipped base, at rate 0.01")
+    shipped: bool = option(False, "the tables on the shipped base; none is made")
     workers: int = option(2, "processes, of one thread each", least=1)
     out: str = option("runs/compare", "directory of compare.json; the runs found there are kept")
 
@@ -187,22 +190,20 @@ def compare(cfg: CompareConfig) -> None:
     path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     done, wanted, rates = Rows(path), cells(), {}
+    if cfg.quick or cfg.shipped:
+        wanted = {place: of | {"bases": BASES[:1]} for place, of in wanted.items() if "bases" not in of}
+    if cfg.quick:
+        wanted = {place: of | {"draws": 1} for place, of in wanted.items() if place[0] == "row"}
     with get_context("spawn").Pool(cfg.workers) as pool:
-        if cfg.quick:
-            one = {"bases": BASES[:1], "draws": 1}
-            wanted = {place: settings | one for place, settings in wanted.items() if place[0] == "row"}
-        else:
+        if not (cfg.quick or cfg.shipped):
             make_bases(pool)
+        if not cfg.quick:
             searches = dict.fromkeys(search_of(of) for of in wanted.values() if "lr" not in of)
             rates = choose_rates([*searches], lambda runs: done.finish(runs, pool, "rates"))
         runs = {place: configs(of, rates.get(search_of(of), 0.01)) for place, of in wanted.items()}
         done.finish([run for bases in runs.values() for draws in bases for run in draws], pool, "runs")
     rows = {place: [[done.known[run] for run in draws] for draws in bases] for place, bases in runs.items()}
-    print("\n" + "\n\n".join(tables(rows)))
-    if not cfg.quick:
-        (path.parent / "figures").mkdir(exist_ok=True)
-        figures.save(picture(rows), path.parent / "figures" / "choices.png")
-    print(f"\nsaved    {path}")
+    print("\n" + "\n\n".join(tables(rows)) + f"\n\nsaved    {path}")
 
 
 # ---- Tables: each is a function of the rows --------------------------------------------------------------------------
@@ -211,12 +212,14 @@ def compare(cfg: CompareConfig) -> None:
 def percent(rows: list[list[dict]], field="") -> str:
     """An accuracy in %; rows: for each base its draws. Default: the task's."""
     field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
-    of_bases = [100 * np.mean([row[field] for row in draws]) for draws in rows]
-    text = f"{np.mean(of_bases):.1f}"
-    if len(of_bases) > 1:
-        text += f" ±{np.std(of_bases, ddof=1):.1f}"
-    if max(of_bases) - min(of_bases) > 3:
-        text += f" ({', '.join(f'{value:.1f}' for value in of_bases)})"
+    values = [100 * np.mean([row[field] for row in draws]) for draws in rows]
+    if len(rows) == 1:
+        values = [100 * row[field] for row in rows[0]]
+    text = f"{np.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ±{np.std(values, ddof=1):.1f}"
+    if max(values) - min(values) > 3:
+        text += f" ({', '.join(f'{value:.1f}' for value in values)})"
     return text
 
 
@@ -252,16 +255,6 @@ def markdown(title: str, body: dict[str, dict]) -> str:
     lines = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1)]
     lines += [[line, *texts.values()] for line, texts in body.items()]
     return "\n".join(f"|{'|'.join(texts)}|" for texts in lines)
-
-
-def picture(rows: dict[tuple, list]):
-    """Every run of the table of heads: a panel a column."""
-    panels = {column.removesuffix(" %"): {} for column in BUDGETS}
-    for (_, choice, column), of_bases in rows.items():
-        for i, draws in enumerate(of_bases if column in BUDGETS else (), 1):
-            base = panels[column.removesuffix(" %")].setdefault(f"base {i}", {})
-            base[choice] = [100 * row["action_acc"] for row in draws]
-    return figures.choices(panels)
 
 
 if __name__ == "__main__":

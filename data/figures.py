@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.screens import SIZE, is_hit
 from imagelora import safe_write
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's
+BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
 INK, GREY, PALE = "#222222", "#667085", "#e4e7ec"
 FONT = ImageFont.load_default(56)
 WIDTH = 3320  # of a page
@@ -21,12 +21,6 @@ MARGIN = 52  # left and right of what is on it
 TITLE = 72  # where the first line of words stands
 GAP = 48  # between the pictures of screens
 CAPTION = 152  # below each of them, for words
-MARKS = {  # choices of heads: colour, corners and rotation
-    "top": (BLUE, 30, 0),
-    "matched": (GREEN, 4, 0),
-    "random": (GREY, 3, 0),
-    "gate": (ORANGE, 4, 45),
-}
 
 
 class Page(ImageDraw.ImageDraw):
@@ -57,11 +51,6 @@ class Page(ImageDraw.ImageDraw):
                 continue
             self.line((x - r, y - r, x + r, y + r), fill, width)
             self.line((x - r, y + r, x + r, y - r), fill, width)
-
-    def mark(self, x, y, choice: str):
-        """A run with heads of this choice."""
-        fill, corners, rotation = MARKS[choice]
-        self.regular_polygon((x, y, 24), corners, rotation, None, fill, 6)
 
 
 # ---- Screens and clicks ----------------------------------------------------------------------------------------------
@@ -184,33 +173,7 @@ def _shaded(screen: Image.Image, weights: torch.Tensor) -> Image.Image:
     return Image.composite(dark, screen, mask)
 
 
-# ---- Heads -----------------------------------------------------------------------------------------------------------
-
-
-def choices(panels: dict[str, dict]) -> Image.Image:
-    """What choices of heads reach, a panel each: {title: {base: {choice: [click accuracy of a run, %, ...]}}}."""
-    page, bottom, unit = Page(1260), 1100, 8.2  # a percent's height
-    page.write(MARGIN, TITLE, "correct clicks on row screens, %; a mark is a run, a line their mean")
-    for j, (choice, (fill, *_)) in enumerate(MARKS.items()):
-        page.mark(2020 + 330 * j, TITLE, choice)
-        page.write(2064 + 330 * j, TITLE, choice, fill)
-    for i, (title, bases) in enumerate(panels.items()):
-        left = 160 + 1640 * i
-        page.write(left, 200, title)
-        for percent in range(0, 101, 20):
-            y = bottom - unit * percent
-            page.line((left, y, left + 1480, y), PALE, 4)
-            page.write(left - 32, y, str(percent), GREY, "rm")
-        for k, (base, runs) in enumerate(bases.items()):
-            middle = left + 490 * k + 250
-            page.write(middle, bottom + 80, base, GREY, "mm")
-            for j, (choice, (fill, *_)) in enumerate(MARKS.items()):
-                x = middle + 110 * j - 165
-                mean = bottom - unit * sum(runs[choice]) / len(runs[choice])
-                page.line((x - 44, mean, x + 44, mean), fill, 10)
-                for value in runs[choice]:
-                    page.mark(x, bottom - unit * value, choice)
-    return page.finished()
+# ---- Heads, in text -----------------------------------------------------------------------------------------------
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:

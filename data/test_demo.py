@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import train
-from data import SPLITS, command, compare, costs, evaluate, figures, pretrain, prompts, screens, words
+from data import SPLITS, command, compare, costs, evaluate, pretrain, prompts, screens, words
 from data.baselines import choose_heads
 from data.screens import DOMAINS, draw_screen, is_hit
 from data.walk import walk
@@ -198,7 +198,7 @@ def say(monkeypatch, tmp_path, capsys):
     return run
 
 
-RUNS = [{"method": method} for method in train.RATES] + [{"heads": heads} for heads in (*figures.MARKS, "all")]
+RUNS = [{"method": method} for method in train.RATES] + [{"heads": heads} for heads in (*compare.CHOICES, "all")]
 RUNS += [{"method": "lora", "tokens": "visual"}, {"method": "lora", "projections": "v"}, {"gamma_lr": 0.0}]
 RUNS += [{"domain": "dark"}, {"task": "referring"}, {"history": 1}, {"split": "validation"}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
@@ -225,7 +225,7 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
 def test_the_controls_of_the_probe_are_what_they_are_called():
     """Matched heads share the layers' budget of the best ones, random heads only their number."""
     scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0, 6, 0.1]])
-    chosen = {choice: choose_heads(choice, scores, 5, 1.0, 0) for choice in (*figures.MARKS, "all")}
+    chosen = {choice: choose_heads(choice, scores, 5, 1.0, 0) for choice in (*compare.CHOICES, "all")}
     budget = {layer: len(heads) for layer, heads in chosen["top"].items()}
     assert budget == {layer: len(heads) for layer, heads in chosen["matched"].items()} and len(budget) > 1
     assert chosen["top"] == chosen["gate"] == select_heads(scores, 5, 1.0) != chosen["matched"]
@@ -306,7 +306,6 @@ def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, 
     lines = [line for lines, _ in compare.TABLES.values() for line in lines]
     assert all(printed.count(f"\n|{line}|") == lines.count(line) for line in lines)
     assert say("compare --out=out")[:2] == (0, printed) and len(done) == len(rows) + 1
-    assert Path("out/figures/choices.png").exists()
 
 
 def test_a_cell_is_the_mean_over_bases_and_shows_each_where_they_are_apart():

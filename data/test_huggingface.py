@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 import imagelora
+from data import bench
 from imagelora import attach, load, score_heads, select_heads
 from test_imagelora import EARLY, IMG, LATE, attach_trained, logits_of, loss_of, slopes, tiny_vlm
 
@@ -52,11 +53,7 @@ def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
 
 def test_the_lines_of_the_readme_are_all_that_a_trainer_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = dict.fromkeys(("args", "collate", "examples")) | {
-        "model": tiny_vlm(),
-        "batches": [EARLY],
-        "Trainer": Mock(),
-    }
+    given = {"model": tiny_vlm(), "batches": [EARLY], "Trainer": Mock(), "args": 0, "collate": 0, "examples": 0}
     exec(block('adapter.save("adapter.pt")'), given)
     assert given["Trainer"].call_args.args[0] is given["model"] and given["Trainer"].return_value.train.called
     assert load(given["adapter"].detach(), "adapter.pt").heads == given["adapter"].heads
@@ -297,6 +294,13 @@ def test_accelerates_wrappers_may_come_before_or_after_and_the_removal_of_earlie
     noticed = pytest.raises(RuntimeError, match="v_proj or its input_layernorm was not called")
     with nullcontext() if attach_first else noticed:
         assert torch.equal(model(**EARLY).logits, other(**EARLY).logits)
+
+
+def test_the_bench_prints_a_ratio_for_each_method(capsys, monkeypatch):
+    assert pytest.importorskip("transformers") and pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "IDS", torch.tensor([[bench.IMAGE, 1, 2]]))
+    bench.bench(bench.BenchConfig(rounds=1))
+    assert len(re.findall(r"  \d\.\d{3}$", capsys.readouterr().out, re.M)) == 4 * len(bench.METHODS[1:])
 
 
 # 3. What is refused
