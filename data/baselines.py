@@ -22,10 +22,8 @@ class LoRA(nn.Module):
         super().__init__()
         self.r, self.scaling = r, lora_alpha / r
         self.names, self.visual_only = names, visual_only
-        self.shape = shape_of(model)
-        self.enabled, self.rows = True, None
-        self.A = nn.ParameterList()
-        self.B = nn.ParameterList()
+        self.shape, self.enabled = shape_of(model), True
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
         model.requires_grad_(False)
         model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
         for layer in model.language_model.layers:
@@ -38,20 +36,16 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """The rows of B * T that are updated: None for all of them; inside `disabled()` none."""
+        """Which of the B * T rows are updated; inside `disabled()` none."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        visual = (ids == model.config.image_token_id).flatten() & self.enabled
-        self.rows = None
-        if self.visual_only or not self.enabled:
-            self.rows = visual.nonzero().squeeze(1)
+        updated = torch.full_like(ids, self.enabled, dtype=torch.bool)
+        if self.visual_only:
+            updated &= ids == model.config.image_token_id
+        self.rows = updated.flatten().nonzero().squeeze(1)
 
     def _add(self, i: int, linear, inputs, y: Tensor) -> Tensor:
-        x = inputs[0].flatten(0, -2)  # [B * T, d_in]
-        if self.rows is not None:
-            x = x[self.rows]
+        x = inputs[0].flatten(0, -2)[self.rows]  # [rows, d_in]
         update = self.scaling * (x @ self.A[i]) @ self.B[i]
-        if self.rows is None:
-            return y + update.view_as(y)
         return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
 
     @contextmanager
@@ -89,11 +83,8 @@ def choose_heads(choice: str, scores: Tensor, count: int, tau: float, seed: int)
 
     top, gate: the highest, layer by layer. random: any. matched: any, but as many in each layer as the highest are.
     all: every head."""
-    layers, num_heads = scores.shape
-    rng = np.random.default_rng(seed)
-    if choice == "all":
-        return {layer: list(range(num_heads)) for layer in range(layers)}
-    heads = select_heads(scores, count, tau)
+    num_heads, rng = scores.shape[1], np.random.default_rng(seed)
+    heads = select_heads(scores, scores.numel() if choice == "all" else count, tau)
     if choice == "random":
         heads = {}
         for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
