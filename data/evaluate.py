@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import screens
 from data.prompts import CHUNK, load_base, questions, seen, training_batch, turn
-from data.screens import BIN, BINS, DOMAINS, Screen, is_hit
+from data.screens import BIN, BINS, DOMAINS, Screen, grounding, is_hit, referring, relations
 from data.words import decode, parse_point, word_problem
 
 Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or the name that was answered
@@ -16,16 +15,15 @@ Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or
 
 def exam(drawn: list[Screen], task="grounding") -> list[tuple[int, dict]]:
     """Every target of every screen asked once, or what is right of it: (number of the screen, sample)."""
-    asked = []
     rng = np.random.default_rng(0)
+    about = {
+        "grounding": lambda screen: [grounding(screen, target, rng) for target in screen.targets()],
+        "referring": lambda screen: [referring(target) for target in screen.targets()],
+        "relations": relations,
+    }
+    asked = []
     for i, screen in enumerate(drawn):
-        if task == "relations":
-            samples = screens.relations(screen)
-        elif task == "referring":
-            samples = [screens.referring(screen, target) for target in screen.targets()]
-        else:
-            samples = [screens.grounding(screen, target, rng) for target in screen.targets()]
-        asked += [(i, sample) for sample in samples]
+        asked += [(i, sample) for sample in about[task](screen)]
     return asked
 
 
@@ -42,7 +40,7 @@ def answer(model, samples: list[dict], features: Tensor, history=0) -> list[str]
     return answers
 
 
-def evaluate(model, drawn: list[Screen], features: Tensor, task="grounding", history=0) -> tuple[dict, list[Given]]:
+def evaluate(model, drawn: list[Screen], features: Tensor, task="grounding", history=0):
     """All targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers)."""
     order, samples = zip(*exam(drawn, task))
     answers = answer(model, samples, features[list(order)], history)
@@ -79,8 +77,8 @@ def examined(cfg, model, split: str, switches="shown"):
     return seen(cfg.base, cfg.domain, split, cfg.test_screens, model.device, switches)
 
 
-def measure(cfg, model) -> tuple[dict, list[Given]]:
-    """(What the model can do: the task, source screens, word problems, these after an image; its answers)."""
+def measure(cfg, model):
+    """(What the model can do: the task, source screens, word problems without and after an image; its answers)."""
     drawn, features = examined(cfg, model, cfg.split)
     metrics, given = evaluate(model, drawn, features, cfg.task, cfg.history)
     source = seen(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
@@ -122,7 +120,7 @@ def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
 def few_answers(cfg, model) -> list[Given]:
     """The answer to one question about each of the first six screens."""
     drawn, features = examined(cfg, model, cfg.split)
-    _, given = evaluate(model, drawn[:6], features[:6], cfg.task, cfg.history)
+    _, given = evaluate(model, drawn[:6], features[:6], history=cfg.history)
     few = []
     for i, screen in enumerate(drawn[:6]):
         about = [answer for answer in given if answer[0] is screen]
@@ -136,8 +134,8 @@ def few_answers(cfg, model) -> list[Given]:
 def best_move(clicks: list, boxes: list) -> tuple[int, int]:
     """The move (dx, dy), in whole bins and one for all, after which the most of these clicks are in their boxes."""
     steps = np.arange(1 - BINS, BINS) * BIN
-    x, y = np.array(clicks)[..., None].transpose(1, 0, 2)  # each [N, 1]
-    left, top, right, bottom = np.array(boxes)[..., None].transpose(1, 0, 2)
+    x, y = np.array(clicks).T[..., None]  # each [N, 1]
+    left, top, right, bottom = np.array(boxes).T[..., None]
     columns = (left <= x + steps) & (x + steps < right)  # [N, moves]
     rows = (top <= y + steps) & (y + steps < bottom)
     hits = columns.T.astype(float) @ rows  # [moves in x, moves in y]
@@ -149,12 +147,11 @@ def rule(learn: list[Given], given: list[Given], kind="", start=lambda point: po
     """Click accuracy of a rule: from start(the base model's click), move as was best on the answers `learn`.
 
     One move for all, or with `kind` (a field of the samples) one for each of these. No point is a miss."""
-    clicks, boxes = defaultdict(list), defaultdict(list)
+    learned = defaultdict(list)
     for _, sample, point in learn:
         if point:
-            clicks[sample.get(kind)].append(start(point))
-            boxes[sample.get(kind)].append(sample["bbox"])
-    moves = {which: best_move(clicks[which], boxes[which]) for which in clicks}
+            learned[sample.get(kind)].append((start(point), sample["bbox"]))
+    moves = {which: best_move(*zip(*pairs)) for which, pairs in learned.items()}
     hits = 0
     for _, sample, point in given:
         if point:
@@ -164,17 +161,15 @@ def rule(learn: list[Given], given: list[Given], kind="", start=lambda point: po
     return hits / len(given)
 
 
-def controls(cfg, model, base_given: list[Given]) -> dict[str, float]:
-    """Click accuracy of trivial rules, and of the model before pictures in which it could not or should not hit.
+def controls(cfg, model, base_given: list[Given]) -> dict:
+    """Click accuracy of trivial rules, and of the model where it could not or should not hit.
 
     The rules: a constant; the base's click, moved by an offset for each kind of name, or for each name. They are found
-    on the base's answers about validation screens, and judged on `base_given`. The pictures: those without their
-    switches, and those with switch and name exchanged."""
+    on the base's answers about validation screens. Then the switches are erased, or exchanged with their names."""
     base = load_base(cfg.base, model.device)
     _, learn = evaluate(base, *examined(cfg, model, "validation"), history=cfg.history)
-    corner = BIN / 2, BIN / 2
     found = {
-        "constant_acc": rule(learn, base_given, start=lambda point: corner),
+        "constant_acc": rule(learn, base_given, start=lambda point: (BIN / 2, BIN / 2)),
         "offset_acc": rule(learn, base_given, "data_type"),
         "name_offset_acc": rule(learn, base_given, "name"),
     }

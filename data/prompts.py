@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import screens
-from data.screens import Screen, draw_screen
+from data.screens import Screen, ask, draw_screen
 from data.words import BOS, EOS, ID, IMAGE, PAD, encode, word_problem
 from tiny_vlm import TinyVLM
 
@@ -36,8 +35,7 @@ def turn(sample: dict, learn=True) -> Turn:
 
 def pad(rows: list, value: int, side="right") -> Tensor:
     """Rows of different lengths -> [B, T]."""
-    rows = [*map(torch.tensor, rows)]
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+    return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=value, padding_side=side)
 
 
 def training_batch(asked: list, patches: int, before: list[list[Turn]]) -> dict:
@@ -65,14 +63,10 @@ def questions(samples: list[dict], features: Tensor, history=0) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
 
 
-# ---- The base model, and what it sees --------------------------------------------------------------------------------
-
-
 def load_base(base: str, device="cpu") -> TinyVLM:
     """The model in a file, by its path from here or from the project's directory."""
-    path = Path(base)
-    if not path.exists() and (ROOT / base).exists():
-        path = ROOT / base
+    own = ROOT / base
+    path = own if own.exists() and not Path(base).exists() else base
     return TinyVLM.from_pretrained(path).to(device)
 
 
@@ -99,28 +93,23 @@ def seen(base: str, domain: str, split: str, count: int, device, switches="shown
     return drawn, image_features(load_base(base, device).get_image_features, drawn, device)
 
 
-# ---- The data of a run -----------------------------------------------------------------------------------------------
-
-
-def training_data(cfg, device) -> tuple[list[Screen], Tensor]:
-    """The screens that a run draws its batches from, and their features."""
+def training_data(cfg, device):
+    """The screens that a run draws its batches from, as `seen`."""
     count = min((PROBE_BATCHES + cfg.steps) * SCREENS, TRAIN_SCREENS)
     return seen(cfg.base, cfg.domain, "train", count, device)
 
 
-def batch_of(cfg, data: tuple[list[Screen], Tensor], i: int) -> tuple[dict, list]:
+def batch_of(cfg, data: tuple, i: int):
     """(The arguments of the model, the boxes asked for) of batch number i; the probe takes the first ones."""
     drawn, features = data
     rng = np.random.default_rng([cfg.seed, i])
     picks = rng.choice(len(drawn), SCREENS, replace=False)
-    number = i * SCREENS * cfg.history  # of its first word problem
     before = []
-    for _ in picks:
-        problems = [word_problem("train", number + k) for k in range(cfg.history)]
+    for sequence in range(SCREENS * i, SCREENS * (i + 1)):
+        problems = [word_problem("train", sequence * cfg.history + k) for k in range(cfg.history)]
         before.append([turn(problem, learn=False) for problem in problems])
-        number += cfg.history
     refer = float(cfg.task == "referring")
-    asked = [screens.ask(drawn[pick], QUESTIONS, rng, refer, distinct=True) for pick in picks]
+    asked = [ask(drawn[pick], QUESTIONS, rng, refer, distinct=True) for pick in picks]
     batch = training_batch(asked, features.shape[1], before)
     batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
     batch["image_features"] = features[picks]

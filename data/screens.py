@@ -54,13 +54,14 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Element:
-    """Something that is drawn on a screen."""
-
     name: str  # a word of LABELS or ICONS, or "switch"
     colour: str  # of an icon; "" for text
     data_type: str  # "text" | "icon"
     bbox: Box  # where it is drawn
     click: Box | None  # where a click on it belongs; None for what is never asked for
+
+    def full_name(self) -> str:
+        return f"{self.colour} {self.name}".strip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,13 +199,12 @@ def centre_bins(bbox: Box) -> tuple[int, int]:
 
 
 def called(screen: Screen, element: Element, by_colour=False) -> str:
-    """What a question calls an element: by its colour too where its name is ambiguous.
-
-    by_colour: an icon by that alone where it is enough."""
+    """What a question calls an element: by its colour too where its name is ambiguous; by_colour: by that alone where
+    it is enough."""
     names, colours = zip(*((e.name, e.colour) for e in screen.targets()))
     if by_colour and element.colour and colours.count(element.colour) == 1:
         return element.colour
-    return element.name if names.count(element.name) == 1 else f"{element.colour} {element.name}"
+    return element.name if names.count(element.name) == 1 else element.full_name()
 
 
 def grounding(screen: Screen, element: Element, rng, by_colour=False) -> dict:
@@ -220,10 +220,10 @@ def grounding(screen: Screen, element: Element, rng, by_colour=False) -> dict:
     }
 
 
-def referring(screen: Screen, element: Element) -> dict:
+def referring(element: Element) -> dict:
     """The question the other way round: a point is given, what a click there acts on is asked."""
     x, y = centre_bins(element.click)
-    return {"instruction": f"what is at <x{x}> <y{y}>", "answer": f"{element.colour} {element.name}".strip()}
+    return {"instruction": f"what is at <x{x}> <y{y}>", "answer": element.full_name()}
 
 
 def right_neighbour(screen: Screen, element: Element) -> Element | None:
@@ -238,25 +238,25 @@ def right_neighbour(screen: Screen, element: Element) -> Element | None:
 
 
 def relations(screen: Screen) -> list[dict]:
-    """What is right of an element, for each one that has something there: neither question nor answer is a place."""
-    pairs = [(element, right_neighbour(screen, element)) for element in screen.targets()]
-    return [
-        {"instruction": f"what is right of {called(screen, element)}", "answer": f"{other.colour} {other.name}".strip()}
-        for element, other in pairs
-        if other
-    ]
+    """What is right of each target that has something there: neither question nor answer is a place."""
+    samples = []
+    for target in screen.targets():
+        if other := right_neighbour(screen, target):
+            question = f"what is right of {called(screen, target)}"
+            samples.append({"instruction": question, "answer": other.full_name()})
+    return samples
 
 
 def ask(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False) -> list:
-    """So many random samples. refer: share that give the point and ask for the name; by_colour: as in `grounding`.
-
-    distinct: no target twice before each was asked for once."""
-    targets = screen.targets()
-    order, samples = rng.permutation(len(targets)) if distinct else None, []
+    """So many random samples. refer: share that give the point and ask for the name; by_colour: share that may name an
+    icon by its colour alone; distinct: no target twice before each was asked for once."""
+    targets, samples = screen.targets(), []
+    if distinct:
+        order = rng.permutation(len(targets))
     for j in range(count):
-        target = targets[order[j % len(order)] if distinct else rng.integers(len(targets))]
+        target = targets[order[j % len(targets)] if distinct else rng.integers(len(targets))]
         if rng.random() < refer:
-            samples.append(referring(screen, target))
+            samples.append(referring(target))
         else:
             samples.append(grounding(screen, target, rng, rng.random() < by_colour))
     return samples

@@ -95,7 +95,7 @@ def test_every_instruction_names_exactly_one_element_and_its_answer_is_a_hit(dom
     assert len({screen.image.tobytes() for screen in drawn + [draw_screen(*places[7])]}) == len(places)
     assert [is_hit(point, (2, 3, 5, 7)) for point in ((2, 3), (5, 3), (2, 7), None)] == [True, False, False, False]
     for screen, target in ((each, target) for each in drawn for target in each.targets()):
-        point = words.parse_point(screens.referring(screen, target)["instruction"].removeprefix("what is at "))
+        point = words.parse_point(screens.referring(target)["instruction"].removeprefix("what is at "))
         assert [e for e in screen.targets() if is_hit(point, e.click)] == [target]
         for by_colour in (False, True):
             sample = screens.grounding(screen, target, rng, by_colour)
