@@ -29,9 +29,8 @@ class Settings:
 
 
 def command(settings_class, job: Callable, description: str, arguments: list[str] | None = None) -> int:
-    """Runs job(settings), with an option for each field of the dataclass.
-
-    Returns the exit status: 0, 1 the loss was not finite, 2 bad input, 130 interrupted."""
+    """Runs job(settings), with an option for each field of the dataclass, and returns the exit status: 0, 1 the loss
+    was not finite, 2 bad input, 130 interrupted."""
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
     for f in fields(settings_class):

@@ -11,16 +11,14 @@ A cell shows the mean over bases ± standard deviation, and the value of each ba
 where there is one base, the same of its draws.
 
 Learning rates are chosen for each method, rank, kind of screen and kind of base, by the mean over the bases on
-validation screens, at the runs' own number of steps. Ties go to the lower rate. The grid is 0.02 times powers of two,
-and both neighbours of the best rate were tried. A run is judged on validation screens to choose rates, and on test
-screens for the tables. What is in compare.json, a run a line, is not run again.
+validation screens, at the runs' own number of steps; the tables are of test screens. Ties go to the lower rate. The
+grid is 0.02 times powers of two, and both neighbours of the best rate were tried. What is in compare.json, a run a
+line, is not run again.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -80,8 +78,6 @@ TABLES = {  # title -> (its lines, its columns); where both set a field, the col
 
 @dataclass(frozen=True)
 class CompareConfig(Settings):
-    """The comparison's settings; each field is an option of the command line too."""
-
     quick: bool = option(False, "the first table alone, on the shipped base, at rate 0.01")
     shipped: bool = option(False, "the tables on the shipped base; none is made")
     workers: int = option(2, "processes, of one thread each", least=1)
@@ -123,14 +119,13 @@ def search_of(settings: dict) -> tuple:
 
 
 def choose_rates(searches: list[tuple], finish: Callable) -> dict[tuple, float]:
-    """The best rate of each search; finish(configs) gives the rows of these runs."""
+    """The best rate of each search; finish(cells) gives the rows of their runs."""
     scores = {search: {} for search in searches}
     untried = [(search, lr) for search in searches for lr in (0.02, 0.04)]
     while untried:
-        wanted = [[draws[0] for draws in configs(dict(search), lr)] for search, lr in untried]
-        rows = iter(finish([cfg for of_bases in wanted for cfg in of_bases]))
-        for (search, lr), of_bases in zip(untried, wanted):
-            scores[search][lr] = np.mean([next(rows)["validation_acc"] for _ in of_bases])
+        cells = finish([configs(dict(search), lr) for search, lr in untried])
+        for (search, lr), rows in zip(untried, cells):
+            scores[search][lr] = np.mean([row["validation_acc"] for (row,) in rows])
         best = {search: max(sorted(tried), key=tried.get) for search, tried in scores.items()}
         near = [(search, lr) for search in searches for lr in (best[search] / 2, best[search] * 2)]
         untried = [(search, lr) for search, lr in near if lr not in scores[search] and 0.001 < lr < 1]
@@ -142,8 +137,7 @@ def choose_rates(searches: list[tuple], finish: Callable) -> dict[tuple, float]:
 
 def make_base(cfg: PretrainConfig) -> None:
     if not Path(cfg.out).with_suffix(".json").exists():
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            pretrain(cfg)
+        pretrain(cfg)
 
 
 def make_bases(pool) -> None:
@@ -160,7 +154,7 @@ def run(cfg: train.Config) -> dict:
     done = train.finetune(cfg, say=lambda line: None)
     metrics, _ = evaluate(done.model, *examined(cfg, done.model, "validation"), cfg.task, cfg.history)
     right = metrics["action_acc"] if cfg.task == "grounding" else metrics["name_acc"]
-    return json.loads(json.dumps(done.result | {"validation_acc": right}))
+    return done.result | {"validation_acc": right}
 
 
 class Rows:
@@ -175,14 +169,15 @@ class Rows:
             raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
         self.known = {train.Config(**settings): row for settings, row in zip(told, rows)}
 
-    def finish(self, wanted: list[train.Config], pool, name: str) -> list[dict]:
-        """The rows of these runs. What is missing is run, and written at once."""
-        missing = [cfg for cfg in dict.fromkeys(wanted) if cfg not in self.known]
+    def finish(self, cells: list, pool, name: str) -> list:
+        """Of each cell the rows of its `configs`. What is missing is run, and written at once."""
+        wanted = dict.fromkeys(cfg for bases in cells for draws in bases for cfg in draws)
+        missing = [cfg for cfg in wanted if cfg not in self.known]
         for cfg, row in zip(missing, progress(pool.imap(run, missing), name, len(missing))):
             self.known[cfg] = row
             lines = ",\n".join(map(json.dumps, self.known.values()))
             safe_write(f"[\n{lines}\n]\n".encode(), self.path)
-        return [self.known[cfg] for cfg in wanted]
+        return [[[self.known[cfg] for cfg in draws] for draws in bases] for bases in cells]
 
 
 def compare(cfg: CompareConfig) -> None:
@@ -199,10 +194,9 @@ def compare(cfg: CompareConfig) -> None:
             make_bases(pool)
         if not cfg.quick:
             searches = dict.fromkeys(search_of(of) for of in wanted.values() if "lr" not in of)
-            rates = choose_rates([*searches], lambda runs: done.finish(runs, pool, "rates"))
-        runs = {place: configs(of, rates.get(search_of(of), 0.01)) for place, of in wanted.items()}
-        done.finish([run for bases in runs.values() for draws in bases for run in draws], pool, "runs")
-    rows = {place: [[done.known[run] for run in draws] for draws in bases] for place, bases in runs.items()}
+            rates = choose_rates([*searches], lambda cells: done.finish(cells, pool, "rates"))
+        runs = [configs(of, rates.get(search_of(of), 0.01)) for of in wanted.values()]
+        rows = dict(zip(wanted, done.finish(runs, pool, "runs")))
     print("\n" + "\n\n".join(tables(rows)) + f"\n\nsaved    {path}")
 
 
@@ -212,9 +206,9 @@ def compare(cfg: CompareConfig) -> None:
 def percent(rows: list[list[dict]], field="") -> str:
     """An accuracy in %; rows: for each base its draws. Default: the task's."""
     field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
-    values = [100 * np.mean([row[field] for row in draws]) for draws in rows]
     if len(rows) == 1:
-        values = [100 * row[field] for row in rows[0]]
+        rows = [[row] for row in rows[0]]
+    values = [100 * np.mean([row[field] for row in draws]) for draws in rows]
     text = f"{np.mean(values):.1f}"
     if len(values) > 1:
         text += f" ±{np.std(values, ddof=1):.1f}"
@@ -246,15 +240,13 @@ def tables(rows: dict[tuple, list]) -> list[str]:
         measures = MEASURES if table == "row" else {column: percent}
         texts = found.setdefault(table, {}).setdefault(line, {})
         texts |= {name: measure(of_bases) for name, measure in measures.items()}
-    return [markdown(table, body) for table, body in found.items()]
-
-
-def markdown(title: str, body: dict[str, dict]) -> str:
-    """A table; body: line -> {column: text}."""
-    columns = next(iter(body.values()))
-    lines = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[line, *texts.values()] for line, texts in body.items()]
-    return "\n".join(f"|{'|'.join(texts)}|" for texts in lines)
+    markdown = []
+    for table, lines in found.items():
+        columns = next(iter(lines.values()))
+        body = [[f"**{table}**", *columns], ["---"] * (len(columns) + 1)]
+        body += [[line, *texts.values()] for line, texts in lines.items()]
+        markdown.append("\n".join(f"|{'|'.join(texts)}|" for texts in body))
+    return markdown
 
 
 if __name__ == "__main__":

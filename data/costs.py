@@ -21,8 +21,6 @@ SHAPES = {  # layers, hidden size, query heads, value (KV) heads, head size; MLP
 
 @dataclass(frozen=True)
 class CostsConfig(Settings):
-    """Whose costs are printed."""
-
     model: str = option("qwen2.5-vl-7b", "whose shape", tuple(SHAPES))
     visual_tokens: int = option(1024, "of a sequence", least=1)
     text_tokens: int = option(256, "of a sequence", least=0)
@@ -45,8 +43,7 @@ def lora_costs(layers, hidden_size, query_heads, kv_heads, head_dim, num_tokens,
 def print_costs(cfg: CostsConfig) -> None:
     """LoRA on q, k, v, o of all tokens beside Image-LoRA in half of the heads.
 
-    The decoder's step is of its layers, forward and back to all their inputs; no vision tower, no vocabulary.
-    """
+    The decoder's step is of its layers, forward and back to all their inputs; no vision tower, no vocabulary."""
     shape, mlp = SHAPES[cfg.model]
     layers, D, query_heads, kv_heads, head_dim = shape
     visual, tokens, r = cfg.visual_tokens, cfg.visual_tokens + cfg.text_tokens, cfg.r
@@ -54,8 +51,8 @@ def print_costs(cfg: CostsConfig) -> None:
     heads = select_heads(torch.ones(layers, kv_heads), selected, tau=0)
     parameters = len(heads) * (D * r + 1) + selected * r * head_dim
     lora_parameters, lora = lora_costs(*shape, tokens, r)
-    at_visual = lora_costs(*shape, visual, r)[1]
-    of_values = lora_costs(*shape, visual, r, "v")[1]
+    _, at_visual = lora_costs(*shape, visual, r)
+    _, of_values = lora_costs(*shape, visual, r, "v")
     ours = image_lora_flops(visual, D, head_dim, heads, r)
     # Frozen weights take part forward and back to their inputs; so do QK^T and PV, each with two products back.
     weights = D * (2 * (query_heads + kv_heads) * head_dim + 3 * mlp)  # of a layer
@@ -72,9 +69,6 @@ def print_costs(cfg: CostsConfig) -> None:
     print("\nvisual tokens only {:.3f} x values only {:.3f} x selected heads {:.3f} = {:.3f}".format(*factors))
 
 
-# ---- What a run costs ------------------------------------------------------------------------------------------------
-
-
 def shape_of(model) -> tuple[int, int, int, int, int]:
     """Layers, hidden size, query heads, value heads, head size: what `lora_costs` takes."""
     config = model.config
@@ -87,17 +81,16 @@ def run_costs(model, adapter, batch: dict, all_tokens: bool) -> dict:
 
     all_tokens: whether the adapter updates those of text too. Without an adapter (None) nothing is trained."""
     ids = batch["input_ids"]
-    tokens = ids.numel()
     visual = int((ids == model.config.image_token_id).sum())
     parameters = flops = step = floor = 0
     if adapter is not None:
         parameters = sum(p.numel() for p in adapter.parameters())
-        flops = adapter.flops(tokens if all_tokens else visual)
+        flops = adapter.flops(ids.numel() if all_tokens else visual)
         step = count_step(model, batch)
         with adapter.disabled():
             floor = count_step(model, batch)
         adapter.zero_grad()
-    lora_parameters, of_lora = lora_costs(*shape_of(model), tokens, r=8)
+    lora_parameters, of_lora = lora_costs(*shape_of(model), ids.numel(), r=8)
     return {
         "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,

@@ -30,9 +30,6 @@ class Page(ImageDraw.ImageDraw):
         self.image = Image.new("RGB", (WIDTH, height), "white")
         super().__init__(self.image)
 
-    def finished(self) -> Image.Image:
-        return self.image.reduce(2)
-
     def write(self, x, y, words: str, fill=INK, anchor="lm"):
         self.text((x, y), words, fill, FONT, anchor)
 
@@ -42,18 +39,15 @@ class Page(ImageDraw.ImageDraw):
             frame = left - margin, top - margin, right + margin, bottom + margin
             self.rounded_rectangle(frame, 8, None, fill, width)
 
-    def click(self, x, y, tuned: bool):
+    def click(self, x, y, tuned):
         """A click with a white rim: the base model's is a cross, the tuned model's a ring."""
         ink = BLUE if tuned else ORANGE
         for r, fill, width in ((22, "white", 18), (18, ink, 9)):
             if tuned:
                 self.circle((x, y), r + 8, None, fill, width)
-                continue
-            self.line((x - r, y - r, x + r, y + r), fill, width)
-            self.line((x - r, y + r, x + r, y - r), fill, width)
-
-
-# ---- Screens and clicks ----------------------------------------------------------------------------------------------
+            else:
+                self.line((x - r, y - r, x + r, y + r), fill, width)
+                self.line((x - r, y + r, x + r, y - r), fill, width)
 
 
 class Cell(NamedTuple):
@@ -63,16 +57,14 @@ class Cell(NamedTuple):
     target: tuple  # its box
     words: str = ""
     clicks: tuple = ()  # before and after fine-tuning, None for no click
-    verdict: str = ""
+    right: bool | None = None  # whether the second hits; None: it is not said
 
 
 def _cell(before: tuple, after: tuple) -> Cell:
     """Two answers, (screen, sample, click)."""
     screen, sample, click = after
-    target, words = sample["bbox"], sample["instruction"]
-    verdict = "right" if is_hit(click, target) else "wrong"
-    picture = Image.fromarray(screen.image)
-    return Cell(picture, target, words, (before[2], click), verdict)
+    target, picture = sample["bbox"], Image.fromarray(screen.image)
+    return Cell(picture, target, sample["instruction"], (before[2], click), is_hit(click, target))
 
 
 def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", top=184) -> Page:
@@ -105,22 +97,22 @@ def _draw_cell(page: Page, cell: Cell, x: int, y: int, side: int):
         if point:
             page.click(x + point[0] * zoom, y + point[1] * zoom, tuned)
     page.write(x, below, cell.words)
-    if cell.verdict:
-        ink, fill = (INK, PALE) if cell.verdict == "right" else ("white", INK)
+    if cell.right is not None:
+        verdict, ink, fill = ("right", INK, PALE) if cell.right else ("wrong", "white", INK)
         page.rounded_rectangle((end - 200, below - 38, end, below + 42), 16, fill)
-        page.write(end - 100, below, cell.verdict, ink, "mm")
+        page.write(end - 100, below, verdict, ink, "mm")
 
 
 def predictions(base: list, tuned: list) -> Image.Image:
     """Twelve of (screen, sample, click) before and after; failures have their share, but one at least."""
     cells = [*map(_cell, base, tuned)]
-    right = [cell.verdict == "right" for cell in cells]
-    order = sorted(range(len(cells)), key=lambda i: right[i])  # wrong ones first
+    order = sorted(range(len(cells)), key=lambda i: cells[i].right)  # wrong ones first
     chosen = {order[0]}
     for twelfth in range(1, 12):
         chosen.add(order[(2 * twelfth + 1) * len(cells) // 24])  # its middle
-    said = f"{100 * sum(right) / len(cells):.1f} % of {len(cells):,} are right"
-    return _sheet([cells[i] for i in sorted(chosen)], 4, said).finished()
+    share = sum(cell.right for cell in cells) / len(cells)
+    said = f"{100 * share:.1f} % of {len(cells):,} are right"
+    return _sheet([cells[i] for i in sorted(chosen)], 4, said).image.reduce(2)
 
 
 def is_filmed(step: int, steps: int) -> bool:
@@ -135,12 +127,12 @@ def moving(film: list) -> list[Image.Image]:
     frames = []
     for step, answers in film:
         cells = [*map(_cell, first, answers)]
-        hits = sum(cell.verdict == "right" for cell in cells)
+        hits = sum(cell.right for cell in cells)
         said = f"step {step:,} of {last:,}:  {hits} of {len(cells)} clicks hit"
         page = _sheet(cells, 3, said, "click now")
         done = (WIDTH - 2 * MARGIN) * step / last
         page.rectangle((MARGIN, 136, MARGIN + done, 152), BLUE)
-        picture = page.finished()
+        picture = page.image.reduce(2)
         frames.append(picture.point(lambda value: value if value < 250 else 255))
     palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few, so that white stays white
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -160,7 +152,7 @@ def look(answers: list, layer: int, head: int) -> Image.Image:
     where = f"where the question's last token looks by head {head} of layer {layer}"
     page.write(868, 192, f"{where} (bright; scaled in each panel)")
     page.line((868, 240, 2452, 240), GREY, 4)
-    return page.finished()
+    return page.image.reduce(2)
 
 
 def _shaded(screen: Image.Image, weights: torch.Tensor) -> Image.Image:
@@ -171,9 +163,6 @@ def _shaded(screen: Image.Image, weights: torch.Tensor) -> Image.Image:
     mask = Image.fromarray(shade.numpy()).resize(screen.size, Image.Resampling.NEAREST)
     dark = Image.new("RGB", screen.size, "#101828")
     return Image.composite(dark, screen, mask)
-
-
-# ---- Heads, in text -----------------------------------------------------------------------------------------------
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
@@ -187,9 +176,6 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
             marks += f"[{mark}]" if head in heads.get(layer, []) else mark
         layers.append(marks)
     return " · ".join(layers)
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 def save(picture: Image.Image, path, form: str = "PNG", **how) -> None:

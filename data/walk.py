@@ -11,12 +11,12 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-import imagelora
 import train
 from data import command, figures
 from data.evaluate import answer, exam, examined, text_logits
 from data.prompts import batch_of, questions, training_data
 from data.screens import SIZE, is_hit
+from imagelora import Heads, ImageLoRA, ValueAdapter, attach
 
 
 def station(title: str, text: str, ran=None) -> None:
@@ -49,21 +49,21 @@ def walk(cfg: train.Config) -> None:
     show_looking(done, drawn, features, out / "look.png")
 
 
-def show_start(cfg: train.Config, heads: imagelora.Heads) -> None:
+def show_start(cfg: train.Config, heads: Heads) -> None:
     """The first backward pass, on a fresh base."""
     model = train.load_base(cfg)
     torch.manual_seed(cfg.seed)
-    adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
+    adapter = attach(model, cfg.r, 2 * cfg.r, heads)
     lowest = min(heads)
     values = adapter.layers[str(lowest)]
-    station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", imagelora.attach)
+    station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
     batch, _ = batch_of(cfg, training_data(cfg, model.device), 0)
     model(**batch).loss.backward()
     norms = ", ".join(f"{name} {p.grad.norm():.2g}" for name, p in values.named_parameters())
     station("", f"first step, norms of the gradients: {norms}; while B = 0, A and gamma have none")
 
 
-def show_update(model, adapter: imagelora.ImageLoRA, one: dict) -> None:
+def show_update(model, adapter: ImageLoRA, one: dict) -> None:
     """What the adapter adds to the values of a prompt in its lowest layer, and how far queries move above it."""
     lowest = min(adapter.heads)
     tuned = projected(model, one)
@@ -72,12 +72,8 @@ def show_update(model, adapter: imagelora.ImageLoRA, one: dict) -> None:
     values = base["v", lowest]  # X W_V [T, H * d_h]: the lowest adapted layer reads what it read before
     update = tuned["v", lowest] - values
     rows = update.abs().sum(1).nonzero().squeeze(1)
-    station(
-        "3 M X",
-        f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's",
-        imagelora.ValueAdapter.add_update,
-    )
-    station("4 update", f"layer {lowest}, norms over these rows by head:", imagelora.ValueAdapter.forward)
+    station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
+    station("4 update", f"layer {lowest}, norms over these rows by head:", ValueAdapter.forward)
     for name, tensor in (("X W_V(h)", values), ("update", update)):
         by_head = tensor[rows].unflatten(1, (model.config.num_key_value_heads, -1))  # [N, H, d_h]
         shown = "  ".join(f"{norm:6.2f}" for norm in by_head.norm(dim=(0, 2)).tolist())
@@ -107,7 +103,7 @@ def projected(model, one: dict) -> dict:
     return found
 
 
-def show_decoding(model, adapter: imagelora.ImageLoRA, sample: dict, features) -> None:
+def show_decoding(model, adapter: ImageLoRA, sample: dict, features) -> None:
     """How many rows are adapted in each forward pass of an answer."""
     rows = []
     values = next(iter(adapter.layers.values()))
@@ -118,10 +114,7 @@ def show_decoding(model, adapter: imagelora.ImageLoRA, sample: dict, features) -
     answer(model, [sample], features)
     for count in counts:
         count.remove()
-    station("7 decoding", f"rows adapted, by forward pass: {rows}", imagelora.ImageLoRA._find_rows)
-
-
-# ---- Where heads look ------------------------------------------------------------------------------------------------
+    station("7 decoding", f"rows adapted, by forward pass: {rows}", ImageLoRA._find_rows)
 
 
 def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> None:
