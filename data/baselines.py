@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.costs import lora_costs, shape_of
-from imagelora import Heads, safe_save, select_heads
+from imagelora import Heads, select_heads
 
 
 class LoRA(nn.Module):
@@ -60,9 +60,6 @@ class LoRA(nn.Module):
     def flops(self, num_tokens: int) -> int:
         """FLOPs of the adapter in one training step (forward and backward) over so many tokens."""
         return lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
-
-    def save(self, path) -> None:
-        safe_save({"r": self.r, "scaling": self.scaling, "lora": self.state_dict()}, path)
 
 
 def gate_scores(model, batches: list[dict]) -> Tensor:

@@ -82,25 +82,18 @@ def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", to
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
         x, y = MARGIN + column * (side + GAP), top + row * (side + CAPTION)
-        _draw_cell(page, cell, x, y, side)
+        end, below, zoom = x + side, y + side + 64, side / SIZE
+        page.image.paste(cell.picture.resize((side, side)), (x, y))
+        page.target(*(corner + zoom * edge for corner, edge in zip((x, y, x, y), cell.target)))
+        for tuned, point in enumerate(cell.clicks):
+            if point:
+                page.click(x + zoom * point[0], y + zoom * point[1], tuned)
+        page.write(x, below, cell.words)
+        if cell.right is not None:
+            verdict, ink, fill = ("right", INK, PALE) if cell.right else ("wrong", "white", INK)
+            page.rounded_rectangle((end - 200, below - 38, end, below + 42), 16, fill)
+            page.write(end - 100, below, verdict, ink, "mm")
     return page
-
-
-def _draw_cell(page: Page, cell: Cell, x: int, y: int, side: int):
-    """x, y: the left upper corner of its picture, which is enlarged to this side."""
-    zoom, end, below = side / SIZE, x + side, y + side + 64
-    enlarged = cell.picture.resize((side, side))
-    page.image.paste(enlarged, (x, y))
-    left, top, right, bottom = (zoom * edge for edge in cell.target)
-    page.target(x + left, y + top, x + right, y + bottom)
-    for tuned, point in enumerate(cell.clicks):
-        if point:
-            page.click(x + point[0] * zoom, y + point[1] * zoom, tuned)
-    page.write(x, below, cell.words)
-    if cell.right is not None:
-        verdict, ink, fill = ("right", INK, PALE) if cell.right else ("wrong", "white", INK)
-        page.rounded_rectangle((end - 200, below - 38, end, below + 42), 16, fill)
-        page.write(end - 100, below, verdict, ink, "mm")
 
 
 def predictions(base: list, tuned: list) -> Image.Image:

@@ -56,7 +56,6 @@ DOMAINS = {
 class Element:
     name: str  # a word of LABELS or ICONS, or "switch"
     colour: str  # of an icon; "" for text
-    data_type: str  # "text" | "icon"
     bbox: Box  # where it is drawn
     click: Box | None  # where a click on it belongs; None for what is never asked for
 
@@ -103,36 +102,36 @@ def _outlines() -> dict[str, np.ndarray]:
 
 
 @cache
-def _sprite(kind: str, name: str, colour: str, size: int, domain: str) -> Image.Image:
-    """An element as an RGBA picture, drawn once at 4 times its size and averaged down (anti-aliasing)."""
+def _sprite(name: str, colour: str, size: int, domain: str) -> Image.Image:
+    """A text, an icon or a switch, on or off, in RGBA: drawn once at 4 times its size and averaged down."""
     look, k = DOMAINS[domain], 4
-    width, height = SWITCH if kind == "switch" else (size, size)
-    if kind == "text":
+    width, height = (size, size) if colour else SWITCH
+    if name in LABELS:
         font = ImageFont.load_default(size * k)
         width, height = round(font.getlength(name) / k) + 8, size + 5
     sprite = Image.new("RGBA", (width * k, height * k))
     draw, right, bottom = ImageDraw.Draw(sprite), width * k - 1, height * k - 1
-    if kind == "text":
+    if name in LABELS:
         draw.rounded_rectangle((0, 0, right, bottom), 3 * k, look.button, look.button, k)
         draw.text((width * k / 2, height * k / 2), name, fill=look.text, font=font, anchor="mm")
-    elif kind == "switch":
+    elif colour:
+        fill, corners = look.icons[colour], _outlines()[name] * (right, bottom)
+        draw.polygon(corners.flatten().tolist(), fill, fill, width=6)
+    else:
         track, x = ("#3c4657", (width - height) * k) if name == "on" else ("#b4bac4", 0)
         draw.rounded_rectangle((0, 0, right, bottom), height * k // 2, fill=track)
         draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
-    else:
-        fill, corners = look.icons[colour], _outlines()[name] * (right, bottom)
-        draw.polygon(corners.flatten().tolist(), fill, fill, width=6)
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
 def _contents(rng, count: int) -> list[tuple]:
-    """`count` (kind, name, colour, size), half of them text; names are unique, icons at least together with colour."""
+    """`count` (name, colour, size), half of them text; names are unique, icons at least together with colour."""
     texts = rng.choice(len(LABELS), count // 2, replace=False)
     kinds = rng.permutation(len(ICONS))[:3]  # few, so often ambiguous without colour
     pairs = rng.choice(len(kinds) * len(COLOURS), count - count // 2, replace=False)
-    items = [("text", LABELS[i], "", int(rng.integers(11, 13))) for i in texts]
+    items = [(LABELS[i], "", int(rng.integers(11, 13))) for i in texts]
     for kind, colour in (divmod(int(p), len(COLOURS)) for p in pairs):
-        items.append(("icon", ICONS[kinds[kind]], COLOURS[colour], int(rng.choice((14, 18, 22)))))
+        items.append((ICONS[kinds[kind]], COLOURS[colour], int(rng.choice((14, 18, 22)))))
     return items
 
 
@@ -177,18 +176,18 @@ def draw_screen(domain: str, split: str, index: int, seed=0, switches="shown") -
         boxes = _place_in_rows(rng, sizes) if domain == "row" else _place_freely(rng, sizes)
 
     image, elements = Image.new("RGB", (SIZE, SIZE), look.background), []
-    for (kind, name, colour, _), sprite, (left, top, right, bottom) in zip(items, sprites, boxes):
+    for (name, colour, _), sprite, (left, top, right, bottom) in zip(items, sprites, boxes):
         x, beside = (right - sprite.width, left) if switches == "exchanged" else (left, right - SWITCH[0])
         image.paste(sprite, (x, top), sprite)
         box = target = (x, top, x + sprite.width, bottom)
         if look.paired:
-            toggle = _sprite("switch", ("on", "off")[rng.integers(2)], "", 0, domain)
+            toggle = _sprite(("on", "off")[rng.integers(2)], "", 0, domain)
             y = (top + bottom - SWITCH[1]) // 2
             target = (beside, y, beside + SWITCH[0], y + SWITCH[1])
             if switches != "erased":
                 image.paste(toggle, (beside, y), toggle)
-                elements.append(Element("switch", "", "icon", target, None))
-        elements.append(Element(name, colour, kind, box, target))
+                elements.append(Element("switch", "", target, None))
+        elements.append(Element(name, colour, box, target))
     return Screen(np.asarray(image), tuple(elements))
 
 
@@ -215,7 +214,7 @@ def grounding(screen: Screen, element: Element, rng, by_colour=False) -> dict:
         "bbox": element.click,
         "name": element.name,
         "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
-        "data_type": element.data_type,
+        "data_type": "icon" if element.colour else "text",
         "answer": f"<x{x}> <y{y}>",
     }
 

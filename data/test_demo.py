@@ -123,7 +123,7 @@ def test_a_switch_is_right_of_its_name_and_erased_or_exchanged_changes_only_that
 def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_height():
     """A question of pretraining, in which neither question nor answer is a place."""
     places = {"a": (0, 0, 9, 9), "b": (9, 4, 20, 30), "c": (21, 5, 30, 15), "d": (60, 0, 70, 9), "e": (8, 0, 12, 9)}
-    elements = tuple(screens.Element(name, "", "text", box, box) for name, box in places.items())
+    elements = tuple(screens.Element(name, "", box, box) for name, box in places.items())
     told = [(each["instruction"], each["answer"]) for each in screens.relations(screens.Screen(np.zeros(0), elements))]
     assert told == [(f"what is right of {name}", other) for name, other in ("ab", "bc", "ed")]
 
