@@ -179,7 +179,7 @@ def run(cfg: Config) -> dict:
 
 
 def main_job(cfg: Config) -> None:
-    """`finetune`, its controls and costs; saves OUT/metrics.json, adapter.pt and predictions.png."""
+    """`finetune`, its controls and costs; saves OUT/metrics.json, of Image-LoRA adapter.pt, of clicks pictures."""
     out = Path(cfg.out or f"runs/{cfg.domain}")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
@@ -192,7 +192,7 @@ def main_job(cfg: Config) -> None:
         report_costs(result)
 
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run; this one's comes last
-    if done.adapter:
+    if cfg.method == "image_lora":
         done.adapter.save(out / "adapter.pt")
         saved.append("adapter.pt")
     if cfg.task == "grounding":
@@ -208,13 +208,11 @@ def main_job(cfg: Config) -> None:
 
 def report_controls(result: dict) -> None:
     """Rules that see no switch; and the tuned model, where there is none or it stands elsewhere."""
-    rules = (
-        "best constant {constant_acc:.1%} · base + an offset per kind {offset_acc:.1%} · per name {name_offset_acc:.1%}"
-    )
-    print("controls " + rules.format(**result))
+    line = "controls best constant {constant_acc:.1%} · base + an offset per kind {offset_acc:.1%}"
+    line += " · per name {name_offset_acc:.1%}"
     if "erased_acc" in result:
-        changed = "switches erased {erased_acc:.1%} · exchanged with their names {exchanged_acc:.1%}"
-        print("         " + changed.format(**result))
+        line += "\n         switches erased {erased_acc:.1%} · exchanged with their names {exchanged_acc:.1%}"
+    print(line.format(**result))
 
 
 def report_costs(result: dict) -> None:
