@@ -18,7 +18,7 @@ from torch import nn
 import imagelora
 from data import bench
 from imagelora import attach, load, score_heads, select_heads
-from test_imagelora import EARLY, IMG, LATE, attach_trained, logits_of, loss_of, slopes, tiny_vlm
+from test_imagelora import EARLY, attach_trained, logits_of, loss_of, slopes, tiny_vlm
 
 ROOT = Path(imagelora.__file__).parent
 
@@ -39,16 +39,6 @@ def adapt_by_the_readme(model, adapter, visual, **options):
     for a, layer in zip(adapter.layers.values(), layers, strict=True):
         layer.load_state_dict(a.state_dict(), strict=False)
         layer.M = visual[..., None]
-
-
-def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
-    batch = {name: torch.cat([EARLY[name], LATE[name]]) for name in EARLY}
-    options = {"r": 4, "lora_alpha": 6, "heads": {0: [1], 1: [0, 2], 2: [0, 1, 2]}}
-    adapter = attach_trained(model := tiny_vlm(), **options)
-    ours = logits_of(model, batch), slopes(model, loss_of(model, batch))
-    adapt_by_the_readme(adapter.detach(), adapter, batch["input_ids"] == IMG, **options)
-    theirs = logits_of(model, batch), slopes(model, loss_of(model, batch))
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_the_lines_of_the_readme_are_all_that_a_trainer_needs(tmp_path, monkeypatch):
@@ -141,7 +131,7 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
     if wrapper == "PEFT":
         peft = pytest.importorskip("peft")
         user = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*language_model.*q_proj"))
-    options = {"r": 2, "heads": {0: [1], 1: [0, 1]}}
+    options = {"r": 2, "lora_alpha": 3, "heads": {0: [1], 1: [0, 1]}}
     adapter = attach_trained(model.model if wrapper == "inner" else user, **options)
     assert torch.equal(logits_of(user, text), base_text)
     with adapter.disabled():
@@ -186,11 +176,9 @@ def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_a_plain_loo
     base, base_text = logits_of(model, batch), logits_of(model, text)
     adapter = attach(model, heads=select_heads(score_heads(model, [batch]), 3))
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
-    for _ in range(2):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4)
+    model(**batch).loss.backward()
+    optimizer.step()
     assert all(a.B.flatten(1).any(1).all() for a in adapter.layers.values())
     tuned = logits_of(model, batch)
     assert torch.equal(logits_of(model, text), base_text) and not torch.equal(tuned, base)
