@@ -196,10 +196,10 @@ def main_job(cfg: Config) -> None:
         done.adapter.save(out / "adapter.pt")
         saved.append("adapter.pt")
     if cfg.task == "grounding":
-        figures.save(figures.predictions(done.before, done.after), out / "predictions.png")
+        figures.save([figures.predictions(done.before, done.after)], out / "predictions.png")
         saved.append("predictions.png")
     if done.film:
-        figures.save_moving(figures.moving(done.film), out / "training.gif")
+        figures.save(figures.moving(done.film), out / "training.gif")
         saved.append("training.gif")
     text = json.dumps(result, indent=1) + "\n"
     imagelora.safe_write(text.encode(), out / "metrics.json")

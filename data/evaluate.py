@@ -1,13 +1,14 @@
 """Answers decoded and scored: the task, what else the model can do, and what a click gets without looking."""
 
 from collections import defaultdict
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.prompts import CHUNK, load_base, questions, seen, training_batch, turn
-from data.screens import BIN, BINS, DOMAINS, Screen, grounding, is_hit, referring, relations
+from data.screens import BIN, DOMAINS, SIZE, Screen, grounding, is_hit, referring, relations
 from data.words import decode, parse_point, word_problem
 
 Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or the name that was answered
@@ -111,10 +112,8 @@ def text_logits(model) -> Tensor:
 def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
     """Share of a batch's clicks, given teacher-forced, that hit their targets."""
     answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # each is x, y, <eos>
-    hits = 0
-    for words, box in zip(answers[:, :2].tolist(), boxes):
-        hits += is_hit(parse_point(decode(words)), box)
-    return hits / len(boxes)
+    points = [parse_point(decode(words)) for words in answers[:, :2].tolist()]
+    return sum(map(is_hit, points, boxes)) / len(boxes)
 
 
 def few_answers(cfg, model) -> list[Given]:
@@ -131,16 +130,14 @@ def few_answers(cfg, model) -> list[Given]:
 # ---- Controls: what a click gets without looking for the switch ------------------------------------------------------
 
 
-def best_move(clicks: list, boxes: list) -> tuple[int, int]:
+def best_move(pairs: list) -> tuple[int, int]:
     """The move (dx, dy), in whole bins and one for all, after which the most of these clicks are in their boxes."""
-    steps = np.arange(1 - BINS, BINS) * BIN
-    x, y = np.array(clicks).T[..., None]  # each [N, 1]
-    left, top, right, bottom = np.array(boxes).T[..., None]
-    columns = (left <= x + steps) & (x + steps < right)  # [N, moves]
-    rows = (top <= y + steps) & (y + steps < bottom)
-    hits = columns.T.astype(float) @ rows  # [moves in x, moves in y]
-    dx, dy = np.unravel_index(hits.argmax(), hits.shape)
-    return int(steps[dx]), int(steps[dy])
+
+    def hits(move):
+        return sum(is_hit((x + move[0], y + move[1]), box) for (x, y), box in pairs)
+
+    steps = range(BIN - SIZE, SIZE, BIN)
+    return max(product(steps, steps), key=hits)
 
 
 def rule(learn: list[Given], given: list[Given], kind="", start=lambda point: point) -> float:
@@ -151,7 +148,7 @@ def rule(learn: list[Given], given: list[Given], kind="", start=lambda point: po
     for _, sample, point in learn:
         if point:
             learned[sample.get(kind)].append((start(point), sample["bbox"]))
-    moves = {which: best_move(*zip(*pairs)) for which, pairs in learned.items()}
+    moves = {which: best_move(pairs) for which, pairs in learned.items()}
     hits = 0
     for _, sample, point in given:
         if point:

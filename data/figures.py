@@ -46,8 +46,8 @@ class Page(ImageDraw.ImageDraw):
             if tuned:
                 self.circle((x, y), r + 8, None, fill, width)
             else:
-                self.line((x - r, y - r, x + r, y + r), fill, width)
-                self.line((x - r, y + r, x + r, y - r), fill, width)
+                for rise in (r, -r):
+                    self.line((x - r, y - rise, x + r, y + rise), fill, width)
 
 
 class Cell(NamedTuple):
@@ -67,11 +67,11 @@ def _cell(before: tuple, after: tuple) -> Cell:
     return Cell(picture, target, sample["instruction"], (before[2], click), is_hit(click, target))
 
 
-def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", top=184) -> Page:
+def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", header=184) -> Page:
     """Cells in columns, under a legend and what is `said`; now: what the second click is called."""
     side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP
     rows = math.ceil(len(cells) / columns)
-    page = Page(top + rows * (side + CAPTION))
+    page = Page(header + rows * (side + CAPTION))
     page.write(WIDTH - MARGIN, TITLE, said, anchor="rm")
     page.target(68, 48, 132, 96)
     page.write(172, TITLE, "target")
@@ -81,10 +81,11 @@ def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", to
     page.write(1124, TITLE, now)
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
-        x, y = MARGIN + column * (side + GAP), top + row * (side + CAPTION)
+        x, y = MARGIN + column * (side + GAP), header + row * (side + CAPTION)
         end, below, zoom = x + side, y + side + 64, side / SIZE
         page.image.paste(cell.picture.resize((side, side)), (x, y))
-        page.target(*(corner + zoom * edge for corner, edge in zip((x, y, x, y), cell.target)))
+        left, top, right, bottom = (zoom * edge for edge in cell.target)
+        page.target(x + left, y + top, x + right, y + bottom)
         for tuned, point in enumerate(cell.clicks):
             if point:
                 page.click(x + zoom * point[0], y + zoom * point[1], tuned)
@@ -139,7 +140,7 @@ def look(answers: list, layer: int, head: int) -> Image.Image:
         cells.append(Cell(cell.picture, cell.target, cell.words))
         cells += [Cell(_shaded(cell.picture, weights), cell.target) for weights in looks]
         cells.append(cell)
-    page = _sheet(cells, 4, top=336)
+    page = _sheet(cells, 4, header=336)
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):
         page.write(MARGIN + 816 * i, 288, title)
     where = f"where the question's last token looks by head {head} of layer {layer}"
@@ -171,14 +172,10 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
     return " · ".join(layers)
 
 
-def save(picture: Image.Image, path, form: str = "PNG", **how) -> None:
-    buffer = io.BytesIO()
-    picture.save(buffer, form, optimize=True, **how)
-    safe_write(buffer.getbuffer(), path)
-
-
-def save_moving(frames: list[Image.Image], path) -> None:
-    """An endless GIF; its last frame stays for three seconds."""
+def save(frames: list[Image.Image], path) -> None:
+    """A picture; or several as an endless GIF, whose last frame stays for three seconds."""
     first, *others = frames
-    times = [160] * len(others) + [3000]
-    save(first, path, "GIF", save_all=True, append_images=others, duration=times, loop=0)
+    moves = {"save_all": True, "append_images": others, "duration": [160] * len(others) + [3000], "loop": 0}
+    buffer = io.BytesIO()
+    first.save(buffer, path.suffix[1:], optimize=True, **(moves if others else {}))
+    safe_write(buffer.getbuffer(), path)

@@ -148,7 +148,7 @@ def test_a_rule_is_found_on_some_answers_and_judged_on_others():
     boxes = [(0, 0, 16, 16), (8, 8, 24, 24), (64, 64, 80, 80)]  # of pixels; a bin has 8
     learn = [(None, {"bbox": box, "name": name}, (box[0] + 28, box[1] + 4)) for box, name in zip(boxes, "aab")]
     learn[2] = (*learn[2][:2], (4, 4))
-    assert evaluate.best_move([(28, 4), (36, 12)], boxes[:2]) in [(dx, dy) for dx in (-24, -16) for dy in (0, 8)]
+    assert evaluate.best_move([*zip([(28, 4), (36, 12)], boxes)]) in [(dx, dy) for dx in (-24, -16) for dy in (0, 8)]
     assert evaluate.rule(learn, learn) == 2 / 3 and evaluate.rule(learn, learn, "name") == 1
     given = [(None, {"bbox": (40, 40, 48, 48), "name": name}, point) for name, point in (("a", (68, 44)), ("b", None))]
     assert evaluate.rule(learn, given, "name") == 1 / 2

@@ -66,41 +66,30 @@ def show_start(cfg: train.Config, heads: Heads) -> None:
 def show_update(model, adapter: ImageLoRA, one: dict) -> None:
     """What the adapter adds to the values of a prompt in its lowest layer, and how far queries move above it."""
     lowest = min(adapter.heads)
-    tuned = projected(model, one)
+    tuned = attended(model, one)
     with adapter.disabled():
-        base = projected(model, one)
-    values = base["v", lowest]  # X W_V [T, H * d_h]: the lowest adapted layer reads what it read before
-    update = tuned["v", lowest] - values
-    rows = update.abs().sum(1).nonzero().squeeze(1)
+        base = attended(model, one)
+    values = base[lowest][2]  # X W_V [H, T, d_h]: the lowest adapted layer reads what it read before
+    update = tuned[lowest][2] - values
+    rows = update.abs().sum((0, 2)).nonzero().squeeze(1)
     station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
     station("4 update", f"layer {lowest}, norms over these rows by head:", ValueAdapter.forward)
     for name, tensor in (("X W_V(h)", values), ("update", update)):
-        by_head = tensor[rows].unflatten(1, (model.config.num_key_value_heads, -1))  # [N, H, d_h]
-        shown = "  ".join(f"{norm:6.2f}" for norm in by_head.norm(dim=(0, 2)).tolist())
+        shown = "  ".join(f"{norm:6.2f}" for norm in tensor[:, rows].norm(dim=(1, 2)).tolist())
         station("", f"{name:9}{shown}")
     moved = []
-    for layer in range(model.config.num_hidden_layers):
-        change = (tuned["q", layer] - base["q", layer]).norm() / base["q", layer].norm()
+    for layer, ((query, *_), (base_query, *_)) in enumerate(zip(tuned, base)):
+        change = (query - base_query).norm() / base_query.norm()
         moved.append(f"{change:.0%} in layer {layer}")
     station("5 looking", f"queries moved by {', '.join(moved)}: the lowest adapted layer looks where it looked")
 
 
 @torch.no_grad()
-def projected(model, one: dict) -> dict:
-    """Queries and values of one sequence in every layer, {("q" or "v", layer): [T, H * d_h]}."""
-    found, names = {}, {}
-    for i, layer in enumerate(model.language_model.layers):
-        names[layer.self_attn.q_proj] = "q", i
-        names[layer.self_attn.v_proj] = "v", i
-
-    def keep(linear, inputs, output):
-        found[names[linear]] = output[0]
-
-    hooks = [linear.register_forward_hook(keep) for linear in names]
-    model(**one)
-    for hook in hooks:
-        hook.remove()
-    return found
+def attended(model, one: dict) -> list:
+    """Queries, keys and values [H, T, d_h] of one sequence in every layer, as attention reads them: q and k rotated."""
+    with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
+        model(**one)
+    return [[tensor[0] for tensor in call.args] for call in attend.call_args_list]
 
 
 def show_decoding(model, adapter: ImageLoRA, sample: dict, features) -> None:
@@ -134,22 +123,19 @@ def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> No
         with disabled():
             base_weights = attention_maps(model, asked)[layer, head]
         shown.append((done.before[i], done.after[i], base_weights, weights))
-    figures.save(figures.look(shown, layer, head), path)
+    figures.save([figures.look(shown, layer, head)], path)
     station("9 picture", f"{path}: how head {head} of layer {layer} has turned to the right targets;")
     share, base_share = shares[layer, head], base_shares[layer, head]
     station("", f"they had {base_share:.0%} of its attention and have {share:.0%} now")
 
 
-@torch.no_grad()
-def attention_maps(model, batch: dict) -> torch.Tensor:
+def attention_maps(model, one: dict) -> torch.Tensor:
     """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H, P]."""
-    with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
-        model(**batch)
     maps = []
-    for (query, key, _), _ in attend.call_args_list:  # [1, heads, T, d], rotated
-        scores = query[0, :, -1:] @ key[0].mT / query.shape[-1] ** 0.5
+    for query, key, _ in attended(model, one):
+        scores = query[:, -1:] @ key.mT / query.shape[-1] ** 0.5
         maps.append(scores.softmax(-1)[:, 0])
-    visual = batch["input_ids"][0] == model.config.image_token_id
+    visual = one["input_ids"][0] == model.config.image_token_id
     return torch.stack(maps)[..., visual]
 
 
