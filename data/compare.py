@@ -7,13 +7,8 @@
 A cell is what its line's settings and its column's say: fields of `train.Config`, and two more, `bases` and `draws`.
 A new line of a table is a new entry of METHODS, CHOICES or OPTIONS; TABLES says which lines meet which columns.
 One replicate is one base and one seed: base i is fine-tuned with seed i, further draws have seeds 10 + i and 20 + i.
-A cell shows the mean over bases ± standard deviation, and the value of each base where they are over 3 points apart;
-where there is one base, the same of its draws.
-
-Learning rates are chosen for each method, rank, kind of screen and kind of base, by the mean over the bases on
-validation screens, at the runs' own number of steps; the tables are of test screens. Ties go to the lower rate. The
-grid is 0.02 times powers of two, and both neighbours of the best rate were tried. What is in compare.json, a run a
-line, is not run again.
+Learning rates are chosen on validation screens, the tables are of test screens. What is in compare.json is not run
+again.
 """
 
 import json
@@ -119,7 +114,9 @@ def search_of(settings: dict) -> tuple:
 
 
 def choose_rates(searches: list[tuple], finish: Callable) -> dict[tuple, float]:
-    """The best rate of each search; finish(cells) gives the rows of their runs."""
+    """The rate of each search that is best in the mean over its bases, of equals the lower.
+
+    The grid is 0.02 times powers of two, and both neighbours of the best are tried. finish(cells) gives their rows."""
     scores = {search: {} for search in searches}
     untried = [(search, lr) for search in searches for lr in (0.02, 0.04)]
     while untried:
@@ -204,7 +201,8 @@ def compare(cfg: CompareConfig) -> None:
 
 
 def percent(rows: list[list[dict]], field="") -> str:
-    """An accuracy in %; rows: for each base its draws. Default: the task's."""
+    """An accuracy in %, by default the task's: its mean over bases ± standard deviation, and each base's where they
+    are over 3 points apart. rows: for each base its draws; where there is one base, these are told apart."""
     field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
     if len(rows) == 1:
         rows = [[row] for row in rows[0]]
