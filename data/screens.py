@@ -142,11 +142,11 @@ def _place_freely(rng, sizes: list[tuple]) -> list[Box] | None:
         for _ in range(40):
             x, y = int(rng.integers(1, SIZE - width)), int(rng.integers(1, SIZE - height))
             if not taken[max(y - 3, 0) : y + height + 3, max(x - 3, 0) : x + width + 3].any():
-                taken[y : y + height, x : x + width] = True
-                boxes.append((x, y, x + width, y + height))
                 break
         else:
             return None
+        taken[y : y + height, x : x + width] = True
+        boxes.append((x, y, x + width, y + height))
     return boxes
 
 
@@ -170,7 +170,7 @@ def draw_screen(domain: str, split: str, index: int, seed=0, switches="shown") -
     more = GAP + SWITCH[0] if look.paired else 0  # width of a pair than of its name
     boxes = None
     while boxes is None:
-        items = _contents(rng, int(rng.integers(look.names[0], look.names[1] + 1)))
+        items = _contents(rng, int(rng.integers(*look.names, endpoint=True)))
         sprites = [_sprite(*item, domain) for item in items]
         sizes = [(sprite.width + more, sprite.height) for sprite in sprites]
         boxes = _place_in_rows(rng, sizes) if domain == "row" else _place_freely(rng, sizes)

@@ -139,13 +139,13 @@ def attention_maps(model, one: dict) -> torch.Tensor:
     return torch.stack(maps)[..., visual]
 
 
-def looks(model, drawn: list, features, count: int = 100) -> torch.Tensor:
+def looks(model, drawn: list, features) -> torch.Tensor:
     """The share of its attention that each head gives to the patches of the right target, from the last token before
-    the answer: the mean over so many questions [L, H]."""
+    the answer: the mean over a hundred questions [L, H]."""
     side = round(model.config.num_patches**0.5)
     size = SIZE // side
     shares = []
-    for i, sample in exam(drawn)[:count]:
+    for i, sample in exam(drawn)[:100]:
         left, top, right, bottom = sample["bbox"]
         maps = attention_maps(model, questions([sample], features[[i]])).unflatten(-1, (side, side))
         of_target = maps[..., top // size : (bottom - 1) // size + 1, left // size : (right - 1) // size + 1]
