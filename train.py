@@ -179,7 +179,7 @@ def run(cfg: Config) -> dict:
 
 
 def main_job(cfg: Config) -> None:
-    """`finetune`, its controls and costs; saves OUT/metrics.json, of Image-LoRA adapter.pt, of clicks pictures."""
+    """`finetune`, then controls and costs. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, pictures of clicks."""
     out = Path(cfg.out or f"runs/{cfg.domain}")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training

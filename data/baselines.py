@@ -15,8 +15,7 @@ from imagelora import Heads, select_heads
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on these projections of every language layer; the rest of the model is frozen.
 
-    names: letters of q, k, v, o. visual_only: only the rows of visual tokens are updated, as in Image-LoRA.
-    """
+    names: letters of q, k, v, o. visual_only: only the rows of visual tokens are updated, as in Image-LoRA."""
 
     def __init__(self, model, r: int, lora_alpha: float, names: str = "qkvo", visual_only: bool = False):
         super().__init__()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import train
 from data import command, figures
-from data.evaluate import answer, exam, examined, text_logits
+from data.evaluate import answer, exam, examined
 from data.prompts import batch_of, questions, training_data
 from data.screens import SIZE, is_hit
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach
@@ -40,12 +40,8 @@ def walk(cfg: train.Config) -> None:
     station("", f"right is a click in the box {sample['bbox']}; the base model clicks {point}")
     show_start(cfg, adapter.heads)
     show_update(model, adapter, questions([sample], features[:1]))
-    logits = text_logits(model)
-    with adapter.disabled():
-        change = (logits - text_logits(model)).abs().max()
-    station("6 text", f"logits of {len(logits)} prompts without an image: max change {change:g}")
     show_decoding(model, adapter, sample, features[:1])
-    station("8 answer", f"{point} before, {done.after[0][2]} now; right is a click in {sample['bbox']}")
+    station("7 answer", f"{point} before, {done.after[0][2]} now; right is a click in {sample['bbox']}")
     show_looking(done, drawn, features, out / "look.png")
 
 
@@ -103,7 +99,7 @@ def show_decoding(model, adapter: ImageLoRA, sample: dict, features) -> None:
     answer(model, [sample], features)
     for count in counts:
         count.remove()
-    station("7 decoding", f"rows adapted, by forward pass: {rows}", ImageLoRA._find_rows)
+    station("6 decoding", f"rows adapted, by forward pass: {rows}", ImageLoRA._find_rows)
 
 
 def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> None:
@@ -124,7 +120,7 @@ def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> No
             base_weights = attention_maps(model, asked)[layer, head]
         shown.append((done.before[i], done.after[i], base_weights, weights))
     figures.save([figures.look(shown, layer, head)], path)
-    station("9 picture", f"{path}: how head {head} of layer {layer} has turned to the right targets;")
+    station("8 picture", f"{path}: how head {head} of layer {layer} has turned to the right targets;")
     share, base_share = shares[layer, head], base_shares[layer, head]
     station("", f"they had {base_share:.0%} of its attention and have {share:.0%} now")
 
