@@ -111,8 +111,8 @@ def predictions(base: list, tuned: list) -> Image.Image:
 
 def is_filmed(step: int, steps: int) -> bool:
     """Whether the moving picture shows this step: two frames in three are of the first quarter, where clicks move."""
-    every = steps // 96 + 1 if 4 * step < steps else steps // 16 + 1
-    return step % every == 0
+    most = 96 if 4 * step < steps else 16
+    return step % (steps // most + 1) == 0
 
 
 def moving(film: list) -> list[Image.Image]:
@@ -164,15 +164,14 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
     heights = 8 * scores / scores.max().clamp(min=1e-30)
     layers = []
     for layer, row in enumerate(heights.ceil().int().tolist()):
-        marks = ""
-        for head, height in enumerate(row):
-            mark = "▁▁▂▃▄▅▆▇█"[height]
-            marks += f"[{mark}]" if head in heads.get(layer, []) else mark
-        layers.append(marks)
+        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
+        for head in heads.get(layer, []):
+            marks[head] = f"[{marks[head]}]"
+        layers.append("".join(marks))
     return " · ".join(layers)
 
 
-def save(frames: list[Image.Image], path) -> None:
+def save(frames: list[Image.Image], path):
     """A picture; or several as an endless GIF, whose last frame stays for three seconds."""
     first, *others = frames
     moves = {"save_all": True, "append_images": others, "duration": [160] * len(others) + [3000], "loop": 0}
