@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -81,21 +82,20 @@ class CompareConfig(Settings):
 
 def cells() -> dict[tuple[str, str, str], dict]:
     """(table, line, column) -> settings."""
-    return {
-        (table, line, column): lines[line] | columns[column]
-        for table, (lines, columns) in TABLES.items()
-        for line in lines
-        for column in columns
-    }
+    found = {}
+    for table, (lines, columns) in TABLES.items():
+        for line, column in product(lines, columns):
+            found[table, line, column] = lines[line] | columns[column]
+    return found
 
 
 def configs(settings: dict, lr: float) -> list[list[train.Config]]:
     """The runs of a cell, at this rate if its settings name none: for each base its draws."""
-    own = {"lr": lr} | {name: value for name, value in settings.items() if name not in ("bases", "draws")}
+    own = {"lr": lr} | settings
+    bases, draws = own.pop("bases", BASES), own.pop("draws", 1)
     runs = []
-    for i, base in enumerate(settings.get("bases", BASES), 1):
-        seeds = [10 * draw + i for draw in range(settings.get("draws", 1))]
-        runs.append([train.Config(**own, base=base, seed=seed) for seed in seeds])
+    for i, base in enumerate(bases, 1):
+        runs.append([train.Config(**own, base=base, seed=10 * draw + i) for draw in range(draws)])
     return runs
 
 
@@ -122,7 +122,7 @@ def choose_rates(searches: list[tuple], finish: Callable) -> dict[tuple, float]:
     while untried:
         cells = finish([configs(dict(search), lr) for search, lr in untried])
         for (search, lr), rows in zip(untried, cells):
-            scores[search][lr] = np.mean([row["validation_acc"] for (row,) in rows])
+            scores[search][lr] = mean(rows, "validation_acc")
         best = {search: max(sorted(tried), key=tried.get) for search, tried in scores.items()}
         near = [(search, lr) for search in searches for lr in (best[search] / 2, best[search] * 2)]
         untried = [(search, lr) for search, lr in near if lr not in scores[search] and 0.001 < lr < 1]
@@ -200,13 +200,17 @@ def compare(cfg: CompareConfig) -> None:
 # ---- Tables: each is a function of the rows --------------------------------------------------------------------------
 
 
+def mean(rows: list[list[dict]], field: str) -> float:
+    return np.mean([row[field] for draws in rows for row in draws])
+
+
 def percent(rows: list[list[dict]], field="") -> str:
     """An accuracy in %, by default the task's: its mean over bases ± standard deviation, and each base's where they
     are over 3 points apart. rows: for each base its draws; where there is one base, these are told apart."""
     field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
     if len(rows) == 1:
         rows = [[row] for row in rows[0]]
-    values = [100 * np.mean([row[field] for row in draws]) for draws in rows]
+    values = [100 * mean([draws], field) for draws in rows]
     text = f"{np.mean(values):.1f}"
     if len(values) > 1:
         text += f" ±{np.std(values, ddof=1):.1f}"
@@ -215,19 +219,14 @@ def percent(rows: list[list[dict]], field="") -> str:
     return text
 
 
-def mean(rows: list[list[dict]], field: str, unit=1, form=",.0f") -> str:
-    values = [row[field] / unit for draws in rows for row in draws]
-    return format(np.mean(values), form)
-
-
 MEASURES = {  # columns of the first table: what is kept, and what it costs
     "clicks %": percent,
     "text alone %": lambda rows: percent(rows, "word_problem_acc"),
     "text after an image %": lambda rows: percent(rows, "word_problem_after_image_acc"),
     "source %": lambda rows: percent(rows, "source_acc"),
-    "parameters": lambda rows: mean(rows, "trainable_parameters"),
-    "adapter kFLOP a screen": lambda rows: mean(rows, "adapter_flops_per_screen", 1e3),
-    "rate": lambda rows: mean(rows, "lr", form="g"),
+    "parameters": lambda rows: f"{mean(rows, 'trainable_parameters'):,.0f}",
+    "adapter kFLOP a screen": lambda rows: f"{mean(rows, 'adapter_flops_per_screen') / 1e3:,.0f}",
+    "rate": lambda rows: f"{mean(rows, 'lr'):g}",
 }
 
 
