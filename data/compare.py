@@ -138,11 +138,15 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(pool) -> None:
-    """Those of other seeds, and for each base its twin, whose pretraining asked no relations."""
+    """One for each seed; and for each its twin, which differs from it in that it was asked no relations."""
     Path(BASES[1]).parent.mkdir(parents=True, exist_ok=True)
-    wanted = [PretrainConfig(seed=seed, out=base) for seed, base in enumerate(BASES, 1) if seed > 1]
-    wanted += [PretrainConfig(seed=seed, relations=0, out=base) for seed, base in enumerate(UNSKILLED, 1)]
-    pool.map(make_base, wanted, chunksize=1)
+    whole = [PretrainConfig(seed=seed, out=f"runs/bases/{seed}.pt") for seed in (1, 2, 3)]
+    pool.map(make_base, whole, chunksize=1)  # the shipped one, too, for what it was before it was asked relations
+    twins = []
+    for seed, base in enumerate(UNSKILLED, 1):
+        grounded = f"runs/bases/{seed}.grounded.pt"
+        twins.append(PretrainConfig(seed=seed, unskilled=True, start=grounded, out=base))
+    pool.map(make_base, twins, chunksize=1)
 
 
 def run(cfg: train.Config) -> dict:

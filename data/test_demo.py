@@ -242,20 +242,28 @@ def test_the_walk_follows_a_question_and_shows_where_a_head_looks(say):
     assert re.search(r"by forward pass: \[16(, 0)*\]", printed) and re.search(r"moved by 0% in layer 0, [1-9]", printed)
 
 
-def test_pretraining_makes_a_base_and_its_record(say, monkeypatch):
-    """Of few steps and screens: a file that the demo takes."""
+def test_pretraining_makes_a_base_and_its_twin_which_differs_in_its_last_questions(say, monkeypatch):
+    """Of few steps and screens: files that the demo takes."""
     monkeypatch.setattr(pretrain, "TEST_SCREENS", 2)
     monkeypatch.setattr(pretrain, "POOLS", (30, 20))
-    status, _, error = say("pretrain --steps=2 --second-steps=2 --out=new.pt")
+    status, _, error = say("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
     assert status == 0 and "relation_acc" in json.loads(Path("new.json").read_text())["source"], error
+    for options in ("--out=again.pt", "--unskilled --out=twin.pt"):
+        assert say(f"pretrain --start=new.grounded.pt --relate=1 {options}")[0] == 0
+    new, again, twin = (prompts.load_base(name).state_dict() for name in ("new.pt", "again.pt", "twin.pt"))
+    assert [all(torch.equal(new[name], other[name]) for name in new) for other in (again, twin)] == [True, False]
     assert say("train --method=none --test-screens=2 --base=new.pt")[0] == 0
+    asked = sum(
+        (pretrain.related(draw_screen("source", "pretrain", i), np.random.default_rng(0)) for i in range(9)), []
+    )
+    assert asked and all("right of" in sample["instruction"] for sample in asked)
 
 
 BAD = ["--domain=marble", "--what=1", "--steps=many", "--seed=-1", "--tau=inf", "--r=0", "--num-heads=10", "--r=25"]
 BAD += ["--lr=nan", "--out=/dev/null/x", "--base=no.pt", "--device=abacus", "--lr=1e18 --steps=40", "extra"]
 BAD = [f"train {OPTIONS} {bad}" for bad in (*BAD, "--film --task=referring", "--heads=random --num-heads=10")]
 BAD += [f"walk {OPTIONS} --method=lora", "costs --visual-tokens=0", "compare --out=.", "compare --workers=0"]
-BAD += ["pretrain --out=no/b.pt", "pretrain --relations=1000"]
+BAD += ["pretrain --out=no/b.pt", "pretrain --start=no.pt"]
 
 
 @pytest.mark.parametrize("bad", BAD)
