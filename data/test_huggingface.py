@@ -18,7 +18,7 @@ from torch import nn
 import imagelora
 from data import bench
 from imagelora import attach, load, score_heads, select_heads
-from test_imagelora import EARLY, attach_trained, logits_of, loss_of, slopes, tiny_vlm
+from test_imagelora import EARLY, IMG, LATE, attach_trained, logits_of, loss_of, slopes, tiny_vlm
 
 ROOT = Path(imagelora.__file__).parent
 
@@ -39,6 +39,16 @@ def adapt_by_the_readme(model, adapter, visual, **options):
     for a, layer in zip(adapter.layers.values(), layers, strict=True):
         layer.load_state_dict(a.state_dict(), strict=False)
         layer.M = visual[..., None]
+
+
+def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
+    batch = {name: torch.cat([EARLY[name], LATE[name]]) for name in EARLY}
+    options = {"r": 4, "lora_alpha": 6, "heads": {0: [1], 1: [0, 2], 2: [0, 1, 2]}}
+    adapter = attach_trained(model := tiny_vlm(), **options)
+    ours = logits_of(model, batch), slopes(model, loss_of(model, batch))
+    adapt_by_the_readme(adapter.detach(), adapter, batch["input_ids"] == IMG, **options)
+    theirs = logits_of(model, batch), slopes(model, loss_of(model, batch))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_the_lines_of_the_readme_are_all_that_a_trainer_needs(tmp_path, monkeypatch):
