@@ -156,7 +156,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, quiet: b
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss is {losses[-1]} at step {step}; try a smaller --lr than {cfg.lr}")
         optimizer.zero_grad()
-        output.loss.backward()  # of what is trained: A, B and gamma
+        output.loss.backward()  # down to the lowest adapter; the base is frozen
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
