@@ -207,10 +207,11 @@ def main_job(cfg: Config) -> None:
 
 
 def report_controls(result: dict) -> None:
-    """Rules that see no switch; and the tuned model, where there is none or it stands elsewhere."""
+    """Rules that see no switch; the base, asked otherwise; the tuned model, where a switch is missing or moved."""
     line = "controls best constant {constant_acc:.1%} · base + an offset per kind {offset_acc:.1%}"
     line += " · per name {name_offset_acc:.1%}"
     if "erased_acc" in result:
+        line += "\n         base, asked to click right of the name {reworded_acc:.1%}"
         line += "\n         switches erased {erased_acc:.1%} · exchanged with their names {exchanged_acc:.1%}"
     print(line.format(**result))
 

@@ -162,7 +162,8 @@ def controls(cfg, model, base_given: list[Given]) -> dict:
     """Click accuracy of trivial rules, and of the model where it could not or should not hit.
 
     The rules: a constant; the base's click, moved by an offset for each kind of name, or for each name. They are found
-    on the base's answers about validation screens. Then the switches are erased, or exchanged with their names."""
+    on the base's answers about validation screens. Where names have switches: the base, asked to click what is right
+    of the name; the tuned model, with the switches erased, or exchanged with their names."""
     base = load_base(cfg.base, model.device)
     _, learn = evaluate(base, *examined(cfg, model, "validation"), history=cfg.history)
     found = {
@@ -170,7 +171,15 @@ def controls(cfg, model, base_given: list[Given]) -> dict:
         "offset_acc": rule(learn, base_given, "data_type"),
         "name_offset_acc": rule(learn, base_given, "name"),
     }
-    for switches in ("erased", "exchanged") if DOMAINS[cfg.domain].paired else ():
+    if not DOMAINS[cfg.domain].paired:
+        return found
+    drawn, features = examined(cfg, base, cfg.split)
+    order, samples = zip(*exam(drawn))
+    reworded = [{"instruction": sample["instruction"].replace(" ", " right of ", 1)} for sample in samples]
+    answers = answer(base, reworded, features[list(order)], cfg.history)
+    hits = [is_hit(parse_point(given), sample["bbox"]) for given, sample in zip(answers, samples)]
+    found["reworded_acc"] = float(np.mean(hits))
+    for switches in ("erased", "exchanged"):
         metrics, _ = evaluate(model, *examined(cfg, model, cfg.split, switches), history=cfg.history)
         found[f"{switches}_acc"] = metrics["action_acc"]
     return found
