@@ -33,7 +33,7 @@ UNSKILLED = ("runs/bases/1-unskilled.pt", "runs/bases/2-unskilled.pt", "runs/bas
 
 LORA, SMALL = "LoRA q k v o, all tokens", "LoRA q k v o, visual tokens, r = 2"
 ALL, HALF = "Image-LoRA, all heads", "Image-LoRA, half of the heads"
-METHODS = {  # the ladder: one restriction a line, from LoRA to Image-LoRA
+METHODS = {  # the ladder: one restriction a line from LoRA to Image-LoRA; and LoRA of the latter's size
     "frozen": {"method": "none", "lr": 0.0},
     LORA: {"method": "lora", "draws": 3},
     "LoRA q k v o, visual tokens": {"method": "lora", "tokens": "visual"},

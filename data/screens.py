@@ -3,8 +3,8 @@
 source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
 settings   pairs of a name and a switch right after it, anywhere; the correct click is on the *switch*
 row        a pair a row: the name at the left, its switch anywhere to its right; the correct click is on the *switch*
-dark       the source task in a dark palette that nothing in pretraining has seen
-night      another dark palette, shown to the vision encoder in pretraining; nothing else is done with it
+dark       the source task in a dark palette that pretraining never draws with
+night      another dark palette, shown to the vision encoder in random tints; nothing else is done with it
 """
 
 from dataclasses import dataclass
