@@ -14,7 +14,7 @@ again.
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +29,9 @@ from data.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
 
 BASES = ("data/tiny_vlm.pt", "runs/bases/2.pt", "runs/bases/3.pt")  # pretrained with seeds 1, 2, 3
-UNSKILLED = ("runs/bases/1-unskilled.pt", "runs/bases/2-unskilled.pt", "runs/bases/3-unskilled.pt")  # no relations
+TWINS = {  # theirs, in pretraining asked what is right of a name, but not where that is; or neither
+    kind: tuple(f"runs/bases/{seed}-{kind}.pt" for seed in (1, 2, 3)) for kind in ("names", "none")
+}
 
 LORA, SMALL = "LoRA q k v o, all tokens", "LoRA q k v o, visual tokens, r = 2"
 ALL, HALF = "Image-LoRA, all heads", "Image-LoRA, half of the heads"
@@ -56,7 +58,8 @@ FEW = {name: METHODS[name] for name in ("frozen", LORA, HALF)}
 ELSEWHERE = {
     "settings %": {"domain": "settings", "draws": 1},
     "dark %": {"domain": "dark", "draws": 1},
-    "row, bases without the skill %": {"bases": UNSKILLED, "draws": 1},
+    "row, bases asked for names alone %": {"bases": TWINS["names"], "draws": 1},
+    "row, bases asked for neither %": {"bases": TWINS["none"], "draws": 1},
 }
 PROMPTS = {
     "settings, names right %": {"domain": "settings", "task": "referring", "draws": 1},
@@ -104,10 +107,8 @@ def configs(settings: dict, lr: float) -> list[list[train.Config]]:
 
 def search_of(settings: dict) -> tuple:
     """The settings that a learning rate is chosen for; what differs in others takes the same."""
-    names = ("method", "tokens", "projections", "r", "domain", "bases")
+    names = ("method", "tokens", "projections", "r", "domain")
     searched = {name: settings[name] for name in names if name in settings}
-    if searched.get("domain") == "settings":  # screens with switches, like row's
-        del searched["domain"]
     if settings.get("heads") == "all":
         searched["heads"] = "all"
     return tuple(searched.items())
@@ -138,14 +139,15 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(pool) -> None:
-    """One for each seed; and for each its twin, which differs from it in that it was asked no relations."""
+    """One for each seed; and for each its twins, which differ in what they were asked last."""
     Path(BASES[1]).parent.mkdir(parents=True, exist_ok=True)
     whole = [PretrainConfig(seed=seed, out=f"runs/bases/{seed}.pt") for seed in (1, 2, 3)]
     pool.map(make_base, whole, chunksize=1)  # the shipped one, too, for what it was before it was asked relations
     twins = []
-    for seed, base in enumerate(UNSKILLED, 1):
-        grounded = f"runs/bases/{seed}.grounded.pt"
-        twins.append(PretrainConfig(seed=seed, unskilled=True, start=grounded, out=base))
+    for kind, paths in TWINS.items():
+        for base, path in zip(whole, paths):
+            grounded = str(Path(base.out).with_suffix(".grounded.pt"))
+            twins.append(replace(base, relations=kind, start=grounded, out=path))
     pool.map(make_base, twins, chunksize=1)
 
 

@@ -242,21 +242,24 @@ def test_the_walk_follows_a_question_and_shows_where_a_head_looks(say):
     assert re.search(r"by forward pass: \[16(, 0)*\]", printed) and re.search(r"moved by 0% in layer 0, [1-9]", printed)
 
 
-def test_pretraining_makes_a_base_and_its_twin_which_differs_in_its_last_questions(say, monkeypatch):
+def test_pretraining_makes_a_base_and_its_twins_which_differ_in_their_last_questions(say, monkeypatch):
     """Of few steps and screens: files that the demo takes."""
     monkeypatch.setattr(pretrain, "TEST_SCREENS", 2)
     monkeypatch.setattr(pretrain, "POOLS", (30, 20))
     status, _, error = say("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
     assert status == 0 and "relation_acc" in json.loads(Path("new.json").read_text())["source"], error
-    for options in ("--out=again.pt", "--unskilled --out=twin.pt"):
-        assert say(f"pretrain --start=new.grounded.pt --relate=1 {options}")[0] == 0
-    new, again, twin = (prompts.load_base(name).state_dict() for name in ("new.pt", "again.pt", "twin.pt"))
-    assert [all(torch.equal(new[name], other[name]) for name in new) for other in (again, twin)] == [True, False]
+    last = []
+    for kind in ("both", "names", "none"):
+        assert say(f"pretrain --start=new.grounded.pt --relate=1 --relations={kind} --out={kind}.pt")[0] == 0
+        last.append(prompts.load_base(f"{kind}.pt").state_dict())
+    new = prompts.load_base("new.pt").state_dict()
+    assert [all(torch.equal(new[name], other[name]) for name in new) for other in last] == [True, False, False]
     assert say("train --method=none --test-screens=2 --base=new.pt")[0] == 0
-    asked = sum(
-        (pretrain.related(draw_screen("source", "pretrain", i), np.random.default_rng(0)) for i in range(9)), []
-    )
-    assert asked and all("right of" in sample["instruction"] for sample in asked)
+    drawn, rng = [draw_screen("source", "pretrain", i) for i in range(9)], np.random.default_rng(0)
+    for places in (True, False):
+        asked = [sample for screen in drawn for sample in pretrain.related(screen, rng, places)]
+        assert asked and all("right of" in sample["instruction"] for sample in asked)
+        assert any(words.parse_point(sample["answer"]) for sample in asked) == places
 
 
 BAD = ["--domain=marble", "--what=1", "--steps=many", "--seed=-1", "--tau=inf", "--r=0", "--num-heads=10", "--r=25"]
@@ -295,8 +298,9 @@ def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, 
     assert say("compare --out=out")[0] == 130
     status, printed, error = say("compare --out=out")
     rows = json.loads(Path("out/compare.json").read_text())
-    assert status == 0 and len(rows) + 1 == len(done) == len(set(done)) + 1 <= 350, error
-    own = {(base, i) for bases in (compare.BASES, compare.UNSKILLED) for i, base in enumerate(bases, 1)}
+    assert status == 0 and len(rows) + 1 == len(done) == len(set(done)) + 1, error
+    assert sum(row["method"] != "none" for row in rows) <= 320  # an hour and a half
+    own = {(base, i) for bases in (compare.BASES, *compare.TWINS.values()) for i, base in enumerate(bases, 1)}
     assert {(row["base"], row["seed"] % 10) for row in rows} == own
     assert {row["lr"] for row in rows if row["seed"] > 10} == {0.01, 0.02}
     lines = [line for lines, _ in compare.TABLES.values() for line in lines]
