@@ -15,7 +15,9 @@ Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or
 
 
 def exam(drawn: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked once, or what is right of it: (number of the screen, sample)."""
+    """Every target of every screen asked once, or what is right of it: (number of the screen, sample).
+
+    'reworded' is grounding, but asks to click right of the name."""
     rng = np.random.default_rng(0)
     about = {
         "grounding": lambda screen: [grounding(screen, target, rng) for target in screen.targets()],
@@ -24,7 +26,10 @@ def exam(drawn: list[Screen], task="grounding") -> list[tuple[int, dict]]:
     }
     asked = []
     for i, screen in enumerate(drawn):
-        asked += [(i, sample) for sample in about[task](screen)]
+        for sample in about["grounding" if task == "reworded" else task](screen):
+            if task == "reworded":
+                sample["instruction"] = sample["instruction"].replace(" ", " right of ", 1)
+            asked.append((i, sample))
     return asked
 
 
@@ -45,7 +50,7 @@ def evaluate(model, drawn: list[Screen], features: Tensor, task="grounding", his
     """All targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers)."""
     order, samples = zip(*exam(drawn, task))
     answers = answer(model, samples, features[list(order)], history)
-    if task == "grounding":
+    if task in ("grounding", "reworded"):
         answers = [*map(parse_point, answers)]
         hits = np.array([is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)])
         words = np.array([sample["data_type"] == "text" for sample in samples])
@@ -173,12 +178,8 @@ def controls(cfg, model, base_given: list[Given]) -> dict:
     }
     if not DOMAINS[cfg.domain].paired:
         return found
-    drawn, features = examined(cfg, base, cfg.split)
-    order, samples = zip(*exam(drawn))
-    reworded = [{"instruction": sample["instruction"].replace(" ", " right of ", 1)} for sample in samples]
-    answers = answer(base, reworded, features[list(order)], cfg.history)
-    hits = [is_hit(parse_point(given), sample["bbox"]) for given, sample in zip(answers, samples)]
-    found["reworded_acc"] = float(np.mean(hits))
+    metrics, _ = evaluate(base, *examined(cfg, model, cfg.split), "reworded", cfg.history)
+    found["reworded_acc"] = metrics["action_acc"]
     for switches in ("erased", "exchanged"):
         metrics, _ = evaluate(model, *examined(cfg, model, cfg.split, switches), history=cfg.history)
         found[f"{switches}_acc"] = metrics["action_acc"]
