@@ -33,7 +33,7 @@ from data.evaluate import Given, controls, few_answers, hit_rate, measure, score
 from data.prompts import batch_of, training_data
 from tiny_vlm import TinyVLM
 
-RATES = {"image_lora": 0.02, "lora": 0.01, "none": 0.0}  # best on row: half of the heads; q, k, v, o
+RATES = {"image_lora": 0.02, "lora": 0.005, "none": 0.0}  # best on row: half of the heads; q, k, v, o
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The comparison: tables whose cells are fine-tuning runs, each on three bases.
 
-    python -m data.compare --quick             the first table alone: one base, one rate, no search
-    python -m data.compare --shipped           the tables on the base that is shipped, with its three seeds
-    python -m data.compare                     the tables on three bases; the other two are made first
+    python -m data.compare --quick             the first table alone: the shipped base, one rate, no search
+    python -m data.compare                     all tables on three bases; two of them, and twins of all, are made first
+    python -m data.compare --out data          the same of the runs in data/compare.json, at once
 
 A cell is what its line's settings and its column's say: fields of `train.Config`, and two more, `bases` and `draws`.
 A new line of a table is a new entry of METHODS, CHOICES or OPTIONS; TABLES says which lines meet which columns.
@@ -55,11 +55,11 @@ OPTIONS = {
 }
 MAIN = {name: METHODS[name] for name in ("frozen", LORA, SMALL, ALL, HALF)}
 FEW = {name: METHODS[name] for name in ("frozen", LORA, HALF)}
-ELSEWHERE = {
-    "settings %": {"domain": "settings", "draws": 1},
-    "dark %": {"domain": "dark", "draws": 1},
-    "row, bases asked for names alone %": {"bases": TWINS["names"], "draws": 1},
-    "row, bases asked for neither %": {"bases": TWINS["none"], "draws": 1},
+ELSEWHERE = {"settings %": {"domain": "settings", "draws": 1}, "dark %": {"domain": "dark", "draws": 1}}
+ASKED = {  # in pretraining, of what is right of a name
+    "its name and its place %": {},
+    "its name %": {"bases": TWINS["names"], "draws": 1},
+    "neither %": {"bases": TWINS["none"], "draws": 1},
 }
 PROMPTS = {
     "settings, names right %": {"domain": "settings", "task": "referring", "draws": 1},
@@ -69,6 +69,7 @@ BUDGETS = {"4 of 24 heads %": {"num_heads": 4}, "8 of 24 heads %": {"num_heads":
 TABLES = {  # title -> (its lines, its columns); where both set a field, the column does
     "row": (METHODS, {"": {}}),  # its columns are MEASURES
     "correct clicks": (MAIN, ELSEWHERE),
+    "row, by what the base was asked": (MAIN, ASKED),
     "other prompts": (FEW, PROMPTS),
     "heads, row clicks": (CHOICES, BUDGETS),
     "half of the heads": (OPTIONS, {"row clicks %": {}}),
@@ -78,7 +79,6 @@ TABLES = {  # title -> (its lines, its columns); where both set a field, the col
 @dataclass(frozen=True)
 class CompareConfig(Settings):
     quick: bool = option(False, "the first table alone, on the shipped base, at rate 0.01")
-    shipped: bool = option(False, "the tables on the shipped base; none is made")
     workers: int = option(2, "processes, of one thread each", least=1)
     out: str = option("runs/compare", "directory of compare.json; the runs found there are kept")
 
@@ -139,16 +139,17 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(pool) -> None:
-    """One for each seed; and for each its twins, which differ in what they were asked last."""
+    """One for each seed; then for each its twins, which differ in what they were asked last."""
     Path(BASES[1]).parent.mkdir(parents=True, exist_ok=True)
     whole = [PretrainConfig(seed=seed, out=f"runs/bases/{seed}.pt") for seed in (1, 2, 3)]
-    pool.map(make_base, whole, chunksize=1)  # the shipped one, too, for what it was before it was asked relations
-    twins = []
+    twins = []  # the shipped base is made, too, for what it was before its last stage
     for kind, paths in TWINS.items():
         for base, path in zip(whole, paths):
             grounded = str(Path(base.out).with_suffix(".grounded.pt"))
             twins.append(replace(base, relations=kind, start=grounded, out=path))
-    pool.map(make_base, twins, chunksize=1)
+    for made in (whole, twins):
+        for _ in progress(pool.imap(make_base, made), "bases", len(made)):
+            pass
 
 
 def run(cfg: train.Config) -> dict:
@@ -176,6 +177,8 @@ class Rows:
         """Of each cell the rows of its `configs`. What is missing is run, and written at once."""
         wanted = dict.fromkeys(cfg for bases in cells for draws in bases for cfg in draws)
         missing = [cfg for cfg in wanted if cfg not in self.known]
+        if any(cfg.base != BASES[0] for cfg in missing):
+            make_bases(pool)
         for cfg, row in zip(missing, progress(pool.imap(run, missing), name, len(missing))):
             self.known[cfg] = row
             lines = ",\n".join(map(json.dumps, self.known.values()))
@@ -188,13 +191,9 @@ def compare(cfg: CompareConfig) -> None:
     path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     done, wanted, rates = Rows(path), cells(), {}
-    if cfg.quick or cfg.shipped:
-        wanted = {place: of | {"bases": BASES[:1]} for place, of in wanted.items() if "bases" not in of}
     if cfg.quick:
-        wanted = {place: of | {"draws": 1} for place, of in wanted.items() if place[0] == "row"}
+        wanted = {place: of | {"bases": BASES[:1], "draws": 1} for place, of in wanted.items() if place[0] == "row"}
     with get_context("spawn").Pool(cfg.workers) as pool:
-        if not (cfg.quick or cfg.shipped):
-            make_bases(pool)
         if not cfg.quick:
             searches = dict.fromkeys(search_of(of) for of in wanted.values() if "lr" not in of)
             rates = choose_rates([*searches], lambda cells: done.finish(cells, pool, "rates"))
@@ -211,18 +210,14 @@ def mean(rows: list[list[dict]], field: str) -> float:
 
 
 def percent(rows: list[list[dict]], field="") -> str:
-    """An accuracy in %, by default the task's: its mean over bases ± standard deviation, and each base's where they
-    are over 3 points apart. rows: for each base its draws; where there is one base, these are told apart."""
+    """An accuracy in %, by default the task's: its mean over bases ± standard deviation, or each base's in brackets
+    where they are over 3 points apart. rows: for each base its draws."""
     field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
-    if len(rows) == 1:
-        rows = [[row] for row in rows[0]]
     values = [100 * mean([draws], field) for draws in rows]
     text = f"{np.mean(values):.1f}"
-    if len(values) > 1:
-        text += f" ±{np.std(values, ddof=1):.1f}"
     if max(values) - min(values) > 3:
-        text += f" ({', '.join(f'{value:.1f}' for value in values)})"
-    return text
+        return f"{text} ({', '.join(f'{value:.1f}' for value in values)})"
+    return text if len(values) == 1 else f"{text} ±{np.std(values, ddof=1):.1f}"
 
 
 MEASURES = {  # columns of the first table: what is kept, and what it costs

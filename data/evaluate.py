@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.prompts import CHUNK, load_base, questions, seen, training_batch, turn
-from data.screens import BIN, DOMAINS, SIZE, Screen, grounding, is_hit, referring, relations
+from data.prompts import CHUNK, image_features, load_base, questions, seen, training_batch, turn
+from data.screens import BIN, DOMAINS, SIZE, Screen, draw_screen, grounding, is_hit, referring, relations
 from data.words import decode, parse_point, word_problem
 
+BASE_SCREENS = 400  # of each kind, that a base model is judged on
 Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or the name that was answered
 
 
@@ -104,6 +105,26 @@ def score_line(domain: str, metrics: dict) -> str:
     if "word_problem_acc" in metrics:
         line += "    word problems {word_problem_acc:.1%}"
     return line.format(domain=domain, **metrics)
+
+
+def abilities(model) -> dict:
+    """What a base model can do on test screens of each kind, and with word problems. It is printed, too."""
+    found = {}
+    for domain in ("source", "settings", "row", "dark"):
+        drawn = [draw_screen(domain, "test", i) for i in range(BASE_SCREENS)]
+        features = image_features(model.get_image_features, drawn)
+        found[domain] = {}
+        for task in ("grounding", "referring", "relations")[: 3 if domain == "source" else 2]:
+            metrics, _ = evaluate(model, drawn, features, task)
+            print(score_line(domain, metrics))
+            found[domain] = metrics | found[domain]  # the numbers of clicks stay those of clicks
+        if DOMAINS[domain].paired:
+            metrics, _ = evaluate(model, drawn, features, "reworded")
+            found[domain]["reworded_acc"] = metrics["action_acc"]
+            print(f"asked to click right of the name {metrics['action_acc']:6.1%}")
+    found["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
+    print(f"word problems {found['word_problem_acc']:.1%}")
+    return found
 
 
 @torch.no_grad()
