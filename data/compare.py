@@ -1,7 +1,7 @@
 """The comparison: tables whose cells are fine-tuning runs, each on three bases.
 
     python -m data.compare --quick             the first table alone: the shipped base, one rate, no search
-    python -m data.compare                     all tables on three bases; two of them, and twins of all, are made first
+    python -m data.compare                     all tables on three bases; these and their twins are made first
     python -m data.compare --out data          the same of the runs in data/compare.json, at once
 
 A cell is what its line's settings and its column's say: fields of `train.Config`, and two more, `bases` and `draws`.
@@ -39,12 +39,12 @@ METHODS = {  # the ladder: one restriction a line from LoRA to Image-LoRA; and L
     "frozen": {"method": "none", "lr": 0.0},
     LORA: {"method": "lora", "draws": 3},
     "LoRA q k v o, visual tokens": {"method": "lora", "tokens": "visual"},
-    SMALL: {"method": "lora", "tokens": "visual", "r": 2, "draws": 3},
     "LoRA v, visual tokens": {"method": "lora", "tokens": "visual", "projections": "v"},
     ALL: {"heads": "all", "draws": 3},
     HALF: {"draws": 3},
+    SMALL: {"method": "lora", "tokens": "visual", "r": 2, "draws": 3},
 }
-CHOICES = {name: {"heads": name, "draws": 3} for name in ("top", "matched", "random", "gate")}
+CHOICES = {name: {"heads": name, "draws": 3} for name in ("top", "gate", "matched", "random")}
 OPTIONS = {
     "r = 4": {"r": 4},
     "r = 8, τ = 0, γ's rate 0.1 of A's": {},
@@ -56,9 +56,9 @@ OPTIONS = {
 MAIN = {name: METHODS[name] for name in ("frozen", LORA, SMALL, ALL, HALF)}
 FEW = {name: METHODS[name] for name in ("frozen", LORA, HALF)}
 ELSEWHERE = {"settings %": {"domain": "settings", "draws": 1}, "dark %": {"domain": "dark", "draws": 1}}
-ASKED = {  # in pretraining, of what is right of a name
-    "its name and its place %": {},
-    "its name %": {"bases": TWINS["names"], "draws": 1},
+ASKED = {  # in pretraining, about the neighbour of a name
+    "what and where it is %": {},
+    "what it is %": {"bases": TWINS["names"], "draws": 1},
     "neither %": {"bases": TWINS["none"], "draws": 1},
 }
 PROMPTS = {
@@ -69,7 +69,7 @@ BUDGETS = {"4 of 24 heads %": {"num_heads": 4}, "8 of 24 heads %": {"num_heads":
 TABLES = {  # title -> (its lines, its columns); where both set a field, the column does
     "row": (METHODS, {"": {}}),  # its columns are MEASURES
     "correct clicks": (MAIN, ELSEWHERE),
-    "row, by what the base was asked": (MAIN, ASKED),
+    "row; of a name's neighbour the base was asked": (MAIN, ASKED),
     "other prompts": (FEW, PROMPTS),
     "heads, row clicks": (CHOICES, BUDGETS),
     "half of the heads": (OPTIONS, {"row clicks %": {}}),
@@ -179,7 +179,7 @@ class Rows:
         missing = [cfg for cfg in wanted if cfg not in self.known]
         if any(cfg.base != BASES[0] for cfg in missing):
             make_bases(pool)
-        for cfg, row in zip(missing, progress(pool.imap(run, missing), name, len(missing))):
+        for cfg, row in zip(missing, progress(pool.imap(run, missing), name, len(missing), quiet=not missing)):
             self.known[cfg] = row
             lines = ",\n".join(map(json.dumps, self.known.values()))
             safe_write(f"[\n{lines}\n]\n".encode(), self.path)
@@ -199,7 +199,7 @@ def compare(cfg: CompareConfig) -> None:
             rates = choose_rates([*searches], lambda cells: done.finish(cells, pool, "rates"))
         runs = [configs(of, rates.get(search_of(of), 0.01)) for of in wanted.values()]
         rows = dict(zip(wanted, done.finish(runs, pool, "runs")))
-    print("\n" + "\n\n".join(tables(rows)) + f"\n\nsaved    {path}")
+    print("\n" + "\n\n".join(tables(rows)) + f"\n\nruns     {path}")
 
 
 # ---- Tables: each is a function of the rows --------------------------------------------------------------------------
