@@ -33,12 +33,13 @@ TWINS = {  # theirs, in pretraining asked what is right of a name, but not where
     kind: tuple(f"runs/bases/{seed}-{kind}.pt" for seed in (1, 2, 3)) for kind in ("names", "none")
 }
 
-LORA, SMALL = "LoRA q k v o, all tokens", "LoRA q k v o, visual tokens, r = 2"
+LORA, VISUAL = "LoRA q k v o, all tokens", "LoRA q k v o, visual tokens"
+SMALL = f"{VISUAL}, r = 2"
 ALL, HALF = "Image-LoRA, all heads", "Image-LoRA, half of the heads"
 METHODS = {  # the ladder: one restriction a line from LoRA to Image-LoRA; and LoRA of the latter's size
     "frozen": {"method": "none", "lr": 0.0},
     LORA: {"method": "lora", "draws": 3},
-    "LoRA q k v o, visual tokens": {"method": "lora", "tokens": "visual"},
+    VISUAL: {"method": "lora", "tokens": "visual"},
     "LoRA v, visual tokens": {"method": "lora", "tokens": "visual", "projections": "v"},
     ALL: {"heads": "all", "draws": 3},
     HALF: {"draws": 3},
@@ -54,6 +55,7 @@ OPTIONS = {
     "γ's rate 0: it stays 1": {"gamma_lr": 0.0},
 }
 MAIN = {name: METHODS[name] for name in ("frozen", LORA, SMALL, ALL, HALF)}
+MORE = {name: METHODS[name] for name in ("frozen", LORA, VISUAL, SMALL, ALL, HALF)}
 FEW = {name: METHODS[name] for name in ("frozen", LORA, HALF)}
 ELSEWHERE = {"settings %": {"domain": "settings", "draws": 1}, "dark %": {"domain": "dark", "draws": 1}}
 ASKED = {  # in pretraining, about the neighbour of a name
@@ -69,7 +71,7 @@ BUDGETS = {"4 of 24 heads %": {"num_heads": 4}, "8 of 24 heads %": {"num_heads":
 TABLES = {  # title -> (its lines, its columns); where both set a field, the column does
     "row": (METHODS, {"": {}}),  # its columns are MEASURES
     "correct clicks": (MAIN, ELSEWHERE),
-    "row; of a name's neighbour the base was asked": (MAIN, ASKED),
+    "row; of a name's neighbour the base was asked": (MORE, ASKED),
     "other prompts": (FEW, PROMPTS),
     "heads, row clicks": (CHOICES, BUDGETS),
     "half of the heads": (OPTIONS, {"row clicks %": {}}),
@@ -107,7 +109,7 @@ def configs(settings: dict, lr: float) -> list[list[train.Config]]:
 
 def search_of(settings: dict) -> tuple:
     """The settings that a learning rate is chosen for; what differs in others takes the same."""
-    names = ("method", "tokens", "projections", "r", "domain")
+    names = ("method", "tokens", "projections", "r", "domain", "bases")
     searched = {name: settings[name] for name in names if name in settings}
     if settings.get("heads") == "all":
         searched["heads"] = "all"

@@ -3,7 +3,7 @@
 source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
 settings   pairs of a name and a switch right after it, anywhere; the correct click is on the *switch*
 row        a pair a row: the name at the left, its switch anywhere to its right; the correct click is on the *switch*
-dark       the source task in a dark palette that pretraining never draws with
+dark       the source task in a dark palette whose ground and buttons pretraining never draws
 night      another dark palette, shown to the vision encoder in random tints; nothing else is done with it
 """
 
