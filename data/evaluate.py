@@ -146,9 +146,12 @@ def skilled(model, drawn: list[Screen], features: Tensor) -> dict:
             picture.paste(Image.fromarray(screen.image[top : y + STRIP]), (right, top + down))
             shown.append(replace(screen, image=np.asarray(picture)))
         answers = answer(model, samples, image_features(model.get_image_features, shown))
-        clicks.append([np.subtract(parse_point(words) or np.nan, (right, down)) for words in answers])
-    hits = [is_hit(click, sample["bbox"]) for click, sample in zip(np.nanmedian(clicks, 0), samples)]
-    return {"reworded_acc": metrics["action_acc"], "helped_acc": float(np.mean(hits))}
+        clicks.append([point and np.subtract(point, (right, down)) for point in map(parse_point, answers)])
+    hits = 0
+    for sample, points in zip(samples, zip(*clicks)):
+        points = [point for point in points if point is not None]
+        hits += is_hit(np.median(points, 0) if points else None, sample["bbox"])
+    return {"reworded_acc": metrics["action_acc"], "helped_acc": hits / len(samples)}
 
 
 @torch.no_grad()

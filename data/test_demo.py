@@ -247,7 +247,9 @@ def test_pretraining_makes_a_base_and_its_twins_which_differ_in_their_last_quest
     monkeypatch.setattr(evaluate, "BASE_SCREENS", 2)
     monkeypatch.setattr(pretrain, "POOLS", (30, 20))
     status, _, error = say("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
-    assert status == 0 and "relation_acc" in json.loads(Path("new.json").read_text())["source"], error
+    assert status == 0, error
+    record = json.loads(Path("new.json").read_text())
+    assert "relation_acc" in record["source"] and "helped_acc" in record["row"]
     last = []
     for kind in ("both", "names", "none"):
         assert say(f"pretrain --start=new.grounded.pt --relate=1 --relations={kind} --out={kind}.pt")[0] == 0
@@ -300,7 +302,7 @@ def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, 
     status, printed, error = say("compare --out=out")
     rows = json.loads(Path("out/compare.json").read_text())
     assert status == 0 and len(rows) + 1 == len(done) == len(set(done)) + 1, error
-    assert sum(row["method"] != "none" for row in rows) <= 320  # an hour and a half
+    assert sum(row["method"] != "none" for row in rows) <= 400  # an hour and a half
     own = {(base, i) for bases in (compare.BASES, *compare.TWINS.values()) for i, base in enumerate(bases, 1)}
     assert {(row["base"], row["seed"] % 10) for row in rows} == own
     assert {base for base, _ in own} - made == {"data/tiny_vlm.pt"}
