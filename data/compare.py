@@ -156,7 +156,6 @@ def make_bases(pool) -> None:
 
 def run(cfg: train.Config) -> dict:
     """`train.run`, and what the tuned model gets right on validation screens."""
-    torch.set_num_threads(1)
     done = train.finetune(cfg, say=lambda line: None)
     metrics, _ = evaluate(done.model, *examined(cfg, done.model, "validation"), cfg.task, cfg.history)
     right = metrics["action_acc"] if cfg.task == "grounding" else metrics["name_acc"]
@@ -195,7 +194,7 @@ def compare(cfg: CompareConfig) -> None:
     done, wanted, rates = Rows(path), cells(), {}
     if cfg.quick:
         wanted = {place: of | {"bases": BASES[:1], "draws": 1} for place, of in wanted.items() if place[0] == "row"}
-    with get_context("spawn").Pool(cfg.workers) as pool:
+    with get_context("spawn").Pool(cfg.workers, torch.set_num_threads, (1,)) as pool:
         if not cfg.quick:
             searches = dict.fromkeys(search_of(of) for of in wanted.values() if "lr" not in of)
             rates = choose_rates([*searches], lambda cells: done.finish(cells, pool, "rates"))

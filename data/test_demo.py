@@ -283,7 +283,7 @@ def test_what_a_command_cannot_do_is_one_sentence_and_writes_nothing(bad, say):
 # 4. The comparison
 def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, monkeypatch):
     """The rate is the best of the mean over the bases, of equals the lower; seed i goes with base i."""
-    serial, done, made = Mock(Pool=lambda workers: nullcontext(Mock(imap=map))), [], set()  # one process
+    serial, done, made = Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map))), [], set()  # one process
     monkeypatch.setattr(compare, "get_context", lambda method: serial)
 
     def run(cfg):
