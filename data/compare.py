@@ -175,7 +175,8 @@ class Rows:
         self.known = {train.Config(**settings): row for settings, row in zip(told, rows)}
 
     def finish(self, cells: list, pool, name: str) -> list:
-        """Of each cell the rows of its `configs`. What is missing is run, and written at once."""
+        """Of each cell the rows of its `configs`. What is missing is run, on bases that may first have to be made, and
+        written at once."""
         wanted = dict.fromkeys(cfg for bases in cells for draws in bases for cfg in draws)
         missing = [cfg for cfg in wanted if cfg not in self.known]
         if any(cfg.base != BASES[0] for cfg in missing):

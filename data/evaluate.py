@@ -20,22 +20,23 @@ Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or
 
 
 def exam(drawn: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked once, or what is right of it: (number of the screen, sample).
-
-    'reworded' is grounding, but asks to click right of the name."""
+    """Every target of every screen asked once, or what is right of it: (number of the screen, sample)."""
     rng = np.random.default_rng(0)
     about = {
         "grounding": lambda screen: [grounding(screen, target, rng) for target in screen.targets()],
         "referring": lambda screen: [referring(target) for target in screen.targets()],
         "relations": relations,
+        "reworded": lambda screen: [click_right_of(sample) for sample in about["grounding"](screen)],
     }
     asked = []
     for i, screen in enumerate(drawn):
-        for sample in about["grounding" if task == "reworded" else task](screen):
-            if task == "reworded":
-                sample["instruction"] = sample["instruction"].replace(" ", " right of ", 1)
-            asked.append((i, sample))
+        asked += [(i, sample) for sample in about[task](screen)]
     return asked
+
+
+def click_right_of(sample: dict) -> dict:
+    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
+    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def abilities(model) -> dict:
             print(score_line(domain, metrics))
             found[domain] = metrics | found[domain]  # the numbers of clicks stay those of clicks
         if DOMAINS[domain].paired:
-            metrics = skilled(model, drawn[:100], features[:100])
+            metrics = skilled(model, drawn[:100], features[:100])  # as many as a run is judged on
             print("asked to click right of the name {reworded_acc:.1%}, with help {helped_acc:.1%}".format(**metrics))
             found[domain] |= metrics
     found["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
@@ -135,23 +136,23 @@ def skilled(model, drawn: list[Screen], features: Tensor) -> dict:
     """What a base model hits asked to click right of the name; and with help: it is shown only the strip around its own
     click on the name, at six places, and the median of its clicks counts."""
     metrics, reworded = evaluate(model, drawn, features, "reworded")
-    _, given = evaluate(model, drawn, features)
+    _, names = evaluate(model, drawn, features)
     samples, clicks = [sample for _, sample, _ in reworded], []
     for right, down in SHIFTS:
         shown = []
-        for screen, _, point in given:
+        for screen, _, point in names:
             picture = Image.new("RGB", (SIZE, SIZE), tuple(screen.image[0, 0]))
             y = int(point[1]) if point else 0
             top = max(0, y - STRIP)
             picture.paste(Image.fromarray(screen.image[top : y + STRIP]), (right, top + down))
             shown.append(replace(screen, image=np.asarray(picture)))
         answers = answer(model, samples, image_features(model.get_image_features, shown))
-        clicks.append([point and np.subtract(point, (right, down)) for point in map(parse_point, answers)])
+        clicks.append([point and (point[0] - right, point[1] - down) for point in map(parse_point, answers)])
     hits = 0
     for sample, points in zip(samples, zip(*clicks)):
-        points = [point for point in points if point is not None]
-        hits += is_hit(np.median(points, 0) if points else None, sample["bbox"])
-    return {"reworded_acc": metrics["action_acc"], "helped_acc": hits / len(samples)}
+        given = [point for point in points if point]
+        hits += bool(given) and is_hit(np.median(given, 0), sample["bbox"])
+    return {"reworded_acc": metrics["action_acc"], "helped_acc": float(hits / len(samples))}
 
 
 @torch.no_grad()
