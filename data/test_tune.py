@@ -76,16 +76,14 @@ def test_checkpointing_changes_no_gradient_though_other_calls_come_between(famil
     model, batch = lora(family), hf_prompt(family)
     elsewhere = batch | {name: batch[name].flip(0) for name in SEQUENCES & set(batch)}  # images of the same shape
     assert not any(gradient.any() for gradient in slopes(model, loss_of(model, TEXT)))
-    expected = [
-        slopes(model, *losses(model))
-        for losses in (lambda m: [loss_of(m, batch)], lambda m: [loss_of(m, batch), loss_of(m, elsewhere)])
-    ]
+    of_one = slopes(model, loss_of(model, batch))
+    of_two = slopes(model, loss_of(model, batch), loss_of(model, elsewhere))
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     one = loss_of(model, batch)
     logits_of(model, TEXT)
-    torch.testing.assert_close(slopes(model, one), expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(slopes(model, one), of_one, atol=1e-5, rtol=1e-4)
     two = loss_of(model, batch), loss_of(model, elsewhere)
-    torch.testing.assert_close(slopes(model, *two), expected[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(slopes(model, *two), of_two, atol=1e-5, rtol=1e-4)
     copied = torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)  # as activation offloading does
     with copied, pytest.raises(RuntimeError, match="on a copy of its input"):
         loss_of(model, batch).backward()
@@ -168,8 +166,8 @@ def prepare(family, folder, epochs=1, save=4):
 
 def tune(method):
     """Runs the script here: what it leaves, and what it trained."""
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("METHOD", method)
         patch.setenv("RATE", RATES[method])
         exec(Path("tune.py").read_text(), left := {"__name__": "tune"})
@@ -219,14 +217,12 @@ def test_two_processes_train_as_one_and_go_on(tmp_path, monkeypatch):
             left, trained = tune(method)
             alone[folder / left["OUT"]] = trained, (left["OUT"] / "answers.json").read_text()
         shutil.move("runs", "alone")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     written = {}
     # transformers 4 loads an optimizer on "cpu:0" if there are two processes, which torch does not know
     for _ in range(2 if transformers.__version__ >= "5" else 1):
-        done = subprocess.run([*torchrun, __file__, *folders], capture_output=True, text=True)
+        done = subprocess.run([*torchrun, __file__, *folders], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         for run, (trained, answers) in alone.items():
             for rank in range(2):
@@ -286,6 +282,9 @@ def test_what_would_go_wrong_later_is_refused_at_once_in_a_sentence(tmp_path, mo
         with pytest.raises(SystemExit, match=sentence):
             tune("lora")
         Path(file).write_text(content)
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit, match="several GPUs of one process were not tried: show it one"):
+        tune("lora")
 
 
 if __name__ == "__main__":  # one of two processes
