@@ -5,8 +5,7 @@ python train.py --method lora    the same with standard LoRA (q, k, v, o, all to
 
 python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
-python -m data.compare           every method, on every kind of screen, on three bases: the tables
-python -m data.pretrain          make a base model like data/tiny_vlm.pt from nothing
+python -m data.study.compare     every method on three bases: the tables; data/study/ is the evidence
 """
 
 import json
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +25,14 @@ import torch
 from torch import nn
 
 import imagelora
-from data import SPLITS, Settings, command, figures, option, progress, prompts
+from data import DEVICES, Settings, command, figures, option, progress, prompts
 from data.baselines import LoRA, choose_heads, gate_scores
 from data.costs import run_costs
 from data.evaluate import Given, controls, few_answers, hit_rate, measure, score_line, text_logits
-from data.prompts import batch_of, training_data
+from data.prompts import available, batch_of, load_base, training_data
 from tiny_vlm import TinyVLM
 
-RATES = {"image_lora": 0.02, "lora": 0.005, "none": 0.0}  # best on row: half of the heads; q, k, v, o
+RATES = {"image_lora": 0.02, "lora": 0.005, "none": 0.0}  # best on switch screens: half of the heads; q, k, v, o
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,20 @@ class Config(Settings):
     projections: str = option("qkvo", "of lora: which of q, k, v and o it adapts", ("qkvo", "v"))
     tokens: str = option("all", "of lora: those it adapts", ("all", "visual"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
-    domain: str = option("row", "the kind of screen", ("row", "settings", "dark", "source"))
-    base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.pretrain")
+    domain: str = option("switches", "the kind of screen", ("switches", "dark", "source"))
+    base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option("top", "by the probe; gate: the authors'", ("top", "gate", "matched", "random", "all"))
     num_heads: int = option(12, "value heads to adapt", least=1)
     tau: float = option(0.0, "layer budget ~ influence^tau: 0 even, 0.5 the authors', above 1 in fewer layers", least=0)
     r: int = option(8, "rank; alpha is 2 r", least=1)
-    lr: float = option(0.0, f"peak rate of AdamW; 0 is {RATES['image_lora']}, of lora {RATES['lora']}", least=0)
+    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}", least=0)
     gamma_lr: float = option(0.1, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
     steps: int = option(500, "training steps", least=1)
     history: int = option(0, "word problems told before each screen: longer text, same image", least=0)
+    replay: int = option(0, "of a step's 8 sequences those that ask word problems after their image", least=0)
     test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
-    split: str = option("test", "which screens those are", SPLITS)
     seed: int = option(1, "of the data's order, the adapter's start and the probe", least=0)
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "where to compute", DEVICES)
     out: str = option("", "output directory, default runs/DOMAIN")
     film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")
 
@@ -65,7 +64,8 @@ class Config(Settings):
         super().__post_init__()
         if self.film and self.task != "grounding":
             raise ValueError("the moving picture is one of clicks, so film needs the task grounding")
-        object.__setattr__(self, "lr", self.lr or RATES[self.method])
+        if self.replay > prompts.SCREENS:
+            raise ValueError(f"replay must be at most {prompts.SCREENS}, the sequences of a step, got {self.replay}")
 
 
 class Finetuned(NamedTuple):
@@ -79,21 +79,22 @@ class Finetuned(NamedTuple):
 
 def finetune(cfg: Config, say=print) -> Finetuned:
     """before -> probe, select -> attach -> train -> after. Writes no file; `say` is what prints a line."""
-    start, model = time.time(), load_base(cfg)
-    size, patches = sum(p.numel() for p in model.parameters()) / 1e6, model.config.num_patches
-    say(f"base     {Path(cfg.base).name} · {size:.2f} M parameters · {patches} visual tokens a screen · {model.device}")
+    start, model = time.time(), load_base(cfg.base, available(cfg.device))
+    cfg = replace(cfg, lr=RATES[cfg.method]) if cfg.lr is None else cfg
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    say(f"base     {Path(cfg.base).name} · {size} · {model.config.num_patches} visual tokens a screen · {model.device}")
     before, before_given = measure(cfg, model)
     base_text = text_logits(model)
     say(f"before   {score_line(cfg.domain, before)}")
 
     data = training_data(cfg, model.device)
     probe_batches = [batch_of(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
-    heads = adapter = None
+    selected = adapter = None
     if cfg.method == "image_lora":
-        heads = probe_and_select(cfg, model, probe_batches, say)
+        selected = probe_and_select(cfg, model, probe_batches, say)
     torch.manual_seed(cfg.seed)  # after the probe, which draws numbers too
     if cfg.method == "image_lora":
-        adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
+        adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, selected)
     elif cfg.method == "lora":
         adapter = LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
     film = train(cfg, model, adapter, data, quiet=say is not print) if adapter else []
@@ -103,19 +104,10 @@ def finetune(cfg: Config, say=print) -> Finetuned:
     say(f"after    {score_line(cfg.domain, after)}")
     verdict = "changed" if difference else "identical"
     say(f"text     logits of {len(base_text)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
-    result = asdict(cfg) | after | {"before": before, "text_logits_max_abs_diff": difference}
-    result |= {"heads": heads, "heads_from": cfg.heads}
+    result = asdict(cfg) | {"selected": selected, "before": before, "text_logits_max_abs_diff": difference} | after
     result |= run_costs(model, adapter, probe_batches[0], all_tokens=cfg.method == "lora" and cfg.tokens == "all")
-    result |= {"seconds": round(time.time() - start, 1), "device": str(model.device), "torch": torch.__version__}
+    result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     return Finetuned(result, model, adapter, before_given, after_given, film)
-
-
-def load_base(cfg: Config) -> TinyVLM:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    there = [found.type, "cpu"] if found else ["cpu"]
-    if cfg.device not in ("auto", *there):
-        raise ValueError(f"device {cfg.device} is not available here; expected one of {', '.join(there)}")
-    return prompts.load_base(cfg.base, there[0] if cfg.device == "auto" else cfg.device)
 
 
 def probe_and_select(cfg: Config, model: TinyVLM, batches: list[dict], say) -> imagelora.Heads:
@@ -124,21 +116,22 @@ def probe_and_select(cfg: Config, model: TinyVLM, batches: list[dict], say) -> i
         scores = gate_scores(model, batches)
     else:
         scores = imagelora.score_heads(model, batches, seed=cfg.seed)
-    heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.tau, cfg.seed)
-    say(f"probe    influence of {scores.numel()} heads, {len(batches)} batches:  {figures.bars(scores, heads)}")
-    chosen = " · ".join(f"layer {layer}: {' '.join(map(str, of_layer))}" for layer, of_layer in heads.items())
-    say(f"select   {sum(map(len, heads.values()))} of {scores.numel()} heads: {chosen}")
-    return heads
+    selected = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.tau, cfg.seed)
+    say(f"probe    influence of {scores.numel()} heads, {len(batches)} batches:  {figures.bars(scores, selected)}")
+    layers = [f"layer {layer}: {' '.join(map(str, heads))}" for layer, heads in selected.items()]
+    say(f"select   {sum(map(len, selected.values()))} of {scores.numel()} heads: {' · '.join(layers)}")
+    return selected
 
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, quiet: bool) -> list:
     """AdamW on the loss of the answers, the rate warmed up over a twentieth of the steps, then decayed to zero.
 
+    The vision tower is frozen and does not run here: it has run once over all screens, and a batch holds its features.
     Returns the film, [(step, a few answers)]. Raises FloatingPointError at a loss that is not finite."""
-    groups = [{"params": [], "scale": 1.0}, {"params": [], "scale": cfg.gamma_lr}]
-    for name, parameter in adapter.named_parameters():
-        groups[name.endswith("gamma")]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0)
+    gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
+    others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
+    groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": cfg.gamma_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm_up, on_gpu = max(cfg.steps // 20, 1), model.device.type == "cuda"
     film, losses, clicks = [], deque(maxlen=10), deque(maxlen=10)
     bar = progress(range(cfg.steps), "train", quiet=quiet)
@@ -149,7 +142,8 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, quiet: b
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
 
-        batch, boxes = batch_of(cfg, data, prompts.PROBE_BATCHES + step)  # after the probe's
+        # 8 screens with 5 questions each: input_ids, labels [B, T], image_features [B, P, D]; the probe took the first
+        batch, boxes = batch_of(cfg, data, prompts.PROBE_BATCHES + step)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
             output = model(**batch)
         losses.append(output.loss.item())
@@ -190,7 +184,6 @@ def main_job(cfg: Config) -> None:
         report_controls(result)
     if done.adapter:
         report_costs(result)
-
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run; this one's comes last
     if cfg.method == "image_lora":
         done.adapter.save(out / "adapter.pt")
@@ -201,18 +194,16 @@ def main_job(cfg: Config) -> None:
     if done.film:
         figures.save(figures.moving(done.film), out / "training.gif")
         saved.append("training.gif")
-    text = json.dumps(result, indent=1) + "\n"
-    imagelora.safe_write(text.encode(), out / "metrics.json")
+    imagelora.safe_write(json.dumps(result, indent=1).encode(), out / "metrics.json")
     print(f"saved    {out}/ {' '.join(saved)} metrics.json")
 
 
 def report_controls(result: dict) -> None:
-    """Rules that see no switch; the base, asked otherwise; the tuned model, where a switch is missing or moved."""
-    line = "controls best constant {constant_acc:.1%} · base + an offset per kind {offset_acc:.1%}"
-    line += " · per name {name_offset_acc:.1%}"
+    """The frozen base, moved by a rule and asked otherwise; the tuned model, where the switches are missing."""
+    line = "controls base + an offset for each name {offset_acc:.1%}"
     if "erased_acc" in result:
-        line += "\n         base, asked to click right of the name {reworded_acc:.1%}"
-        line += "\n         switches erased {erased_acc:.1%} · exchanged with their names {exchanged_acc:.1%}"
+        line += " · base, asked to click right of the name {reworded_acc:.1%}"
+        line += "\n         tuned, switches erased {erased_acc:.1%}"
     print(line.format(**result))
 
 

@@ -8,6 +8,7 @@ from multiprocessing import parent_process
 
 from tqdm import tqdm
 
+DEVICES = "auto", "cpu", "cuda", "mps"
 SPLITS = ("train", "validation", "test", "pretrain")  # a sample's random seed has the place of its split among these
 
 
@@ -24,7 +25,7 @@ class Settings:
             value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-            if least is not None and not least <= value < 2**63:
+            if None not in (value, least) and not least <= value < 2**63:
                 raise ValueError(f"{f.name} must be finite and at least {least}, got {value}")
 
 
@@ -36,7 +37,9 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
     for f in fields(settings_class):
         known = " | ".join(f.metadata["choices"])
         text = f"{known}{': ' * bool(known)}{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
-        kind = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        kind = {"type": float if f.default is None else type(f.default)}
+        if f.default is False:
+            kind = {"action": "store_true"}
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text, **kind)
     try:
         job(settings_class(**vars(parser.parse_args(arguments))))

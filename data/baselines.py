@@ -80,12 +80,16 @@ def choose_heads(choice: str, scores: Tensor, count: int, tau: float, seed: int)
     top, gate: the highest, layer by layer. random: any. matched: any, but as many in each layer as the highest are.
     all: every head."""
     num_heads, rng = scores.shape[1], np.random.default_rng(seed)
-    heads = select_heads(scores, scores.numel() if choice == "all" else count, tau)
-    if choice == "random":
-        heads = {}
-        for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
-            heads.setdefault(i // num_heads, []).append(i % num_heads)
+    if choice == "all":
+        return select_heads(scores, scores.numel())
+    highest = select_heads(scores, count, tau)
+    if choice in ("top", "gate"):
+        return highest
     if choice == "matched":
-        for layer, selected in heads.items():
-            heads[layer] = sorted(rng.permutation(num_heads)[: len(selected)].tolist())
-    return heads
+        return {layer: sorted(rng.permutation(num_heads)[: len(best)].tolist()) for layer, best in highest.items()}
+    if choice == "random":
+        selected = {}
+        for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
+            selected.setdefault(i // num_heads, []).append(i % num_heads)
+        return selected
+    raise ValueError(f"unknown choice of heads {choice!r}")

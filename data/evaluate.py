@@ -1,42 +1,31 @@
-"""Answers decoded and scored: the task, what else the model can do, and what a click gets without looking."""
+"""Answers decoded and scored: the task, what else the model can do, and what a click gets without the adapter."""
 
 from collections import defaultdict
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data.prompts import CHUNK, image_features, load_base, questions, seen, training_batch, turn
-from data.screens import BIN, DOMAINS, SIZE, Screen, draw_screen, grounding, is_hit, referring, relations
+from data.prompts import CHUNK, load_base, questions, seen, training_batch, turn
+from data.screens import BIN, DOMAINS, SIZE, Screen, grounding, is_hit, referring, relations
 from data.words import decode, parse_point, word_problem
 
-BASE_SCREENS = 400  # of each kind, that a base model is judged on
-SHIFTS = (0, 0), (3, 0), (-3, 0), (5, 2), (2, -4), (6, 4)  # pixels right and down
-STRIP = 14  # pixels above and below a click
 Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or the name that was answered
 
 
 def exam(drawn: list[Screen], task="grounding") -> list[tuple[int, dict]]:
     """Every target of every screen asked once, or what is right of it: (number of the screen, sample)."""
-    rng = np.random.default_rng(0)
-    about = {
-        "grounding": lambda screen: [grounding(screen, target, rng) for target in screen.targets()],
-        "referring": lambda screen: [referring(target) for target in screen.targets()],
-        "relations": relations,
-        "reworded": lambda screen: [click_right_of(sample) for sample in about["grounding"](screen)],
-    }
-    asked = []
+    rng, asked = np.random.default_rng(0), []
     for i, screen in enumerate(drawn):
-        asked += [(i, sample) for sample in about[task](screen)]
+        if task == "relations":
+            samples = relations(screen)
+        elif task == "referring":
+            samples = [referring(target) for target in screen.targets()]
+        else:
+            samples = [grounding(screen, target, rng) for target in screen.targets()]
+        asked += [(i, sample) for sample in samples]
     return asked
-
-
-def click_right_of(sample: dict) -> dict:
-    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
-    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
 @torch.no_grad()
@@ -52,49 +41,49 @@ def answer(model, samples: list[dict], features: Tensor, history=0) -> list[str]
     return answers
 
 
-def evaluate(model, drawn: list[Screen], features: Tensor, task="grounding", history=0):
-    """All targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers)."""
+def evaluate(model, drawn: list[Screen], features: Tensor, task="grounding", history=0, reword=lambda sample: sample):
+    """All targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers).
+
+    reword: a function that asks for the same in other words."""
     order, samples = zip(*exam(drawn, task))
+    samples = [reword(sample) for sample in samples]
     answers = answer(model, samples, features[list(order)], history)
-    if task in ("grounding", "reworded"):
-        answers = [*map(parse_point, answers)]
-        hits = np.array([is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)])
-        words = np.array([sample["data_type"] == "text" for sample in samples])
+    if task == "grounding":
+        answers = [parse_point(text) for text in answers]
+        hits = [is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)]
+        of_words = [hit for hit, sample in zip(hits, samples) if sample["data_type"] == "text"]
+        of_icons = [hit for hit, sample in zip(hits, samples) if sample["data_type"] == "icon"]
         metrics = {
-            "action_acc": float(hits.mean()),
-            "text_acc": float(hits[words].mean()),
-            "icon_acc": float(hits[~words].mean()),
+            "action_acc": float(np.mean(hits)),
+            "text_acc": float(np.mean(of_words)),
+            "icon_acc": float(np.mean(of_icons)),
             "wrong_format_num": answers.count(None),  # no points
         }
     else:
-        right = [given == sample["answer"] for given, sample in zip(answers, samples)]
-        metrics = {"name_acc" if task == "referring" else "relation_acc": float(np.mean(right))}
+        correct = [given == sample["answer"] for given, sample in zip(answers, samples)]
+        metrics = {"name_acc" if task == "referring" else "relation_acc": float(np.mean(correct))}
     metrics["num_total"] = len(samples)
     of_screens = [drawn[i] for i in order]
     return metrics, [*zip(of_screens, samples, answers)]
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
-    """Share of test word problems whose final number is right, each asked after one of the images of `questions`."""
+    """Share of test word problems whose final number is correct, each asked after one image of features [N, P, D]."""
     problems = [word_problem("test", i) for i in range(count)]
     answers = answer(model, problems, features[torch.arange(count) % len(features)])
-    right = 0
+    correct = 0
     for given, problem in zip(answers, problems):
-        right += given.split()[-1:] == problem["answer"].split()[-1:]
-    return right / count
-
-
-def examined(cfg, model, split: str, switches="shown"):
-    """The screens that a run is judged on, as `seen`."""
-    return seen(cfg.base, cfg.domain, split, cfg.test_screens, model.device, switches)
+        correct += given.split()[-1:] == problem["answer"].split()[-1:]
+    return correct / count
 
 
 def measure(cfg, model):
     """(What the model can do: the task, source screens, word problems without and after an image; its answers)."""
-    drawn, features = examined(cfg, model, cfg.split)
+    drawn, features = seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
     metrics, given = evaluate(model, drawn, features, cfg.task, cfg.history)
     source = seen(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
-    metrics["source_acc"] = evaluate(model, *source)[0]["action_acc"]
+    of_source, _ = evaluate(model, *source)
+    metrics["source_acc"] = of_source["action_acc"]
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
     return metrics, given
@@ -102,77 +91,34 @@ def measure(cfg, model):
 
 def score_line(domain: str, metrics: dict) -> str:
     """The metrics of `evaluate` in words, and the word problems where they were measured too."""
-    line = "click accuracy on {domain} screens {action_acc:6.1%}  (words {text_acc:.1%}  icons {icon_acc:.1%})"
+    line = "click accuracy on {screens} {action_acc:6.1%}  (words {text_acc:.1%}  icons {icon_acc:.1%})"
     if "name_acc" in metrics:
-        line = "names right on {domain} screens {name_acc:6.1%}"
+        line = "correct names on {screens} {name_acc:6.1%}"
     if "relation_acc" in metrics:
-        line = "what is right of a name, on {domain} screens {relation_acc:6.1%}"
+        line = "what is right of a name, on {screens} {relation_acc:6.1%}"
     if "word_problem_acc" in metrics:
-        line += "    word problems {word_problem_acc:.1%}"
-    return line.format(domain=domain, **metrics)
-
-
-def abilities(model) -> dict:
-    """What a base model can do on test screens of each kind, and with word problems. It is printed, too."""
-    found = {}
-    for domain in ("source", "settings", "row", "dark"):
-        drawn = [draw_screen(domain, "test", i) for i in range(BASE_SCREENS)]
-        features = image_features(model.get_image_features, drawn)
-        found[domain] = {}
-        for task in ("grounding", "referring", "relations")[: 3 if domain == "source" else 2]:
-            metrics, _ = evaluate(model, drawn, features, task)
-            print(score_line(domain, metrics))
-            found[domain] = metrics | found[domain]  # the numbers of clicks stay those of clicks
-        if DOMAINS[domain].paired:
-            metrics = skilled(model, drawn[:100], features[:100])  # as many as a run is judged on
-            print("asked to click right of the name {reworded_acc:.1%}, with help {helped_acc:.1%}".format(**metrics))
-            found[domain] |= metrics
-    found["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
-    print(f"word problems {found['word_problem_acc']:.1%}")
-    return found
-
-
-def skilled(model, drawn: list[Screen], features: Tensor) -> dict:
-    """What a base model hits asked to click right of the name; and with help: it is shown only the strip around its own
-    click on the name, at six places, and the median of its clicks counts."""
-    metrics, reworded = evaluate(model, drawn, features, "reworded")
-    _, names = evaluate(model, drawn, features)
-    samples, clicks = [sample for _, sample, _ in reworded], []
-    for right, down in SHIFTS:
-        shown = []
-        for screen, _, point in names:
-            picture = Image.new("RGB", (SIZE, SIZE), tuple(screen.image[0, 0]))
-            y = int(point[1]) if point else 0
-            top = max(0, y - STRIP)
-            picture.paste(Image.fromarray(screen.image[top : y + STRIP]), (right, top + down))
-            shown.append(replace(screen, image=np.asarray(picture)))
-        answers = answer(model, samples, image_features(model.get_image_features, shown))
-        clicks.append([point and (point[0] - right, point[1] - down) for point in map(parse_point, answers)])
-    hits = 0
-    for sample, points in zip(samples, zip(*clicks)):
-        given = [point for point in points if point]
-        hits += bool(given) and is_hit(np.median(given, 0), sample["bbox"])
-    return {"reworded_acc": metrics["action_acc"], "helped_acc": float(hits / len(samples))}
+        line += "\n         word problems {word_problem_acc:.1%}, after an image {word_problem_after_image_acc:.1%}"
+    return line.format(screens=f"{domain.removesuffix('es')} screens", **metrics)
 
 
 @torch.no_grad()
 def text_logits(model) -> Tensor:
     """Logits of text-only prompts (test word problems with their answers) [256, T, V]."""
     told = [[turn(word_problem("test", i))] for i in range(256)]
-    ids = training_batch([[]] * len(told), 0, told)["input_ids"]
-    return model(ids.to(model.device)).logits
+    return model(training_batch([[]] * len(told), 0, told, model.device)["input_ids"]).logits
 
 
 def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
-    """Share of a batch's clicks, given teacher-forced, that hit their targets."""
+    """Share of a batch's clicks, given teacher-forced, that hit their boxes; None is the box of another question."""
     answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # each is x, y, <eos>
     points = [parse_point(decode(words)) for words in answers[:, :2].tolist()]
-    return sum(map(is_hit, points, boxes)) / len(boxes)
+    hits = [is_hit(point, box) for point, box in zip(points, boxes) if box]
+    return sum(hits) / max(len(hits), 1)
 
 
 def few_answers(cfg, model) -> list[Given]:
     """The answer to one question about each of the first six screens."""
-    drawn, features = examined(cfg, model, cfg.split)
+    drawn, features = seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
     _, given = evaluate(model, drawn[:6], features[:6], history=cfg.history)
     few = []
     for i, screen in enumerate(drawn[:6]):
@@ -181,7 +127,12 @@ def few_answers(cfg, model) -> list[Given]:
     return few
 
 
-# ---- Controls: what a click gets without looking for the switch ------------------------------------------------------
+# ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------
+
+
+def click_right_of(sample: dict) -> dict:
+    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
+    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
 def best_move(pairs: list) -> tuple[int, int]:
@@ -194,42 +145,32 @@ def best_move(pairs: list) -> tuple[int, int]:
     return max(product(steps, steps), key=hits)
 
 
-def rule(learn: list[Given], given: list[Given], kind="", start=lambda point: point) -> float:
-    """Click accuracy of a rule: from start(the base model's click), move as was best on the answers `learn`.
-
-    One move for all, or with `kind` (a field of the samples) one for each of these. No point is a miss."""
+def offset_rule(learn: list[Given], given: list[Given]) -> float:
+    """Click accuracy of the base's clicks, moved for each name as was best on the answers `learn`. No click: a miss."""
     learned = defaultdict(list)
     for _, sample, point in learn:
         if point:
-            learned[sample.get(kind)].append((start(point), sample["bbox"]))
-    moves = {which: best_move(pairs) for which, pairs in learned.items()}
+            learned[sample["name"]].append((point, sample["bbox"]))
+    moves = {name: best_move(pairs) for name, pairs in learned.items()}
     hits = 0
     for _, sample, point in given:
         if point:
-            x, y = start(point)
-            dx, dy = moves.get(sample.get(kind), (0, 0))
-            hits += is_hit((x + dx, y + dy), sample["bbox"])
+            dx, dy = moves.get(sample["name"], (0, 0))
+            hits += is_hit((point[0] + dx, point[1] + dy), sample["bbox"])
     return hits / len(given)
 
 
 def controls(cfg, model, base_given: list[Given]) -> dict:
-    """Click accuracy of trivial rules, and of the model where it could not or should not hit.
-
-    The rules: a constant; the base's click, moved by an offset for each kind of name, or for each name. They are found
-    on the base's answers about validation screens. Where names have switches: the base, asked to click what is right
-    of the name; the tuned model, with the switches erased, or exchanged with their names."""
-    base = load_base(cfg.base, model.device)
-    _, learn = evaluate(base, *examined(cfg, model, "validation"), history=cfg.history)
-    found = {
-        "constant_acc": rule(learn, base_given, start=lambda point: (BIN / 2, BIN / 2)),
-        "offset_acc": rule(learn, base_given, "data_type"),
-        "name_offset_acc": rule(learn, base_given, "name"),
-    }
-    if not DOMAINS[cfg.domain].paired:
-        return found
-    metrics, _ = evaluate(base, *examined(cfg, model, cfg.split), "reworded", cfg.history)
-    found["reworded_acc"] = metrics["action_acc"]
-    for switches in ("erased", "exchanged"):
-        metrics, _ = evaluate(model, *examined(cfg, model, cfg.split, switches), history=cfg.history)
-        found[f"{switches}_acc"] = metrics["action_acc"]
+    """Click accuracy of the base, moved by an offset for each name. Where there are switches also of the base, asked to
+    click right of the name, and of the tuned model, the switches erased."""
+    base, place = load_base(cfg.base, model.device), (cfg.test_screens, model.device)
+    _, learn = evaluate(base, *seen(cfg.base, cfg.domain, "validation", *place), history=cfg.history)
+    found = {"offset_acc": offset_rule(learn, base_given)}
+    if DOMAINS[cfg.domain].switches:
+        shown = seen(cfg.base, cfg.domain, "test", *place)
+        erased = seen(cfg.base, cfg.domain, "test", *place, erased=True)
+        metrics, _ = evaluate(base, *shown, history=cfg.history, reword=click_right_of)
+        found["reworded_acc"] = metrics["action_acc"]
+        metrics, _ = evaluate(model, *erased, history=cfg.history)
+        found["erased_acc"] = metrics["action_acc"]
     return found

@@ -57,7 +57,7 @@ class Cell(NamedTuple):
     target: tuple  # its box
     words: str = ""
     clicks: tuple = ()  # before and after fine-tuning, None for no click
-    right: bool | None = None  # whether the second hits; None: it is not said
+    hit: bool | None = None  # whether the second is correct; None: it is not said
 
 
 def _cell(before: tuple, after: tuple) -> Cell:
@@ -67,8 +67,8 @@ def _cell(before: tuple, after: tuple) -> Cell:
     return Cell(picture, target, sample["instruction"], (before[2], click), is_hit(click, target))
 
 
-def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", header=184) -> Page:
-    """Cells in columns, under a legend and what is `said`; now: what the second click is called."""
+def _sheet(cells: list[Cell], columns: int, said="", second="after fine-tuning", header=184) -> Page:
+    """Cells in columns, under a legend and what is `said`; second: what the second click is called."""
     side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP
     rows = math.ceil(len(cells) / columns)
     page = Page(header + rows * (side + CAPTION))
@@ -78,7 +78,7 @@ def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", he
     page.click(438, TITLE, tuned=False)
     page.write(492, TITLE, "base model's click")
     page.click(1070, TITLE, tuned=True)
-    page.write(1124, TITLE, now)
+    page.write(1124, TITLE, second)
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
         x, y = MARGIN + column * (side + GAP), header + row * (side + CAPTION)
@@ -90,22 +90,22 @@ def _sheet(cells: list[Cell], columns: int, said="", now="after fine-tuning", he
             if point:
                 page.click(x + zoom * point[0], y + zoom * point[1], tuned)
         page.write(x, below, cell.words)
-        if cell.right is not None:
-            verdict, ink, fill = ("right", INK, PALE) if cell.right else ("wrong", "white", INK)
-            page.rounded_rectangle((end - 200, below - 38, end, below + 42), 16, fill)
-            page.write(end - 100, below, verdict, ink, "mm")
+        if cell.hit is not None:
+            verdict, ink, fill = ("correct", INK, PALE) if cell.hit else ("wrong", "white", INK)
+            page.rounded_rectangle((end - 240, below - 38, end, below + 42), 16, fill)
+            page.write(end - 120, below, verdict, ink, "mm")
     return page
 
 
 def predictions(base: list, tuned: list) -> Image.Image:
     """Twelve of (screen, sample, click) before and after; failures have their share, but one at least."""
     cells = [*map(_cell, base, tuned)]
-    order = sorted(range(len(cells)), key=lambda i: cells[i].right)  # wrong ones first
+    order = sorted(range(len(cells)), key=lambda i: cells[i].hit)  # wrong ones first
     chosen = {order[0]}
     for twelfth in range(1, 12):
         chosen.add(order[(2 * twelfth + 1) * len(cells) // 24])  # its middle
-    share = sum(cell.right for cell in cells) / len(cells)
-    said = f"{100 * share:.1f} % of {len(cells):,} are right"
+    share = sum(cell.hit for cell in cells) / len(cells)
+    said = f"{100 * share:.1f} % of {len(cells):,} are correct"
     return _sheet([cells[i] for i in sorted(chosen)], 4, said).image.reduce(2)
 
 
@@ -121,7 +121,7 @@ def moving(film: list) -> list[Image.Image]:
     frames = []
     for step, answers in film:
         cells = [*map(_cell, first, answers)]
-        hits = sum(cell.right for cell in cells)
+        hits = sum(cell.hit for cell in cells)
         said = f"step {step:,} of {last:,}:  {hits} of {len(cells)} clicks hit"
         page = _sheet(cells, 3, said, "click now")
         done = (WIDTH - 2 * MARGIN) * step / last

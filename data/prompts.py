@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, the less noise
 TRAIN_SCREENS = 2048
 SCREENS, QUESTIONS = 8, 5  # screens of a training step, and questions about each, packed into one sequence
+REPLAYED = 3  # word problems in place of these, in sequences of replay
 CHUNK = 256  # screens or prompts at a time, where nothing is learned
 Turn = list[tuple[int, int]]  # (id, label) of each word of an instruction and its answer; -100: not to be predicted
 
@@ -38,7 +39,7 @@ def pad(rows: list, value: int, side="right") -> Tensor:
     return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=value, padding_side=side)
 
 
-def training_batch(asked: list, patches: int, before: list[list[Turn]]) -> dict:
+def training_batch(asked: list, patches: int, before: list[list[Turn]], device="cpu") -> dict:
     """{input_ids, labels} [B, T] of a sequence a screen: the turns `before` it, its image, the samples `asked`."""
     rows = []
     for samples, told in zip(asked, before):
@@ -47,7 +48,7 @@ def training_batch(asked: list, patches: int, before: list[list[Turn]]) -> dict:
         row += [(ID[IMAGE], -100)] * patches
         row += chain(*map(turn, samples))
         rows.append(row)
-    ids, labels = pad(rows, -100).unbind(-1)
+    ids, labels = pad(rows, -100).to(device).unbind(-1)
     return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
 
 
@@ -61,6 +62,15 @@ def questions(samples: list[dict], features: Tensor, history=0) -> dict:
     ids = pad(rows, ID[PAD], "left").to(features.device)
     mask = (ids != ID[PAD]).long()
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
+
+
+def available(device: str) -> str:
+    """The device; of "auto" the accelerator, if there is one. ValueError where it is not available."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    there = [found.type, "cpu"] if found else ["cpu"]
+    if device not in ("auto", *there):
+        raise ValueError(f"device {device} is not available here; expected one of {', '.join(there)}")
+    return there[0] if device == "auto" else device
 
 
 def load_base(base: str, device="cpu") -> TinyVLM:
@@ -87,22 +97,10 @@ def image_features(encode, drawn: list[Screen], device="cpu") -> Tensor:
 
 
 @lru_cache(16)  # so many that runs on three bases in turn find theirs again
-def seen(base: str, domain: str, split: str, count: int, device, switches="shown"):
+def seen(base: str, domain: str, split: str, count: int, device, erased=False):
     """(The first screens of a split, what the base's frozen vision encoder makes of them [N, P, D])."""
-    drawn = [draw_screen(domain, split, i, switches=switches) for i in range(count)]
+    drawn = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
     return drawn, image_features(load_base(base, device).get_image_features, drawn, device)
-
-
-def told_before(step: int, count: int, rng) -> list[list[Turn]]:
-    """In pretraining, word problems before each of `count` images: none in 45 % of the steps, up to 12."""
-    shares = 0.45, 0.2, 0.15, 0.12, 0.08
-    history = int(rng.choice((0, 1, 2, 3, 12), p=shares))
-    before = []
-    for i in range(count):
-        first = 12 * step * count + i
-        problems = [word_problem("pretrain", first + k * count) for k in range(history)]
-        before.append([*map(turn, problems)])
-    return before
 
 
 def training_data(cfg, device):
@@ -112,7 +110,9 @@ def training_data(cfg, device):
 
 
 def batch_of(cfg, data: tuple, i: int):
-    """(The arguments of the model, the boxes asked for) of batch number i; the probe takes the first ones."""
+    """(The arguments of the model, the boxes asked for) of batch number i; the probe takes the first ones.
+
+    It holds no pixels: image_features are what the frozen vision encoder has made of its screens, once for all."""
     drawn, features = data
     rng = np.random.default_rng([cfg.seed, i])
     picks = rng.choice(len(drawn), SCREENS, replace=False)
@@ -122,7 +122,8 @@ def batch_of(cfg, data: tuple, i: int):
         before.append([turn(problem, learn=False) for problem in problems])
     refer = float(cfg.task == "referring")
     asked = [ask(drawn[pick], QUESTIONS, rng, refer, distinct=True) for pick in picks]
-    batch = training_batch(asked, features.shape[1], before)
-    batch = {name: tensor.to(features.device) for name, tensor in batch.items()}
+    for sequence in range(cfg.replay if i >= PROBE_BATCHES else 0):  # the probe's heads are those without replay
+        asked[sequence] = [word_problem("train", int(rng.integers(10**9))) for _ in range(REPLAYED)]
+    batch = training_batch(asked, features.shape[1], before, features.device)
     batch["image_features"] = features[picks]
     return batch, [sample.get("bbox") for sample in chain(*asked)]

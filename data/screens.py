@@ -1,12 +1,12 @@
 """Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons. Domains:
 
 source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
-settings   pairs of a name and a switch right after it, anywhere; the correct click is on the *switch*
-row        a pair a row: the name at the left, its switch anywhere to its right; the correct click is on the *switch*
+switches   a name a line, its switch anywhere right of it; the correct click is on the *switch*
 dark       the source task in a dark palette whose ground and buttons pretraining never draws
 night      another dark palette, shown to the vision encoder in random tints; nothing else is done with it
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -26,8 +26,33 @@ COLOURS = "red yellow green blue purple brown".split()
 LIGHT = dict(zip(COLOURS, "#dc2828 #e6b40a #28a046 #2864e6 #9637c8 #8c5528".split()))
 DARK = dict(zip(COLOURS, "#ff6e64 #ffe16e #78e68c #78aaff #d28cff #c8966e".split()))
 SWITCH = (16, 10)  # pixels, its size
-GAP = 6  # pixels between a name and its switch on `settings`, at least so many on `row`
+GAP = 6  # pixels between a name and its switch, at least
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
+
+
+def place_freely(rng, sizes: list[tuple]) -> list[Box] | None:
+    """Random boxes, 3 pixels or more apart, or None after too many attempts."""
+    boxes, taken = [], np.zeros((SIZE, SIZE), bool)
+    for width, height in sizes:
+        for _ in range(40):
+            x, y = int(rng.integers(1, SIZE - width)), int(rng.integers(1, SIZE - height))
+            if not taken[max(y - 3, 0) : y + height + 3, max(x - 3, 0) : x + width + 3].any():
+                break
+        else:
+            return None
+        taken[y : y + height, x : x + width] = True
+        boxes.append((x, y, x + width, y + height))
+    return boxes
+
+
+def place_in_lines(rng, sizes: list[tuple]) -> list[Box]:
+    """A box a line, each starting near the left edge and ending anywhere right of its size."""
+    height = SIZE // len(sizes)  # of a line
+    boxes = []
+    for line, (width, h) in enumerate(sizes):
+        x, y = int(rng.integers(1, 9)), line * height + int(rng.integers(1, height - h))
+        boxes.append((x, y, int(rng.integers(x + width, SIZE)), y + h))
+    return boxes
 
 
 class Domain(NamedTuple):
@@ -39,14 +64,14 @@ class Domain(NamedTuple):
     text: str
     icons: dict[str, str]  # colour -> what is drawn
     names: tuple[int, int] = (5, 7)  # on a screen, least and most
-    paired: bool = False  # whether names have switches
+    layout: Callable = place_freely  # (rng, sizes) -> boxes, or None where it found no room
+    switches: bool = False  # whether names have switches
 
 
 _LIGHT = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT
 DOMAINS = {
     "source": Domain(0, *_LIGHT),
-    "settings": Domain(1, *_LIGHT, names=(4, 6), paired=True),
-    "row": Domain(2, *_LIGHT, names=(4, 5), paired=True),
+    "switches": Domain(2, *_LIGHT, names=(4, 5), layout=place_in_lines, switches=True),
     "dark": Domain(3, "#0e3d44", "#17606b", "#e2f6f8", DARK),
     "night": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
 }
@@ -135,57 +160,29 @@ def _contents(rng, count: int) -> list[tuple]:
     return items
 
 
-def _place_freely(rng, sizes: list[tuple]) -> list[Box] | None:
-    """Random boxes, 3 pixels or more apart, or None after too many attempts."""
-    boxes, taken = [], np.zeros((SIZE, SIZE), bool)
-    for width, height in sizes:
-        for _ in range(40):
-            x, y = int(rng.integers(1, SIZE - width)), int(rng.integers(1, SIZE - height))
-            if not taken[max(y - 3, 0) : y + height + 3, max(x - 3, 0) : x + width + 3].any():
-                break
-        else:
-            return None
-        taken[y : y + height, x : x + width] = True
-        boxes.append((x, y, x + width, y + height))
-    return boxes
-
-
-def _place_in_rows(rng, sizes: list[tuple]) -> list[Box]:
-    """A box a row, each starting near the left edge and ending anywhere right of its size."""
-    height = SIZE // len(sizes)  # of a row
-    boxes = []
-    for row, (width, h) in enumerate(sizes):
-        x, y = int(rng.integers(1, 9)), row * height + int(rng.integers(1, height - h))
-        boxes.append((x, y, int(rng.integers(x + width, SIZE)), y + h))
-    return boxes
-
-
-def draw_screen(domain: str, split: str, index: int, seed=0, switches="shown") -> Screen:
+def draw_screen(domain: str, split: str, index: int, seed=0, erased=False) -> Screen:
     """Screen number `index` of a split; the same arguments give the same screen.
 
-    switches: "erased" leaves them out of the picture, the correct click stays where they would be; "exchanged" puts
-    them at the left end of their pair and the name at the right end. Nothing else of the screen changes."""
+    erased: its switches are not drawn; the correct click stays where they would be, and so does all else."""
     look = DOMAINS[domain]
     rng = np.random.default_rng([SPLITS.index(split), look.number, index, seed])
-    more = GAP + SWITCH[0] if look.paired else 0  # width of a pair than of its name
+    more = GAP + SWITCH[0] if look.switches else 0  # width of a pair than of its name
     boxes = None
     while boxes is None:
         items = _contents(rng, int(rng.integers(*look.names, endpoint=True)))
         sprites = [_sprite(*item, domain) for item in items]
-        sizes = [(sprite.width + more, sprite.height) for sprite in sprites]
-        boxes = _place_in_rows(rng, sizes) if domain == "row" else _place_freely(rng, sizes)
+        boxes = look.layout(rng, [(sprite.width + more, sprite.height) for sprite in sprites])
 
     image, elements = Image.new("RGB", (SIZE, SIZE), look.background), []
     for (name, colour, _), sprite, (left, top, right, bottom) in zip(items, sprites, boxes):
-        x, beside = (right - sprite.width, left) if switches == "exchanged" else (left, right - SWITCH[0])
-        image.paste(sprite, (x, top), sprite)
-        box = target = (x, top, x + sprite.width, bottom)
-        if look.paired:
+        image.paste(sprite, (left, top), sprite)
+        box = target = (left, top, left + sprite.width, bottom)
+        if look.switches:
             toggle = _sprite(("on", "off")[rng.integers(2)], "", 0, domain)
-            y = (top + bottom - SWITCH[1]) // 2
-            target = (beside, y, beside + SWITCH[0], y + SWITCH[1])
-            if switches != "erased":
-                image.paste(toggle, (beside, y), toggle)
+            x, y = right - SWITCH[0], (top + bottom - SWITCH[1]) // 2
+            target = (x, y, right, y + SWITCH[1])
+            if not erased:
+                image.paste(toggle, (x, y), toggle)
                 elements.append(Element("switch", "", target, None))
         elements.append(Element(name, colour, box, target))
     return Screen(np.asarray(image), tuple(elements))

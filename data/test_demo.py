@@ -1,13 +1,10 @@
-"""The demo as it is told: the tiny world, the base model, what commands print and write, the comparison, the pages."""
+"""The demo as it is told: the model and its base, the tiny world, what commands print and write."""
 
 import json
-import math
 import re
 import shlex
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,15 +12,19 @@ import torch
 from PIL import Image
 
 import train
-from data import SPLITS, command, compare, costs, evaluate, pretrain, prompts, screens, words
+from data import SPLITS, command, costs, evaluate, prompts, screens, words
 from data.baselines import choose_heads
 from data.screens import DOMAINS, draw_screen, is_hit
 from data.walk import walk
-from imagelora import load, select_heads
+from imagelora import load, safe_save, select_heads
 from test_imagelora import EARLY, TEXT, tiny_vlm
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 ROOT = Path(train.__file__).parent
+
+
+def save(model, path):
+    safe_save({"config": asdict(model.config), "state": model.state_dict()}, path)
 
 
 # 1. The model
@@ -42,7 +43,7 @@ def test_query_heads_of_a_group_share_a_value_head_and_no_placeholder_is_an_answ
 
 def test_a_damaged_base_is_refused_in_one_sentence_or_loads_exactly_what_was_saved(tmp_path):
     """A flipped bit anywhere, a cut, and what is no model; a size that would leave a picture's edge unseen."""
-    pretrain.save(tiny_vlm(), path := tmp_path / "base.pt")
+    save(tiny_vlm(), path := tmp_path / "base.pt")
     whole, saved, refused = path.read_bytes(), TinyVLM.from_pretrained(path).state_dict(), 0
     places = range(0, len(whole), len(whole) // 60)
     flipped = [whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :] for place in places]
@@ -64,12 +65,12 @@ def test_the_shipped_base_is_what_its_record_says():
     source = record["source"]
     assert source["action_acc"] >= 0.99 and source["name_acc"] >= 0.97 and source["relation_acc"] >= 0.94
     assert record["word_problem_acc"] >= 0.995 and 0.2 <= record["dark"]["action_acc"] <= 0.85
-    assert record["row"]["action_acc"] <= 0.02 and record["settings"]["action_acc"] <= 0.02
+    assert record["switches"]["action_acc"] <= 0.02
     for domain, task in (("source", "referring"), ("source", "relations"), ("dark", "grounding")):
         drawn = [draw_screen(domain, "test", i) for i in range(12)]
         features = prompts.image_features(model.get_image_features, drawn)
-        (name, right), *_ = evaluate.evaluate(model, drawn, features, task)[0].items()
-        assert right == pytest.approx(record[domain][name], abs=0.12), (domain, name)
+        (name, accuracy), *_ = evaluate.evaluate(model, drawn, features, task)[0].items()
+        assert accuracy == pytest.approx(record[domain][name], abs=0.12), (domain, name)
     assert evaluate.evaluate_word_problems(model, features[:, :0], count=32) > 0.95
 
 
@@ -91,19 +92,17 @@ def test_every_instruction_names_exactly_one_element_and_its_answer_is_a_hit(dom
             assert is_hit(words.parse_point(sample["answer"]), target.click) and sample["bbox"] == target.click
 
 
-@pytest.mark.parametrize("domain", ["settings", "row"])
-def test_a_switch_is_right_of_its_name_and_erased_or_exchanged_changes_only_that(domain):
+def test_a_switch_is_right_of_its_name_and_erased_it_is_all_that_changes():
     """So what a control shows is due to the switch."""
     for index in range(20):
-        drawn, erased, exchanged = (draw_screen(domain, "test", index, 0, s) for s in ("shown", "erased", "exchanged"))
+        drawn, erased = (draw_screen("switches", "test", index, erased=erased) for erased in (False, True))
         assert erased.targets() == drawn.targets() == list(erased.elements)
         changed = (drawn.image != erased.image).any(-1)
-        for old, new in zip(drawn.elements, exchanged.elements):
-            (x, y, right, bottom), (x2, y2, right2, bottom2) = old.bbox, new.bbox
-            assert np.array_equal(drawn.image[y:bottom, x:right], exchanged.image[y2:bottom2, x2:right2])
-            assert changed[y:bottom, x:right].any() == (not old.click)  # a name has a click, its switch has none
-            assert not old.click or old.click[0] - right >= screens.GAP
-            changed[y:bottom, x:right] = False
+        for element in drawn.elements:
+            left, top, right, bottom = element.bbox
+            assert changed[top:bottom, left:right].any() == (element.name == "switch")
+            assert not element.click or element.click[0] - right >= screens.GAP
+            changed[top:bottom, left:right] = False
         assert not changed.any()
 
 
@@ -116,7 +115,7 @@ def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_hei
 
 
 def test_word_problems_of_the_test_are_new_sentence_pairs_and_new_numbers():
-    """So a right answer is no memory."""
+    """So a correct answer is no memory."""
     new, known = set(), set()
     for split in SPLITS:
         texts = [words.word_problem(split, i)["instruction"].partition(" has ")[2] for i in range(600)]
@@ -147,10 +146,8 @@ def test_a_rule_is_found_on_some_answers_and_judged_on_others():
     learn = [(None, {"bbox": box, "name": name}, (box[0] + 28, box[1] + 4)) for box, name in zip(boxes, "aab")]
     learn[2] = (*learn[2][:2], (4, 4))
     assert evaluate.best_move([*zip([(28, 4), (36, 12)], boxes)]) in [(dx, dy) for dx in (-24, -16) for dy in (0, 8)]
-    assert evaluate.rule(learn, learn) == 2 / 3 and evaluate.rule(learn, learn, "name") == 1
     given = [(None, {"bbox": (40, 40, 48, 48), "name": name}, point) for name, point in (("a", (68, 44)), ("b", None))]
-    assert evaluate.rule(learn, given, "name") == 1 / 2
-    assert evaluate.rule(learn, given, start=lambda point: (12, 12)) == 0
+    assert evaluate.offset_rule(learn, learn) == 1 and evaluate.offset_rule(learn, given) == 1 / 2
 
 
 # 3. The commands
@@ -160,16 +157,13 @@ COMMANDS = {
     "train": (train.Config, train.main_job),
     "walk": (train.Config, walk),
     "costs": (costs.CostsConfig, costs.print_costs),
-    "compare": (compare.CompareConfig, compare.compare),
-    "pretrain": (pretrain.PretrainConfig, pretrain.pretrain),
 }
 
 
 @pytest.fixture
 def say(monkeypatch, tmp_path, capsys):
     """A command, in a directory of its own, on a small base: its status, its prints, its last error line."""
-    base = tiny_vlm(vocab_size=len(words.VOCABULARY), image_size=screens.SIZE, patch_size=32)
-    pretrain.save(base, tmp_path / "base.pt")
+    save(tiny_vlm(vocab_size=len(words.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
     prompts.seen.cache_clear()  # of another base.pt
@@ -186,10 +180,10 @@ def say(monkeypatch, tmp_path, capsys):
     return run
 
 
-RUNS = [{"method": "none"}, {"gamma_lr": 0.0}, {"task": "referring"}, {"history": 1}]
-RUNS += [{"domain": "dark", "split": "validation"}]
+CHOICES = "top", "gate", "matched", "random", "all"
+RUNS = [{"method": "none"}, {"gamma_lr": 0.0}, {"task": "referring"}, {"history": 1}, {"domain": "dark"}, {"replay": 2}]
 RUNS += [{"method": "lora"} | changes for changes in ({}, {"tokens": "visual"}, {"projections": "v"})]
-RUNS += [{"heads": heads} for heads in (*compare.CHOICES, "all")] + [{"device": "cuda"}] * torch.cuda.is_available()
+RUNS += [{"heads": heads} for heads in CHOICES] + [{"device": "cuda"}] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
@@ -197,7 +191,7 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     """In a row of the Config's fields and what was measured, without a print or a file."""
     row = train.run(cfg := train.Config(**SHORT | changes))
     assert capsys.readouterr().out == "" and [path.name for path in Path().iterdir()] == ["base.pt"]
-    assert row.keys() > asdict(cfg).keys() and row["heads_from"] == cfg.heads
+    assert row.keys() > asdict(cfg).keys() and row["heads"] == cfg.heads and row["lr"] == train.RATES[cfg.method]
     accuracy = "name_acc" if cfg.task == "referring" else "action_acc"
     assert {accuracy, "source_acc", "num_total"} < row["before"].keys() < row.keys()
     all_tokens = cfg.method == "lora" and cfg.tokens == "all"
@@ -207,17 +201,19 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     whole = all_tokens and cfg.projections == "qkvo"
     assert (4 * flops == row["lora_flops_per_screen"]) == whole  # told of r = 8
     if cfg.method == "image_lora":
-        assert sum(map(len, row["heads"].values())) == (9 if cfg.heads == "all" else 3)
+        assert sum(map(len, row["selected"].values())) == (9 if cfg.heads == "all" else 3)
 
 
 def test_the_controls_of_the_probe_are_what_they_are_called():
     """Matched heads share the layers' budget of the best ones, random heads only their number."""
     scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0, 6, 0.1]])
-    chosen = {choice: choose_heads(choice, scores, 5, 1.0, 0) for choice in (*compare.CHOICES, "all")}
+    chosen = {choice: choose_heads(choice, scores, 5, 1.0, 0) for choice in CHOICES}
     budget = {layer: len(heads) for layer, heads in chosen["top"].items()}
     assert budget == {layer: len(heads) for layer, heads in chosen["matched"].items()} and len(budget) > 1
     assert chosen["top"] == chosen["gate"] == select_heads(scores, 5, 1.0) != chosen["matched"]
     assert sum(map(len, chosen["random"].values())) == 5 and chosen["all"] == {k: [0, 1, 2, 3] for k in range(3)}
+    with pytest.raises(ValueError, match="unknown choice of heads 'best'"):
+        choose_heads("best", scores, 5, 1.0, 0)
 
 
 def test_the_demo_prints_and_writes_what_it_says_and_is_the_same_to_the_last_digit_again(say):
@@ -226,9 +222,9 @@ def test_the_demo_prints_and_writes_what_it_says_and_is_the_same_to_the_last_dig
     said = [line.split()[0] for line in printed.splitlines() if line[0] != " "]
     assert status == 0 and said == "base before probe select after text controls cost saved".split(), error
     assert all(text in printed for text in ("identical", "right of the name", "counted = computed", "training step"))
-    out, cfg = Path("runs/row"), train.Config(**SHORT | {"film": True})
-    assert {path.name for path in out.iterdir()} == set(printed.split("runs/row/ ")[1].split())
-    assert load(train.load_base(cfg), out / "adapter.pt") and Image.open(out / "training.gif").n_frames == 4
+    out, cfg = Path("runs/switches"), train.Config(**SHORT | {"film": True})
+    assert {path.name for path in out.iterdir()} == set(printed.split("runs/switches/ ")[1].split())
+    assert load(prompts.load_base("base.pt"), out / "adapter.pt") and Image.open(out / "training.gif").n_frames == 4
     written, row = json.loads((out / "metrics.json").read_text()), json.loads(json.dumps(train.run(cfg)))
     assert {name for name in row if row[name] != written[name]} <= {"seconds"}
     assert all(name.endswith("_acc") for name in written.keys() - row.keys())
@@ -242,95 +238,15 @@ def test_the_walk_follows_a_question_and_shows_where_a_head_looks(say):
     assert re.search(r"by forward pass: \[16(, 0)*\]", printed) and re.search(r"moved by 0% in layer 0, [1-9]", printed)
 
 
-def test_pretraining_makes_a_base_and_its_twins_which_differ_in_their_last_questions(say, monkeypatch):
-    """Of few steps and screens: files that the demo takes."""
-    monkeypatch.setattr(evaluate, "BASE_SCREENS", 2)
-    monkeypatch.setattr(pretrain, "POOLS", (30, 20))
-    status, _, error = say("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
-    assert status == 0, error
-    record = json.loads(Path("new.json").read_text())
-    assert "relation_acc" in record["source"] and "helped_acc" in record["row"]
-    last = []
-    for kind in ("both", "names", "none"):
-        assert say(f"pretrain --start=new.grounded.pt --relate=1 --relations={kind} --out={kind}.pt")[0] == 0
-        last.append(prompts.load_base(f"{kind}.pt").state_dict())
-    new = prompts.load_base("new.pt").state_dict()
-    assert [all(torch.equal(new[name], other[name]) for name in new) for other in last] == [True, False, False]
-    assert say("train --method=none --test-screens=2 --base=new.pt")[0] == 0
-    drawn, rng = [draw_screen("source", "pretrain", i) for i in range(9)], np.random.default_rng(0)
-    for places in (True, False):
-        asked = [sample for screen in drawn for sample in pretrain.related(screen, rng, places)]
-        assert asked and all("right of" in sample["instruction"] for sample in asked)
-        assert any(words.parse_point(sample["answer"]) for sample in asked) == places
-
-
 BAD = ["--domain=marble", "--what=1", "--steps=many", "--seed=-1", "--tau=inf", "--r=0", "--num-heads=10", "--r=25"]
 BAD += ["--lr=nan", "--out=/dev/null/x", "--base=no.pt", "--device=abacus", "--lr=1e18 --steps=40", "extra"]
-BAD = [f"train {OPTIONS} {bad}" for bad in (*BAD, "--film --task=referring", "--heads=random --num-heads=10")]
-BAD += [f"walk {OPTIONS} --method=lora", "costs --visual-tokens=0", "compare --out=.", "compare --workers=0"]
-BAD += ["pretrain --out=no/b.pt", "pretrain --start=no.pt"]
+BAD += ["--film --task=referring", "--heads=random --num-heads=10", "--heads=best", "--replay=9"]
+BAD = [f"train {OPTIONS} {bad}" for bad in BAD] + [f"walk {OPTIONS} --method=lora", "costs --visual-tokens=0"]
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_a_command_cannot_do_is_one_sentence_and_writes_nothing(bad, say):
     """Status 2; 1 where the loss was not finite."""
-    Path("compare.json").write_text('[{"part": "ladder"}]')  # no comparison
     status, _, error = say(bad)
     assert status == (1 if "1e18" in bad else 2) and "error: " in error and len(error) < 300, error
-    assert {path.name for path in Path().rglob("*") if path.is_file()} == {"base.pt", "compare.json"}
-
-
-# 4. The comparison
-def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, monkeypatch):
-    """The rate is the best of the mean over the bases, of equals the lower; seed i goes with base i."""
-    serial, done, made = Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map))), [], set()  # one process
-    monkeypatch.setattr(compare, "get_context", lambda method: serial)
-
-    def run(cfg):
-        done.append(cfg)
-        if len(done) == 101:
-            raise KeyboardInterrupt
-        best = 0.01 if cfg.method == "lora" else math.sqrt(0.02 * 0.04)  # between two
-        right = round(1 - abs(math.log(cfg.lr / best)) / 9 if cfg.lr else 0, 9)
-        names = "action_acc validation_acc word_problem_acc word_problem_after_image_acc source_acc".split()
-        names += ["trainable_parameters", "adapter_flops_per_screen"]
-        return asdict(cfg) | {"heads_from": cfg.heads} | dict.fromkeys(names, right)
-
-    monkeypatch.setattr(compare, "run", run)
-    monkeypatch.setattr(compare, "make_base", lambda cfg: made.add(cfg.out))
-    assert say("compare --out=out")[0] == 130
-    status, printed, error = say("compare --out=out")
-    rows = json.loads(Path("out/compare.json").read_text())
-    assert status == 0 and len(rows) + 1 == len(done) == len(set(done)) + 1, error
-    assert sum(row["method"] != "none" for row in rows) <= 400  # an hour and a half
-    own = {(base, i) for bases in (compare.BASES, *compare.TWINS.values()) for i, base in enumerate(bases, 1)}
-    assert {(row["base"], row["seed"] % 10) for row in rows} == own
-    assert {base for base, _ in own} - made == {"data/tiny_vlm.pt"}
-    assert {row["lr"] for row in rows if row["seed"] > 10} == {0.01, 0.02}
-    lines = [line for lines, _ in compare.TABLES.values() for line in lines]
-    assert all(printed.count(f"\n|{line}|") == lines.count(line) for line in lines)
-    assert say("compare --out=out")[:2] == (0, printed) and len(done) == len(rows) + 1
-
-
-def test_a_cell_is_the_mean_over_bases_and_shows_each_where_they_are_apart():
-    """Of a base's draws it is the mean."""
-    cells = [[0.9, 0.92], [0.9]], [[0.9], [0.8]]
-    near, apart = ([[{"action_acc": right} for right in draws] for draws in bases] for bases in cells)
-    assert compare.percent(near) == "90.5 ±0.7" and compare.percent(apart) == "85.0 (90.0, 80.0)"
-
-
-# 5. The pages
-PAGES = [ROOT / "README.md", ROOT / "data" / "README.md"]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=["README", "data/README"])
-def test_commands_and_links_of_a_page_exist_and_costs_are_as_shown(page, say):
-    """Each command is one that can be given."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S)
-    for name, options in re.findall(r"\bpython (?:-m data\.|(?=train))(\w+)(?:\.py)?(.*)", "\n".join(blocks)):
-        if name in COMMANDS:
-            assert command(COMMANDS[name][0], lambda cfg: None, "", shlex.split(options, comments=True)) == 0
-    targets = re.findall(r"(?:\]\(|src=\")(?!\w+:|#)([^)#\"\s]+)", page.read_text())
-    assert targets and all((page.parent / target).exists() for target in targets), targets
-    costs = say("costs")[1].splitlines()
-    assert all(set(block.splitlines()) <= set(costs) for block in blocks if "training FLOP" in block)
+    assert [path.name for path in Path().rglob("*") if path.is_file()] == ["base.pt"]

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import imagelora
-from data import bench
 from imagelora import attach, load, score_heads, select_heads
 from test_imagelora import EARLY, IMG, LATE, attach_trained, logits_of, loss_of, slopes, tiny_vlm
 
@@ -208,13 +207,6 @@ def test_accelerates_wrappers_may_come_before_or_after_and_the_removal_of_earlie
     noticed = pytest.raises(RuntimeError, match="v_proj or its input_layernorm was not called")
     with nullcontext() if attach_first else noticed:
         assert torch.equal(model(**EARLY).logits, other(**EARLY).logits)
-
-
-def test_the_bench_prints_a_ratio_for_each_method(capsys, monkeypatch):
-    assert pytest.importorskip("transformers") and pytest.importorskip("peft")
-    monkeypatch.setattr(bench, "IDS", torch.tensor([[bench.IMAGE, 1, 2]]))
-    bench.bench(bench.BenchConfig(rounds=1))
-    assert len(re.findall(r"  \d\.\d{3}$", capsys.readouterr().out, re.M)) == 4 * len(bench.METHODS[1:])
 
 
 # 3. What is refused

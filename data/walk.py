@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import train
 from data import command, figures
-from data.evaluate import answer, exam, examined
-from data.prompts import batch_of, questions, training_data
+from data.evaluate import answer, exam
+from data.prompts import available, batch_of, load_base, questions, seen, training_data
 from data.screens import SIZE, is_hit
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach
 
@@ -34,20 +34,20 @@ def walk(cfg: train.Config) -> None:
     done = train.finetune(cfg)
     model, adapter = done.model, done.adapter
     _, sample, point = done.before[0]
-    drawn, features = examined(cfg, model, cfg.split)
+    drawn, features = seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
     print()
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
-    station("", f"right is a click in the box {sample['bbox']}; the base model clicks {point}")
+    station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {point}")
     show_start(cfg, adapter.heads)
     show_update(model, adapter, questions([sample], features[:1]))
     show_decoding(model, adapter, sample, features[:1])
-    station("7 answer", f"{point} before, {done.after[0][2]} now; right is a click in {sample['bbox']}")
+    station("7 answer", f"{point} before, {done.after[0][2]} after; a click in {sample['bbox']} is correct")
     show_looking(done, drawn, features, out / "look.png")
 
 
 def show_start(cfg: train.Config, heads: Heads) -> None:
     """The first backward pass, on a fresh base."""
-    model = train.load_base(cfg)
+    model = load_base(cfg.base, available(cfg.device))
     torch.manual_seed(cfg.seed)
     adapter = attach(model, cfg.r, 2 * cfg.r, heads)
     lowest = min(heads)
@@ -103,7 +103,7 @@ def show_decoding(model, adapter: ImageLoRA, sample: dict, features) -> None:
 
 
 def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> None:
-    """The head that has turned to the right targets the most, and a picture of four answers of it."""
+    """The head that has turned to the targets the most, and a picture of four answers of it."""
     model, disabled = done.model, done.adapter.disabled
     shares = looks(model, drawn, features)
     with disabled():
@@ -120,9 +120,9 @@ def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> No
             base_weights = attention_maps(model, asked)[layer, head]
         shown.append((done.before[i], done.after[i], base_weights, weights))
     figures.save([figures.look(shown, layer, head)], path)
-    station("8 picture", f"{path}: how head {head} of layer {layer} has turned to the right targets;")
+    station("8 picture", f"{path}: how head {head} of layer {layer} has turned to the targets;")
     share, base_share = shares[layer, head], base_shares[layer, head]
-    station("", f"they had {base_share:.0%} of its attention and have {share:.0%} now")
+    station("", f"they had {base_share:.0%} of its attention before, {share:.0%} after")
 
 
 def attention_maps(model, one: dict) -> torch.Tensor:
@@ -136,8 +136,8 @@ def attention_maps(model, one: dict) -> torch.Tensor:
 
 
 def looks(model, drawn: list, features) -> torch.Tensor:
-    """The share of its attention that each head gives to the patches of the right target, from the last token before
-    the answer: the mean over a hundred questions [L, H]."""
+    """The share of its attention that each head gives to the patches of the target, from the last token before the
+    answer: the mean over a hundred questions [L, H]."""
     side = round(model.config.num_patches**0.5)
     size = SIZE // side
     shares = []

@@ -1,8 +1,8 @@
 """The comparison: tables whose cells are fine-tuning runs, each on three bases.
 
-    python -m data.compare --quick             the first table alone: the shipped base, one rate, no search
-    python -m data.compare                     all tables on three bases; these and their twins are made first
-    python -m data.compare --out data          the same of the runs in data/compare.json, at once
+    python -m data.study.compare --quick             the first table alone: the shipped base, train.py's rates
+    python -m data.study.compare                     all tables; bases of seeds 2 and 3, and twins, are made first
+    python -m data.study.compare --out data/study    the same of the runs in data/study/compare.json, at once
 
 A cell is what its line's settings and its column's say: fields of `train.Config`, and two more, `bases` and `draws`.
 A new line of a table is a new entry of METHODS, CHOICES or OPTIONS; TABLES says which lines meet which columns.
@@ -24,63 +24,52 @@ import torch
 
 import train
 from data import Settings, command, option, progress
-from data.evaluate import evaluate, examined
-from data.pretrain import PretrainConfig, pretrain
+from data.evaluate import evaluate
+from data.prompts import seen
+from data.study import BASES, TWINS
+from data.study.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
 
-BASES = ("data/tiny_vlm.pt", "runs/bases/2.pt", "runs/bases/3.pt")  # pretrained with seeds 1, 2, 3
-TWINS = {  # theirs, in pretraining asked what is right of a name, but not where that is; or neither
-    kind: tuple(f"runs/bases/{seed}-{kind}.pt" for seed in (1, 2, 3)) for kind in ("names", "none")
-}
-
-LORA, VISUAL = "LoRA q k v o, all tokens", "LoRA q k v o, visual tokens"
-SMALL = f"{VISUAL}, r = 2"
+LORA, VISUAL = "LoRA (q, k, v, o), all tokens", "LoRA (q, k, v, o), visual tokens"
+SMALL = f"{VISUAL}, rank 2"
 ALL, HALF = "Image-LoRA, all heads", "Image-LoRA, half of the heads"
-METHODS = {  # the ladder: one restriction a line from LoRA to Image-LoRA; and LoRA of the latter's size
-    "frozen": {"method": "none", "lr": 0.0},
+FROZEN, VALUES = "frozen", "LoRA (v), visual tokens"
+METHODS = {
+    FROZEN: {"method": "none", "lr": 0.0},
     LORA: {"method": "lora", "draws": 3},
     VISUAL: {"method": "lora", "tokens": "visual"},
-    "LoRA v, visual tokens": {"method": "lora", "tokens": "visual", "projections": "v"},
+    SMALL: {"method": "lora", "tokens": "visual", "r": 2, "draws": 3},
+    VALUES: {"method": "lora", "tokens": "visual", "projections": "v"},
     ALL: {"heads": "all", "draws": 3},
     HALF: {"draws": 3},
-    SMALL: {"method": "lora", "tokens": "visual", "r": 2, "draws": 3},
 }
 CHOICES = {name: {"heads": name, "draws": 3} for name in ("top", "gate", "matched", "random")}
 OPTIONS = {
+    "r = 8, τ = 0, γ at a tenth of A's rate": {},
     "r = 4": {"r": 4},
-    "r = 8, τ = 0, γ's rate 0.1 of A's": {},
     "r = 16": {"r": 16},
     "τ = 0.5": {"tau": 0.5},
-    "γ's rate that of A": {"gamma_lr": 1.0},
-    "γ's rate 0: it stays 1": {"gamma_lr": 0.0},
+    "γ at A's rate": {"gamma_lr": 1.0},
+    "γ stays 1": {"gamma_lr": 0.0},
 }
-MAIN = {name: METHODS[name] for name in ("frozen", LORA, SMALL, ALL, HALF)}
-MORE = {name: METHODS[name] for name in ("frozen", LORA, VISUAL, SMALL, ALL, HALF)}
-FEW = {name: METHODS[name] for name in ("frozen", LORA, HALF)}
-ELSEWHERE = {"settings %": {"domain": "settings", "draws": 1}, "dark %": {"domain": "dark", "draws": 1}}
-ASKED = {  # in pretraining, about the neighbour of a name
-    "what and where it is %": {},
-    "what it is %": {"bases": TWINS["names"], "draws": 1},
-    "neither %": {"bases": TWINS["none"], "draws": 1},
-}
-PROMPTS = {
-    "settings, names right %": {"domain": "settings", "task": "referring", "draws": 1},
-    "row after 9 word problems, clicks %": {"history": 9, "draws": 1},
-}
-BUDGETS = {"4 of 24 heads %": {"num_heads": 4}, "8 of 24 heads %": {"num_heads": 8}}
+EACH = {name: METHODS[name] for name in METHODS if name != VALUES}
+DARK = {name: METHODS[name] for name in EACH if name != VISUAL}
+FEW = {name: METHODS[name] for name in (FROZEN, LORA, HALF)}
+CLICKS, AFTER = "correct clicks %", "text after an image %"
+KEPT = {"text alone %": {}, AFTER: {}, "source clicks %": {}, "parameters": {}, "kFLOP": {}, "rate": {}}
 TABLES = {  # title -> (its lines, its columns); where both set a field, the column does
-    "row": (METHODS, {"": {}}),  # its columns are MEASURES
-    "correct clicks": (MAIN, ELSEWHERE),
-    "row; of a name's neighbour the base was asked": (MORE, ASKED),
-    "other prompts": (FEW, PROMPTS),
-    "heads, row clicks": (CHOICES, BUDGETS),
-    "half of the heads": (OPTIONS, {"row clicks %": {}}),
+    "switch screens": (METHODS, {CLICKS: {}} | KEPT),
+    "bases without the skill": (EACH, {CLICKS: {"bases": TWINS, "draws": 1}}),
+    "dark screens": (DARK, {CLICKS: {"domain": "dark", "draws": 1}}),
+    "after nine word problems": (FEW, {CLICKS: {"history": 9, "draws": 1}}),
+    "choice of heads": (CHOICES, {"4 of 24 %": {"num_heads": 4}, "8 of 24 %": {"num_heads": 8}}),
+    "half of the heads": (OPTIONS, {CLICKS: {}}),
 }
 
 
 @dataclass(frozen=True)
 class CompareConfig(Settings):
-    quick: bool = option(False, "the first table alone, on the shipped base, at rate 0.01")
+    quick: bool = option(False, "the first table alone, on the shipped base, at train.py's rates")
     workers: int = option(2, "processes, of one thread each", least=1)
     out: str = option("runs/compare", "directory of compare.json; the runs found there are kept")
 
@@ -94,9 +83,9 @@ def cells() -> dict[tuple[str, str, str], dict]:
     return found
 
 
-def configs(settings: dict, lr: float) -> list[list[train.Config]]:
-    """The runs of a cell, at this rate if its settings name none: for each base its draws."""
-    own = {"lr": lr} | settings
+def configs(settings: dict, lr: float | None) -> list[list[train.Config]]:
+    """The runs of a cell, at this rate if its settings name none (None: at train.py's): for each base its draws."""
+    own = {"lr": lr or train.RATES[settings.get("method", "image_lora")]} | settings
     bases, draws = own.pop("bases", BASES), own.pop("draws", 1)
     runs = []
     for i, base in enumerate(bases, 1):
@@ -141,14 +130,13 @@ def make_base(cfg: PretrainConfig) -> None:
 
 
 def make_bases(pool) -> None:
-    """One for each seed; then for each its twins, which differ in what they were asked last."""
+    """One for each seed; then for each its twin, which differs in what it was asked last."""
     Path(BASES[1]).parent.mkdir(parents=True, exist_ok=True)
     whole = [PretrainConfig(seed=seed, out=f"runs/bases/{seed}.pt") for seed in (1, 2, 3)]
     twins = []  # the shipped base is made, too, for what it was before its last stage
-    for kind, paths in TWINS.items():
-        for base, path in zip(whole, paths):
-            grounded = str(Path(base.out).with_suffix(".grounded.pt"))
-            twins.append(replace(base, relations=kind, start=grounded, out=path))
+    for base, twin in zip(whole, TWINS):
+        grounded = str(Path(base.out).with_suffix(".grounded.pt"))
+        twins.append(replace(base, unskilled=True, start=grounded, out=twin))
     for made in (whole, twins):
         for _ in progress(pool.imap(make_base, made), "bases", len(made)):
             pass
@@ -157,9 +145,9 @@ def make_bases(pool) -> None:
 def run(cfg: train.Config) -> dict:
     """`train.run`, and what the tuned model gets right on validation screens."""
     done = train.finetune(cfg, say=lambda line: None)
-    metrics, _ = evaluate(done.model, *examined(cfg, done.model, "validation"), cfg.task, cfg.history)
-    right = metrics["action_acc"] if cfg.task == "grounding" else metrics["name_acc"]
-    return done.result | {"validation_acc": right}
+    validation = seen(cfg.base, cfg.domain, "validation", cfg.test_screens, done.model.device)
+    metrics, _ = evaluate(done.model, *validation, cfg.task, cfg.history)
+    return done.result | {"validation_acc": metrics["action_acc" if cfg.task == "grounding" else "name_acc"]}
 
 
 class Rows:
@@ -169,7 +157,7 @@ class Rows:
         self.path, names = path, [f.name for f in fields(train.Config) if f.name != "device"]
         try:
             rows = json.loads(path.read_text()) if path.exists() else []
-            told = [{name: row[name] for name in names} | {"heads": row["heads_from"]} for row in rows]
+            told = [{name: row[name] for name in names} for row in rows]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
         self.known = {train.Config(**settings): row for settings, row in zip(told, rows)}
@@ -194,12 +182,13 @@ def compare(cfg: CompareConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     done, wanted, rates = Rows(path), cells(), {}
     if cfg.quick:
-        wanted = {place: of | {"bases": BASES[:1], "draws": 1} for place, of in wanted.items() if place[0] == "row"}
+        first = next(iter(TABLES))
+        wanted = {place: of | {"bases": BASES[:1], "draws": 1} for place, of in wanted.items() if place[0] == first}
     with get_context("spawn").Pool(cfg.workers, torch.set_num_threads, (1,)) as pool:
         if not cfg.quick:
             searches = dict.fromkeys(search_of(of) for of in wanted.values() if "lr" not in of)
             rates = choose_rates([*searches], lambda cells: done.finish(cells, pool, "rates"))
-        runs = [configs(of, rates.get(search_of(of), 0.01)) for of in wanted.values()]
+        runs = [configs(of, rates.get(search_of(of))) for of in wanted.values()]
         rows = dict(zip(wanted, done.finish(runs, pool, "runs")))
     print("\n" + "\n\n".join(tables(rows)) + f"\n\nruns     {path}")
 
@@ -216,35 +205,35 @@ def percent(rows: list[list[dict]], field="") -> str:
     where they are over 3 points apart. rows: for each base its draws."""
     field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
     values = [100 * mean([draws], field) for draws in rows]
-    text = f"{np.mean(values):.1f}"
+    text = f"{np.mean(values):.1f}".removesuffix(".0")
+    if max(values) == min(values):
+        return text
     if max(values) - min(values) > 3:
         return f"{text} ({', '.join(f'{value:.1f}' for value in values)})"
-    return text if len(values) == 1 else f"{text} ±{np.std(values, ddof=1):.1f}"
+    return f"{text} ±{np.std(values, ddof=1):.1f}"
 
 
-MEASURES = {  # columns of the first table: what is kept, and what it costs
-    "clicks %": percent,
+MEASURES = {  # of columns that are no accuracy of the task
     "text alone %": lambda rows: percent(rows, "word_problem_acc"),
-    "text after an image %": lambda rows: percent(rows, "word_problem_after_image_acc"),
-    "source %": lambda rows: percent(rows, "source_acc"),
+    AFTER: lambda rows: percent(rows, "word_problem_after_image_acc"),
+    "source clicks %": lambda rows: percent(rows, "source_acc"),
     "parameters": lambda rows: f"{mean(rows, 'trainable_parameters'):,.0f}",
-    "adapter kFLOP a screen": lambda rows: f"{mean(rows, 'adapter_flops_per_screen') / 1e3:,.0f}",
+    "kFLOP": lambda rows: f"{mean(rows, 'adapter_flops_per_screen') / 1e3:,.0f}",
     "rate": lambda rows: f"{mean(rows, 'lr'):g}",
 }
 
 
 def tables(rows: dict[tuple, list]) -> list[str]:
     """Markdown; rows: (table, line, column) -> for each base its draws."""
-    found = {}
+    found, columns = {}, {}
     for (table, line, column), of_bases in rows.items():
-        measures = MEASURES if table == "row" else {column: percent}
-        texts = found.setdefault(table, {}).setdefault(line, {})
-        texts |= {name: measure(of_bases) for name, measure in measures.items()}
+        measure = MEASURES.get(column, percent)
+        found.setdefault(table, {}).setdefault(line, []).append(measure(of_bases))
+        columns.setdefault(table, {})[column] = None
     markdown = []
     for table, lines in found.items():
-        columns = next(iter(lines.values()))
-        body = [[f"**{table}**", *columns], ["---"] * (len(columns) + 1)]
-        body += [[line, *texts.values()] for line, texts in lines.items()]
+        body = [[f"**{table}**", *columns[table]], ["---"] * (len(columns[table]) + 1)]
+        body += [[line, *texts] for line, texts in lines.items()]
         markdown.append("\n".join(f"|{'|'.join(texts)}|" for texts in body))
     return markdown
 

@@ -1,0 +1,77 @@
+"""What frozen bases can do, and what they hit on switch screens by rules that need no fine-tuning.
+
+python -m data.study.controls        a table: bases with the skill beside those without it
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import DEVICES, Settings, command, option
+from data.evaluate import click_right_of, evaluate, evaluate_word_problems, offset_rule, score_line
+from data.prompts import available, image_features, load_base, seen
+from data.screens import draw_screen
+from data.study import BASES, TWINS
+
+SCREENS = 400  # of each kind, that a base is judged on
+WORDINGS = "click wifi", "click right of wifi", "click switch", "click switch right of wifi", "click wifi switch"
+
+
+def abilities(model) -> dict:
+    """What a base can do on test screens of each kind, and with word problems. It is printed, too."""
+    found = {}
+    for domain in ("source", "dark", "switches"):
+        drawn = [draw_screen(domain, "test", i) for i in range(SCREENS)]
+        features = image_features(model.get_image_features, drawn, model.device)
+        found[domain] = {}
+        for task in ("relations", "referring", "grounding"):  # clicks last: num_total is theirs
+            if task != "relations" or domain == "source":
+                metrics, _ = evaluate(model, drawn, features, task)
+                print(score_line(domain, metrics))
+                found[domain] |= metrics
+    reworded, _ = evaluate(model, drawn, features, reword=click_right_of)
+    found["switches"]["reworded_acc"] = reworded["action_acc"]
+    found["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
+    found["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
+    line = "asked to click right of the name {:.1%}    word problems {:.1%}, after an image {:.1%}"
+    print(line.format(reworded["action_acc"], found["word_problem_acc"], found["word_problem_after_image_acc"]))
+    return found
+
+
+@dataclass(frozen=True)
+class ControlsConfig(Settings):
+    device: str = option("cpu", "where to compute", DEVICES)
+
+
+def reworded(sample: dict, wording: str) -> dict:
+    """The same click, asked for in the words of WORDINGS."""
+    verb, name = sample["instruction"].split(" ", 1)
+    return sample | {"instruction": wording.replace("click", verb).replace("wifi", name)}
+
+
+def rules(base: str, device: str) -> dict[str, float]:
+    """Click accuracy of a base on test screens with switches: asked in these words, or moved by an offset a name."""
+    model = load_base(base, device)
+    shown, learn = (seen(base, "switches", split, SCREENS, device) for split in ("test", "validation"))
+    found = {}
+    for wording in WORDINGS:
+        metrics, _ = evaluate(model, *shown, reword=lambda sample, wording=wording: reworded(sample, wording))
+        found[wording] = metrics["action_acc"]
+    found["an offset for each name"] = offset_rule(evaluate(model, *learn)[1], evaluate(model, *shown)[1])
+    return found
+
+
+def print_rules(cfg: ControlsConfig) -> None:
+    """A line a rule; the values of the three bases, then of the three without the skill, in %."""
+    missing = [base for base in BASES + TWINS if not Path(base).exists()]
+    if missing:
+        raise ValueError(f"there is no {missing[0]}; python -m data.study.compare makes it")
+    of_bases = [rules(base, available(cfg.device)) for base in BASES + TWINS]
+    print("|frozen, on switch screens|bases|without the skill|\n|---|---|---|")
+    for rule in of_bases[0]:
+        values = [f"{100 * found[rule]:.1f}" for found in of_bases]
+        print(f"|{rule}|{', '.join(values[:3])}|{', '.join(values[3:])}|")
+
+
+if __name__ == "__main__":
+    sys.exit(command(ControlsConfig, print_rules, __doc__))

@@ -1,0 +1,150 @@
+"""The evidence: how the base is made, how the comparison chooses, stops and goes on, and what the pages name."""
+
+import json
+import math
+import re
+import shlex
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from data import command, prompts, screens, test_demo
+from data.study import BASES, TWINS, bench, compare, controls, pretrain
+from data.words import parse_point
+
+ROOT, say, COMMANDS = test_demo.ROOT, test_demo.say, test_demo.COMMANDS
+COMMANDS |= {
+    "compare": (compare.CompareConfig, compare.compare),
+    "controls": (controls.ControlsConfig, controls.print_rules),
+    "pretrain": (pretrain.PretrainConfig, pretrain.pretrain),
+}
+
+
+def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questions(say, monkeypatch):
+    """Of few steps and screens: files that the demo takes. The rules that need no fine-tuning are told of both."""
+    monkeypatch.setattr(controls, "SCREENS", 2)
+    monkeypatch.setattr(pretrain, "POOLS", (30, 20))
+    status, _, error = say("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
+    assert status == 0, error
+    record = json.loads(Path("new.json").read_text())
+    assert "relation_acc" in record["source"] and "reworded_acc" in record["switches"] and record["relate"] == 1
+    last = []
+    for out, option in (("again", ""), ("twin", "--unskilled")):
+        assert say(f"pretrain --start=new.grounded.pt --relate=1 --out={out}.pt {option}")[0] == 0
+        last.append(prompts.load_base(f"{out}.pt").state_dict())
+    new = prompts.load_base("new.pt").state_dict()
+    assert [all(torch.equal(new[name], other[name]) for name in new) for other in last] == [True, False]
+    assert say("train --method=none --steps=1 --test-screens=2 --base=new.pt")[0] == 0
+    monkeypatch.setattr(controls, "BASES", ("new.pt",) * 3)
+    monkeypatch.setattr(controls, "TWINS", ("twin.pt",) * 3)
+    status, printed, error = say("controls")
+    assert status == 0 and len(re.findall(r"^\|.*\|([\d., ]+)\|([\d., ]+)\|$", printed, re.M)) == 6, error
+
+
+def test_what_pretraining_asks_of_a_name_s_neighbour_is_its_name_and_its_place_and_words_stand_after_images():
+    drawn = [screens.draw_screen("source", "pretrain", i) for i in range(9)]
+    rng = test_demo.np.random.default_rng(0)
+    asked = [pretrain.related(screen, rng) for screen in drawn]
+    places = [bool(parse_point(sample["answer"])) for samples in asked for sample in samples]
+    assert all("right of" in sample["instruction"] for samples in asked for sample in samples) and len({*places}) == 2
+    pretrain.add_word_problems(asked, rng)
+    problems = [["how many" in sample["instruction"] for sample in samples].count(True) for samples in asked]
+    assert {*problems} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "bad", ["compare --out=.", "compare --workers=0", "pretrain --out=no/b.pt", "pretrain --start=no.pt"]
+)
+def test_what_a_command_of_the_study_cannot_do_is_one_sentence_and_writes_nothing(bad, say):
+    Path("compare.json").write_text('[{"part": "ladder"}]')  # no comparison
+    status, _, error = say(bad)
+    assert status == 2 and "error: " in error and len(error) < 300, error
+    assert {path.name for path in Path().rglob("*") if path.is_file()} == {"base.pt", "compare.json"}
+    assert say("controls")[0] == 2  # there are no bases
+
+
+def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, monkeypatch):
+    """The rate is the best of the mean over the bases, of equals the lower; seed i goes with base i."""
+    serial, done, made = Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map))), [], set()  # one process
+    monkeypatch.setattr(compare, "get_context", lambda method: serial)
+
+    def run(cfg):
+        done.append(cfg)
+        if len(done) == 101:
+            raise KeyboardInterrupt
+        best = 0.01 if cfg.method == "lora" else math.sqrt(0.02 * 0.04)  # between two
+        accuracy = round(1 - abs(math.log(cfg.lr / best)) / 9 if cfg.lr else 0, 9)
+        names = "action_acc validation_acc word_problem_acc word_problem_after_image_acc source_acc".split()
+        names += ["trainable_parameters", "adapter_flops_per_screen"]
+        return asdict(cfg) | dict.fromkeys(names, accuracy)
+
+    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(compare, "make_base", lambda cfg: made.add(cfg.out))
+    assert say("compare --out=out")[0] == 130
+    status, printed, error = say("compare --out=out")
+    rows = json.loads(Path("out/compare.json").read_text())
+    assert status == 0 and len(rows) + 1 == len(done) == len(set(done)) + 1, error
+    assert sum(row["method"] != "none" for row in rows) <= 380  # an hour and a half
+    own = {(base, i) for bases in (BASES, TWINS) for i, base in enumerate(bases, 1)}
+    assert {(row["base"], row["seed"] % 10) for row in rows} == own
+    assert {base for base, _ in own} - made == {"data/tiny_vlm.pt"}
+    assert {row["lr"] for row in rows if row["seed"] > 10} == {0.01, 0.02}
+    lines = [line for lines, _ in compare.TABLES.values() for line in lines]
+    assert all(printed.count(f"\n|{line}|") == lines.count(line) for line in lines)
+    assert say("compare --out=out")[:2] == (0, printed) and len(done) == len(rows) + 1
+
+
+def test_a_cell_is_the_mean_over_bases_and_shows_each_where_they_are_apart():
+    """Of a base's draws it is the mean."""
+    cells = [[0.9, 0.92], [0.9]], [[0.9], [0.8]]
+    near, apart = ([[{"action_acc": accuracy} for accuracy in draws] for draws in bases] for bases in cells)
+    assert compare.percent(near) == "90.5 ±0.7" and compare.percent(apart) == "85 (90.0, 80.0)"
+
+
+def test_the_bench_prints_a_ratio_for_each_method(capsys, monkeypatch):
+    assert pytest.importorskip("transformers") and pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "IDS", torch.tensor([[bench.IMAGE, 1, 2]]))
+    bench.bench(bench.BenchConfig(rounds=1))
+    assert len(re.findall(r"  \d\.\d{3}$", capsys.readouterr().out, re.M)) == 4 * len(bench.METHODS[1:])
+
+
+# The pages
+PAGES = ["README.md", "data/README.md", "data/study/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_links_of_a_page_exist_and_costs_are_as_shown(page, say):
+    """Each command is one that can be given."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    for name, options in re.findall(
+        r"\bpython (?:-m data\.(?:study\.)?|(?=train))(\w+)(?:\.py)?(.*)", "\n".join(blocks)
+    ):
+        if name in COMMANDS:
+            assert command(COMMANDS[name][0], lambda cfg: None, "", shlex.split(options, comments=True)) == 0
+    targets = re.findall(r"(?:\]\(|src=\")(?!\w+:|#)([^)#\"\s]+)", text)
+    assert targets and all(((ROOT / page).parent / target).exists() for target in targets), targets
+    costs = say("costs")[1].splitlines()
+    assert all(set(block.splitlines()) <= set(costs) for block in blocks if "training FLOP" in block)
+
+
+def test_the_tables_of_the_pages_are_those_that_the_comparison_prints(say, monkeypatch):
+    """Whoever changes a run or a page sees it here: every cell of a line with a deviation or three bases is printed."""
+    monkeypatch.setattr(
+        compare, "get_context", lambda method: Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map)))
+    )
+    monkeypatch.setattr(compare, "run", None)  # nothing is missing
+    printed, found = {}, 0
+    for line in say(f"compare --out={ROOT / 'data' / 'study'}")[1].splitlines():
+        name, *cells = line.strip("|").split("|")
+        printed.setdefault(name, set()).update(cells)
+    for line in "\n".join((ROOT / page).read_text() for page in PAGES).splitlines():
+        name, *cells = line.strip("|").split("|")
+        if name in printed and re.search(r"\d ±\d|\(\d+\.\d, ", line):
+            found += 1
+            assert {*cells} <= printed[name], line
+    assert found > 20
