@@ -30,14 +30,13 @@ import threading
 import zipfile
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 Heads = dict[int, list[int]]  # {layer: [value head, ...]}
-NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 
 
 class ValueAdapter(nn.Module):
@@ -48,11 +47,12 @@ class ValueAdapter(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
         self.heads = torch.tensor(heads, device="cpu")  # S, [|S|]; no buffer: to_empty() and the like would unset it
-        self.A = nn.Parameter(torch.empty(hidden_size, r, device=device))  # shared by the layer's heads
-        self.B = nn.Parameter(torch.zeros(len(heads), r, head_dim, device=device))  # a block for each head
-        self.gamma = nn.Parameter(torch.ones(1, device=device))  # a small one blunts B; FSDP shards no scalars
-        self.float()  # whatever torch.set_default_dtype() says
-        nn.init.kaiming_uniform_(self.A.T, a=5**0.5)  # uniform in +-1/sqrt(D), as PEFT's LoRA
+        A = torch.empty(hidden_size, r, dtype=torch.float32, device="cpu")  # so that a seed starts alike on any device
+        nn.init.kaiming_uniform_(A.T, a=5**0.5)  # uniform in +-1/sqrt(D), as PEFT's LoRA
+        B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device=device)
+        self.A = nn.Parameter(A.to(B.device))  # shared by the layer's heads
+        self.B = nn.Parameter(B)  # a block for each head
+        self.gamma = nn.Parameter(B.new_ones(1))  # a small one blunts B; FSDP shards no scalars
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
@@ -73,29 +73,12 @@ class ValueAdapter(nn.Module):
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h): in the values seen as [B * T * H, d_h], head h of token n is row n * H + h
         by_head = value.reshape(-1, d_h)
-        head_rows = (rows[:, None] * H + self.heads.to(rows.device, non_blocking=True)).flatten()  # [N * |S|]
+        self.heads = self.heads.to(rows.device)  # where it stays: it is copied once
+        head_rows = (rows[:, None] * H + self.heads).flatten()  # [N * |S|]
         return by_head.index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
-    def _apply(self, fn, recurse=True):
-        def moved(t):  # to another device; .half() and .bfloat16() leave them float32, as small steps would be lost
-            new = fn(t)
-            return t.to(new.device) if new.element_size() < 4 else new
-
-        return super()._apply(moved, recurse)
-
-
-CONTEXTS = ContextVar("CONTEXTS")  # this thread's or coroutine's {adapter: {"disabled": True, "mask": ...}}
-
-
-class ThisThread(threading.local):  # the calling thread's call of the model, if one is running
-    rows = None  # [N], the visual ones of B * T; None: no call is running
-    shape = None  # [B, T]
-    grad = False  # whether gradients were on as it began
-    updated = None  # the adapters that have run in it
-    layer_rows = None  # [N], of the layer whose input was just read: in the call, or again in a backward pass
-
-    def __reduce__(self):
-        return ThisThread, ()  # a copy of the model begins anew
+    def _apply(self, fn, recurse=True):  # .half() and .bfloat16() leave it float32, as small steps would be lost
+        return super()._apply(partial(_at_least_float32, fn), recurse)
 
 
 class ImageLoRA(nn.Module):
@@ -105,124 +88,46 @@ class ImageLoRA(nn.Module):
     or an argument is wrong, it raises ValueError and leaves the model as it was. Wrap, merge, quantize and patch (PEFT,
     Liger) first, then attach; under a reward head, attach(model.model). `.parameters()` are A, B and gamma alone,
     float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at the rate of a LoRA of
-    alpha = 2 r or up to eight times as much. Freeze gamma, or give it a tenth of that. How M gets to the values:
-
-        model(input_ids)     _find_rows      as the call begins: which of its B * T rows are visual
-        a layer's input      _note_rows      they are noted on its storage, which detached views of it share
-        its v_proj           _adapt_values   X W_V becomes V~ in these rows
-
-    The note is for gradient checkpointing: it keeps a layer's input and runs the layer again in the backward pass, in
-    no call, maybe in another thread. Views, detach() and what autograd saves share the storage, and it keeps its Python
-    attributes as long as its memory lives. Do not checkpoint() a whole call inside disabled(): it runs again outside.
-    If Ctrl-C has stopped a call, call the whole model once before you run a single layer."""
+    alpha = 2 r or up to eight times as much. Freeze gamma, or give it a tenth of that. Do not checkpoint() a whole call
+    inside disabled(): it runs again outside. After Ctrl-C call the whole model once before you run a single layer."""
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
         super().__init__()
-        _untrace()
-        model = getattr(model, "_orig_mod", model)  # torch.compile's and PEFT's wrappers call the model inside them
-        model = getattr(model, "get_base_model", lambda: model)()
-        decoder, self.head_counts, self.image_token_ids = _checked_model(model)
+        model, decoder, self.head_counts, image_token_ids = _checked_model(model)
         self.heads = _checked_options(decoder, self.head_counts, r, lora_alpha, heads, normalize)
         self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
         self.model_name = getattr(model.config, "_name_or_path", type(model).__name__)
-        self.layers, steps = nn.ModuleDict(), []
+        self.layers, adapted = nn.ModuleDict(), {}  # adapted: what the v_proj of a layer will compute
         for layer, selected in self.heads.items():
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
             adapter = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, _device(attention.v_proj))
-            # Not the layer: transformers 5 checkpoints it inside its hooks, which do not run again then; its norm does
-            reader = getattr(decoder[layer], "input_layernorm", attention)
-            steps += [(reader, self._note_rows), (attention.v_proj, partial(self._adapt_values, adapter))]
             self.layers[str(layer)] = adapter
+            adapted[decoder[layer]] = partial(self._adapt_values, adapter)
         # From here on the model changes; every check is behind us.
-        self._model, self._now = [model], ThisThread()  # a list, no submodule; empty once detached
+        self._visual_rows = VisualRows(model, image_token_ids, adapted)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
-        self._undo = [
-            model.register_forward_pre_hook(self._find_rows, with_kwargs=True).remove,
-            model.register_forward_hook(self._end_call, always_call=True).remove,
-            *(_wrap(module, self._now, step) for module, step in steps),
-        ]
         model.image_lora = self
-        torch.compiler.reset()  # what is compiled already would not run the hooks
 
-    def _find_rows(self, model, args, kwargs):
-        """The arguments of a call -> M's diagonal, visual [B, T] -> where it is 1, indices [N] into the B * T rows."""
-        _require(not torch.jit.is_tracing(), TRACED, RuntimeError)
-        now, within = self._now, CONTEXTS.get({}).get(self, {})
-        now.rows, now.updated, now.grad = NO_ROWS, set(), torch.is_grad_enabled()
-        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        if "disabled" in within:
-            return
-        if ids is not None and not ids.is_floating_point():  # a first argument of floats is embeddings
-            if ids.shape[-1] == 1 and self.image_token_ids.isdisjoint(ids.flatten().tolist()):
-                return  # most calls decode one text token; this check is ten times as fast as one by tensors
-            visual = torch.stack([ids == image for image in self.image_token_ids]).any(0)
-        else:
-            _require(embeds is not None and "mask" in within, UNKNOWN)
-            visual = within["mask"]
-            kwargs["inputs_embeds"] = embeds.clone()  # rows are noted on the copy
-        rows = visual.flatten().nonzero().squeeze(1)
-        now.rows, now.shape = rows if len(rows) else NO_ROWS, visual.shape
-        return args, kwargs
-
-    def _note_rows(self, forward, *args, **kwargs):
-        """In a call, rows go onto the storage of a layer's input [B, T, D]; when it runs again they are read there."""
-        x, now = args[0] if args else kwargs["hidden_states"], self._now
-        memory, now.layer_rows = x.untyped_storage(), now.rows
-        rows, shape = getattr(memory, "visual_rows", (now.rows, x.shape))
-        if now.rows is None:
-            now.layer_rows = rows if shape == x.shape else None  # in a part of the input they are others
-        elif now.grad or torch.is_grad_enabled():  # on in the call, off in here: in a re-entrant checkpoint
-            _require(x.requires_grad or torch.is_grad_enabled(), NO_GRADIENT, RuntimeError)
-            _require(now.rows.equal(rows.to(now.rows)), REUSED, RuntimeError)
-            memory.visual_rows = now.rows, x.shape
-        return forward(*args, **kwargs)
-
-    def _adapt_values(self, adapter, forward, x, *args, **kwargs):
+    def _adapt_values(self, adapter, v_proj, x, *args, **kwargs):
         """X [B, T, D] -> X W_V -> V~ [B, T, H * d_h]."""
-        value, now = forward(x, *args, **kwargs), self._now
-        rows, now.layer_rows = now.layer_rows, None
-        if not self._model:
-            return value  # detached, but others have wrapped this since
-        _require(rows is not None, ALONE if now.rows is None else REPLACED, RuntimeError)
-        if len(rows) and now.rows is not None:
-            tokens = x.shape[:-1]
-            _require(now.shape == tokens, MISSHAPED.format(now.shape, tokens), RuntimeError)
-            now.updated.add(adapter)
-        return adapter.add_update(x, value, rows.to(x.device))
-
-    def _end_call(self, model, args, output):
-        now = self._now
-        complete = output is None or not len(now.rows) or len(now.updated) == len(self.layers)  # None: it failed
-        now.rows = now.layer_rows = None
-        _require(complete, REPLACED, RuntimeError)
-
-    @contextmanager
-    def _within(self, **changes):
-        _require(self._model, "this Image-LoRA is detached; use the one that load() or attach() returned", RuntimeError)
-        before = CONTEXTS.get({})
-        entered = CONTEXTS.set(before | {self: before.get(self, {}) | changes})
-        try:
-            yield
-        finally:
-            CONTEXTS.reset(entered)
+        value = v_proj(x, *args, **kwargs)
+        rows = self._visual_rows.take_rows(adapter, x)  # [N], indices into its B * T rows: where M's diagonal is 1
+        return value if rows is None else adapter.add_update(x, value, rows)
 
     def disabled(self):
         """A context in which this thread or coroutine calls the base model; asyncio.to_thread() takes it along."""
-        return self._within(disabled=True)
+        return self._visual_rows.within(disabled=True)
 
     def visual_mask(self, mask: Tensor):
         """A context in which calls by `inputs_embeds` (not by `input_ids`) go by this mask [B, T], True if visual."""
         _require(mask.dtype == torch.bool and mask.ndim == 2, NO_MASK.format(mask.dtype, mask.shape))
-        return self._within(mask=mask)
+        return self._visual_rows.within(mask=mask)
 
     def detach(self) -> nn.Module:
         """Restore the original model (hooks, requires_grad) and return it. Raises RuntimeError when called twice."""
-        _require(self._model, "this Image-LoRA is already detached", RuntimeError)
-        model = self._model.pop()
-        for undo in self._undo:
-            undo()
+        model = self._visual_rows.leave()
         del model.image_lora
         for name, parameter in model.named_parameters():
             if name in self._trainable:
@@ -237,8 +142,7 @@ class ImageLoRA(nn.Module):
         return torch.tensor(marks, device="cpu")
 
     def set_extra_state(self, selected):
-        same = selected.cpu().bool().equal(self.get_extra_state())
-        _require(same, "the state_dict is of an Image-LoRA in other layers or heads; attach it there", RuntimeError)
+        _require(selected.cpu().bool().equal(self.get_extra_state()), OTHER_HEADS, RuntimeError)
 
     def save(self, path):
         """Write the adapter in the layout of the paper's release, atomically; under FSDP2 call it on all ranks."""
@@ -256,19 +160,24 @@ class ImageLoRA(nn.Module):
 attach = ImageLoRA  # adapter = attach(model, ...)
 
 
+def visual_rows(input_ids: Tensor, image_token_ids) -> Tensor:
+    """input_ids [B, T] -> M as indices [N]: which of the B * T rows hold a placeholder of an image or a video."""
+    visual = torch.stack([input_ids == image for image in image_token_ids]).any(0)  # M's diagonal, [B, T]
+    return visual.flatten().nonzero().squeeze(1)
+
+
 def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
 
     I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged.
     The gradient is dL/dB = A^T X_vis^T G, G being dL/dV~(h) at visual tokens. probe="rank1": r = 1 and A ~ N(0, 1), new
     for each batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared
-    gradient of the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), if not
-    given `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank
-    heads differently; in float16 it can underflow: scale the loss. It runs in the model's mode, train or eval, and
-    leaves the model as it was. Absent heads: 0."""
+    gradient of the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), or else
+    `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank heads
+    differently; in float16 it can underflow: scale the loss. The model keeps its mode, and stays. Absent heads: 0."""
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
-    D = _checked_model(model)[0][0].self_attn.v_proj.in_features
+    D = _checked_model(model)[1][0].self_attn.v_proj.in_features  # of the decoder's first layer
     r = 1 if probe == "rank1" else D
     adapter = attach(model, r, lora_alpha=r, normalize=False)  # the scale in front of A B is 1
     try:
@@ -277,8 +186,8 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
         count = 0
         for count, batch in enumerate(batches, 1):
             for a in adapter.layers.values():
-                A = scores.new_empty(D, r)
-                A = A.normal_(generator=generator) if probe == "rank1" else nn.init.eye_(A)
+                A = scores.new_zeros(D, r)
+                A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
                 a.A.requires_grad_(False).copy_(A)
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
@@ -328,11 +237,142 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads, r, input_g
     return flops
 
 
-# ------ That was the method, all of it. Below: what is refused, how a forward is wrapped, how files are written -------
+# ------ That is all that Image-LoRA computes. Below: how M finds its way; what is refused; how files are written ------
+
+CONTEXTS = ContextVar("CONTEXTS")  # this thread's or coroutine's {VisualRows: {"disabled": True, "mask": ...}}
+NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 
 
-def _require(right, sentence, error=ValueError):
-    if not right:
+class VisualRows:
+    """How M finds its way: the visual rows of X, in each layer of each call of the model. Three steps:
+
+        model(input_ids)             begin_call     finds the rows of the call
+        a layer's input_layernorm    enter_layer    finds the rows of the layer, by its input X
+        its v_proj                   take_rows      takes them; where another norm has run there are none
+
+    While a call runs in this thread, its rows are its layers' rows. If a gradient is wanted, they are noted on the
+    storage of X, and another note there is an error. While none runs, only gradient checkpointing may run a layer:
+    again, in a backward pass, maybe in another thread, maybe after other calls. Then the note tells; without one it is
+    refused. Views of X, X.detach() and what autograd saves share its storage, whose Python attributes live as long.
+    A call is idle if it has no rows, as it is of text or disabled(), and if no gradient is wanted: then the steps do
+    nothing. If one is wanted they run, as the gradients of a text are zero, not missing.
+
+    The norm stands in for X: transformers 5 checkpoints a layer inside its hooks, so they do not run again; its norm
+    does. Forwards are replaced, as compiled code may skip hooks, and hooks cost more. The model has hooks, as others
+    (accelerate) put forwards back, and a call without M would go unnoticed. torch.compile can trace neither a storage
+    nor a thread: where it comes upon a step, this runs out of its sight."""
+
+    def __init__(self, model, image_token_ids, adapted):
+        """adapted: {decoder layer: what its v_proj is to compute, a function of v_proj and its arguments}."""
+        torch.compiler.reset()  # what is compiled already would go on without M
+        self.model, self.image_token_ids, self.num_adapted = model, image_token_ids, len(adapted)
+        self.now, self.wrapped = ThisThread(), {}
+        self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
+        self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
+        for layer, adapt_values in adapted.items():
+            norm = getattr(layer, "input_layernorm", layer.self_attn)
+            for module, step in ((norm, self.enter_layer), (layer.self_attn.v_proj, adapt_values)):
+                module.without_image_lora = vars(module).get("forward")  # None: its class's
+                self.wrapped[module] = module.forward = partial(step, module.forward)
+
+    def begin_call(self, model, args, kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self.begin_call)(model, args, kwargs)
+        _require(not torch.jit.is_tracing(), TRACED, RuntimeError)
+        within = CONTEXTS.get({}).get(self, {})
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        rows, shape = NO_ROWS, None
+        if "disabled" in within:
+            pass
+        elif ids is None or ids.is_floating_point():  # a first argument of floats is embeddings
+            _require(kwargs.get("inputs_embeds") is not None and "mask" in within, UNKNOWN)
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"].clone()  # the note is not for the caller's memory
+            rows, shape = visual_rows(within["mask"], {True}), within["mask"].shape
+        elif ids.shape[-1] > 1 or not self.image_token_ids.isdisjoint(ids.flatten().tolist()):  # else it decodes text
+            rows, shape = visual_rows(ids, self.image_token_ids), ids.shape
+        now = self.now
+        now.rows, now.shape = rows, shape
+        now.grad, now.adapted = torch.is_grad_enabled(), set()
+        return args, kwargs
+
+    def enter_layer(self, norm, *args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self.enter_layer)(norm, *args, **kwargs)
+        now = self.now
+        if now.is_idle():
+            return norm(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]  # [B, T, D]
+        memory = x.untyped_storage()
+        noted_rows, noted_shape = getattr(memory, "visual_rows", (None, None))
+        now.layer_rows = now.rows
+        if now.rows is None:
+            now.layer_rows = noted_rows if noted_shape == x.shape else None  # in a part of X the rows are others
+        elif now.grad or torch.is_grad_enabled():  # on in the call, off in here: in a re-entrant checkpoint
+            _require(x.requires_grad or torch.is_grad_enabled(), NO_GRADIENT, RuntimeError)
+            _require(noted_rows is None or noted_rows.to(now.rows).equal(now.rows), REUSED, RuntimeError)
+            memory.visual_rows = now.rows, x.shape
+        return norm(*args, **kwargs)
+
+    def take_rows(self, adapter, x):
+        """The visual ones [N] of the B * T rows of v_proj's input X [B, T, D]; None where nothing is to be added."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self.take_rows)(adapter, x)
+        now = self.now
+        if self.model is None or now.is_idle():
+            return None  # without a model: it is detached, but others have wrapped v_proj since
+        rows, now.layer_rows = now.layer_rows, None
+        _require(rows is not None, ALONE if now.rows is None else REPLACED, RuntimeError)
+        if now.rows is not None and len(rows):
+            _require(now.shape == x.shape[:-1], MISSHAPED.format(now.shape, x.shape[:-1]), RuntimeError)
+            now.adapted.add(adapter)
+        return rows.to(x.device)
+
+    def end_call(self, model, args, output):
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self.end_call)(model, args, output)
+        now = self.now
+        complete = output is None or not len(now.rows) or len(now.adapted) == self.num_adapted  # None: it has failed
+        now.rows = now.layer_rows = None
+        _require(complete, REPLACED, RuntimeError)
+
+    @contextmanager
+    def within(self, **changes):
+        """In this thread or coroutine calls begin with these changes: disabled, or with another mask."""
+        _require(self.model is not None, DETACHED, RuntimeError)
+        before = CONTEXTS.get({})
+        entered = CONTEXTS.set(before | {self: before.get(self, {}) | changes})
+        try:
+            yield
+        finally:
+            CONTEXTS.reset(entered)
+
+    def leave(self):
+        _require(self.model is not None, "this Image-LoRA is already detached", RuntimeError)
+        for hook in self.hooks:
+            hook.remove()
+        for module, ours in self.wrapped.items():
+            before = vars(module).pop("without_image_lora")
+            if module.forward is ours:  # else others have wrapped it since, and it passes through
+                del module.forward
+                if before is not None:
+                    module.forward = before
+        model, self.model = self.model, None
+        return model
+
+
+class ThisThread(threading.local):  # its call of the model, as begin_call tells
+    rows = None  # [N], the visual ones of its B * T; None: no call is running
+    layer_rows = None  # [N], from a layer's norm to its v_proj
+
+    def is_idle(self):  # gradients may be on by now: Ctrl-C has stopped the call, and a backward pass is running
+        return self.rows is not None and not (len(self.rows) or self.grad or torch.is_grad_enabled())
+
+    def __reduce__(self):
+        return ThisThread, ()  # a copy of the model begins anew
+
+
+def _require(holds, sentence, error=ValueError):
+    if not holds:
         raise error(sentence)
 
 
@@ -345,12 +385,16 @@ REUSED = "a layer's input lies in the memory of another call's, which has other 
 REPLACED = "an adapted v_proj or its input_layernorm was not called: apply what replaces them (Liger, merging) first"
 NO_GRADIENT = "no gradient reaches the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"
 UNTRAINED = "the adapter is frozen and B still zero, as if untrained: did get_peft_model() come after attach()?"
+DETACHED = "this Image-LoRA is detached; use the one that load() or attach() returned"
+OTHER_HEADS = "the state_dict is of an Image-LoRA in other layers or heads; attach it there"
 NO_LOSS = "the loss of probe batch {} is {}: do its labels hold an answer?"
 SPLIT = "v_proj gave {} features, not {} heads of {}: are heads split over devices?"
 
 
 def _checked_model(model):
-    """The decoder's layers, how many value heads each has, and the ids of visual tokens."""
+    """The model, out of its wrappers, its decoder's layers, how many value heads each has, the ids of visual tokens."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's and PEFT's wrappers call the model inside them
+    model = getattr(model, "get_base_model", lambda: model)()
     encoders = ("vision", "visual", "audio", "img", "image", "video", "perceiver")
     stacks = {}
     for name, module in model.named_modules():
@@ -371,23 +415,23 @@ def _checked_model(model):
         d_h, features = attention.head_dim, attention.v_proj.out_features
         _require(features % d_h == 0, f"{found}.{i}.self_attn.head_dim is {d_h}, v_proj has {features} features")
         head_counts.append(features // d_h)
+        attached = hasattr(attention.v_proj, "without_image_lora")
+        _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     v_projs = {layer.self_attn.v_proj for layer in decoder}
     _require(len(v_projs) == len(decoder), "layers share a v_proj; they cannot be adapted")
-    attached = any(hasattr(v_proj, "without_image_lora") for v_proj in v_projs)
-    _require(not attached, "the model already has an Image-LoRA; call its detach() first")
     config = getattr(model, "config", None)  # DistributedDataParallel and the like have none
     names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, name, None) for name in names} - {None}
     _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the whole VLM, unwrapped")
-    return decoder, head_counts, ids
+    return model, decoder, head_counts, ids
 
 
 def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize):
     """The heads, sorted; or ValueError."""
     D = min(layer.self_attn.v_proj.in_features for layer in decoder)
     _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
-    right = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
-    _require(right, f"lora_alpha must be a number above 0 and up to 1e9, got {lora_alpha!r}")
+    valid = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
+    _require(valid, f"lora_alpha must be a number above 0 and up to 1e9, got {lora_alpha!r}")
     _require(type(normalize) is bool, f"normalize must be True or False, got {normalize!r}")
     existing = dict(enumerate(map(range, head_counts)))
     heads = existing if heads is None else heads
@@ -401,46 +445,22 @@ def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize):
     return heads
 
 
+def _at_least_float32(fn, tensor):
+    new = fn(tensor)
+    return tensor.to(new.device) if new.element_size() < 4 else new
+
+
 def _device(v_proj):
     tensors = [*v_proj.parameters(), *v_proj.buffers(), torch.empty(0)]  # a quantized one may have no weight
     return getattr(getattr(v_proj, "_hf_hook", None), "execution_device", tensors[0].device)  # where accelerate runs it
 
 
 def _check_selection(scores, num_heads, tau):
-    right = scores.ndim == 2 and scores.isfinite().all() and (scores >= 0).all()
-    _require(right, f"scores must be finite, not negative and [layers, heads], got {scores.shape}")
-    right = type(num_heads) is int and 1 <= num_heads <= scores.numel()
-    _require(right, f"num_heads must be an integer in 1..{scores.numel()}, got {num_heads!r}")
+    valid = scores.ndim == 2 and scores.isfinite().all() and (scores >= 0).all()
+    _require(valid, f"scores must be finite, not negative and [layers, heads], got {scores.shape}")
+    valid = type(num_heads) is int and 1 <= num_heads <= scores.numel()
+    _require(valid, f"num_heads must be an integer in 1..{scores.numel()}, got {num_heads!r}")
     _require(type(tau) in (int, float) and 0 <= tau <= 1e9, f"tau must be a number in 0..1e9, got {tau!r}")
-
-
-@cache
-def _untrace():  # torch.compile runs these at each call, unseen; at the first attach(), as its import takes a second
-    for step in ("_find_rows", "_note_rows", "_adapt_values", "_end_call"):
-        setattr(ImageLoRA, step, torch.compiler.disable(getattr(ImageLoRA, step)))
-
-
-def _wrap(module, now, step):
-    """Puts `step` around `module.forward`. No hook: torch.compile may run what it has compiled without one."""
-    module.without_image_lora = vars(module).get("forward")  # None: its class's
-    module.forward = partial(_unless_idle, now, step, module.forward)
-    return partial(_unwrap, module, module.forward)
-
-
-def _unless_idle(now, step, forward, *args, **kwargs):
-    """The step; nearly all calls, which decode a text token, have neither rows nor gradients and go past it."""
-    if not torch.compiler.is_compiling() and now.rows is NO_ROWS:
-        if not now.grad and not torch.is_grad_enabled():  # else Ctrl-C has stopped it, and a backward pass is running
-            return forward(*args, **kwargs)
-    return step(forward, *args, **kwargs)
-
-
-def _unwrap(module, ours):
-    before = vars(module).pop("without_image_lora")
-    if vars(module).get("forward") is ours:  # else others have wrapped it since, and it passes through
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def safe_write(data, path):
@@ -508,8 +528,8 @@ def load(model, path) -> ImageLoRA:
             _require(len(saved["B"]) == len(order), f"layer {layer} names {len(order)} heads for {len(saved['B'])}")
             saved = saved | {"B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
             for name, tensor in saved.items():
-                right = tensor.is_floating_point() and tensor.float().isfinite().all()
-                _require(right, f"{name} of layer {layer} does not hold finite floats")
+                finite = tensor.is_floating_point() and tensor.float().isfinite().all()
+                _require(finite, f"{name} of layer {layer} does not hold finite floats")
                 state[f"{layer}.{name}"] = tensor
         adapter.layers.load_state_dict(state)
         return adapter

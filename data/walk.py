@@ -16,7 +16,7 @@ from data import command, figures
 from data.evaluate import answer, exam
 from data.prompts import available, batch_of, load_base, questions, seen, training_data
 from data.screens import SIZE, is_hit
-from imagelora import Heads, ImageLoRA, ValueAdapter, attach
+from imagelora import Heads, ImageLoRA, ValueAdapter, attach, visual_rows
 
 
 def station(title: str, text: str, ran=None) -> None:
@@ -99,7 +99,7 @@ def show_decoding(model, adapter: ImageLoRA, sample: dict, features) -> None:
     answer(model, [sample], features)
     for count in counts:
         count.remove()
-    station("6 decoding", f"rows adapted, by forward pass: {rows}", ImageLoRA._find_rows)
+    station("6 decoding", f"rows adapted, by forward pass: {rows}", visual_rows)
 
 
 def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> None:
