@@ -292,14 +292,15 @@ class VisualRows:
             rows, shape = visual_rows(ids, self.image_token_ids), ids.shape
         now = self.now
         now.rows, now.shape = rows, shape
-        now.grad, now.adapted = torch.is_grad_enabled(), set()
+        now.grad, now.updated = torch.is_grad_enabled(), set()
+        now.idle = not (len(rows) or now.grad)
         return args, kwargs
 
     def enter_layer(self, norm, *args, **kwargs):
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.enter_layer)(norm, *args, **kwargs)
         now = self.now
-        if now.is_idle():
+        if now.idle and not torch.is_grad_enabled():
             return norm(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]  # [B, T, D]
         memory = x.untyped_storage()
@@ -318,20 +319,21 @@ class VisualRows:
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.take_rows)(adapter, x)
         now = self.now
-        if self.model is None or now.is_idle():
+        if self.model is None or now.idle and not torch.is_grad_enabled():
             return None  # without a model: it is detached, but others have wrapped v_proj since
         rows, now.layer_rows = now.layer_rows, None
         _require(rows is not None, ALONE if now.rows is None else REPLACED, RuntimeError)
         if now.rows is not None and len(rows):
             _require(now.shape == x.shape[:-1], MISSHAPED.format(now.shape, x.shape[:-1]), RuntimeError)
-            now.adapted.add(adapter)
+            now.updated.add(adapter)
         return rows.to(x.device)
 
     def end_call(self, model, args, output):
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.end_call)(model, args, output)
         now = self.now
-        complete = output is None or not len(now.rows) or len(now.adapted) == self.num_adapted  # None: it has failed
+        complete = output is None or not len(now.rows) or len(now.updated) == self.num_adapted  # None: it has failed
+        now.idle = False
         now.rows = now.layer_rows = None
         _require(complete, REPLACED, RuntimeError)
 
@@ -360,12 +362,10 @@ class VisualRows:
         return model
 
 
-class ThisThread(threading.local):  # its call of the model, as begin_call tells
+class ThisThread(threading.local):  # its call of the model, which begin_call describes
+    idle = False  # with gradients on it is not: Ctrl-C has stopped the call, and a backward pass is running
     rows = None  # [N], the visual ones of its B * T; None: no call is running
     layer_rows = None  # [N], from a layer's norm to its v_proj
-
-    def is_idle(self):  # gradients may be on by now: Ctrl-C has stopped the call, and a backward pass is running
-        return self.rows is not None and not (len(self.rows) or self.grad or torch.is_grad_enabled())
 
     def __reduce__(self):
         return ThisThread, ()  # a copy of the model begins anew
