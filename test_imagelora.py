@@ -92,8 +92,7 @@ def state_of(model) -> tuple:
 
 # 1. The update is made of the values of visual tokens in selected heads, and of nothing else
 def test_the_values_are_the_papers_formula():
-    """V~(h) = X W_V(h) + gamma (alpha / r) 1/sqrt|S| M X A B(h) for h in S, one token and one head at a time. A layer
-    that is not named, or has no heads, gets no adapter."""
+    """V~(h) = X W_V(h) + gamma (alpha / r) 1/sqrt|S| M X A B(h) for h in S. A layer without selected heads has none."""
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + AFTER)
     adapter = attach_trained(model, r=2, lora_alpha=6, heads={0: [2, 0], 1: []})
     assert list(adapter.layers) == ["0"] and sum(p.numel() for p in adapter.parameters()) == D * 2 + 2 * 2 * D_H + 1
@@ -125,17 +124,14 @@ def test_it_starts_as_the_base_model_so_the_first_gradient_reaches_b_only():
 def test_text_with_no_image_before_it_is_the_base_models_bit_for_bit(autocast):
     """Attention is causal: only what comes after an image can read its values. A text, a text's row, answers stay."""
     model, text, mixed = tiny_vlm(), prompt(TEXT), prompt(TEXT + AFTER + [2], BEFORE + IMAGE + AFTER)
-    answer, found = partial(model.generate, **text, max_new_tokens=6), []
     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-        for adapt in (nullcontext, attach_trained):
-            adapt(model)
-            found.append((logits_of(model, text), answer(), logits_of(model, mixed)))
-        steps = slopes(model, loss_of(model, mixed))
-    (base, base_answer, base_mixed), (logits, answered, logits_mixed) = found
-    assert torch.equal(logits, base) and torch.equal(answered, base_answer)
-    changed = (logits_mixed != base_mixed).any(-1)
+        base, base_mixed = logits_of(model, text), logits_of(model, mixed)
+        answer, _ = model.generate(**text, max_new_tokens=6), attach_trained(model)
+        assert torch.equal(logits_of(model, text), base)
+        assert torch.equal(model.generate(**text, max_new_tokens=6), answer)
+        changed = (logits_of(model, mixed) != base_mixed).any(-1)
+        assert all(step.isfinite().all() and step.any() for step in slopes(model, loss_of(model, mixed)))
     assert changed.tolist() == [[False] * 11, [False] * len(BEFORE) + [True] * len(IMAGE + AFTER)]
-    assert all(step.isfinite().all() and step.any() for step in steps)
 
 
 def test_where_the_first_adapted_layer_looks_does_not_change_only_what_it_reads():
@@ -143,9 +139,7 @@ def test_where_the_first_adapted_layer_looks_does_not_change_only_what_it_reads(
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + [5] + IMAGE + AFTER)
     parts = [getattr(attention(model, 1), f"{name}_proj") for name in "qkv"]
     adapter, visual = attach_trained(model, heads={1: [0, 2], 2: [1]}), batch["input_ids"] == IMG
-    adapted = watch(model, batch, *parts)
-    with adapter.disabled():
-        base = watch(model, batch, *parts)
+    adapted, base = watch(model, batch, *parts), adapter.disabled()(watch)(model, batch, *parts)
     for name, (_, new), (_, old) in zip("qkv", adapted, base):
         changed = (new != old).unflatten(-1, (-1, D_H)).any(-1)  # [B, T, heads]
         selected = torch.tensor([name == "v" and h in (0, 2) for h in range(changed.shape[2])])
@@ -158,8 +152,7 @@ def test_normalization_makes_the_first_update_as_large_for_every_number_of_heads
     batch = prompt(BEFORE + IMAGE + AFTER, labels=True)
 
     def first_update(heads, normalize):
-        model = tiny_vlm()
-        adapter = attach(model, heads={1: heads}, normalize=normalize)
+        adapter = attach(model := tiny_vlm(), heads={1: heads}, normalize=normalize)
         optimizer = torch.optim.Adam(adapter.parameters(), lr=0.01, eps=1e-30)
         model(**batch).loss.backward()
         optimizer.step()
@@ -187,8 +180,7 @@ def test_a_batch_equals_its_rows(side):
 
 @torch.no_grad()
 def test_decoding_with_a_cache_equals_decoding_without_and_costs_nothing():
-    """Adapted values are in the KV cache after prefill, in one piece or cut anywhere between images, so a decoded text
-    token triggers no adapter product at all."""
+    """Adapted values are in the KV cache after prefill, whole or cut between images: decoding triggers nothing."""
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + IMAGE + AFTER)
     (ids, pictures), adapter = batch.values(), attach_trained(model)
     cached, whole = model.generate(**batch, max_new_tokens=6), model(**batch).logits
@@ -226,9 +218,6 @@ def test_embeddings_alone_need_an_explicit_mask():
         assert not torch.equal(model(inputs_embeds=x), adapted)  # the same memory, given under another mask
     with adapter.visual_mask(mask), adapter.disabled():
         assert torch.equal(model(inputs_embeds=x), base)
-    for wrong in (ids, mask[0]):
-        with pytest.raises(ValueError, match=r"must be a bool tensor \[B, T\], got"):
-            adapter.visual_mask(wrong)
     for wrong, told in ((mask[:, 1:], r"\[2, 5\]"), (mask[:1], r"\[1, 6\]")):
         told = rf"tell of tokens .*{told}.*, v_proj got .*\[2, 6\].*; for beams, mask.repeat_interleave\(num_beams, 0\)"
         with adapter.visual_mask(wrong), pytest.raises(RuntimeError, match=told):
@@ -237,8 +226,7 @@ def test_embeddings_alone_need_an_explicit_mask():
 
 # 3. Training moves A, B and gamma, and nothing else
 def test_only_the_adapter_is_trained():
-    """A, B and gamma are the model's only parameters that require, and get, a gradient; they are in its state_dict.
-    Without visual tokens, or in disabled(), it is zero, not missing, as data-parallel training needs."""
+    """No other parameter of the model has a gradient. Without visual tokens, or disabled(), it is zero, not missing."""
     adapter = attach_trained(model := tiny_vlm())
     own = {f"image_lora.layers.{layer}.{name}" for layer in range(L) for name in ("A", "B", "gamma")}
     for row, context in ((BEFORE + IMAGE + AFTER, nullcontext), (TEXT, nullcontext), (IMAGE + AFTER, adapter.disabled)):
@@ -273,23 +261,31 @@ def test_a_narrower_type_is_the_models_alone_and_torchs_defaults_change_nothing(
     assert all(map(torch.equal, adapter.parameters(), trained))
     assert model.double().image_lora.layers["0"].A.dtype == torch.double != model.float().image_lora.layers["0"].A.dtype
     adapter.detach()
-    probes = [partial(score_heads, model, [EARLY], probe=probe) for probe in ("rank1", "exact")]
-    scores = [probe() for probe in probes]
+    scores = [score_heads(model, [EARLY], probe=probe) for probe in ("rank1", "exact")]
     request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        assert all(torch.equal(probe(), score) and score.dtype == torch.float32 for probe, score in zip(probes, scores))
+        again = [score_heads(model, [EARLY], probe=probe) for probe in ("rank1", "exact")]
         assert {(p.dtype, p.device) for p in attach(model).parameters()} == {(torch.float32, model.device)}
-        empty = imagelora.ValueAdapter(D, D_H, H, [0, 2], 2, 4).to_empty(device=model.device)
-    empty.load_state_dict({"A": torch.ones(D, 2), "B": torch.ones(2, 2, D_H), "gamma": torch.ones(1)})
-    update = empty.add_update(torch.ones(1, 1, D), torch.zeros(1, 1, H * D_H), torch.tensor([0]))
-    assert update.view(H, D_H).any(1).tolist() == [True, False, True]
+    assert all(map(torch.equal, again, scores)) and again[1].dtype == torch.float32
+
+
+def test_a_seed_starts_alike_on_every_device_and_the_heads_stay_on_the_one_that_uses_them():
+    states = []
+    for device in (torch.device("meta"), torch.get_default_device()):
+        torch.manual_seed(0)
+        with device:
+            a = imagelora.ValueAdapter(D, D_H, H, [0, 2], 2, 4).to_empty(device=device)
+            states.append(torch.get_rng_state())
+            a.load_state_dict({"A": torch.ones(D, 2), "B": torch.ones(2, 2, D_H), "gamma": torch.ones(1)})
+            update = a.add_update(torch.ones(1, 1, D), torch.zeros(1, 1, H * D_H), torch.tensor([0]))
+        assert a.heads.device == device
+    assert update.view(H, D_H).any(1).tolist() == [True, False, True] and torch.equal(*states)
 
 
 # 4. Which heads: the probe and the budget
 def test_the_exact_probe_is_the_squared_gradient_of_the_value_weights_over_visual_tokens():
-    """I(l, h) = ||X_vis^T G_l(h)||^2: the gradient that full fine-tuning of W_V(h) on visual tokens would follow. It is
-    squared batch by batch, so batches of one example give the per-example score, which is another."""
+    """I(l, h) = ||X_vis^T G_l(h)||^2, squared batch by batch: batches of one example give another, the examples'."""
     model, rows = tiny_vlm(), (BEFORE + IMAGE + AFTER, AFTER + IMAGE + BEFORE)
 
     def by_hand(batch):
@@ -309,9 +305,8 @@ def test_the_exact_probe_is_the_squared_gradient_of_the_value_weights_over_visua
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 6]], ids=["equal", "one dominates"])
 def test_the_rank_1_probe_is_an_unbiased_sketch_whose_noise_is_bounded_by_the_batches_own_scores(weights):
-    """dL/dB = A^T X_vis^T G with a new A ~ N(0, I) for each batch: the mean of its square is the exact score, its
-    relative standard deviation at most sqrt(2 sum_b s_b^2) / sum_b s_b, where s_b is batch b's exact score. A single
-    visual token attains the bound."""
+    """dL/dB = A^T X_vis^T G, a new A ~ N(0, I) each batch: its square has the exact score as its mean, and a relative
+    deviation of at most sqrt(2 sum_b s_b^2) / sum_b s_b, s_b being batch b's exact score. One visual token has it."""
     model, ids = tiny_vlm(image_size=16, num_hidden_layers=12), torch.tensor([[1, IMG, 5, 6]])
     labels, picture = ids.masked_fill(ids == IMG, -100), torch.rand(1, 3, 16, 16)
     scores = partial(score_heads, model, weights, lambda model, weight: weight * model(ids, picture, labels).loss)
@@ -348,19 +343,13 @@ def test_selection_meets_every_budget_exactly(tau):
                 assert sorted(scores[layer].tolist())[-len(chosen)] <= min(scores[layer][chosen].tolist())
 
 
-@pytest.mark.parametrize(
-    "influence, size, budget, tau, expected",
-    [
-        ([9, 1], 6, 4, 0.5, {0: 3, 1: 1}),  # the square roots are as 3 to 1
-        ([6, 2, 0], 8, 6, 0, {0: 2, 1: 2, 2: 2}),  # even
-        ([6, 2, 0], 8, 8, 1, {0: 6, 1: 2}),  # in proportion
-        ([6, 2, 0], 8, 10, 20, {0: 8, 1: 2}),  # the most influential layers first
-        ([0, 0], 8, 6, 0.5, {0: 3, 1: 3}),  # nothing to tell them apart: evenly
-        ([46, 34, 20], 7, 7, 1, {0: 3, 1: 3, 2: 1}),  # Sainte-Lague; d'Hondt would give 4, 2, 1
-        ([9e37, 1e37], 4, 2, 1e9, {0: 2}),  # no power overflows,
-        ([9e-30, 1e-30], 4, 2, 20, {0: 2}),  # or is lost
-    ],
-)
+SHARES = [([9, 1], 6, 4, 0.5, {0: 3, 1: 1}), ([6, 2, 0], 8, 6, 0, {0: 2, 1: 2, 2: 2})]  # roots of 9 and 1; evenly
+SHARES += [([6, 2, 0], 8, 8, 1, {0: 6, 1: 2}), ([6, 2, 0], 8, 10, 20, {0: 8, 1: 2})]  # in proportion; best layers first
+SHARES += [([0, 0], 8, 6, 0.5, {0: 3, 1: 3}), ([46, 34, 20], 7, 7, 1, {0: 3, 1: 3, 2: 1})]  # d'Hondt: 4, 2, 1
+SHARES += [([9e37, 1e37], 4, 2, 1e9, {0: 2}), ([9e-30, 1e-30], 4, 2, 20, {0: 2})]  # no power overflows, or is lost
+
+
+@pytest.mark.parametrize("influence, size, budget, tau, expected", SHARES)
 def test_the_layers_share_the_budget_by_their_influence_to_the_power_of_tau(influence, size, budget, tau, expected):
     scores = torch.tensor(influence)[:, None].float().expand(-1, size) / size
     assert {layer: len(heads) for layer, heads in select_heads(scores, budget, tau).items()} == expected
@@ -369,8 +358,7 @@ def test_the_layers_share_the_budget_by_their_influence_to_the_power_of_tau(infl
 # 5. The cost, and why it cannot be merged
 @pytest.mark.parametrize("heads", [None, {0: [1]}, {1: [0, 2], 2: [1]}])
 def test_counted_flops_are_the_computed_ones(heads):
-    """Forward 2Nr(D + |S|d_h), backward dB, dz, dA, and dx in all adapted layers but the lowest: over the N visual
-    tokens only, beyond what the same step costs when no token is visual."""
+    """Forward 2Nr(D + |S|d_h), backward dB, dz, dA, and dx in all adapted layers but the lowest; N visual tokens."""
     model, batch = tiny_vlm(), prompt(BEFORE + IMAGE + AFTER, AFTER + IMAGE + BEFORE, labels=True)
     adapter = attach_trained(model, r=5, heads=heads)
     step = counted_flops(lambda: model(**batch).loss.backward())
@@ -391,8 +379,7 @@ def test_the_three_savings_multiply():
 
 
 def test_no_value_weight_reproduces_the_adapter_on_mixed_tokens():
-    """On visual tokens alone the best single W leaves nothing over: the adapter could be merged. With text among them
-    no W fits: the update depends on the token's kind."""
+    """On visual tokens alone one W reproduces it; with text among them none does: what is added depends on the kind."""
     torch.manual_seed(0)
     a = imagelora.ValueAdapter(8, 2, 3, [0, 2], r=4, lora_alpha=8)
     nn.init.normal_(a.B)
@@ -419,10 +406,6 @@ def test_disabled_detach_and_the_probe_restore_the_base_bit_for_bit():
         assert torch.equal(model(**batch).logits, base)
     assert not torch.equal(model(**batch).logits, base)
     assert adapter.detach() is model and state_of(model) == before and torch.equal(model(**batch).logits, base)
-    with pytest.raises(RuntimeError, match="already detached"):
-        adapter.detach()
-    with pytest.raises(RuntimeError, match="is detached; use the one that"), adapter.disabled():
-        pass  # else these would be called the base's answers: load(adapter.detach(), path) returns another adapter
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -450,8 +433,6 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, normalize):
 
 
 # 7. What engineering promises: files, threads, checkpoints, copies; never silently wrong
-
-
 class Exploit(str):  # unpickled without care, it makes a file of that name
     def __reduce__(self):
         return Path.touch, (Path(self),)
@@ -539,14 +520,9 @@ def checkpoint_layers(model, use_reentrant=False, input_grads=True, layers=None)
 
 def train_at_once(model):
     """They meet in layer 1, also where that is run again. disabled() is of the thread that enters it, as no_grad()."""
-    barrier = threading.Barrier(2, timeout=60)
-
-    def meet(*_):
-        if threading.current_thread().name.startswith("pool"):  # not a device's own, for all backward passes
-            barrier.wait()
-
-    model.language_model.layers[1].input_layernorm.register_forward_pre_hook(meet)
-    with ThreadPoolExecutor(2, "pool") as pool, model.image_lora.disabled():
+    barrier = threading.Barrier(2 if model.device.type == "cpu" else 1, timeout=60)  # others have one thread a device
+    model.language_model.layers[1].input_layernorm.register_forward_pre_hook(lambda *_: barrier.wait() * 0 or None)
+    with ThreadPoolExecutor(2) as pool, model.image_lora.disabled():
         losses = list(pool.map(partial(loss_of, model), (EARLY, LATE)))
         list(pool.map(torch.autograd.backward, losses))
     return [p.grad for p in model.image_lora.parameters()]
@@ -599,8 +575,7 @@ def test_a_layer_that_checkpointing_runs_again_goes_by_its_own_forward_though(wh
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_an_interrupted_forward_or_context_leaves_nothing_behind(error):
-    """The next forward, whose image is elsewhere, goes by its own visual tokens. After Ctrl-C a backward pass that runs
-    layers again in the same thread is refused before it."""
+    """The next forward goes by its own visual tokens; before it, after Ctrl-C, a CPU may refuse to run layers again."""
     adapter = attach_trained(model := checkpoint_layers(tiny_vlm()))
     expected, loss = model(**LATE).logits, loss_of(model, LATE)
     handle = model.language_model.layers[1].register_forward_pre_hook(Mock(side_effect=error))
@@ -620,12 +595,10 @@ def offloaded(model):
         loss_of(checkpoint_layers(model), EARLY).backward()
 
 
-NORM, X = "language_model.layers.0.input_layernorm", torch.zeros(1, 7, D)
-REPLACED = "v_proj or its input_layernorm was not called: apply what replaces them .* first"
-OUTSIDE, COPIED = r"v_proj ran outside of model\(\.\.\.\)", "a checkpoint of several layers or of a copy"
+NORM, X, OUTSIDE = "language_model.layers.0.input_layernorm", torch.zeros(1, 7, D), r"v_proj ran outside of model\("
+REPLACED, COPIED = "v_proj or its input_layernorm was not called: apply", "a checkpoint of several layers or of a copy"
 NOT_RIGHT = [
-    (lambda m: attention(m, 0).v_proj(X), OUTSIDE),
-    (torch.no_grad()(lambda m: attention(m, 0).v_proj(X)), OUTSIDE),
+    *((context(lambda m: attention(m, 0).v_proj(X)), OUTSIDE) for context in (torch.enable_grad(), torch.no_grad())),
     (lambda m: [m(**EARLY), m.language_model.layers[0](X)], OUTSIDE),
     (lambda m: m.language_model.layers[0](watch(m, EARLY, m.get_submodule(NORM))[0][0][:, :5]), OUTSIDE),
     (lambda m: m.forward(**EARLY), OUTSIDE),
@@ -635,6 +608,9 @@ NOT_RIGHT = [
     (lambda m: [setattr(attention(m, 2), "v_proj", nn.Linear(D, 12)), m(**EARLY)], REPLACED),
     (lambda m: [setattr(m.get_submodule(NORM), "forward", nn.RMSNorm(D).forward), m(**EARLY)], REPLACED),  # as Liger
     (lambda m: torch.jit.trace(m, (EARLY["input_ids"], EARLY["pixel_values"])), "would fix which tokens are visual"),
+    *((lambda m, t=t: m.image_lora.visual_mask(t), r"be a bool tensor \[B, T\], got") for t in (X[0], X[0, 0] > 0)),
+    (lambda m: [a := m.image_lora, a.detach(), a.detach()], "already detached"),
+    (lambda m: [a := m.image_lora, attach(a.detach()), a.disabled().__enter__()], "detached; use the one that"),
     (lambda m: m.image_lora.layers["0"].add_update(X, X[..., :4], X), "4 features, not 3 heads of 4: are heads split"),
 ]
 
@@ -642,7 +618,7 @@ NOT_RIGHT = [
 @pytest.mark.parametrize("run, sentence", NOT_RIGHT)
 def test_what_cannot_be_right_is_refused_in_one_sentence(run, sentence):
     attach_trained(model := tiny_vlm(), **SOME)
-    with pytest.raises(RuntimeError, match=f"^[^\n]*{sentence}"):
+    with pytest.raises((RuntimeError, ValueError), match=f"^[^\n]*{sentence}"):
         run(model)
 
 
@@ -656,39 +632,27 @@ def test_a_copy_is_a_model_of_its_own(copied):
     assert not torch.equal(model(**EARLY).logits, base)
 
 
-@pytest.mark.parametrize("what, limit", [("model", 8), ("model", 2), ("layers", 8), ("model before attach()", 8)])
-def test_compiled_code_follows_attach_disabled_and_detach(what, limit, monkeypatch):
-    """Also where the compiler has given up, after `limit` variants of a function. attach() looks through it."""
-    model, twin = tiny_vlm(num_hidden_layers=5), tiny_vlm(num_hidden_layers=5)
-    torch.compiler.reset()
-    for name in {"cache_size_limit", "recompile_limit"} & set(dir(torch._dynamo.config)):
-        monkeypatch.setattr(torch._dynamo.config, name, limit)
-    for part in model.language_model.layers if what == "layers" else ():
-        part.compile(backend="eager")
-    compiled = model if what == "layers" else torch.compile(model, backend="eager")
-    if what == "model before attach()":
-        compiled(**EARLY)
-    adapter = attach_trained(compiled)
+@pytest.mark.parametrize("what, limit", [("model", 2), ("model", 8), ("layers", 8)])  # torch's own limit at last
+def test_compiled_code_follows_attach_disabled_and_detach(what, limit):
+    """Also where the compiler gives up, after `limit` variants. Beside it a debugger steps past no frame of its own."""
+    torch._dynamo.config.cache_size_limit = limit
+    model, twin = tiny_vlm(num_hidden_layers=2), tiny_vlm(num_hidden_layers=2)
+    compiled = model if what == "layers" else torch.compile(model, backend="eager")  # attach() looks through it
+    for layer in model.language_model.layers if what == "layers" else ():
+        layer.compile(backend="eager")
+    compiled(**EARLY)
+    adapter, files, debugger = attach_trained(compiled), set(), sys.gettrace()
     attach_trained(twin).load_state_dict(adapter.state_dict())
-    for batch in (EARLY, LATE, prompt(IMAGE + AFTER, AFTER + IMAGE), prompt(TEXT), LATE):
-        got, expected = (slopes(m, loss_of(called, batch)) for m, called in ((model, compiled), (twin, twin)))
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(logits_of(compiled, batch), logits_of(twin, batch))
+    for batch in (EARLY, prompt(IMAGE + AFTER, AFTER + IMAGE), prompt(TEXT)):
+        sys.settrace(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+        loss = loss_of(twin, batch)
+        sys.settrace(debugger)
+        torch.testing.assert_close(slopes(model, loss_of(compiled, batch)), slopes(twin, loss), rtol=1e-4, atol=1e-4)
         with adapter.disabled(), twin.image_lora.disabled():
             torch.testing.assert_close(logits_of(compiled, batch), logits_of(twin, batch))
+    assert imagelora.__file__ in files and not [name for name in files if "_dynamo" in name]
     adapter.detach()
     torch.testing.assert_close(logits_of(compiled, LATE), logits_of(twin.image_lora.detach(), LATE))
-
-
-def test_where_nothing_is_compiled_a_debugger_steps_through_no_frame_of_the_compiler():
-    attach_trained(model := tiny_vlm())
-    files, before = set(), sys.gettrace()
-    sys.settrace(lambda frame, event, argument: files.add(frame.f_code.co_filename))
-    try:
-        model(**EARLY)
-    finally:
-        sys.settrace(before)
-    assert imagelora.__file__ in files and not [name for name in files if "_dynamo" in name]
 
 
 def test_what_others_wrap_around_a_forward_stays_theirs_after_detach():
@@ -731,5 +695,5 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_the_model_stays_as_it_was
     model = tiny_vlm()
     with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
         run(model)
-    assert not hasattr(model, "image_lora") and all(p.requires_grad for p in model.parameters())
-    assert not any(state_of(model)[0])
+    assert not (hasattr(model, "image_lora") or any(state_of(model)[0]))
+    assert all(p.requires_grad for p in model.parameters())
