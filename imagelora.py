@@ -173,8 +173,8 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     The gradient is dL/dB = A^T X_vis^T G, G being dL/dV~(h) at visual tokens. probe="rank1": r = 1 and A ~ N(0, 1), new
     for each batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared
     gradient of the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), or else
-    `model(**batch).loss`; its gradient is squared batch by batch, so single examples and large batches can rank heads
-    differently; in float16 it can underflow: scale the loss. The model keeps its mode, and stays. Absent heads: 0."""
+    `model(**batch).loss`. Its gradient is squared batch by batch, so single examples can rank heads otherwise than
+    large batches; in float16 it can underflow: scale the loss. The model keeps its mode and state. Absent heads: 0."""
     _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     D = _checked_model(model)[1][0].self_attn.v_proj.in_features  # of the decoder's first layer
