@@ -129,7 +129,7 @@ def test_commands_and_links_of_a_page_exist_and_costs_are_as_shown(page, say):
     targets = re.findall(r"(?:\]\(|src=\")(?!\w+:|#)([^)#\"\s]+)", text)
     assert targets and all(((ROOT / page).parent / target).exists() for target in targets), targets
     costs = say("costs")[1].splitlines()
-    assert all(set(block.splitlines()) <= set(costs) for block in blocks if "training FLOP" in block)
+    assert all(set(block.splitlines()) <= set(costs) for block in blocks if "values only" in block)
 
 
 def test_the_tables_of_the_pages_are_those_that_the_comparison_prints(say, monkeypatch):
