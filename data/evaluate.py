@@ -139,7 +139,8 @@ def best_move(pairs: list) -> tuple[int, int]:
     """The move (dx, dy), in whole bins and one for all, after which the most of these clicks are in their boxes."""
 
     def hits(move):
-        return sum(is_hit((x + move[0], y + move[1]), box) for (x, y), box in pairs)
+        dx, dy = move
+        return sum(is_hit((x + dx, y + dy), box) for (x, y), box in pairs)
 
     steps = range(BIN - SIZE, SIZE, BIN)
     return max(product(steps, steps), key=hits)
@@ -163,7 +164,8 @@ def offset_rule(learn: list[Given], given: list[Given]) -> float:
 def controls(cfg, model, base_given: list[Given]) -> dict:
     """Click accuracy of the base, moved by an offset for each name. Where there are switches also of the base, asked to
     click right of the name, and of the tuned model, the switches erased."""
-    base, place = load_base(cfg.base, model.device), (cfg.test_screens, model.device)
+    base = load_base(cfg.base, model.device)
+    place = cfg.test_screens, model.device
     _, learn = evaluate(base, *seen(cfg.base, cfg.domain, "validation", *place), history=cfg.history)
     found = {"offset_acc": offset_rule(learn, base_given)}
     if DOMAINS[cfg.domain].switches:
