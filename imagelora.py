@@ -89,7 +89,7 @@ class ImageLoRA(nn.Module):
     Liger) first, then attach; under a reward head, attach(model.model). `.parameters()` are A, B and gamma alone,
     float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at the rate of a LoRA of
     alpha = 2 r or up to eight times as much. Freeze gamma, or give it a tenth of that. Do not checkpoint() a whole call
-    inside disabled(): it runs again outside. After Ctrl-C call the whole model once before you run a single layer."""
+    inside disabled(): it runs again outside. After Ctrl-C call the whole model once before you run a part of it."""
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
         super().__init__()
@@ -130,19 +130,19 @@ class ImageLoRA(nn.Module):
         model = self._visual_rows.leave()
         del model.image_lora
         for name, parameter in model.named_parameters():
-            if name in self._trainable:
-                parameter.requires_grad_()
+            parameter.requires_grad_(name in self._trainable)
         return model
 
     def get_extra_state(self):
-        """Marks the heads that a state_dict is of, as tensors of other heads can have the same shapes."""
-        marks = []
-        for layer, H in enumerate(self.head_counts):
-            marks += [head in self.heads.get(layer, ()) for head in range(H)]
-        return torch.tensor(marks, device="cpu")
+        """Each head's scale, 0 if not selected: a state_dict of other heads or scales can have the same shapes."""
+        scales = torch.zeros(len(self.head_counts), max(self.head_counts), device="cpu")
+        for layer, selected in self.heads.items():
+            scales[layer, selected] = self.layers[str(layer)].scaling
+        return scales
 
-    def set_extra_state(self, selected):
-        _require(selected.cpu().bool().equal(self.get_extra_state()), OTHER_HEADS, RuntimeError)
+    def set_extra_state(self, scales):
+        own = self.get_extra_state()  # the other one may be averaged, or in 16 bits
+        _require(scales.shape == own.shape and scales.to(own).allclose(own, rtol=0.01), OTHER_HEADS, RuntimeError)
 
     def save(self, path):
         """Write the adapter in the layout of the paper's release, atomically; under FSDP2 call it on all ranks."""
@@ -304,14 +304,14 @@ class VisualRows:
             return norm(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]  # [B, T, D]
         memory = x.untyped_storage()
-        noted_rows, noted_shape = getattr(memory, "visual_rows", (None, None))
+        noted_rows, noted_shape = getattr(memory, "image_lora_note", (None, None))
         now.layer_rows = now.rows
         if now.rows is None:
             now.layer_rows = noted_rows if noted_shape == x.shape else None  # in a part of X the rows are others
         elif now.grad or torch.is_grad_enabled():  # on in the call, off in here: in a re-entrant checkpoint
             _require(x.requires_grad or torch.is_grad_enabled(), NO_GRADIENT, RuntimeError)
             _require(noted_rows is None or noted_rows.to(now.rows).equal(now.rows), REUSED, RuntimeError)
-            memory.visual_rows = now.rows, x.shape
+            memory.image_lora_note = now.rows, x.shape
         return norm(*args, **kwargs)
 
     def take_rows(self, adapter, x):
@@ -363,7 +363,7 @@ class VisualRows:
 
 
 class ThisThread(threading.local):  # its call of the model, which begin_call describes
-    idle = False  # with gradients on it is not: Ctrl-C has stopped the call, and a backward pass is running
+    idle = False  # whether it has neither rows nor a gradient to wait for
     rows = None  # [N], the visual ones of its B * T; None: no call is running
     layer_rows = None  # [N], from a layer's norm to its v_proj
 
@@ -386,7 +386,7 @@ REPLACED = "an adapted v_proj or its input_layernorm was not called: apply what 
 NO_GRADIENT = "no gradient reaches the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"
 UNTRAINED = "the adapter is frozen and B still zero, as if untrained: did get_peft_model() come after attach()?"
 DETACHED = "this Image-LoRA is detached; use the one that load() or attach() returned"
-OTHER_HEADS = "the state_dict is of an Image-LoRA in other layers or heads; attach it there"
+OTHER_HEADS = "the state_dict is of an Image-LoRA in other layers or heads, or of another scale; attach it so"
 NO_LOSS = "the loss of probe batch {} is {}: do its labels hold an answer?"
 SPLIT = "v_proj gave {} features, not {} heads of {}: are heads split over devices?"
 
@@ -435,11 +435,11 @@ def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize):
     _require(type(normalize) is bool, f"normalize must be True or False, got {normalize!r}")
     existing = dict(enumerate(map(range, head_counts)))
     heads = existing if heads is None else heads
+    _require(isinstance(heads, dict), f"heads must be {{layer: [value head, ...]}}, got {heads!r}")
     for layer, selected in heads.items():
-        whole = {type(n) for n in (layer, *selected)} == {int}
-        found = set(selected) & set(existing.get(layer, ()))
         wrong = f"layer {layer!r} of 0..{len(decoder) - 1} has no such heads, or not as integers named once: {selected}"
-        _require(whole and len(found) == len(selected), wrong)
+        listed = isinstance(selected, (list, tuple, range)) and {type(n) for n in (layer, *selected)} == {int}
+        _require(listed and len(set(selected) & set(existing.get(layer, ()))) == len(selected), wrong)
     heads = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
     _require(heads, "no head is selected; name at least one")
     return heads

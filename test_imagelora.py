@@ -239,15 +239,15 @@ def test_only_the_adapter_is_trained():
     assert own <= set(model.state_dict())
 
 
-def test_a_state_dict_loads_also_averaged_and_not_into_other_heads_or_layers():
+def test_a_state_dict_loads_also_averaged_and_not_into_other_heads_layers_or_scales():
     adapter, batch = attach_trained(model := tiny_vlm(), heads={0: [1], 2: [0, 2]}), prompt(IMAGE + AFTER)
     attach(other := tiny_vlm(), heads=adapter.heads)
     averaged = {name: 0.7 * t + 0.3 * t for name, t in model.state_dict().items()}
     for state, strict in ((averaged, True), (tiny_vlm().state_dict(), False)):  # of the base: the adapter stays
         other.load_state_dict(state, strict)
         torch.testing.assert_close(other(**batch).logits, model(**batch).logits)
-    for heads in ({0: [2], 2: [0, 2]}, {0: [1]}, {0: [1], 1: [0], 2: [0, 2]}, {0: [1], 2: [0, 1, 2]}):
-        attach(other := tiny_vlm(), heads=heads)
+    for heads in ({0: [2], 2: [0, 2]}, {0: [1]}, {0: [1], 1: [0], 2: [0, 2]}, {0: [1], 2: [0, 1, 2]}, None):
+        attach(other := tiny_vlm(), heads=heads or adapter.heads, normalize=heads is not None)
         for each, state in ((other, model.state_dict()), (other.image_lora, adapter.state_dict())):
             with pytest.raises(RuntimeError, match="in other layers or heads|size mismatch for .*layers.2.B"):
                 each.load_state_dict(state, strict=False)
@@ -671,9 +671,9 @@ def test_what_others_wrap_around_a_forward_stays_theirs_after_detach():
 REFUSED = [
     *((partial(attach, r=r), r"r must be an integer in 1\.\.24, got") for r in (0, 25, True, 2.0, "2", None)),
     *((partial(attach, lora_alpha=a), "lora_alpha must be") for a in (0, -1, math.nan, math.inf, 10**400, True, "1")),
-    *((partial(attach, heads=heads), "no head is selected") for heads in ({}, {0: []})),
+    *((partial(attach, heads=heads), "no head is selected|heads must be {layer:") for heads in ({}, {0: []}, [1])),
     *((partial(attach, heads={k: [0]}), f"layer {k!r} of 0..2 has no such heads") for k in (3, -1, "0", True)),
-    *((partial(attach, heads={0: heads}), "layer 0 of 0..2") for heads in ([3], [-1], [True], ["0"], [1, 1])),
+    *((partial(attach, heads={0: heads}), "layer 0 of 0..2") for heads in ([3], [-1], [True], [[1]], [1, 1], 3)),
     *((lambda m, k=k: select_heads(torch.ones(2, 2), k), r"in 1\.\.4, got") for k in (0, 5, True, 2.0, None)),
     *((lambda m, t=t: select_heads(torch.ones(2, 2), 2, t), "tau must be") for t in (-1, math.nan, 1e10, True, "1")),
     *((lambda m, s=s: select_heads(torch.tensor([s]), 1), "scores must be") for s in (1.0, [-1.0], [math.inf])),

@@ -211,8 +211,8 @@ def report_costs(result: dict) -> None:
     parameters, of_lora = result["trainable_parameters"], result["lora_trainable_parameters"]
     flops, lora, step = (result[f"{name}_flops_per_screen"] for name in ("adapter", "lora", "step"))
     counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
-    small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA)"
-    print(f"{small} · adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora:.0%} of LoRA), {counted}")
+    small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA's, rank 8)"
+    print(f"{small} · adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora:.0%} of LoRA's), {counted}")
     print(f"         {flops / step:.1%} of the decoder's training step, {step / 1e6:.0f} MFLOP per screen")
 
 
