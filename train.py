@@ -32,7 +32,7 @@ from data.evaluate import Given, controls, few_answers, hit_rate, measure, score
 from data.prompts import available, batch_of, load_base, training_data
 from tiny_vlm import TinyVLM
 
-RATES = {"image_lora": 0.02, "lora": 0.005, "none": 0.0}  # best on switch screens: half of the heads; q, k, v, o
+RATES = {"image_lora": 0.04, "lora": 0.005, "none": 0.0}  # best on switch screens: half of the heads; q, k, v, o
 
 
 @dataclass(frozen=True)

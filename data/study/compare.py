@@ -1,16 +1,16 @@
 """The comparison: tables whose cells are fine-tuning runs, each on three bases.
 
-    python -m data.study.compare --quick             the first table alone: the shipped base, train.py's rates
+    python -m data.study.compare --quick             the first table alone: the shipped base, no search for rates
     python -m data.study.compare                     all tables; bases of seeds 2 and 3, and twins, are made first
     python -m data.study.compare --out data/study    the same of the runs in data/study/compare.json, at once
 
-A cell is what its line's settings and its column's say: fields of `train.Config`, and two more, `bases` and `draws`.
-A new line of a table is a new entry of METHODS, CHOICES or OPTIONS; TABLES says which lines meet which columns.
-One replicate is one base and one seed: base i is fine-tuned with seed i, further draws have seeds 10 + i and 20 + i.
-Learning rates are chosen on validation screens, the tables are of test screens. What is in compare.json is not run
-again.
+A cell is a method and what is changed of it: fields of `train.Config`, and `bases`. One replicate is one base and one
+seed: base i is fine-tuned with seed i. Learning rates are chosen on validation screens, the tables are of test screens.
+A run is known by its Config, which names the device, and by a fingerprint of its base; what is in compare.json is not
+run again.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 import train
-from data import Settings, command, option, progress
+from data import DEVICES, Settings, command, option, progress
 from data.evaluate import evaluate
-from data.prompts import seen
+from data.prompts import ROOT, available, seen
 from data.study import BASES, TWINS
 from data.study.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
@@ -33,92 +33,81 @@ from imagelora import safe_write
 LORA, VISUAL = "LoRA (q, k, v, o), all tokens", "LoRA (q, k, v, o), visual tokens"
 SMALL = f"{VISUAL}, rank 2"
 ALL, HALF = "Image-LoRA, all heads", "Image-LoRA, half of the heads"
-FROZEN, VALUES = "frozen", "LoRA (v), visual tokens"
-METHODS = {
+FROZEN = "frozen"
+METHODS = {  # lr: where the search for a rate starts
     FROZEN: {"method": "none", "lr": 0.0},
-    LORA: {"method": "lora", "draws": 3},
-    VISUAL: {"method": "lora", "tokens": "visual"},
-    SMALL: {"method": "lora", "tokens": "visual", "r": 2, "draws": 3},
-    VALUES: {"method": "lora", "tokens": "visual", "projections": "v"},
-    ALL: {"heads": "all", "draws": 3},
-    HALF: {"draws": 3},
+    LORA: {"method": "lora", "lr": 0.005},
+    VISUAL: {"method": "lora", "tokens": "visual", "lr": 0.005},
+    SMALL: {"method": "lora", "tokens": "visual", "r": 2, "lr": 0.02},
+    ALL: {"heads": "all", "lr": 0.02},
+    HALF: {"lr": 0.02},
 }
-CHOICES = {name: {"heads": name, "draws": 3} for name in ("top", "gate", "matched", "random")}
-OPTIONS = {
-    "r = 8, τ = 0, γ at a tenth of A's rate": {},
-    "r = 4": {"r": 4},
-    "r = 16": {"r": 16},
-    "τ = 0.5": {"tau": 0.5},
-    "γ at A's rate": {"gamma_lr": 1.0},
-    "γ stays 1": {"gamma_lr": 0.0},
-}
-EACH = {name: METHODS[name] for name in METHODS if name != VALUES}
-DARK = {name: METHODS[name] for name in EACH if name != VISUAL}
-FEW = {name: METHODS[name] for name in (FROZEN, LORA, HALF)}
+SEARCHED = ("bases", "domain", "task")  # a change of these has a search of its own for the learning rate
+EACH = {method: (method, {}) for method in METHODS}  # a line a method, nothing changed
+FEW = {method: EACH[method] for method in (LORA, ALL, HALF)}
+CHOICES = {choice: (HALF, {"heads": choice}) for choice in ("top", "gate", "matched", "random")}
 CLICKS, AFTER = "correct clicks %", "text after an image %"
-KEPT = {"text alone %": {}, AFTER: {}, "source clicks %": {}, "parameters": {}, "kFLOP": {}, "rate": {}}
-TABLES = {  # title -> (its lines, its columns); where both set a field, the column does
-    "switch screens": (METHODS, {CLICKS: {}} | KEPT),
-    "bases without the skill": (EACH, {CLICKS: {"bases": TWINS, "draws": 1}}),
-    "dark screens": (DARK, {CLICKS: {"domain": "dark", "draws": 1}}),
-    "after nine word problems": (FEW, {CLICKS: {"history": 9, "draws": 1}}),
-    "choice of heads": (CHOICES, {"4 of 24 %": {"num_heads": 4}, "8 of 24 %": {"num_heads": 8}}),
-    "half of the heads": (OPTIONS, {CLICKS: {}}),
+KEPT = {"text alone %": {}, AFTER: {}}
+FIRST = {CLICKS: {}, "without the skill %": {"bases": TWINS}} | KEPT | {"parameters": {}, "kFLOP": {}, "rate": {}}
+TABLES = {  # title -> (its lines, its columns); where both change a field, the column does
+    "switch screens": (EACH, FIRST),
+    "one of eight sequences replays": (FEW, {name: {"replay": 1} for name in (CLICKS, *KEPT)}),
+    "choice of heads": (CHOICES, {"4 of 24 %": {"num_heads": 4}}),
 }
 
 
 @dataclass(frozen=True)
 class CompareConfig(Settings):
-    quick: bool = option(False, "the first table alone, on the shipped base, at train.py's rates")
+    quick: bool = option(False, "the first table alone, on the shipped base, no search for rates")
     workers: int = option(2, "processes, of one thread each", least=1)
+    device: str = option("cpu", "where to compute", DEVICES)
     out: str = option("runs/compare", "directory of compare.json; the runs found there are kept")
 
 
-def cells() -> dict[tuple[str, str, str], dict]:
-    """(table, line, column) -> settings."""
+Cell = tuple[str, tuple]  # a method's name, what is changed of it as sorted pairs
+
+
+def cells() -> dict[tuple[str, str, str], Cell]:
+    """(table, line, column) -> cell."""
     found = {}
     for table, (lines, columns) in TABLES.items():
-        for line, column in product(lines, columns):
-            found[table, line, column] = lines[line] | columns[column]
+        for (line, (method, changes)), (column, more) in product(lines.items(), columns.items()):
+            found[table, line, column] = method, tuple(sorted((changes | more).items()))
     return found
 
 
-def configs(settings: dict, lr: float | None) -> list[list[train.Config]]:
-    """The runs of a cell, at this rate if its settings name none (None: at train.py's): for each base its draws."""
-    own = {"lr": lr or train.RATES[settings.get("method", "image_lora")]} | settings
-    bases, draws = own.pop("bases", BASES), own.pop("draws", 1)
-    runs = []
-    for i, base in enumerate(bases, 1):
-        runs.append([train.Config(**own, base=base, seed=10 * draw + i) for draw in range(draws)])
-    return runs
+def configs(cell: Cell, lr: float, device: str) -> list[train.Config]:
+    """The runs of a cell at this rate, one on each base."""
+    method, changes = cell
+    settings = METHODS[method] | dict(changes) | {"lr": lr, "device": device}
+    bases = settings.pop("bases", BASES)
+    return [train.Config(**settings, base=base, seed=seed) for seed, base in enumerate(bases, 1)]
 
 
 # ---- Learning rates --------------------------------------------------------------------------------------------------
 
 
-def search_of(settings: dict) -> tuple:
-    """The settings that a learning rate is chosen for; what differs in others takes the same."""
-    names = ("method", "tokens", "projections", "r", "domain", "bases")
-    searched = {name: settings[name] for name in names if name in settings}
-    if settings.get("heads") == "all":
-        searched["heads"] = "all"
-    return tuple(searched.items())
+def search_of(cell: Cell) -> Cell:
+    """The cell that a learning rate is chosen for; cells that differ in other changes take the same."""
+    method, changes = cell
+    return method, tuple((name, value) for name, value in changes if name in SEARCHED)
 
 
-def choose_rates(searches: list[tuple], finish: Callable) -> dict[tuple, float]:
-    """The rate of each search that is best in the mean over its bases, of equals the lower.
+def choose_rates(searches: dict[Cell, float], finish: Callable) -> tuple[dict[Cell, float], dict[tuple, list]]:
+    """(The rate of each search that is best in the mean over its bases, of equals the lower; the rows of all tried).
 
-    The grid is 0.02 times powers of two, and both neighbours of the best are tried. finish(cells) gives their rows."""
-    scores = {search: {} for search in searches}
-    untried = [(search, lr) for search in searches for lr in (0.02, 0.04)]
+    searches: where each starts. It goes on by factors of two until both neighbours of the best were tried.
+    finish([(cell, rate), ...]) gives the rows of each."""
+    tried, best = {}, {}
+    untried = [(search, lr) for search, start in searches.items() for lr in (start, start / 2, 2 * start)]
     while untried:
-        cells = finish([configs(dict(search), lr) for search, lr in untried])
-        for (search, lr), rows in zip(untried, cells):
-            scores[search][lr] = mean(rows, "validation_acc")
-        best = {search: max(sorted(tried), key=tried.get) for search, tried in scores.items()}
-        near = [(search, lr) for search in searches for lr in (best[search] / 2, best[search] * 2)]
-        untried = [(search, lr) for search, lr in near if lr not in scores[search] and 0.001 < lr < 1]
-    return best
+        tried |= zip(untried, finish(untried))
+        for search in searches:
+            scores = {lr: mean(rows, "validation_acc") for (of, lr), rows in tried.items() if of == search}
+            best[search] = max(sorted(scores), key=scores.get)
+        near = [(search, lr) for search in searches for lr in (best[search] / 2, 2 * best[search])]
+        untried = [at for at in near if at not in tried and 0.001 < at[1] < 1]
+    return best, tried
 
 
 # ---- Bases and runs --------------------------------------------------------------------------------------------------
@@ -143,68 +132,98 @@ def make_bases(pool) -> None:
 
 
 def run(cfg: train.Config) -> dict:
-    """`train.run`, and what the tuned model gets right on validation screens."""
+    """`train.run`, what the tuned model gets right on validation screens, and the fingerprint of its base."""
     done = train.finetune(cfg, say=lambda line: None)
     validation = seen(cfg.base, cfg.domain, "validation", cfg.test_screens, done.model.device)
     metrics, _ = evaluate(done.model, *validation, cfg.task, cfg.history)
-    return done.result | {"validation_acc": metrics["action_acc" if cfg.task == "grounding" else "name_acc"]}
+    accuracy = metrics["action_acc" if cfg.task == "grounding" else "name_acc"]
+    return done.result | {"validation_acc": accuracy, "base_fingerprint": fingerprint(cfg.base)}
+
+
+def fingerprint(base: str) -> str:
+    """Twelve digits that another file has not; "" where there is no such file."""
+    for path in (Path(base), ROOT / base):
+        if path.exists():
+            return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return ""
 
 
 class Rows:
-    """The rows of compare.json, by their settings."""
+    """The rows of compare.json, by their Config and the fingerprint of their base."""
 
     def __init__(self, path: Path):
-        self.path, names = path, [f.name for f in fields(train.Config) if f.name != "device"]
+        self.path, self.known, self.last = path, {}, {}  # last: base -> the fingerprint of its last row
+        names = [f.name for f in fields(train.Config)]
         try:
-            rows = json.loads(path.read_text()) if path.exists() else []
-            told = [{name: row[name] for name in names} for row in rows]
+            for row in json.loads(path.read_text()) if path.exists() else []:
+                cfg = train.Config(**{name: row[name] for name in names})
+                self.known[cfg, row["base_fingerprint"]] = row
+                self.last[cfg.base] = row["base_fingerprint"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
-        self.known = {train.Config(**settings): row for settings, row in zip(told, rows)}
+
+    def keys(self, configs: list) -> list[tuple]:
+        """Where a base is not on this machine, the rows of the last one of its name count."""
+        bases = {cfg.base for cfg in configs}
+        prints = {base: fingerprint(base) or self.last.get(base) for base in bases}
+        return [(cfg, prints[cfg.base]) for cfg in configs]
 
     def finish(self, cells: list, pool, name: str) -> list:
         """Of each cell the rows of its `configs`. What is missing is run, on bases that may first have to be made, and
         written at once."""
-        wanted = dict.fromkeys(cfg for bases in cells for draws in bases for cfg in draws)
-        missing = [cfg for cfg in wanted if cfg not in self.known]
-        if any(cfg.base != BASES[0] for cfg in missing):
+        wanted = [cfg for cell in cells for cfg in cell]
+        missing = dict.fromkeys(cfg for cfg, base in self.keys(wanted) if (cfg, base) not in self.known)
+        if not all(fingerprint(base) for base in {cfg.base for cfg in missing}):
             make_bases(pool)
         for cfg, row in zip(missing, progress(pool.imap(run, missing), name, len(missing), quiet=not missing)):
-            self.known[cfg] = row
+            self.known[cfg, row["base_fingerprint"]] = row
             lines = ",\n".join(map(json.dumps, self.known.values()))
             safe_write(f"[\n{lines}\n]\n".encode(), self.path)
-        return [[[self.known[cfg] for cfg in draws] for draws in bases] for bases in cells]
+        rows = {cfg: self.known[cfg, base] for cfg, base in self.keys(wanted)}
+        return [[rows[cfg] for cfg in cell] for cell in cells]
 
 
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables."""
-    path = Path(cfg.out) / "compare.json"
+    path, device = Path(cfg.out) / "compare.json", available(cfg.device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done, wanted, rates = Rows(path), cells(), {}
+    done, wanted, tried = Rows(path), cells(), {}
     if cfg.quick:
-        first = next(iter(TABLES))
-        wanted = {place: of | {"bases": BASES[:1], "draws": 1} for place, of in wanted.items() if place[0] == first}
+        wanted = {place: cell for place, cell in wanted.items() if place[0] == "switch screens" and not cell[1]}
     with get_context("spawn").Pool(cfg.workers, torch.set_num_threads, (1,)) as pool:
+
+        def finish(at: list[tuple[Cell, float]], name="rates") -> list:
+            bases = 1 if cfg.quick else len(BASES)
+            return done.finish([configs(*cell_and_rate, device)[:bases] for cell_and_rate in at], pool, name)
+
+        rates = {search_of(cell): METHODS[cell[0]]["lr"] for cell in wanted.values()}
         if not cfg.quick:
-            searches = dict.fromkeys(search_of(of) for of in wanted.values() if "lr" not in of)
-            rates = choose_rates([*searches], lambda cells: done.finish(cells, pool, "rates"))
-        runs = [configs(of, rates.get(search_of(of))) for of in wanted.values()]
-        rows = dict(zip(wanted, done.finish(runs, pool, "runs")))
-    print("\n" + "\n\n".join(tables(rows)) + f"\n\nruns     {path}")
+            plain = {search: start for search, start in rates.items() if not search[1] and start}
+            best, tried = choose_rates(plain, finish)
+            rates |= best
+            changed = {search: rates[search[0], ()] for search in rates if search[1] and rates[search]}
+            rates |= choose_rates(changed, finish)[0]
+        rows = finish([(cell, rates[search_of(cell)]) for cell in wanted.values()], "runs")
+    found = dict(zip(wanted, rows))
+    for (method, _), lr in sorted(tried, key=lambda at: ([*METHODS].index(at[0][0]), at[1])):
+        found["all rates tried", f"{method}, {lr:g}", CLICKS] = tried[(method, ()), lr]
+        for column in KEPT:
+            found["all rates tried", f"{method}, {lr:g}", column] = tried[(method, ()), lr]
+    print("\n" + "\n\n".join(tables(found)) + f"\n\nruns     {path}")
 
 
 # ---- Tables: each is a function of the rows --------------------------------------------------------------------------
 
 
-def mean(rows: list[list[dict]], field: str) -> float:
-    return np.mean([row[field] for draws in rows for row in draws])
+def mean(rows: list[dict], field: str) -> float:
+    return np.mean([row[field] for row in rows])
 
 
-def percent(rows: list[list[dict]], field="") -> str:
+def percent(rows: list[dict], field="") -> str:
     """An accuracy in %, by default the task's: its mean over bases ± standard deviation, or each base's in brackets
-    where they are over 3 points apart. rows: for each base its draws."""
-    field = field or ("name_acc" if "name_acc" in rows[0][0] else "action_acc")
-    values = [100 * mean([draws], field) for draws in rows]
+    where they are over 3 points apart."""
+    field = field or ("name_acc" if "name_acc" in rows[0] else "action_acc")
+    values = [100 * row[field] for row in rows]
     text = f"{np.mean(values):.1f}".removesuffix(".0")
     if max(values) == min(values):
         return text
@@ -216,15 +235,14 @@ def percent(rows: list[list[dict]], field="") -> str:
 MEASURES = {  # of columns that are no accuracy of the task
     "text alone %": lambda rows: percent(rows, "word_problem_acc"),
     AFTER: lambda rows: percent(rows, "word_problem_after_image_acc"),
-    "source clicks %": lambda rows: percent(rows, "source_acc"),
     "parameters": lambda rows: f"{mean(rows, 'trainable_parameters'):,.0f}",
     "kFLOP": lambda rows: f"{mean(rows, 'adapter_flops_per_screen') / 1e3:,.0f}",
-    "rate": lambda rows: f"{mean(rows, 'lr'):g}",
+    "rate": lambda rows: f"{rows[0]['lr']:g}",
 }
 
 
-def tables(rows: dict[tuple, list]) -> list[str]:
-    """Markdown; rows: (table, line, column) -> for each base its draws."""
+def tables(rows: dict[tuple, list[dict]]) -> list[str]:
+    """Markdown; rows: (table, line, column) -> one for each base."""
     found, columns = {}, {}
     for (table, line, column), of_bases in rows.items():
         measure = MEASURES.get(column, percent)
