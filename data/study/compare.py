@@ -79,7 +79,8 @@ def cells() -> dict[tuple[str, str, str], Cell]:
 def configs(cell: Cell, lr: float, device: str) -> list[train.Config]:
     """The runs of a cell at this rate, one on each base."""
     method, changes = cell
-    settings = METHODS[method] | dict(changes) | {"lr": lr, "device": device}
+    settings = METHODS[method] | dict(changes)
+    settings |= {"lr": lr, "device": device}
     bases = settings.pop("bases", BASES)
     return [train.Config(**settings, base=base, seed=seed) for seed, base in enumerate(bases, 1)]
 
@@ -99,13 +100,17 @@ def choose_rates(searches: dict[Cell, float], finish: Callable) -> tuple[dict[Ce
     searches: where each starts. It goes on by factors of two until both neighbours of the best were tried.
     finish([(cell, rate), ...]) gives the rows of each."""
     tried, best = {}, {}
-    untried = [(search, lr) for search, start in searches.items() for lr in (start, start / 2, 2 * start)]
+    untried = []
+    for search, start in searches.items():
+        untried += [(search, start), (search, start / 2), (search, 2 * start)]
     while untried:
         tried |= zip(untried, finish(untried))
         for search in searches:
             scores = {lr: mean(rows, "validation_acc") for (of, lr), rows in tried.items() if of == search}
             best[search] = max(sorted(scores), key=scores.get)
-        near = [(search, lr) for search in searches for lr in (best[search] / 2, 2 * best[search])]
+        near = []
+        for search, lr in best.items():
+            near += [(search, lr / 2), (search, 2 * lr)]
         untried = [at for at in near if at not in tried and 0.001 < at[1] < 1]
     return best, tried
 
@@ -206,8 +211,7 @@ def compare(cfg: CompareConfig) -> None:
         rows = finish([(cell, rates[search_of(cell)]) for cell in wanted.values()], "runs")
     found = dict(zip(wanted, rows))
     for (method, _), lr in sorted(tried, key=lambda at: ([*METHODS].index(at[0][0]), at[1])):
-        found["all rates tried", f"{method}, {lr:g}", CLICKS] = tried[(method, ()), lr]
-        for column in KEPT:
+        for column in (CLICKS, *KEPT):
             found["all rates tried", f"{method}, {lr:g}", column] = tried[(method, ()), lr]
     print("\n" + "\n\n".join(tables(found)) + f"\n\nruns     {path}")
 
