@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch what the paper says happen.
 
-python train.py                  before, probe, select, train, after, cost: half a minute on two CPU cores
+python train.py                  before, probe, select, train, after, cost: under a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 python -m data.walk              a guided walk: one question through every step, tensor by tensor
