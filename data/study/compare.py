@@ -190,7 +190,8 @@ class Rows:
 
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables."""
-    path, device = Path(cfg.out) / "compare.json", available(cfg.device)
+    device = available(cfg.device)
+    path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     done, wanted, tried = Rows(path), cells(), {}
     if cfg.quick:
@@ -254,8 +255,10 @@ def tables(rows: dict[tuple, list[dict]]) -> list[str]:
         columns.setdefault(table, {})[column] = None
     markdown = []
     for table, lines in found.items():
-        body = [[f"**{table}**", *columns[table]], ["---"] * (len(columns[table]) + 1)]
-        body += [[line, *texts] for line, texts in lines.items()]
+        header = [f"**{table}**", *columns[table]]
+        body = [header, ["---"] * len(header)]
+        for line, texts in lines.items():
+            body.append([line, *texts])
         markdown.append("\n".join(f"|{'|'.join(texts)}|" for texts in body))
     return markdown
 

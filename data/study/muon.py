@@ -14,8 +14,10 @@ class MuonAndAdamW:
         self.steps = steps
         self.matrices, self.others = [], []
         for name, p in named:
-            matrix = p.ndim > 1 and name.endswith("weight") and "embed_tokens" not in name
-            (self.matrices if matrix else self.others).append(p)
+            if p.ndim > 1 and name.endswith("weight") and "embed_tokens" not in name:
+                self.matrices.append(p)
+            else:
+                self.others.append(p)
         self.momenta = [torch.zeros_like(p).flatten(1) for p in self.matrices]  # a convolution is a matrix, too
         self.adamw = torch.optim.AdamW(self.others, betas=(0.9, 0.98), weight_decay=0.0)
 
