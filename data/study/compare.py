@@ -1,13 +1,12 @@
 """The comparison: tables whose cells are fine-tuning runs, each on three bases.
 
-    python -m data.study.compare --quick             the first table alone: the shipped base, no search for rates
     python -m data.study.compare                     all tables; bases of seeds 2 and 3, and twins, are made first
     python -m data.study.compare --out data/study    the same of the runs in data/study/compare.json, at once
 
-A cell is a method and what is changed of it: fields of `train.Config`, and `bases`. One replicate is one base and one
-seed: base i is fine-tuned with seed i. Learning rates are chosen on validation screens, the tables are of test screens.
-A run is known by its Config, which names the device, and by a fingerprint of its base; what is in compare.json is not
-run again.
+A cell is a method and what is changed of it: fields of `train.Config`, and two more, `bases` and `draws`. One replicate
+is one base and one seed: base i is fine-tuned with seed i; further draws have seeds 10 + i and 20 + i. Learning rates
+are chosen on validation screens, the tables are of test screens. A run is known by its Config, which names the device,
+and by a fingerprint of its base; what is in compare.json is not run again.
 """
 
 import hashlib
@@ -32,33 +31,47 @@ from imagelora import safe_write
 
 LORA, VISUAL = "LoRA (q, k, v, o), all tokens", "LoRA (q, k, v, o), visual tokens"
 SMALL = f"{VISUAL}, rank 2"
-ALL, HALF = "Image-LoRA, all heads", "Image-LoRA, half of the heads"
-FROZEN = "frozen"
-METHODS = {  # lr: where the search for a rate starts
-    FROZEN: {"method": "none", "lr": 0.0},
-    LORA: {"method": "lora", "lr": 0.005},
-    VISUAL: {"method": "lora", "tokens": "visual", "lr": 0.005},
-    SMALL: {"method": "lora", "tokens": "visual", "r": 2, "lr": 0.02},
-    ALL: {"heads": "all", "lr": 0.02},
-    HALF: {"lr": 0.02},
+ALL, HALF, FROZEN = "Image-LoRA, all heads", "Image-LoRA, half of the heads", "frozen"
+METHODS = {
+    FROZEN: {"method": "none"},
+    LORA: {"method": "lora"},
+    VISUAL: {"method": "lora", "tokens": "visual"},
+    SMALL: {"method": "lora", "tokens": "visual", "r": 2},
+    ALL: {"heads": "all"},
+    HALF: {},
 }
-SEARCHED = ("bases", "domain", "task")  # a change of these has a search of its own for the learning rate
+GRID = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
+SEARCHED = ("bases", "domain", "task", "r")  # a change of these has a search of its own for the learning rate
 EACH = {method: (method, {}) for method in METHODS}  # a line a method, nothing changed
-FEW = {method: EACH[method] for method in (LORA, ALL, HALF)}
-CHOICES = {choice: (HALF, {"heads": choice}) for choice in ("top", "gate", "matched", "random")}
-CLICKS, AFTER = "correct clicks %", "text after an image %"
-KEPT = {"text alone %": {}, AFTER: {}}
-FIRST = {CLICKS: {}, "without the skill %": {"bases": TWINS}} | KEPT | {"parameters": {}, "kFLOP": {}, "rate": {}}
+TUNED = {method: EACH[method] for method in METHODS if method != FROZEN}
+FEW = {method: EACH[method] for method in (FROZEN, LORA, ALL, HALF)}
+CHOICES = {choice: (HALF, {"heads": choice, "draws": 3}) for choice in ("top", "gate", "matched", "random")}
+OPTIONS = {
+    "r = 8, τ = 0, γ at a tenth of A's rate": (HALF, {}),
+    "r = 4": (HALF, {"r": 4}),
+    "r = 16": (HALF, {"r": 16}),
+    "τ = 0.5": (HALF, {"tau": 0.5}),
+    "γ at A's rate": (HALF, {"gamma_lr": 1.0}),
+    "γ stays 1": (HALF, {"gamma_lr": 0.0}),
+}
+CLICKS, ALONE, AFTER = "correct clicks %", "text alone %", "text after an image %"
+SOURCE, KFLOP, RATE = "source clicks %", "kFLOP", "rate"
+ALL_KEPT = (CLICKS, ALONE, AFTER, SOURCE, RATE)
+FIRST = {CLICKS: {}, "without the skill %": {"bases": TWINS}, ALONE: {}, AFTER: {}, "parameters": {}, KFLOP: {}}
 TABLES = {  # title -> (its lines, its columns); where both change a field, the column does
-    "switch screens": (EACH, FIRST),
-    "one of eight sequences replays": (FEW, {name: {"replay": 1} for name in (CLICKS, *KEPT)}),
-    "choice of heads": (CHOICES, {"4 of 24 %": {"num_heads": 4}}),
+    "switch screens": (EACH, FIRST | {SOURCE: {}, RATE: {}}),
+    "without the skill": (EACH, dict.fromkeys(ALL_KEPT, {"bases": TWINS})),
+    "one of eight sequences replays": (TUNED, dict.fromkeys(ALL_KEPT, {"replay": 1})),
+    "dark screens": (EACH, dict.fromkeys((CLICKS, RATE), {"domain": "dark"})),
+    "referring": (EACH, dict.fromkeys(("correct names %", RATE), {"task": "referring"})),
+    "after nine word problems": (FEW, dict.fromkeys((CLICKS, KFLOP), {"history": 9})),
+    "choice of heads": (CHOICES, {"4 of 24 %": {"num_heads": 4}, "8 of 24 %": {"num_heads": 8}}),
+    "half of the heads": (OPTIONS, {CLICKS: {}, RATE: {}}),
 }
 
 
 @dataclass(frozen=True)
 class CompareConfig(Settings):
-    quick: bool = option(False, "the first table alone, on the shipped base, no search for rates")
     workers: int = option(2, "processes, of one thread each", least=1)
     device: str = option("cpu", "where to compute", DEVICES)
     out: str = option("runs/compare", "directory of compare.json; the runs found there are kept")
@@ -67,7 +80,7 @@ class CompareConfig(Settings):
 Cell = tuple[str, tuple]  # a method's name, what is changed of it as sorted pairs
 
 
-def cells() -> dict[tuple[str, str, str], Cell]:
+def cells() -> dict[tuple, Cell]:
     """(table, line, column) -> cell."""
     found = {}
     for table, (lines, columns) in TABLES.items():
@@ -77,12 +90,12 @@ def cells() -> dict[tuple[str, str, str], Cell]:
 
 
 def configs(cell: Cell, lr: float, device: str) -> list[train.Config]:
-    """The runs of a cell at this rate, one on each base."""
+    """The runs of a cell at this rate, draw by draw, each on all bases."""
     method, changes = cell
-    settings = METHODS[method] | dict(changes)
-    settings |= {"lr": lr, "device": device}
-    bases = settings.pop("bases", BASES)
-    return [train.Config(**settings, base=base, seed=seed) for seed, base in enumerate(bases, 1)]
+    settings = {"lr": lr, "device": device} | METHODS[method] | dict(changes)
+    bases, draws = settings.pop("bases", BASES), settings.pop("draws", 1)
+    places = product(range(draws), enumerate(bases, 1))
+    return [train.Config(**settings, base=base, seed=10 * draw + i) for draw, (i, base) in places]
 
 
 # ---- Learning rates --------------------------------------------------------------------------------------------------
@@ -94,33 +107,26 @@ def search_of(cell: Cell) -> Cell:
     return method, tuple((name, value) for name, value in changes if name in SEARCHED)
 
 
-def choose_rates(searches: dict[Cell, float], finish: Callable) -> tuple[dict[Cell, float], dict[tuple, list]]:
-    """(The rate of each search that is best in the mean over its bases, of equals the lower; the rows of all tried).
+def choose_rates(searches: dict, finish: Callable) -> tuple[dict, dict]:
+    """(search -> its best rate in the mean over bases, of equals the lower; (search, rate) -> the rows of all tried).
 
-    searches: where each starts. It goes on by factors of two until both neighbours of the best were tried.
+    For a method with nothing changed the whole grid is tried, elsewhere that one's rate and both neighbours.
     finish([(cell, rate), ...]) gives the rows of each."""
-    tried, best = {}, {}
-    untried = []
-    for search, start in searches.items():
-        untried += [(search, start), (search, start / 2), (search, 2 * start)]
-    while untried:
-        tried |= zip(untried, finish(untried))
-        for search in searches:
+    best, tried = {}, {}
+    for whole in (True, False):
+        some = [search for search in searches if whole == (not search[1])]
+        at = []
+        for search in some:
+            own = best.get((search[0], ()))
+            at += [(search, lr) for lr in (GRID if whole else (own / 2, own, 2 * own))]
+        tried |= zip(at, finish(at))
+        for search in some:
             scores = {lr: mean(rows, "validation_acc") for (of, lr), rows in tried.items() if of == search}
             best[search] = max(sorted(scores), key=scores.get)
-        near = []
-        for search, lr in best.items():
-            near += [(search, lr / 2), (search, 2 * lr)]
-        untried = [at for at in near if at not in tried and 0.001 < at[1] < 1]
     return best, tried
 
 
 # ---- Bases and runs --------------------------------------------------------------------------------------------------
-
-
-def make_base(cfg: PretrainConfig) -> None:
-    if not Path(cfg.out).with_suffix(".json").exists():
-        pretrain(cfg)
 
 
 def make_bases(pool) -> None:
@@ -129,11 +135,10 @@ def make_bases(pool) -> None:
     whole = [PretrainConfig(seed=seed, out=f"runs/bases/{seed}.pt") for seed in (1, 2, 3)]
     twins = []  # the shipped base is made, too, for what it was before its last stage
     for base, twin in zip(whole, TWINS):
-        grounded = str(Path(base.out).with_suffix(".grounded.pt"))
-        twins.append(replace(base, unskilled=True, start=grounded, out=twin))
+        twins.append(replace(base, unskilled=True, start=base.out.replace(".pt", ".grounded.pt"), out=twin))
     for made in (whole, twins):
-        for _ in progress(pool.imap(make_base, made), "bases", len(made)):
-            pass
+        missing = [cfg for cfg in made if not Path(cfg.out).with_suffix(".json").exists()]
+        list(progress(pool.imap(pretrain, missing), "bases", len(missing)))
 
 
 def run(cfg: train.Config) -> dict:
@@ -153,15 +158,15 @@ def fingerprint(base: str) -> str:
     return ""
 
 
-class Rows:
-    """The rows of compare.json, by their Config and the fingerprint of their base."""
+class Runs:
+    """What was run: the rows of compare.json, by their Config and the fingerprint of their base."""
 
-    def __init__(self, path: Path):
-        self.path, self.known, self.last = path, {}, {}  # last: base -> the fingerprint of its last row
-        names = [f.name for f in fields(train.Config)]
+    def __init__(self, path: Path, pool, device: str):
+        self.path, self.pool, self.device = path, pool, device
+        self.known, self.last = {}, {}  # last: base -> the fingerprint of its last row
         try:
             for row in json.loads(path.read_text()) if path.exists() else []:
-                cfg = train.Config(**{name: row[name] for name in names})
+                cfg = train.Config(**{f.name: row[f.name] for f in fields(train.Config)})
                 self.known[cfg, row["base_fingerprint"]] = row
                 self.last[cfg.base] = row["base_fingerprint"]
         except (ValueError, KeyError, TypeError):
@@ -173,14 +178,15 @@ class Rows:
         prints = {base: fingerprint(base) or self.last.get(base) for base in bases}
         return [(cfg, prints[cfg.base]) for cfg in configs]
 
-    def finish(self, cells: list, pool, name: str) -> list:
-        """Of each cell the rows of its `configs`. What is missing is run, on bases that may first have to be made, and
-        written at once."""
+    def finish(self, at: list[tuple[Cell, float]]) -> list[list[dict]]:
+        """Of each (cell, rate) the rows. What is missing is run, on bases that may first have to be made, and written
+        at once."""
+        cells = [configs(cell, lr, self.device) for cell, lr in at]
         wanted = [cfg for cell in cells for cfg in cell]
         missing = dict.fromkeys(cfg for cfg, base in self.keys(wanted) if (cfg, base) not in self.known)
         if not all(fingerprint(base) for base in {cfg.base for cfg in missing}):
-            make_bases(pool)
-        for cfg, row in zip(missing, progress(pool.imap(run, missing), name, len(missing), quiet=not missing)):
+            make_bases(self.pool)
+        for cfg, row in zip(missing, progress(self.pool.imap(run, missing), "runs", len(missing), quiet=not missing)):
             self.known[cfg, row["base_fingerprint"]] = row
             lines = ",\n".join(map(json.dumps, self.known.values()))
             safe_write(f"[\n{lines}\n]\n".encode(), self.path)
@@ -190,31 +196,16 @@ class Rows:
 
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables."""
-    device = available(cfg.device)
-    path = Path(cfg.out) / "compare.json"
+    path, device = Path(cfg.out) / "compare.json", available(cfg.device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done, wanted, tried = Rows(path), cells(), {}
-    if cfg.quick:
-        wanted = {place: cell for place, cell in wanted.items() if place[0] == "switch screens" and not cell[1]}
+    wanted = cells()
     with get_context("spawn").Pool(cfg.workers, torch.set_num_threads, (1,)) as pool:
-
-        def finish(at: list[tuple[Cell, float]], name="rates") -> list:
-            bases = 1 if cfg.quick else len(BASES)
-            return done.finish([configs(*cell_and_rate, device)[:bases] for cell_and_rate in at], pool, name)
-
-        rates = {search_of(cell): METHODS[cell[0]]["lr"] for cell in wanted.values()}
-        if not cfg.quick:
-            plain = {search: start for search, start in rates.items() if not search[1] and start}
-            best, tried = choose_rates(plain, finish)
-            rates |= best
-            changed = {search: rates[search[0], ()] for search in rates if search[1] and rates[search]}
-            rates |= choose_rates(changed, finish)[0]
-        rows = finish([(cell, rates[search_of(cell)]) for cell in wanted.values()], "runs")
-    found = dict(zip(wanted, rows))
-    for (method, _), lr in sorted(tried, key=lambda at: ([*METHODS].index(at[0][0]), at[1])):
-        for column in (CLICKS, *KEPT):
-            found["all rates tried", f"{method}, {lr:g}", column] = tried[(method, ()), lr]
-    print("\n" + "\n\n".join(tables(found)) + f"\n\nruns     {path}")
+        runs = Runs(path, pool, device)
+        searches = dict.fromkeys(search_of(cell) for cell in wanted.values() if cell[0] != FROZEN)
+        rates, tried = choose_rates(searches, runs.finish)
+        rows = runs.finish([(cell, rates.get(search_of(cell), 0.0)) for cell in wanted.values()])
+    printed = tables(dict(zip(wanted, rows))) + [table_of_rates(tried, rates)]
+    print("\n" + "\n\n".join(printed) + f"\n\nruns     {path}")
 
 
 # ---- Tables: each is a function of the rows --------------------------------------------------------------------------
@@ -228,7 +219,8 @@ def percent(rows: list[dict], field="") -> str:
     """An accuracy in %, by default the task's: its mean over bases ± standard deviation, or each base's in brackets
     where they are over 3 points apart."""
     field = field or ("name_acc" if "name_acc" in rows[0] else "action_acc")
-    values = [100 * row[field] for row in rows]
+    draws = np.reshape([row[field] for row in rows], (-1, len({row["base"] for row in rows})))
+    values = 100 * draws.mean(axis=0)
     text = f"{np.mean(values):.1f}".removesuffix(".0")
     if max(values) == min(values):
         return text
@@ -238,29 +230,41 @@ def percent(rows: list[dict], field="") -> str:
 
 
 MEASURES = {  # of columns that are no accuracy of the task
-    "text alone %": lambda rows: percent(rows, "word_problem_acc"),
+    ALONE: lambda rows: percent(rows, "word_problem_acc"),
     AFTER: lambda rows: percent(rows, "word_problem_after_image_acc"),
     "parameters": lambda rows: f"{mean(rows, 'trainable_parameters'):,.0f}",
-    "kFLOP": lambda rows: f"{mean(rows, 'adapter_flops_per_screen') / 1e3:,.0f}",
-    "rate": lambda rows: f"{rows[0]['lr']:g}",
+    KFLOP: lambda rows: f"{mean(rows, 'adapter_flops_per_screen') / 1e3:,.0f}",
+    SOURCE: lambda rows: percent(rows, "source_acc"),
+    RATE: lambda rows: f"{rows[0]['lr']:g}",
 }
 
 
-def tables(rows: dict[tuple, list[dict]]) -> list[str]:
-    """Markdown; rows: (table, line, column) -> one for each base."""
-    found, columns = {}, {}
-    for (table, line, column), of_bases in rows.items():
-        measure = MEASURES.get(column, percent)
-        found.setdefault(table, {}).setdefault(line, []).append(measure(of_bases))
-        columns.setdefault(table, {})[column] = None
-    markdown = []
-    for table, lines in found.items():
-        header = [f"**{table}**", *columns[table]]
-        body = [header, ["---"] * len(header)]
-        for line, texts in lines.items():
-            body.append([line, *texts])
-        markdown.append("\n".join(f"|{'|'.join(texts)}|" for texts in body))
-    return markdown
+def markdown(title: str, columns: list, lines: dict) -> str:
+    body = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1)]
+    body += [[line, *texts] for line, texts in lines.items()]
+    return "\n".join(f"|{'|'.join(texts)}|" for texts in body)
+
+
+def tables(rows: dict) -> list[str]:
+    """rows: (table, line, column) -> the draws of each base."""
+    printed = []
+    for title, (lines, columns) in TABLES.items():
+        texts = {}
+        for line in lines:
+            texts[line] = [MEASURES.get(column, percent)(rows[title, line, column]) for column in columns]
+        printed.append(markdown(title, list(columns), texts))
+    return printed
+
+
+def table_of_rates(tried: dict, best: dict) -> str:
+    lines = {method: [] for method in TUNED}
+    for method, lr in product(TUNED, GRID):
+        rows, mark = tried[(method, ()), lr], "**" * (best[method, ()] == lr)
+        clicks, after = (100 * mean(rows, field) for field in ("action_acc", "word_problem_after_image_acc"))
+        lines[method].append(f"{mark}{clicks:.1f}{mark} · {after:.0f}")
+    alone = [100 * mean(tried[(LORA, ()), lr], "word_problem_acc") for lr in GRID]
+    lines[f"{LORA}: text alone"] = [f"{accuracy:.0f}" for accuracy in alone]
+    return markdown("clicks · text after an image, by rate", [f"{lr:g}" for lr in GRID], lines)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m data.study.controls        a table: bases with the skill beside those without it
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,14 @@ def reworded(sample: dict, wording: str) -> dict:
     return sample | {"instruction": wording.replace("click", verb).replace("wifi", name)}
 
 
+def at_the_left(sample: dict) -> dict:
+    """The name asked for not of this place, but of one at the same height near the left edge."""
+    return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
+
+
 def rules(base: str, device: str) -> dict[str, float]:
-    """Click accuracy of a base on test screens with switches: asked in these words, or moved by an offset a name."""
+    """What a base gets right on test screens with switches: asked in these words; its clicks moved by an offset a name;
+    a switch's name, asked of a place left of it."""
     model = load_base(base, device)
     shown, learn = (seen(base, "switches", split, SCREENS, device) for split in ("test", "validation"))
     found = {}
@@ -58,6 +65,8 @@ def rules(base: str, device: str) -> dict[str, float]:
         metrics, _ = evaluate(model, *shown, reword=lambda sample, wording=wording: reworded(sample, wording))
         found[wording] = metrics["action_acc"]
     found["an offset for each name"] = offset_rule(evaluate(model, *learn)[1], evaluate(model, *shown)[1])
+    metrics, _ = evaluate(model, *shown, "referring", reword=at_the_left)
+    found["referring: what is at the left, at this height"] = metrics["name_acc"]
     return found
 
 
