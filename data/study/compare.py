@@ -262,8 +262,7 @@ def table_of_rates(tried: dict, best: dict) -> str:
         rows, mark = tried[(method, ()), lr], "**" * (best[method, ()] == lr)
         clicks, after = (100 * mean(rows, field) for field in ("action_acc", "word_problem_after_image_acc"))
         lines[method].append(f"{mark}{clicks:.1f}{mark} · {after:.0f}")
-    alone = [100 * mean(tried[(LORA, ()), lr], "word_problem_acc") for lr in GRID]
-    lines[f"{LORA}: text alone"] = [f"{accuracy:.0f}" for accuracy in alone]
+    lines[f"{LORA}: text alone"] = [f"{100 * mean(tried[(LORA, ()), lr], 'word_problem_acc'):.0f}" for lr in GRID]
     return markdown("clicks · text after an image, by rate", [f"{lr:g}" for lr in GRID], lines)
 
 

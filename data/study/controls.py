@@ -76,7 +76,7 @@ def print_rules(cfg: ControlsConfig) -> None:
     if missing:
         raise ValueError(f"there is no {missing[0]}; python -m data.study.compare makes it")
     of_bases = [rules(base, available(cfg.device)) for base in BASES + TWINS]
-    print("|frozen, on switch screens|bases|without the skill|\n|---|---|---|")
+    print("|frozen, on switch screens|the bases %|their twins %|\n|---|---|---|")
     for rule in of_bases[0]:
         values = [f"{100 * found[rule]:.1f}" for found in of_bases]
         print(f"|{rule}|{', '.join(values[:3])}|{', '.join(values[3:])}|")
