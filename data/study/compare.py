@@ -56,12 +56,12 @@ OPTIONS = {
 }
 CLICKS, ALONE, AFTER = "correct clicks %", "text alone %", "text after an image %"
 SOURCE, KFLOP, RATE = "source clicks %", "kFLOP", "rate"
-ALL_KEPT = (CLICKS, ALONE, AFTER, SOURCE, RATE)
+OUTCOMES = (CLICKS, ALONE, AFTER, SOURCE, RATE)
 FIRST = {CLICKS: {}, "without the skill %": {"bases": TWINS}, ALONE: {}, AFTER: {}, "parameters": {}, KFLOP: {}}
 TABLES = {  # title -> (its lines, its columns); where both change a field, the column does
     "switch screens": (EACH, FIRST | {SOURCE: {}, RATE: {}}),
-    "without the skill": (EACH, dict.fromkeys(ALL_KEPT, {"bases": TWINS})),
-    "one of eight sequences replays": (TUNED, dict.fromkeys(ALL_KEPT, {"replay": 1})),
+    "without the skill": (EACH, dict.fromkeys(OUTCOMES, {"bases": TWINS})),
+    "one of eight sequences replays": (TUNED, dict.fromkeys(OUTCOMES, {"replay": 1})),
     "dark screens": (EACH, dict.fromkeys((CLICKS, RATE), {"domain": "dark"})),
     "referring": (EACH, dict.fromkeys(("correct names %", RATE), {"task": "referring"})),
     "after nine word problems": (FEW, dict.fromkeys((CLICKS, KFLOP), {"history": 9})),
