@@ -17,6 +17,7 @@ from data.study import BASES, TWINS, bench, compare, controls, pretrain
 from data.words import parse_point
 
 ROOT, say, COMMANDS = test_demo.ROOT, test_demo.say, test_demo.COMMANDS
+SERIAL = Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map)))  # a pool of this one process
 COMMANDS |= {
     "compare": (compare.CompareConfig, compare.compare),
     "controls": (controls.ControlsConfig, controls.print_rules),
@@ -69,8 +70,8 @@ def test_what_a_command_of_the_study_cannot_do_is_one_sentence_and_writes_nothin
 
 def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, monkeypatch):
     """The rate is the best of the mean over the bases, of equals the lower; base i has the seeds i, 10 + i, 20 + i."""
-    serial, done, made = Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map))), [], set()  # one process
-    monkeypatch.setattr(compare, "get_context", lambda method: serial)
+    done, made = [], set()
+    monkeypatch.setattr(compare, "get_context", lambda method: SERIAL)
 
     def run(cfg):
         done.append(cfg)
@@ -151,9 +152,7 @@ def test_commands_and_links_of_a_page_exist_and_costs_are_as_shown(page, say):
 
 def test_the_tables_of_the_pages_are_those_that_the_comparison_prints(say, monkeypatch):
     """Whoever changes a run or a page sees it here: the cells of a line with a deviation or three bases are printed."""
-    monkeypatch.setattr(
-        compare, "get_context", lambda method: Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map)))
-    )
+    monkeypatch.setattr(compare, "get_context", lambda method: SERIAL)
     monkeypatch.setattr(compare, "run", None)  # nothing is missing
     printed, found = {}, 0
     for line in say(f"compare --out={ROOT / 'data' / 'study'}")[1].splitlines():
