@@ -1,37 +1,41 @@
 """Image-LoRA: low-rank updates of the attention values of visual tokens, in selected heads (arXiv 2512.19219).
 
-    V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for the heads h in S          (section 3)
+    V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for each selected head h of a layer (section 3)
 
-in one layer; S are its selected heads, and M = diag(1[token is visual]) zeroes the rows of text tokens. For the same X
-the layer's queries, keys, text rows and other heads stay. With no image the output is the base model's, bit for bit.
+X is the input of the layer's v_proj, and W_V is its frozen weight. S is the set of selected heads. M = diag(1[token is
+visual]) keeps the rows of visual tokens and sets all others to zero. For the same X, the queries, the keys, the values
+of text tokens and those of other heads stay what they were. Without an image the output is the base model's, exactly.
 
-    scores = score_heads(model, batches)                       # which value heads carry the image into the answer
-    adapter = attach(model, heads=select_heads(scores, 16))    # 16 heads; freeze gamma yourself
-    adapter.save("adapter.pt")                                 # after training
+    scores = score_heads(model, batches)                       # how much each value head could help
+    adapter = attach(model, heads=select_heads(scores, 16))    # adapt the best 16; then train adapter.parameters()
+    adapter.save("adapter.pt")
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
-A worked example. Three tokens with two features each; token 1 is visual. Two heads of size 1; head 1 is adapted, the
-scale is 1. x_vis A = [3, 4] [1, 2]^T = 11, times B(1) = 0.1 is 1.1, added there and nowhere else:
+A worked example. There are three tokens with two features each, and token 1 is visual. There are two heads of size 1,
+head 1 is adapted, and the scale is 1. So x_vis A = [3, 4] [1, 2]^T = 11, and times B(1) = 0.1 this is 1.1. It is added
+to the value of token 1 in head 1, and nowhere else:
 
     >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_kv_heads=2, heads=[1], r=1, lora_alpha=1)
-    >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]])), adapter.B.data.fill_(0.1)
+    >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]]))
+    >>> _ = adapter.B.data.fill_(0.1)
     >>> x = torch.tensor([[[1.0, 1.0], [3.0, 4.0], [5.0, 5.0]]])    # one sequence, T = 3, D = 2
     >>> value = torch.zeros(1, 3, 2)                                # what v_proj made of x: H * d_h = 2
     >>> adapter.add_update(x, value, rows=torch.tensor([1])).tolist()
     [[[0.0, 0.0], [0.0, 1.100000023841858], [0.0, 0.0]]]
 
-Shapes:  B batch (as a matrix: LoRA's B) · T tokens · N visual tokens in the batch · D hidden size · H value heads of a
-layer (the KV heads under grouped-query attention) · d_h head size · r rank · |S| selected heads of a layer · L layers
+Shapes: B sequences (the matrix B is LoRA's), T tokens in each, N visual tokens in the batch, D hidden size, H value
+heads of a layer (the KV heads under grouped-query attention), d_h their size, |S| selected heads, r rank, L layers.
 """
 
 import io
 import os
-import threading
 import zipfile
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from threading import get_ident
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,121 +44,136 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 
 
 class ValueAdapter(nn.Module):
-    """gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for the selected heads h of one layer; it starts with B = 0."""
+    """The update of one layer: gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for its selected heads h."""
 
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
         super().__init__()
         self.num_kv_heads = num_kv_heads
-        self.scaling = lora_alpha / r * (len(heads) ** -0.5 if normalize else 1.0)
-        self.heads = torch.tensor(heads, device="cpu")  # S, [|S|]; no buffer: to_empty() and the like would unset it
-        A = torch.empty(hidden_size, r, dtype=torch.float32, device="cpu")  # so that a seed starts alike on any device
-        nn.init.kaiming_uniform_(A.T, a=5**0.5)  # uniform in +-1/sqrt(D), as PEFT's LoRA
+        self.scaling = lora_alpha / r
+        if normalize:
+            self.scaling /= len(heads) ** 0.5
+        # S, [|S|]. Not a buffer, because to_empty() would leave it uninitialized.
+        self.heads = torch.tensor(heads, device="cpu")
+        # A is uniform in +-1/sqrt(D), as in PEFT's LoRA. Drawn on the CPU, so that a seed gives the same A everywhere.
+        A = torch.empty(hidden_size, r, dtype=torch.float32, device="cpu")
+        nn.init.kaiming_uniform_(A.T, a=5**0.5)
+        # B starts at zero, so training starts at the base model.
         B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device=device)
-        self.A = nn.Parameter(A.to(B.device))  # shared by the layer's heads
-        self.B = nn.Parameter(B)  # a block for each head
-        self.gamma = nn.Parameter(B.new_ones(1))  # a small one blunts B; FSDP shards no scalars
+        self.A = nn.Parameter(A.to(B.device))  # [D, r], shared by the selected heads: it reads a token once for all
+        self.B = nn.Parameter(B)  # [|S|, r, d_h], one for each: it writes what this head passes on
+        # Starts at 1, because a small gamma would shrink every step of B. Shape [1], as FSDP cannot shard a scalar.
+        self.gamma = nn.Parameter(B.new_ones(1))
 
     def forward(self, x_vis: Tensor) -> Tensor:
-        """Visual tokens' inputs [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
-        # z = x A: what the selected heads share. BLAS is several times faster on a contiguous A^T [r, D].
+        """Inputs of visual tokens [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
+        # z = x A, which the selected heads share. BLAS is several times faster on a contiguous A^T [r, D].
         z = nn.functional.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
         B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
         return z @ B.transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
 
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
-        """X [B, T, D], X W_V [B, T, H * d_h], indices of the visual rows [N] of B * T -> the adapted values V~.
+        """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]; rows [N] says which of the B * T are visual.
 
-        M X is a gather of rows, so nothing is computed for text tokens. Without any row the values stay, and the
-        parameters' gradients are zero, not missing: data-parallel training needs them."""
+        M X is a gather of these rows, so nothing is computed for text tokens. If no row is visual, the values stay as
+        they are, and gradients are zero rather than None: data-parallel training waits for all of them."""
         H, d_h = self.num_kv_heads, self.B.shape[2]
-        _require(value.shape[-1] == H * d_h, SPLIT.format(value.shape[-1], H, d_h), RuntimeError)
-        x_vis = x.flatten(0, -2).index_select(0, rows)  # M X without its zero rows, [N, D]
+        if value.shape[-1] != H * d_h:
+            got = f"v_proj gave {value.shape[-1]} features instead of {H} heads of {d_h}"
+            raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+        # M X without its zero rows
+        x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
-        # V~(h) = X W_V(h) + delta(h): in the values seen as [B * T * H, d_h], head h of token n is row n * H + h
-        by_head = value.reshape(-1, d_h)
-        self.heads = self.heads.to(rows.device)  # where it stays: it is copied once
+        # V~(h) = X W_V(h) + delta(h). Seen as [B * T * H, d_h], head h of token n is row n * H + h of the values.
+        self.heads = self.heads.to(rows.device)  # kept there, so that it is copied only once
         head_rows = (rows[:, None] * H + self.heads).flatten()  # [N * |S|]
+        by_head = value.reshape(-1, d_h)  # [B * T * H, d_h]
         return by_head.index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
-    def _apply(self, fn, recurse=True):  # .half() and .bfloat16() leave it float32, as small steps would be lost
+    def _apply(self, fn, recurse=True):
+        # .half() and .bfloat16() leave the adapter in float32, because in 16 bits small steps would round to nothing.
         return super()._apply(partial(_at_least_float32, fn), recurse)
 
 
 class ImageLoRA(nn.Module):
-    """Freezes `model` and adapts the values of visual tokens, scaled by lora_alpha / r and, if normalize, 1/sqrt|S|.
+    """Freezes `model` and adapts the values of visual tokens in these heads; `attach` is another name for it.
 
-    heads: {layer: [value head, ...]}, None for all; a layer not named gets no adapter. If the model cannot be adapted,
-    or an argument is wrong, it raises ValueError and leaves the model as it was. Wrap, merge, quantize and patch (PEFT,
-    Liger) first, then attach; under a reward head, attach(model.model). `.parameters()` are A, B and gamma alone,
-    float32 or wider; as `model.image_lora` they are in its state_dict. Train A and B at the rate of a LoRA of
-    alpha = 2 r or up to eight times as much. Freeze gamma, or give it a tenth of that. Do not checkpoint() a whole call
-    inside disabled(): it runs again outside. After Ctrl-C call the whole model once before you run a part of it."""
+    r, lora_alpha: rank and alpha of LoRA; the update is scaled by lora_alpha / r and, with normalize, by 1/sqrt|S|.
+    heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter.
+    train_gamma: whether gamma is trained. With False it stays 1.
 
-    def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True):
+    `.parameters()` are A, B and gamma of the adapted layers, float32 or wider. As `model.image_lora` they are in the
+    model's state_dict, too. Raises ValueError, and leaves the model as it was, if it cannot be adapted like this."""
+
+    def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True, train_gamma=True):
         super().__init__()
-        model, decoder, self.head_counts, image_token_ids = _checked_model(model)
-        self.heads = _checked_options(decoder, self.head_counts, r, lora_alpha, heads, normalize)
+        model, decoder, image_token_ids = _checked_model(model)
+        self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
+        _check_options(decoder, r, lora_alpha, normalize, train_gamma)
+        self.heads = _checked_heads(heads, self.head_counts)
         self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
         self.model_name = getattr(model.config, "_name_or_path", type(model).__name__)
-        self.layers, adapted = nn.ModuleDict(), {}  # adapted: what the v_proj of a layer will compute
+        self.layers = nn.ModuleDict()
+        adapted = {}  # {decoder layer: its ValueAdapter}
         for layer, selected in self.heads.items():
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
             adapter = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, _device(attention.v_proj))
+            adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
-            adapted[decoder[layer]] = partial(self._adapt_values, adapter)
-        # From here on the model changes; every check is behind us.
-        self._visual_rows = VisualRows(model, image_token_ids, adapted)
+            adapted[decoder[layer]] = adapter
+        # Every check is behind us; only now does the model change.
+        self._calls = Calls(model, image_token_ids, adapted)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         model.image_lora = self
 
-    def _adapt_values(self, adapter, v_proj, x, *args, **kwargs):
-        """X [B, T, D] -> X W_V -> V~ [B, T, H * d_h]."""
-        value = v_proj(x, *args, **kwargs)
-        rows = self._visual_rows.take_rows(adapter, x)  # [N], indices into its B * T rows: where M's diagonal is 1
-        return value if rows is None else adapter.add_update(x, value, rows)
-
     def disabled(self):
-        """A context in which this thread or coroutine calls the base model; asyncio.to_thread() takes it along."""
-        return self._visual_rows.within(disabled=True)
+        """A context in which the model is the base model again, for this thread or coroutine."""
+        return self._calls.override(disabled=True)
 
     def visual_mask(self, mask: Tensor):
-        """A context in which calls by `inputs_embeds` (not by `input_ids`) go by this mask [B, T], True if visual."""
-        _require(mask.dtype == torch.bool and mask.ndim == 2, NO_MASK.format(mask.dtype, mask.shape))
-        return self._visual_rows.within(mask=mask)
+        """A context in which calls with inputs_embeds take M from this bool mask [B, T], True where it is visual."""
+        if mask.dtype != torch.bool or mask.ndim != 2:
+            raise ValueError(f"the visual mask must be a bool tensor [B, T], got {mask.dtype} {list(mask.shape)}")
+        return self._calls.override(mask=mask)
 
     def detach(self) -> nn.Module:
-        """Restore the original model (hooks, requires_grad) and return it. Raises RuntimeError when called twice."""
-        model = self._visual_rows.leave()
+        """Take the adapter off, and return the model as it was. RuntimeError if that has been done."""
+        model = self._calls.leave()
         del model.image_lora
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         return model
 
-    def get_extra_state(self):
-        """Each head's scale, 0 if not selected: a state_dict of other heads or scales can have the same shapes."""
-        scales = torch.zeros(len(self.head_counts), max(self.head_counts), device="cpu")
-        for layer, selected in self.heads.items():
-            scales[layer, selected] = self.layers[str(layer)].scaling
-        return scales
-
-    def set_extra_state(self, scales):
-        own = self.get_extra_state()  # the other one may be averaged, or in 16 bits
-        _require(scales.shape == own.shape and scales.to(own).allclose(own, rtol=0.01), OTHER_HEADS, RuntimeError)
-
     def save(self, path):
-        """Write the adapter in the layout of the paper's release, atomically; under FSDP2 call it on all ranks."""
-        safe_save(_content(self), path)
+        """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
+        safe_save(_file_content(self), path)
 
     def flops(self, num_visual_tokens):
-        """FLOPs of the adapter in one training step (forward and backward) over so many visual tokens."""
+        """FLOPs of the adapter in one training step (forward and backward) over this many visual tokens."""
         A, B, _ = next(iter(self.layers.values())).parameters()
         return image_lora_flops(num_visual_tokens, A.shape[0], B.shape[2], self.heads, self.r)
 
     def extra_repr(self):
         return f"heads {self.heads} of {self.head_counts} a layer, r={self.r}, lora_alpha={self.lora_alpha}"
+
+    def get_extra_state(self):
+        return _scale_of_each_head(self)  # by it, loading a state_dict notices other heads whose shapes are the same
+
+    def set_extra_state(self, scales):
+        _check_scales(self, scales)
+
+    # Accelerate puts a model on the meta device, and then takes each entry of its state_dict for a tensor to shard.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if any(parameter.is_meta for parameter in self.parameters()):
+            del destination[f"{prefix}_extra_state"]
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if any(parameter.is_meta for parameter in self.parameters()):
+            state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 attach = ImageLoRA  # adapter = attach(model, ...)
@@ -162,287 +181,269 @@ attach = ImageLoRA  # adapter = attach(model, ...)
 
 def visual_rows(input_ids: Tensor, image_token_ids) -> Tensor:
     """input_ids [B, T] -> M as indices [N]: which of the B * T rows hold a placeholder of an image or a video."""
-    visual = torch.stack([input_ids == image for image in image_token_ids]).any(0)  # M's diagonal, [B, T]
+    visual = torch.stack([input_ids == image for image in image_token_ids]).any(0)  # the diagonal of M, [B, T]
     return visual.flatten().nonzero().squeeze(1)
 
 
 def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
-    """Influence I(l, h) of every value head on the loss, [L, H] float32: one forward and backward pass per batch.
+    """How much each value head could lower the loss: its influence I(l, h), [L, H] float32 (section 3).
 
-    I(l, h) = ||dL/dB_l(h)||^2 of an Image-LoRA in every head with B = 0, which leaves the model's output unchanged.
-    The gradient is dL/dB = A^T X_vis^T G, G being dL/dV~(h) at visual tokens. probe="rank1": r = 1 and A ~ N(0, 1), new
-    for each batch. As E[A A^T] = I, the mean of this score is the one of probe="exact": r = D and A = I, the squared
-    gradient of the whole W_V(h) over visual tokens. batches: any iterable. The loss is loss_fn(model, batch), or else
-    `model(**batch).loss`. Its gradient is squared batch by batch, so single examples can rank heads otherwise than
-    large batches; in float16 it can underflow: scale the loss. The model keeps its mode and state. Absent heads: 0."""
-    _require(probe in ("rank1", "exact"), f"unknown probe {probe!r}; expected 'rank1' or 'exact'")
+    An Image-LoRA in every head with B = 0 leaves the output as it is, and I(l, h) = ||dL/dB_l(h)||^2. That gradient is
+    dL/dB = A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
+    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. As E[A A^T] = I, its mean over A is the exact score.
+    probe="exact": r = D and A = I, so this is the squared gradient of the whole W_V(h) over visual tokens.
+    batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
+    `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
+    ones. In float16, let loss_fn scale the loss, as gradients can underflow. A head that does not exist scores 0. The
+    model stays as it is. Raises ValueError if a loss is not finite, or if none depends on a visual token."""
+    if probe not in ("rank1", "exact"):
+        raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
-    D = _checked_model(model)[1][0].self_attn.v_proj.in_features  # of the decoder's first layer
+    _, decoder, _ = _checked_model(model)
+    D = decoder[0].self_attn.v_proj.in_features
     r = 1 if probe == "rank1" else D
-    adapter = attach(model, r, lora_alpha=r, normalize=False)  # the scale in front of A B is 1
+    adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
+    generator = torch.Generator("cpu").manual_seed(seed)
+    scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
+    count = 0
     try:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")
-        count = 0
-        for count, batch in enumerate(batches, 1):
-            for a in adapter.layers.values():
+        for batch in batches:
+            for layer in adapter.layers.values():
                 A = scores.new_zeros(D, r)
                 A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
-                a.A.requires_grad_(False).copy_(A)
+                layer.A.requires_grad_(False).copy_(A)
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
-            _require(isinstance(loss, Tensor) and loss.isfinite().all(), NO_LOSS.format(count - 1, loss))
+            if not isinstance(loss, Tensor) or not loss.isfinite().all():
+                raise ValueError(f"the loss of probe batch {count} is {loss}; check that its labels hold an answer")
             adapter.zero_grad()
             loss.backward()
-            for layer, a in enumerate(adapter.layers.values()):
-                if a.B.grad is None:
-                    continue  # the loss is of a lower layer
+            for i, layer in enumerate(adapter.layers.values()):
+                if layer.B.grad is None:  # the loss was taken from a lower layer
+                    continue
                 # I(l, h) = ||dL/dB_l(h)||^2
-                gradient = a.B.grad.float()  # [H, r, d_h]
-                scores[layer, : a.num_kv_heads] += gradient.square().sum((1, 2)).cpu()
+                gradient = layer.B.grad.float()  # [H, r, d_h]
+                scores[i, : layer.num_kv_heads] += gradient.square().sum((1, 2)).cpu()
+            count += 1
     finally:
         adapter.detach()
-    _require(scores.any(), f"the {count} probe batches hold no visual token that their losses depend on")
+    if not scores.any():
+        none = f"in none of the {count} probe batches does the loss depend on a visual token"
+        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
     return scores / count
 
 
 def select_heads(scores, num_heads, tau=0.5) -> Heads:
-    """{layer: heads}, `num_heads` in all: layer l gets its k_l best, with k_l ∝ (sum_h I(l, h))^tau. scores [L, H].
+    """The most influential heads, num_heads in all: {layer: [value head, ...]}.
 
-    tau=0 spreads them evenly, a large one fills the best layers first; 0.5 is the authors'. All layers have H heads."""
-    _check_selection(scores, num_heads, tau)
-    influence = scores.double().sum(1)  # of each layer
-    weights = (influence / influence.max().clamp(min=1e-300)).pow(tau).clamp(min=1e-300)  # nothing over- or underflows
-    budget = torch.zeros_like(weights, dtype=torch.long)
-    for _ in range(num_heads):  # to the layer of the largest quotient, as parliaments share out seats (Sainte-Lague)
+    Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
+    tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'.
+    Raises ValueError if an argument is out of range."""
+    if scores.ndim != 2 or not scores.isfinite().all() or (scores < 0).any():
+        raise ValueError(f"scores must be finite, not negative, and [layers, heads], got shape {list(scores.shape)}")
+    if type(num_heads) is not int or not 1 <= num_heads <= scores.numel():
+        raise ValueError(f"num_heads must be an integer in 1..{scores.numel()}, got {num_heads!r}")
+    if type(tau) not in (int, float) or not 0 <= tau <= 1e9:
+        raise ValueError(f"tau must be a number from 0 to 1e9, got {tau!r}")
+    influence = scores.double().sum(1)  # of each layer, [L]
+    # Scaled to at most 1 and kept above 0, so that no power overflows or vanishes:
+    weights = (influence / influence.max().clamp(min=1e-300)).pow(tau).clamp(min=1e-300)
+    budget = torch.zeros_like(weights, dtype=torch.long)  # k_l
+    for _ in range(num_heads):
+        # Give out one head at a time, as Sainte-Lague's method does with seats, so that they add up to num_heads.
         quotient = weights / (2 * budget + 1)
         budget[quotient.where(budget < scores.shape[1], 0).argmax()] += 1
-    order = scores.argsort(dim=1, descending=True, stable=True).tolist()
-    return {layer: sorted(order[layer][:k]) for layer, k in enumerate(budget.tolist()) if k}
+    best_first = scores.argsort(dim=1, descending=True, stable=True).tolist()
+    return {layer: sorted(best_first[layer][:k]) for layer, k in enumerate(budget.tolist()) if k > 0}
+
+
+# ------ That is the method. Below: what it costs, how M reaches the layers, what is refused, what is saved ------------
 
 
 def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
-    """Training FLOPs of LoRA on one Linear, 2 m n k a product; input_grad: whether its input needs a gradient."""
-    z = dA = dx = 2 * num_tokens * r * in_features  # FLOPs of each: z = x A, and its two products back
-    y = dB = dz = 2 * num_tokens * r * out_features  # of y = z B, likewise
+    """FLOPs of LoRA on one Linear in a training step; a product of m x n and n x k counts 2 m n k.
+
+    input_grad: whether the input of this Linear needs a gradient."""
+    z = dA = dx = 2 * num_tokens * r * in_features  # forward z = x A, backward dA and dx
+    y = dB = dz = 2 * num_tokens * r * out_features  # forward y = z B, backward dB and dz
     return z + y + dB + dz + dA + dx * input_grad
 
 
 def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads, r, input_grad=False):
-    """Training FLOPs of a whole Image-LoRA; input_grad: whether its lowest layer's input needs a gradient."""
+    """FLOPs of a whole Image-LoRA in a training step over this many visual tokens.
+
+    input_grad: whether the input of the lowest adapted layer needs a gradient. That of the others always does."""
     flops = 0
-    for selected in filter(None, heads.values()):
-        flops += lora_flops(num_visual_tokens, hidden_size, len(selected) * head_dim, r, input_grad)
-        input_grad = True
+    for selected in heads.values():
+        if selected:
+            flops += lora_flops(num_visual_tokens, hidden_size, len(selected) * head_dim, r, input_grad)
+            input_grad = True
     return flops
 
 
-# ------ That is all that Image-LoRA computes. Below: how M finds its way; what is refused; how files are written ------
+# ------ How M reaches the layers --------------------------------------------------------------------------------------
 
-CONTEXTS = ContextVar("CONTEXTS")  # this thread's or coroutine's {VisualRows: {"disabled": True, "mask": ...}}
+OVERRIDES = ContextVar("OVERRIDES")  # of this thread or coroutine: {Calls: {"disabled": True, "mask": Tensor}}
 NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
+NORMS = "input_layernorm", "attention_layernorm", "operator_norm"  # what models call the norm before their attention
 
 
-class VisualRows:
-    """How M finds its way: the visual rows of X, in each layer of each call of the model. Three steps:
+class Call(NamedTuple):
+    """One call of the model, as far as its layers must know it."""
 
-        model(input_ids)             begin_call     finds the rows of the call
-        a layer's input_layernorm    enter_layer    finds the rows of the layer, by its input X
-        its v_proj                   take_rows      takes them; where another norm has run there are none
+    rows: Tensor  # [N], which of the B * T rows are visual
+    shape: tuple | None  # (B, T)
+    grad: bool  # whether a backward pass may follow
+    updated: set  # the adapters that have run in this call
 
-    While a call runs in this thread, its rows are its layers' rows. If a gradient is wanted, they are noted on the
-    storage of X, and another note there is an error. While none runs, only gradient checkpointing may run a layer:
-    again, in a backward pass, maybe in another thread, maybe after other calls. Then the note tells; without one it is
-    refused. Views of X, X.detach() and what autograd saves share its storage, whose Python attributes live as long.
-    A call is idle if it has no rows, as it is of text or disabled(), and if no gradient is wanted: then the steps do
-    nothing. If one is wanted they run, as the gradients of a text are zero, not missing.
 
-    The norm stands in for X: transformers 5 checkpoints a layer inside its hooks, so they do not run again; its norm
-    does. Forwards are replaced, as compiled code may skip hooks, and hooks cost more. The model has hooks, as others
-    (accelerate) put forwards back, and a call without M would go unnoticed. torch.compile can trace neither a storage
-    nor a thread: where it comes upon a step, this runs out of its sight."""
+def hidden_from_compiler(step):
+    """Lets torch.compile run this method as it is: the compiler can trace neither a storage nor a thread."""
+
+    @wraps(step)
+    def run(*args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(step)(*args, **kwargs)
+        return step(*args, **kwargs)
+
+    return run
+
+
+class Calls:
+    """Tells each adapted layer which rows of its input X are visual, whenever the model is called.
+
+    The layers never see input_ids, so four hooks pass on what the model was called with:
+
+        before model(...)          begin_call   finds the visual rows, and keeps the Call for this thread
+        after a layer's norm       enter_layer  leaves the Call on the memory of the layer's input X
+        after the layer's v_proj   adapt        looks the Call up, and adds the update at its rows
+        after model(...)           end_call     forgets the Call, once every adapted layer has used it
+
+    Why on the memory? Gradient checkpointing runs a layer a second time, in the backward pass: after its call has
+    ended, perhaps in another thread, perhaps after other calls. But it runs on the same X, and so the Call is found
+    there. X.detach() and what autograd saves are new tensors, yet they share the storage of X, and an attribute of a
+    storage lives as long as the storage does. Why the norm? It is the first to read X. A hook of the layer itself would
+    not do, as transformers 5 runs a layer again without the layer's own hooks."""
 
     def __init__(self, model, image_token_ids, adapted):
-        """adapted: {decoder layer: what its v_proj is to compute, a function of v_proj and its arguments}."""
-        torch.compiler.reset()  # what is compiled already would go on without M
-        self.model, self.image_token_ids, self.num_adapted = model, image_token_ids, len(adapted)
-        self.now, self.wrapped = ThisThread(), {}
+        """adapted: {decoder layer: its ValueAdapter}."""
+        torch.compiler.reset()  # code that was compiled before would run on without the hooks
+        self.model, self.image_token_ids, self.adapted = model, image_token_ids, adapted
+        self.running = {}  # {thread: its Call}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
-        for layer, adapt_values in adapted.items():
-            norm = getattr(layer, "input_layernorm", layer.self_attn)
-            for module, step in ((norm, self.enter_layer), (layer.self_attn.v_proj, adapt_values)):
-                module.without_image_lora = vars(module).get("forward")  # None: its class's
-                self.wrapped[module] = module.forward = partial(step, module.forward)
+        for layer, adapter in adapted.items():
+            for name, module in layer.named_children():
+                if name in NORMS:
+                    self.hooks += [module.register_forward_hook(self.enter_layer, with_kwargs=True)]
+            v_proj = layer.self_attn.v_proj
+            v_proj.has_image_lora = True
+            self.hooks += [v_proj.register_forward_hook(partial(self.adapt, adapter), with_kwargs=True)]
 
+    @hidden_from_compiler
     def begin_call(self, model, args, kwargs):
-        if torch.compiler.is_dynamo_compiling():
-            return torch.compiler.disable(self.begin_call)(model, args, kwargs)
-        _require(not torch.jit.is_tracing(), TRACED, RuntimeError)
-        within = CONTEXTS.get({}).get(self, {})
+        is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.4 has no is_exporting
+        if torch.jit.is_tracing() or is_exporting():
+            raise RuntimeError("torch.jit.trace, torch.export and ONNX export would fix which tokens are visual")
+        overrides = OVERRIDES.get({}).get(self, {})
         ids = kwargs.get("input_ids", args[0] if args else None)
-        rows, shape = NO_ROWS, None
-        if "disabled" in within:
-            pass
-        elif ids is None or ids.is_floating_point():  # a first argument of floats is embeddings
-            _require(kwargs.get("inputs_embeds") is not None and "mask" in within, UNKNOWN)
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"].clone()  # the note is not for the caller's memory
-            rows, shape = visual_rows(within["mask"], {True}), within["mask"].shape
-        elif ids.shape[-1] > 1 or not self.image_token_ids.isdisjoint(ids.flatten().tolist()):  # else it decodes text
+        if "disabled" in overrides:
+            rows, shape = NO_ROWS, None
+        elif ids is not None and not ids.is_floating_point():  # floats as the first argument are embeddings
             rows, shape = visual_rows(ids, self.image_token_ids), ids.shape
-        now = self.now
-        now.rows, now.shape = rows, shape
-        now.grad, now.updated = torch.is_grad_enabled(), set()
-        now.idle = not (len(rows) or now.grad)
+        elif "mask" in overrides and kwargs.get("inputs_embeds") is not None:
+            rows, shape = visual_rows(overrides["mask"], {True}), overrides["mask"].shape
+            # Cloned, because we leave the Call on this memory, and the caller may use it again with another mask.
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"].clone()
+        else:
+            known = "pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
+            raise ValueError(f"the model was called without telling which tokens are visual; {known}")
+        self.running[get_ident()] = Call(rows, shape, torch.is_grad_enabled(), set())
         return args, kwargs
 
-    def enter_layer(self, norm, *args, **kwargs):
-        if torch.compiler.is_dynamo_compiling():
-            return torch.compiler.disable(self.enter_layer)(norm, *args, **kwargs)
-        now = self.now
-        if now.idle and not torch.is_grad_enabled():
-            return norm(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]  # [B, T, D]
-        memory = x.untyped_storage()
-        noted_rows, noted_shape = getattr(memory, "image_lora_note", (None, None))
-        now.layer_rows = now.rows
-        if now.rows is None:
-            now.layer_rows = noted_rows if noted_shape == x.shape else None  # in a part of X the rows are others
-        elif now.grad or torch.is_grad_enabled():  # on in the call, off in here: in a re-entrant checkpoint
-            _require(x.requires_grad or torch.is_grad_enabled(), NO_GRADIENT, RuntimeError)
-            _require(noted_rows is None or noted_rows.to(now.rows).equal(now.rows), REUSED, RuntimeError)
-            memory.image_lora_note = now.rows, x.shape
-        return norm(*args, **kwargs)
+    @hidden_from_compiler
+    def enter_layer(self, norm, args, kwargs, output):
+        x = args[0] if args else next(iter(kwargs.values()))
+        call = self.call_of(x)
+        if call is not None and call.grad:
+            output.untyped_storage().image_lora_call = call  # this is what v_proj will read
 
-    def take_rows(self, adapter, x):
-        """The visual ones [N] of the B * T rows of v_proj's input X [B, T, D]; None where nothing is to be added."""
-        if torch.compiler.is_dynamo_compiling():
-            return torch.compiler.disable(self.take_rows)(adapter, x)
-        now = self.now
-        if self.model is None or now.idle and not torch.is_grad_enabled():
-            return None  # without a model: it is detached, but others have wrapped v_proj since
-        rows, now.layer_rows = now.layer_rows, None
-        _require(rows is not None, ALONE if now.rows is None else REPLACED, RuntimeError)
-        if now.rows is not None and len(rows):
-            _require(now.shape == x.shape[:-1], MISSHAPED.format(now.shape, x.shape[:-1]), RuntimeError)
-            now.updated.add(adapter)
-        return rows.to(x.device)
+    @hidden_from_compiler
+    def adapt(self, adapter, v_proj, args, kwargs, value):
+        """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        call = self.call_of(x)
+        if call is None:
+            raise RuntimeError(
+                "no call of model(...) is known to which this v_proj belongs. Either model.forward(), a layer or "
+                "v_proj was called instead of model(...), or a gradient checkpoint holds several layers instead of "
+                "one, or the input of a checkpointed layer was copied or offloaded before the backward pass"
+            )
+        if len(call.rows) == 0 and not torch.is_grad_enabled():
+            return value
+        if len(call.rows) > 0 and call.shape != x.shape[:-1]:
+            shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
+            hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
+            raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
+        call.updated.add(adapter)
+        return adapter.add_update(x, value, call.rows.to(x.device))
 
+    @hidden_from_compiler
     def end_call(self, model, args, output):
-        if torch.compiler.is_dynamo_compiling():
-            return torch.compiler.disable(self.end_call)(model, args, output)
-        now = self.now
-        complete = output is None or not len(now.rows) or len(now.updated) == self.num_adapted  # None: it has failed
-        now.idle = False
-        now.rows = now.layer_rows = None
-        _require(complete, REPLACED, RuntimeError)
+        call = self.running.pop(get_ident(), None)
+        if output is None or len(call.rows) == 0:  # `output` is None when the call raised an error
+            return
+        if len(call.updated) < len(self.adapted):
+            raise RuntimeError(
+                "an adapted v_proj was not called in this call of the model; whatever replaces it (merging weights, "
+                "patching the attention) must be done before attach()"
+            )
+
+    def call_of(self, x: Tensor) -> Call | None:
+        """The call that X belongs to: the one that runs in this thread, or else the one left on the memory of X."""
+        running = self.running.get(get_ident())
+        if running is not None and not running.grad and not torch.is_grad_enabled():
+            return running  # No backward pass will ask for it, so nothing is left on the memory.
+        memory = x.untyped_storage()
+        left = getattr(memory, "image_lora_call", None)
+        if running is None or running is left:
+            return left
+        if left is not None and not left.rows.to(running.rows).equal(running.rows):
+            raise RuntimeError(
+                "this layer's input shares its memory with the input of an earlier call that had other visual tokens, "
+                "and a backward pass may still ask for those; clone() the input"
+            )
+        # A re-entrant checkpoint turns gradients off inside a layer, although the call began with them on.
+        if running.grad and not torch.is_grad_enabled() and not x.requires_grad:
+            raise RuntimeError(
+                "no gradient would reach the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"
+            )
+        memory.image_lora_call = running
+        return running
 
     @contextmanager
-    def within(self, **changes):
-        """In this thread or coroutine calls begin with these changes: disabled, or with another mask."""
-        _require(self.model is not None, DETACHED, RuntimeError)
-        before = CONTEXTS.get({})
-        entered = CONTEXTS.set(before | {self: before.get(self, {}) | changes})
+    def override(self, **changes):
+        """In this thread or coroutine, calls begin with these changes: disabled=True or mask=Tensor."""
+        if self.model is None:
+            raise RuntimeError("this Image-LoRA is detached; use the one that load() or attach() returned")
+        before = OVERRIDES.get({})
+        token = OVERRIDES.set(before | {self: before.get(self, {}) | changes})
         try:
             yield
         finally:
-            CONTEXTS.reset(entered)
+            OVERRIDES.reset(token)
 
-    def leave(self):
-        _require(self.model is not None, "this Image-LoRA is already detached", RuntimeError)
+    def leave(self) -> nn.Module:
+        """Remove the hooks and return the model."""
+        if self.model is None:
+            raise RuntimeError("this Image-LoRA is already detached")
+        torch.compiler.reset()
         for hook in self.hooks:
             hook.remove()
-        for module, ours in self.wrapped.items():
-            before = vars(module).pop("without_image_lora")
-            if module.forward is ours:  # else others have wrapped it since, and it passes through
-                del module.forward
-                if before is not None:
-                    module.forward = before
+        for layer in self.adapted:
+            del layer.self_attn.v_proj.has_image_lora
         model, self.model = self.model, None
         return model
-
-
-class ThisThread(threading.local):  # its call of the model, which begin_call describes
-    idle = False  # whether it has neither rows nor a gradient to wait for
-    rows = None  # [N], the visual ones of its B * T; None: no call is running
-    layer_rows = None  # [N], from a layer's norm to its v_proj
-
-    def __reduce__(self):
-        return ThisThread, ()  # a copy of the model begins anew
-
-
-def _require(holds, sentence, error=ValueError):
-    if not holds:
-        raise error(sentence)
-
-
-UNKNOWN = "which tokens are visual? pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
-NO_MASK = "the visual mask must be a bool tensor [B, T], got {} {}"
-MISSHAPED = "input_ids or mask tell of tokens {}, v_proj got {}; for beams, mask.repeat_interleave(num_beams, 0)"
-ALONE = "v_proj ran outside of model(...): by model.forward(), alone, or in a checkpoint of several layers or of a copy"
-TRACED = "torch.jit.trace would fix which tokens are visual; so would an ONNX export by it"
-REUSED = "a layer's input lies in the memory of another call's, which has other visual tokens: clone() it"
-REPLACED = "an adapted v_proj or its input_layernorm was not called: apply what replaces them (Liger, merging) first"
-NO_GRADIENT = "no gradient reaches the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"
-UNTRAINED = "the adapter is frozen and B still zero, as if untrained: did get_peft_model() come after attach()?"
-DETACHED = "this Image-LoRA is detached; use the one that load() or attach() returned"
-OTHER_HEADS = "the state_dict is of an Image-LoRA in other layers or heads, or of another scale; attach it so"
-NO_LOSS = "the loss of probe batch {} is {}: do its labels hold an answer?"
-SPLIT = "v_proj gave {} features, not {} heads of {}: are heads split over devices?"
-
-
-def _checked_model(model):
-    """The model, out of its wrappers, its decoder's layers, how many value heads each has, the ids of visual tokens."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's and PEFT's wrappers call the model inside them
-    model = getattr(model, "get_base_model", lambda: model)()
-    encoders = ("vision", "visual", "audio", "img", "image", "video", "perceiver")
-    stacks = {}
-    for name, module in model.named_modules():
-        *path, last = name.split(".")
-        encoder = any(part.startswith(encoders) for part in path)
-        if last == "layers" and isinstance(module, nn.ModuleList) and not encoder:
-            stacks[name] = module
-    found = ", ".join(stacks) or "none"
-    _require(len(stacks) == 1, f"expected one stack of decoder layers besides the vision tower, found {found}")
-    decoder, head_counts = stacks[found], []
-    for i, layer in enumerate(decoder):
-        attention = getattr(layer, "self_attn", layer)
-        parts = [part for part, _ in attention.named_children()]
-        why = "cross-attention to images, a hybrid's other layers, fused qkv and latent values cannot be adapted"
-        _require("v_proj" in parts, f"{found}.{i} has no self_attn.v_proj but {', '.join(parts)}: {why}")
-        later = [part for part in parts if part.startswith("v_") and part != "v_proj"]
-        _require(not later, f"{found}.{i} changes its values after v_proj, in {later}; they cannot be adapted")
-        d_h, features = attention.head_dim, attention.v_proj.out_features
-        _require(features % d_h == 0, f"{found}.{i}.self_attn.head_dim is {d_h}, v_proj has {features} features")
-        head_counts.append(features // d_h)
-        attached = hasattr(attention.v_proj, "without_image_lora")
-        _require(not attached, "the model already has an Image-LoRA; call its detach() first")
-    v_projs = {layer.self_attn.v_proj for layer in decoder}
-    _require(len(v_projs) == len(decoder), "layers share a v_proj; they cannot be adapted")
-    config = getattr(model, "config", None)  # DistributedDataParallel and the like have none
-    names = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
-    ids = {getattr(config, name, None) for name in names} - {None}
-    _require(ids, "model.config has no image_token_id to tell visual tokens by; attach to the whole VLM, unwrapped")
-    return model, decoder, head_counts, ids
-
-
-def _checked_options(decoder, head_counts, r, lora_alpha, heads, normalize):
-    """The heads, sorted; or ValueError."""
-    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-    _require(type(r) is int and 1 <= r <= D, f"r must be an integer in 1..{D}, got {r!r}")
-    valid = type(lora_alpha) in (int, float) and 0 < lora_alpha <= 1e9
-    _require(valid, f"lora_alpha must be a number above 0 and up to 1e9, got {lora_alpha!r}")
-    _require(type(normalize) is bool, f"normalize must be True or False, got {normalize!r}")
-    existing = dict(enumerate(map(range, head_counts)))
-    heads = existing if heads is None else heads
-    _require(isinstance(heads, dict), f"heads must be {{layer: [value head, ...]}}, got {heads!r}")
-    for layer, selected in heads.items():
-        wrong = f"layer {layer!r} of 0..{len(decoder) - 1} has no such heads, or not as integers named once: {selected}"
-        listed = isinstance(selected, (list, tuple, range)) and {type(n) for n in (layer, *selected)} == {int}
-        _require(listed and len(set(selected) & set(existing.get(layer, ()))) == len(selected), wrong)
-    heads = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
-    _require(heads, "no head is selected; name at least one")
-    return heads
 
 
 def _at_least_float32(fn, tensor):
@@ -450,21 +451,122 @@ def _at_least_float32(fn, tensor):
     return tensor.to(new.device) if new.element_size() < 4 else new
 
 
-def _device(v_proj):
-    tensors = [*v_proj.parameters(), *v_proj.buffers(), torch.empty(0)]  # a quantized one may have no weight
-    return getattr(getattr(v_proj, "_hf_hook", None), "execution_device", tensors[0].device)  # where accelerate runs it
+# ------ What cannot be adapted is refused -----------------------------------------------------------------------------
 
 
-def _check_selection(scores, num_heads, tau):
-    valid = scores.ndim == 2 and scores.isfinite().all() and (scores >= 0).all()
-    _require(valid, f"scores must be finite, not negative and [layers, heads], got {scores.shape}")
-    valid = type(num_heads) is int and 1 <= num_heads <= scores.numel()
-    _require(valid, f"num_heads must be an integer in 1..{scores.numel()}, got {num_heads!r}")
-    _require(type(tau) in (int, float) and 0 <= tau <= 1e9, f"tau must be a number in 0..1e9, got {tau!r}")
+def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
+    """The model out of its wrappers, the layers of its decoder, and the ids of visual tokens. Or ValueError."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
+    encoders = ("vision", "visual", "audio", "img", "image", "video", "perceiver")
+    stacks = {}
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        in_encoder = any(part.startswith(encoders) for part in path)
+        if last == "layers" and isinstance(module, nn.ModuleList) and not in_encoder:
+            stacks[name] = module
+    if len(stacks) != 1:
+        names = ", ".join(stacks) or "none"
+        raise ValueError(f"expected one stack of decoder layers besides the vision tower, found {names}")
+    ((name, decoder),) = stacks.items()
+    for i, layer in enumerate(decoder):
+        _check_attention(f"{name}.{i}", getattr(layer, "self_attn", layer))
+    if len({layer.self_attn.v_proj for layer in decoder}) < len(decoder):
+        raise ValueError("layers share a v_proj; they cannot be adapted one by one")
+    config = getattr(model, "config", None)  # DistributedDataParallel and other wrappers have none
+    fields = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
+    ids = {getattr(config, field, None) for field in fields} - {None}
+    if not ids:
+        hint = "attach to the whole VLM, unwrapped"
+        raise ValueError(f"model.config has no image_token_id to tell visual tokens by; {hint}")
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    by_transformers = getattr(config, "distributed_config", None)  # whose Trainer averages the gradients itself
+    if sharded and not by_transformers:
+        why = "nobody would average the adapter's gradients over the processes"
+        raise ValueError(f"the model is sharded already, and {why}; attach first, then shard")
+    return model, decoder, ids
+
+
+def _check_attention(where: str, attention: nn.Module) -> None:
+    parts = [name for name, _ in attention.named_children()]
+    if "v_proj" not in parts:
+        raise ValueError(
+            f"{where} has no self_attn.v_proj but {', '.join(parts)}; cross-attention to images, the other layers of "
+            "hybrid models, fused q, k and v, and latent values cannot be adapted"
+        )
+    later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
+    if later:
+        raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
+    if not hasattr(attention.v_proj, "out_features"):
+        raise ValueError(f"the v_proj of {where} is a {type(attention.v_proj).__name__}, which has no out_features")
+    if attention.v_proj.out_features % attention.head_dim != 0:
+        sizes = f"v_proj has {attention.v_proj.out_features} features and head_dim is {attention.head_dim}"
+        raise ValueError(f"the features of {where} are not whole heads: {sizes}")
+    if hasattr(attention.v_proj, "has_image_lora"):
+        raise ValueError("the model already has an Image-LoRA; call its detach() first")
+
+
+def _check_options(decoder, r, lora_alpha, normalize, train_gamma) -> None:
+    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
+    if type(r) is not int or not 1 <= r <= D:
+        raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
+    if type(lora_alpha) not in (int, float) or not 0 < lora_alpha <= 1e9:
+        raise ValueError(f"lora_alpha must be a number above 0 and at most 1e9, got {lora_alpha!r}")
+    if type(normalize) is not bool or type(train_gamma) is not bool:
+        raise ValueError(f"normalize and train_gamma must be True or False, got {normalize!r} and {train_gamma!r}")
+
+
+def _checked_heads(heads, head_counts: list[int]) -> Heads:
+    """The selected heads, sorted and without empty layers."""
+    if heads is None:
+        return {layer: list(range(count)) for layer, count in enumerate(head_counts)}
+    if not isinstance(heads, dict):
+        raise ValueError(f"heads must be {{layer: [value head, ...]}}, got {heads!r}")
+    for layer, selected in heads.items():
+        if type(layer) is not int or not 0 <= layer < len(head_counts):
+            raise ValueError(f"there is no layer {layer!r}; layers are the integers 0..{len(head_counts) - 1}")
+        last = head_counts[layer] - 1
+        valid = isinstance(selected, (list, tuple, range)) and all(type(head) is int for head in selected)
+        if not valid or len(set(selected) & set(range(last + 1))) < len(selected):
+            expected = f"must be a list of different integers in 0..{last}"
+            raise ValueError(f"the heads of layer {layer} {expected}, got {selected!r}")
+    checked = {layer: sorted(heads[layer]) for layer in sorted(heads) if heads[layer]}
+    if not checked:
+        raise ValueError("no head is selected; name at least one")
+    return checked
+
+
+def _device(v_proj) -> torch.device:
+    """Where v_proj computes: accelerate may run it on another device than its weights are kept on."""
+    if hasattr(v_proj, "_hf_hook"):
+        return getattr(v_proj._hf_hook, "execution_device", None) or next(v_proj.parameters()).device
+    tensors = [*v_proj.parameters(), *v_proj.buffers(), torch.empty(0)]  # a quantized v_proj may have no parameter
+    return tensors[0].device
+
+
+# ------ What is saved -------------------------------------------------------------------------------------------------
+
+
+def _scale_of_each_head(adapter: ImageLoRA) -> Tensor:
+    """[L, H], 0 for a head that is not selected."""
+    scales = torch.zeros(len(adapter.head_counts), max(adapter.head_counts), device="cpu")
+    for layer, selected in adapter.heads.items():
+        scales[layer, selected] = adapter.layers[str(layer)].scaling
+    return scales
+
+
+def _check_scales(adapter: ImageLoRA, scales: Tensor) -> None:
+    own = _scale_of_each_head(adapter)
+    # Compared with a tolerance, because a saved state may have been averaged or stored in 16 bits.
+    if scales.shape != own.shape or not scales.to(own).allclose(own, rtol=0.01):
+        raise RuntimeError(
+            "the state_dict belongs to an Image-LoRA in other layers or heads, or with another scale; "
+            "attach with the same heads, r, lora_alpha and normalize, then load it"
+        )
 
 
 def safe_write(data, path):
-    """Writes a file beside `path`, then moves it into place: a killed write leaves the old file."""
+    """Write bytes beside `path`, then move them into place, so that a killed write leaves the old file."""
     beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
         beside.write_bytes(data)
@@ -474,67 +576,88 @@ def safe_write(data, path):
 
 
 def safe_save(content, path):
-    torch.save(content, buffer := io.BytesIO())  # not to the disk: where that is full, torch.save raises no OSError
+    """`torch.save` by way of safe_write. Raises OSError where the disk is full, which torch.save itself does not."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     safe_write(buffer.getbuffer(), path)
 
 
-def safe_load(path):
-    """`torch.load` that runs nothing from the file, and sees only what its checksums confirm. Raises ValueError."""
+def safe_load(path) -> dict:
+    """The dict in a file of torch.save; runs no code from the file. Raises ValueError if there is none, or damaged."""
     try:
-        checked = io.BytesIO()
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
-            for name in archive.namelist():
-                copy.writestr(name, archive.read(name))  # torch.load itself would not notice a flipped bit
-        checked.seek(0)
-        content = torch.load(checked, map_location="cpu", weights_only=True)
-        _require(isinstance(content, dict), f"it holds a {type(content).__name__}")
-        return content
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself would not notice a flipped bit
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} instead of a dict")
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise ValueError(f"{path} is missing, damaged or not a PyTorch file ({reason})") from None
+        raise ValueError(f"{path} is missing, damaged or not a PyTorch file ({_in_one_line(error)})") from error
+    return content
 
 
-def _content(adapter):
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _file_content(adapter: ImageLoRA) -> dict:
     layers = {layer: {} for layer in adapter.layers}
     for name, tensor in adapter.layers.state_dict().items():  # parameters() may be FSDP's copies in bfloat16
         layer, kind = name.split(".")
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP: all shards
-        _require(tensor.numel() and tensor.isfinite().all(), f"{kind} of layer {layer} is empty or not finite: unsaved")
-        layers[layer][kind] = tensor.cpu()[0 if kind == "gamma" else ...]
-    Bs = [a.B for a in adapter.layers.values()]
-    _require(any(B.requires_grad or B.any() for B in Bs), UNTRAINED)
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()  # under FSDP2, gathers the shards of all ranks
+        if tensor.numel() == 0:
+            gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
+            raise ValueError(f"{kind} of layer {layer} is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{kind} of layer {layer} is not finite, so the adapter is not saved")
+        layers[layer][kind] = tensor.cpu().reshape(()) if kind == "gamma" else tensor.cpu()
+    if not any(layer.B.requires_grad or layer.B.any() for layer in adapter.layers.values()):
+        untrained = "the adapter is frozen and B is still zero, so it is as if untrained"
+        raise ValueError(f"{untrained}; call get_peft_model() before attach(), as it freezes every parameter it finds")
     return {
         "model_name": adapter.model_name,
         "r": adapter.r,
         "alpha": float(adapter.lora_alpha),
         "kv_indices": {str(layer): heads for layer, heads in adapter.heads.items()},
         "layers": layers,
-        "normalize": adapter.normalize,  # this and the next are keys of ours
+        "normalize": adapter.normalize,  # this and the next are not in the authors' files
         "head_counts": adapter.head_counts,
     }
 
 
 def load(model, path) -> ImageLoRA:
-    """Attach a file's adapter, ours or the authors', trainable. ValueError, the model untouched, if it does not fit."""
-    content, adapter = safe_load(path), None
+    """Attach the adapter of a file, ours or the authors'; A, B and gamma are trainable.
+
+    Raises ValueError, and leaves the model as it was, if the file is damaged or does not fit the model."""
+    content = safe_load(path)
+    adapter = None
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         adapter = attach(model, content["r"], content["alpha"], heads, content.get("normalize", True))
-        counts = content.get("head_counts", adapter.head_counts)  # like normalize, not in the authors' files
-        _require(counts == adapter.head_counts, f"its layers have {counts} value heads, not {adapter.head_counts}")
+        counts = content.get("head_counts", adapter.head_counts)
+        if counts != adapter.head_counts:
+            raise ValueError(f"its layers have {counts} value heads, the model's have {adapter.head_counts}")
         state = {}
-        for layer, saved in content["layers"].items():
-            order = torch.tensor(heads[int(layer)], device="cpu").argsort()  # the file's own; ours is sorted
-            _require(len(saved["B"]) == len(order), f"layer {layer} names {len(order)} heads for {len(saved['B'])}")
-            saved = saved | {"B": saved["B"][order], "gamma": saved["gamma"].reshape(1)}
-            for name, tensor in saved.items():
-                finite = tensor.is_floating_point() and tensor.float().isfinite().all()
-                _require(finite, f"{name} of layer {layer} does not hold finite floats")
+        for layer, tensors in content["layers"].items():
+            for name, tensor in _in_our_order(layer, tensors, heads[int(layer)]).items():
                 state[f"{layer}.{name}"] = tensor
         adapter.layers.load_state_dict(state)
-        return adapter
     except Exception as error:
-        if adapter:
+        if adapter is not None:
             adapter.detach()
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{path} does not fit this model ({reason})") from None
+        raise ValueError(f"{path} does not fit this model ({_in_one_line(error)})") from error
+    return adapter
+
+
+def _in_our_order(layer: str, tensors: dict, heads: list[int]) -> dict:
+    """The tensors of a layer with B in the order of our heads, which are sorted. ValueError if one is not finite."""
+    order = torch.tensor(heads, device="cpu").argsort()
+    if len(tensors["B"]) != len(order):
+        raise ValueError(f"layer {layer} names {len(order)} heads, but its B has {len(tensors['B'])}")
+    ours = tensors | {"B": tensors["B"][order], "gamma": tensors["gamma"].reshape(1)}
+    for name, tensor in ours.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise ValueError(f"{name} of layer {layer} does not hold finite floats")
+    return ours
