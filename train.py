@@ -28,8 +28,8 @@ import imagelora
 from data import DEVICES, Settings, command, figures, option, progress, prompts
 from data.baselines import LoRA, choose_heads, gate_scores
 from data.costs import run_costs
-from data.evaluate import Given, controls, few_answers, hit_rate, measure, score_line, text_logits
-from data.prompts import available, batch_of, load_base, training_data
+from data.evaluate import Answer, film_frame, hit_rate, measure, measure_controls, score_line, text_only_logits
+from data.prompts import find_device, load_base, training_batch, training_data
 from tiny_vlm import TinyVLM
 
 RATES = {"image_lora": 0.04, "lora": 0.005, "none": 0.0}  # best on switch screens: half of the heads; q, k, v, o
@@ -64,31 +64,33 @@ class Config(Settings):
         super().__post_init__()
         if self.film and self.task != "grounding":
             raise ValueError("the moving picture is one of clicks, so film needs the task grounding")
-        if self.replay > prompts.SCREENS:
-            raise ValueError(f"replay must be at most {prompts.SCREENS}, the sequences of a step, got {self.replay}")
+        if self.replay > prompts.SCREENS_PER_STEP:
+            most = prompts.SCREENS_PER_STEP
+            raise ValueError(f"replay must be at most {most}, the sequences of a step, got {self.replay}")
 
 
 class Finetuned(NamedTuple):
     result: dict  # the Config's fields and what was measured
     model: TinyVLM
     adapter: nn.Module | None
-    before: list[Given]  # the base's answers
-    after: list[Given]
-    film: list  # (step, a few answers)
+    base_answers: list[Answer]
+    answers: list[Answer]
+    film: list[tuple[int, list[Answer]]]  # (step, a few answers)
 
 
 def finetune(cfg: Config, say=print) -> Finetuned:
     """before -> probe, select -> attach -> train -> after. Writes no file; `say` is what prints a line."""
-    start, model = time.time(), load_base(cfg.base, available(cfg.device))
+    start = time.time()
+    model = load_base(cfg.base, find_device(cfg.device))
     cfg = replace(cfg, lr=RATES[cfg.method]) if cfg.lr is None else cfg
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     say(f"base     {Path(cfg.base).name} · {size} · {model.config.num_patches} visual tokens a screen · {model.device}")
-    before, before_given = measure(cfg, model)
-    base_text = text_logits(model)
-    say(f"before   {score_line(cfg.domain, before)}")
+    base_metrics, base_answers = measure(cfg, model)
+    base_logits = text_only_logits(model)
+    say(f"before   {score_line(cfg.domain, base_metrics)}")
 
     data = training_data(cfg, model.device)
-    probe_batches = [batch_of(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
+    probe_batches = [training_batch(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
     selected = adapter = None
     if cfg.method == "image_lora":
         selected = probe_and_select(cfg, model, probe_batches, say)
@@ -99,15 +101,16 @@ def finetune(cfg: Config, say=print) -> Finetuned:
         adapter = LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
     film = train(cfg, model, adapter, data, quiet=say is not print) if adapter else []
 
-    after, after_given = measure(cfg, model)
-    difference = (text_logits(model) - base_text).abs().max().item()
-    say(f"after    {score_line(cfg.domain, after)}")
+    metrics, answers = measure(cfg, model)
+    difference = (text_only_logits(model) - base_logits).abs().max().item()
+    say(f"after    {score_line(cfg.domain, metrics)}")
     verdict = "changed" if difference else "identical"
-    say(f"text     logits of {len(base_text)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
-    result = asdict(cfg) | {"selected": selected, "before": before, "text_logits_max_abs_diff": difference} | after
+    say(f"text     logits of {len(base_logits)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
+    result = asdict(cfg) | {"selected": selected, "before": base_metrics, "text_logits_max_abs_diff": difference}
+    result |= metrics
     result |= run_costs(model, adapter, probe_batches[0], all_tokens=cfg.method == "lora" and cfg.tokens == "all")
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
-    return Finetuned(result, model, adapter, before_given, after_given, film)
+    return Finetuned(result, model, adapter, base_answers, answers, film)
 
 
 def probe_and_select(cfg: Config, model: TinyVLM, batches: list[dict], say) -> imagelora.Heads:
@@ -137,13 +140,13 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, quiet: b
     bar = progress(range(cfg.steps), "train", quiet=quiet)
     for step in bar:
         if cfg.film and figures.is_filmed(step, cfg.steps):
-            film.append((step, few_answers(cfg, model)))
+            film.append((step, film_frame(cfg, model)))
         rate = cfg.lr * min((step + 1) / warm_up, 1 - step / cfg.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
 
         # 8 screens with 5 questions each: input_ids, labels [B, T], image_features [B, P, D]; the probe took the first
-        batch, boxes = batch_of(cfg, data, prompts.PROBE_BATCHES + step)
+        batch, boxes = training_batch(cfg, data, prompts.PROBE_BATCHES + step)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
             output = model(**batch)
         losses.append(output.loss.item())
@@ -154,13 +157,13 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, quiet: b
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
-        said = f"loss {sum(losses) / len(losses):.2f}"
+        status = f"loss {sum(losses) / len(losses):.2f}"
         if cfg.task == "grounding":
             clicks.append(hit_rate(output.logits, batch["labels"], boxes))
-            said += f"  click {sum(clicks) / len(clicks):.0%}"
-        bar.set_postfix_str(said, refresh=False)
+            status += f"  click {sum(clicks) / len(clicks):.0%}"
+        bar.set_postfix_str(status, refresh=False)
     if cfg.film:
-        film.append((cfg.steps, few_answers(cfg, model)))
+        film.append((cfg.steps, film_frame(cfg, model)))
     return film
 
 
@@ -180,7 +183,7 @@ def main_job(cfg: Config) -> None:
     done = finetune(cfg)
     result, saved = done.result, []
     if cfg.task == "grounding":
-        result = result | controls(cfg, done.model, done.before)
+        result = result | measure_controls(cfg, done.model, done.base_answers)
         report_controls(result)
     if done.adapter:
         report_costs(result)
@@ -189,7 +192,7 @@ def main_job(cfg: Config) -> None:
         done.adapter.save(out / "adapter.pt")
         saved.append("adapter.pt")
     if cfg.task == "grounding":
-        figures.save([figures.predictions(done.before, done.after)], out / "predictions.png")
+        figures.save([figures.predictions(done.base_answers, done.answers)], out / "predictions.png")
         saved.append("predictions.png")
     if done.film:
         figures.save(figures.moving(done.film), out / "training.gif")
@@ -208,10 +211,10 @@ def report_controls(result: dict) -> None:
 
 
 def report_costs(result: dict) -> None:
-    parameters, of_lora = result["trainable_parameters"], result["lora_trainable_parameters"]
+    parameters, lora_parameters = result["trainable_parameters"], result["lora_trainable_parameters"]
     flops, lora, step = (result[f"{name}_flops_per_screen"] for name in ("adapter", "lora", "step"))
     counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
-    small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA's, rank 8)"
+    small = f"cost     {parameters:,} parameters ({parameters / lora_parameters:.0%} of LoRA's, rank 8)"
     print(f"{small} · adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora:.0%} of LoRA's), {counted}")
     print(f"         {flops / step:.1%} of the decoder's training step, {step / 1e6:.0f} MFLOP per screen")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import DEVICES, Settings, command, option
 from data.evaluate import click_right_of, evaluate, evaluate_word_problems, offset_rule, score_line
-from data.prompts import available, image_features, load_base, seen
+from data.prompts import find_device, image_features, load_base, screens_and_features
 from data.screens import draw_screen
 from data.study import BASES, TWINS
 
@@ -20,23 +20,23 @@ WORDINGS = "click wifi", "click right of wifi", "click switch", "click switch ri
 
 def abilities(model) -> dict:
     """What a base can do on test screens of each kind, and with word problems. It is printed, too."""
-    found = {}
+    record = {}
     for domain in ("source", "dark", "switches"):
-        drawn = [draw_screen(domain, "test", i) for i in range(SCREENS)]
-        features = image_features(model.get_image_features, drawn, model.device)
-        found[domain] = {}
+        screens = [draw_screen(domain, "test", i) for i in range(SCREENS)]
+        features = image_features(model.get_image_features, screens, model.device)
+        record[domain] = {}
         for task in ("relations", "referring", "grounding"):  # clicks last: num_total is theirs
             if task != "relations" or domain == "source":
-                metrics, _ = evaluate(model, drawn, features, task)
+                metrics, _ = evaluate(model, screens, features, task)
                 print(score_line(domain, metrics))
-                found[domain] |= metrics
-    reworded, _ = evaluate(model, drawn, features, reword=click_right_of)
-    found["switches"]["reworded_acc"] = reworded["action_acc"]
-    found["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
-    found["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
+                record[domain] |= metrics
+    reworded, _ = evaluate(model, screens, features, reword=click_right_of)
+    record["switches"]["reworded_acc"] = reworded["action_acc"]
+    record["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
+    record["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
     line = "asked to click right of the name {:.1%}    word problems {:.1%}, after an image {:.1%}"
-    print(line.format(reworded["action_acc"], found["word_problem_acc"], found["word_problem_after_image_acc"]))
-    return found
+    print(line.format(reworded["action_acc"], record["word_problem_acc"], record["word_problem_after_image_acc"]))
+    return record
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,18 @@ def rules(base: str, device: str) -> dict[str, float]:
     """What a base gets right on test screens with switches: asked in these words; its clicks moved by an offset a name;
     a switch's name, asked of a place left of it."""
     model = load_base(base, device)
-    shown, learn = (seen(base, "switches", split, SCREENS, device) for split in ("test", "validation"))
-    found = {}
+    test = screens_and_features(base, "switches", "test", SCREENS, device)
+    validation = screens_and_features(base, "switches", "validation", SCREENS, device)
+    accuracies = {}
     for wording in WORDINGS:
-        metrics, _ = evaluate(model, *shown, reword=lambda sample, wording=wording: reworded(sample, wording))
-        found[wording] = metrics["action_acc"]
-    found["an offset for each name"] = offset_rule(evaluate(model, *learn)[1], evaluate(model, *shown)[1])
-    metrics, _ = evaluate(model, *shown, "referring", reword=at_the_left)
-    found["referring: what is at the left, at this height"] = metrics["name_acc"]
-    return found
+        metrics, _ = evaluate(model, *test, reword=lambda sample, wording=wording: reworded(sample, wording))
+        accuracies[wording] = metrics["action_acc"]
+    _, validation_answers = evaluate(model, *validation)
+    _, test_answers = evaluate(model, *test)
+    accuracies["an offset for each name"] = offset_rule(validation_answers, test_answers)
+    metrics, _ = evaluate(model, *test, "referring", reword=at_the_left)
+    accuracies["referring: what is at the left, at this height"] = metrics["name_acc"]
+    return accuracies
 
 
 def print_rules(cfg: ControlsConfig) -> None:
@@ -75,10 +78,10 @@ def print_rules(cfg: ControlsConfig) -> None:
     missing = [base for base in BASES + TWINS if not Path(base).exists()]
     if missing:
         raise ValueError(f"there is no {missing[0]}; python -m data.study.compare makes it")
-    of_bases = [rules(base, available(cfg.device)) for base in BASES + TWINS]
+    of_bases = [rules(base, find_device(cfg.device)) for base in BASES + TWINS]
     print("|frozen, on switch screens|the bases %|their twins %|\n|---|---|---|")
     for rule in of_bases[0]:
-        values = [f"{100 * found[rule]:.1f}" for found in of_bases]
+        values = [f"{100 * accuracies[rule]:.1f}" for accuracies in of_bases]
         print(f"|{rule}|{', '.join(values[:3])}|{', '.join(values[3:])}|")
 
 
