@@ -1,8 +1,7 @@
 """Answers and their score: the task, what else the model can do, and the controls that a score is compared with."""
 
-from collections import defaultdict
 from collections.abc import Callable
-from itertools import product
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from data.prompts import CHUNK, load_base, pack_sequences, prompt_batch, screens_and_features, turn
 from data.screens import (
-    BIN,
-    DOMAINS,
-    SIZE,
+    ICONS,
+    LABELS,
+    VERBS,
     Box,
     Screen,
     grounding_sample,
@@ -21,7 +20,7 @@ from data.screens import (
     referring_sample,
     relation_samples,
 )
-from data.words import decode, parse_point, word_problem
+from data.words import BOS, ID, PAD, decode, parse_point, word_problem
 
 Point = tuple[float, float]  # x, y in pixels
 
@@ -126,28 +125,66 @@ def measure(cfg, model) -> tuple[dict, list[Answer]]:
 
 
 def score_line(domain: str, metrics: dict) -> str:
-    """The metrics of `evaluate` in a sentence, and the word problems if they were measured, too."""
-    line = "click accuracy on {screens} {action_acc:6.1%}  (words {text_acc:.1%}  icons {icon_acc:.1%})"
+    """The metrics of `evaluate` in a sentence."""
+    screens = f"{domain.removesuffix('es')} screens"
     if "name_acc" in metrics:
-        line = "correct names on {screens} {name_acc:6.1%}"
+        return f"correct names on {screens} {metrics['name_acc']:6.1%}"
     if "relation_acc" in metrics:
-        line = "what is right of a name, on {screens} {relation_acc:6.1%}"
-    if "word_problem_acc" in metrics:
-        line += "\n         word problems {word_problem_acc:.1%}, after an image {word_problem_after_image_acc:.1%}"
-    return line.format(screens=f"{domain.removesuffix('es')} screens", **metrics)
+        return f"what is right of a name, on {screens} {metrics['relation_acc']:6.1%}"
+    kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
+    return f"click accuracy on {screens} {metrics['action_acc']:6.1%}  ({kinds})"
+
+
+def other_skills_line(metrics: dict) -> str:
+    """What `measure` adds to the task: clicks on source screens, which is the old task, and word problems."""
+    alone, after_image = metrics["word_problem_acc"], metrics["word_problem_after_image_acc"]
+    old_task = f"old task, clicks on source screens {metrics['source_acc']:.1%}"
+    return f"{old_task} · word problems {alone:.1%}, after an image {after_image:.1%}"
+
+
+# ---- Prompts without an image ----------------------------------------------------------------------------------------
+
+
+@lru_cache
+def text_only_prompts() -> dict[str, Tensor]:
+    """input_ids [B, T] of two kinds of prompts: 256 test word problems with their answers, padded on the right; and
+    questions for a click on each name, with each verb, but without a screen."""
+    problems = [[turn(word_problem("test", i))] for i in range(256)]
+    packed = pack_sequences([[]] * len(problems), problems, num_patches=0)
+    questions = [[ID[word] for word in (BOS, verb, name)] for verb in VERBS for name in LABELS + ICONS]
+    return {"word_problem": packed["input_ids"], "question_without_image": torch.tensor(questions)}
 
 
 @torch.no_grad()
-def text_only_logits(model) -> Tensor:
-    """Logits of 256 prompts without an image (test word problems with their answers), [256, T, V]."""
-    prefixes = [[turn(word_problem("test", i))] for i in range(256)]
-    batch = pack_sequences([[]] * len(prefixes), prefixes, 0, model.device)
-    return model(batch["input_ids"]).logits
+def text_only_logits(model) -> dict[str, Tensor]:
+    """Next-token logits [B, T, V] of both kinds of prompts."""
+    return {kind: model(ids.to(model.device)).logits for kind, ids in text_only_prompts().items()}
+
+
+def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict:
+    """How far fine-tuning has moved answers without an image, from the logits of the base and the tuned model.
+
+    text_logits_max_abs_diff: the largest change of a logit, of word problems. word_problem_kl and
+    question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats a
+    token. All are exactly 0 if only visual tokens are adapted."""
+    difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
+    changes = {"text_logits_max_abs_diff": difference}
+    for kind, ids in text_only_prompts().items():
+        base_log_probs = base[kind].cpu().double().log_softmax(-1)  # [B, T, V]
+        tuned_log_probs = tuned[kind].cpu().double().log_softmax(-1)
+        divergences = (base_log_probs.exp() * (base_log_probs - tuned_log_probs)).sum(-1)  # [B, T]
+        changes[f"{kind}_kl"] = divergences[ids != ID[PAD]].mean().item()
+    return changes
+
+
+# ---- While training --------------------------------------------------------------------------------------------------
 
 
 def hit_rate(logits: Tensor, labels: Tensor, boxes: list[Box | None]) -> float:
-    """Share of a training batch's clicks that hit their box, with teacher forcing. Word problems have box None."""
-    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # each is x, y, <eos>
+    """Share of a training batch's clicks that hit their box, with teacher forcing. Word problems have box None.
+
+    logits [B, T, V] and labels [B, T] are of the task grounding, in which each answer has two tokens and <eos>."""
+    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # of a click: x, y, <eos>
     points = [parse_point(decode(ids)) for ids in answers[:, :2].tolist()]
     hits = [is_hit(point, box) for point, box in zip(points, boxes) if box]
     return sum(hits) / max(len(hits), 1)
@@ -172,46 +209,12 @@ def click_right_of(sample: dict) -> dict:
     return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
-def best_offset(clicks_and_boxes: list[tuple[Point, Box]]) -> tuple[int, int]:
-    """The offset (dx, dy), in whole bins and one for all, after which the most of these clicks are in their boxes."""
-
-    def num_hits(offset):
-        dx, dy = offset
-        return sum(is_hit((x + dx, y + dy), box) for (x, y), box in clicks_and_boxes)
-
-    steps = range(BIN - SIZE, SIZE, BIN)
-    return max(product(steps, steps), key=num_hits)
-
-
-def offset_rule(validation: list[Answer], test: list[Answer]) -> float:
-    """Click accuracy on the answers `test` if each click is moved by the offset that is best for its name on the
-    answers `validation`. No click is a miss."""
-    by_name = defaultdict(list)
-    for _, sample, click in validation:
-        if click:
-            by_name[sample["name"]].append((click, sample["bbox"]))
-    offsets = {name: best_offset(clicks_and_boxes) for name, clicks_and_boxes in by_name.items()}
-    hits = 0
-    for _, sample, click in test:
-        if click:
-            dx, dy = offsets.get(sample["name"], (0, 0))
-            hits += is_hit((click[0] + dx, click[1] + dy), sample["bbox"])
-    return hits / len(test)
-
-
-def measure_controls(cfg, model, base_answers: list[Answer]) -> dict:
-    """Click accuracy of the base, moved by an offset for each name. Where there are switches also of the base, asked to
-    click right of the name, and of the tuned model, the switches erased."""
+def measure_controls(cfg, model) -> dict:
+    """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
+    switches erased."""
     base = load_base(cfg.base, model.device)
-    count = cfg.test_screens
-    validation = screens_and_features(cfg.base, cfg.domain, "validation", count, model.device)
-    _, validation_answers = evaluate(base, *validation, history=cfg.history)
-    accuracies = {"offset_acc": offset_rule(validation_answers, base_answers)}
-    if DOMAINS[cfg.domain].switches:
-        whole = screens_and_features(cfg.base, cfg.domain, "test", count, model.device)
-        erased = screens_and_features(cfg.base, cfg.domain, "test", count, model.device, erased=True)
-        metrics, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
-        accuracies["reworded_acc"] = metrics["action_acc"]
-        metrics, _ = evaluate(model, *erased, history=cfg.history)
-        accuracies["erased_acc"] = metrics["action_acc"]
-    return accuracies
+    whole = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
+    reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
+    erased = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device, erased=True)
+    metrics, _ = evaluate(model, *erased, history=cfg.history)
+    return {"reworded_acc": reworded["action_acc"], "erased_acc": metrics["action_acc"]}

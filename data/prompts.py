@@ -8,13 +8,14 @@ Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D h
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.screens import Screen, draw_screen, random_samples
+from data.screens import Box, Screen, draw_screen, random_samples
 from data.words import BOS, EOS, ID, IMAGE, PAD, encode, word_problem
 from tiny_vlm import TinyVLM
 
@@ -23,7 +24,7 @@ PROBE_BATCHES = 16  # of training data; each has its own random A, so more batch
 TRAIN_SCREENS = 2048  # at most, which a run draws its batches from
 SCREENS_PER_STEP = 8  # sequences of a training step, a screen each
 QUESTIONS_PER_SCREEN = 5  # packed into one sequence
-REPLAYED_PROBLEMS = 3  # word problems in place of these questions, in a sequence of replay
+REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
 CHUNK = 256  # screens or prompts that run at once where nothing is learned
 IGNORED = -100  # the label of a token that is not to be predicted
 
@@ -82,12 +83,16 @@ def find_device(name: str) -> str:
     return name
 
 
+def base_path(base: str) -> Path:
+    """A base's path from the current directory or, if it exists only there, from the project's."""
+    if not Path(base).exists() and (ROOT / base).exists():
+        return ROOT / base
+    return Path(base)
+
+
 def load_base(base: str, device="cpu") -> TinyVLM:
-    """The model in a file, by its path from the current directory or else from the project's."""
-    path = Path(base)
-    if not path.exists() and (ROOT / base).exists():
-        path = ROOT / base
-    return TinyVLM.from_pretrained(path).to(device)
+    """The model in this file, see `base_path`. ValueError if it holds none."""
+    return TinyVLM.from_pretrained(base_path(base)).to(device)
 
 
 def pixel_values(screens: list[Screen]) -> Tensor:
@@ -113,30 +118,55 @@ def screens_and_features(base: str, domain: str, split: str, count: int, device,
     return screens, image_features(load_base(base, device).get_image_features, screens, device)
 
 
-def training_data(cfg, device):
-    """The screens that a run draws its batches from, and their features [N, P, D]."""
+class TrainingData(NamedTuple):
+    """The screens that a run draws its batches from, and their features."""
+
+    screens: list[Screen]
+    features: Tensor  # [N, P, D]
+    source_screens: list[Screen]  # for replay; [] without it
+    source_features: Tensor | None
+
+
+class TrainingBatch(NamedTuple):
+    inputs: dict  # the model's arguments: input_ids, labels [B, T], image_features [B, P, D]
+    boxes: list[Box | None]  # the target of each question; None where it does not ask for a click
+
+
+def training_data(cfg, device) -> TrainingData:
+    """The training screens of the run's domain and, if there is replay, as many source screens."""
     count = min((PROBE_BATCHES + cfg.steps) * SCREENS_PER_STEP, TRAIN_SCREENS)
-    return screens_and_features(cfg.base, cfg.domain, "train", count, device)
+    screens, features = screens_and_features(cfg.base, cfg.domain, "train", count, device)
+    source_screens, source_features = [], None
+    if cfg.replay:
+        source_screens, source_features = screens_and_features(cfg.base, "source", "train", count, device)
+    return TrainingData(screens, features, source_screens, source_features)
 
 
-def training_batch(cfg, data: tuple, index: int):
-    """(The arguments of the model, the target boxes) of batch number `index`; the probe takes the first ones.
+def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
+    """Batch number `index` of a run; the probe takes the first ones.
 
     It holds no pixels: image_features are what the frozen vision encoder has made of its screens, once for all."""
-    screens, features = data
     rng = np.random.default_rng([cfg.seed, index])
-    picks = rng.choice(len(screens), SCREENS_PER_STEP, replace=False)
+    picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
+    features = data.features[picks]
     prefixes = []
     for sequence in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):
         problems = [word_problem("train", sequence * cfg.history + k) for k in range(cfg.history)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
     refer = float(cfg.task == "referring")
-    samples = [random_samples(screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
-    # The probe's batches hold no replay, so the same heads are selected with or without it.
+    samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+
+    # Replay: what the base was asked before, in place of the new task. The probe's batches hold none, so the same
+    # heads are selected with or without it.
     num_replayed = cfg.replay if index >= PROBE_BATCHES else 0
     for sequence in range(num_replayed):
-        samples[sequence] = [word_problem("train", int(rng.integers(10**9))) for _ in range(REPLAYED_PROBLEMS)]
-    batch = pack_sequences(samples, prefixes, features.shape[1], features.device)
-    batch["image_features"] = features[picks]
-    boxes = [sample.get("bbox") for sample in chain(*samples)]  # None for a question that is not answered by a click
-    return batch, boxes
+        pick = rng.integers(len(data.source_screens))
+        features[sequence] = data.source_features[pick]
+        samples[sequence] = random_samples(data.source_screens[pick], QUESTIONS_PER_SCREEN, rng, 0.0, distinct=True)
+        for _ in range(REPLAYED_PROBLEMS):
+            samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
+
+    inputs = pack_sequences(samples, prefixes, features.shape[1], features.device)
+    inputs["image_features"] = features
+    boxes = [sample.get("bbox") for sample in chain(*samples)]
+    return TrainingBatch(inputs, boxes)
