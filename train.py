@@ -10,50 +10,67 @@ python -m data.study.compare     every method on three bases: the tables; data/s
 
 import json
 import math
-import os
 import sys
 import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits for another soon gives way; before torch
+from data import DEVICES, Settings, command, option, progress  # Before torch, because it sets how threads wait.
 
+# isort: split
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import imagelora
-from data import DEVICES, Settings, command, figures, option, progress, prompts
+from data import figures, prompts
 from data.baselines import LoRA, choose_heads, gate_scores
 from data.costs import run_costs
-from data.evaluate import Given, controls, few_answers, hit_rate, measure, score_line, text_logits
-from data.prompts import available, batch_of, load_base, training_data
+from data.evaluate import (
+    Answer,
+    film_frame,
+    hit_rate,
+    measure,
+    measure_controls,
+    other_skills_line,
+    score_line,
+    text_only_changes,
+    text_only_logits,
+)
+from data.prompts import TrainingData, find_device, load_base, training_batch, training_data
+from data.screens import DOMAINS
 from tiny_vlm import TinyVLM
 
-RATES = {"image_lora": 0.04, "lora": 0.005, "none": 0.0}  # best on switch screens: half of the heads; q, k, v, o
+# The best on switch screens, for half of the value heads and for LoRA on q, k, v and o.
+RATES = {"image_lora": 0.04, "lora": 0.005, "none": 0.0}
 
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """One fine-tuning run; each field is an option of the command line too."""
+    """One fine-tuning run; each field is an option of the command line, too."""
 
     method: str = option("image_lora", "none measures the frozen model", tuple(RATES))
     projections: str = option("qkvo", "of lora: which of q, k, v and o it adapts", ("qkvo", "v"))
-    tokens: str = option("all", "of lora: those it adapts", ("all", "visual"))
+    tokens: str = option("all", "of lora: the tokens it adapts", ("all", "visual"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
-    domain: str = option("switches", "the kind of screen", ("switches", "dark", "source"))
+    domain: str = option("switches", "the kind of screen", ("switches", "dark"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
-    heads: str = option("top", "by the probe; gate: the authors'", ("top", "gate", "matched", "random", "all"))
-    num_heads: int = option(12, "value heads to adapt", least=1)
+    heads: str = option(
+        "top",
+        "top: the most influential by the probe; bottom: the least influential; gate: by the authors' score",
+        ("top", "bottom", "gate", "matched", "random", "all"),
+    )
+    num_heads: int = option(12, "number of value heads to adapt", least=1)
     tau: float = option(0.0, "layer budget ~ influence^tau: 0 even, 0.5 the authors', above 1 in fewer layers", least=0)
     r: int = option(8, "rank; alpha is 2 r", least=1)
     lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}", least=0)
     gamma_lr: float = option(0.1, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
     steps: int = option(500, "training steps", least=1)
-    history: int = option(0, "word problems told before each screen: longer text, same image", least=0)
-    replay: int = option(0, "of a step's 8 sequences those that ask word problems after their image", least=0)
+    history: int = option(0, "word problems before each screen: longer text, same image", least=0)
+    replay: int = option(0, "how many of a step's 8 sequences ask what the base was asked before", least=0)
     test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
     seed: int = option(1, "of the data's order, the adapter's start and the probe", least=0)
     device: str = option("auto", "where to compute", DEVICES)
@@ -63,157 +80,225 @@ class Config(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.film and self.task != "grounding":
-            raise ValueError("the moving picture is one of clicks, so film needs the task grounding")
-        if self.replay > prompts.SCREENS:
-            raise ValueError(f"replay must be at most {prompts.SCREENS}, the sequences of a step, got {self.replay}")
+            raise ValueError("the moving picture shows clicks, so film needs the task grounding")
+        if self.replay > prompts.SCREENS_PER_STEP:
+            most = prompts.SCREENS_PER_STEP
+            raise ValueError(f"replay must be at most {most}, the sequences of a step, got {self.replay}")
+        if self.lr is None:
+            object.__setattr__(self, "lr", RATES[self.method])
+
+    def directory(self) -> Path:
+        """Where this run writes its files."""
+        return Path(self.out or f"runs/{self.domain}")
+
+
+# ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
 
 
 class Finetuned(NamedTuple):
     result: dict  # the Config's fields and what was measured
     model: TinyVLM
     adapter: nn.Module | None
-    before: list[Given]  # the base's answers
-    after: list[Given]
-    film: list  # (step, a few answers)
+    base_answers: list[Answer]
+    answers: list[Answer]
+    film: list[tuple[int, list[Answer]]]  # (step, a few answers)
 
 
-def finetune(cfg: Config, say=print) -> Finetuned:
-    """before -> probe, select -> attach -> train -> after. Writes no file; `say` is what prints a line."""
-    start, model = time.time(), load_base(cfg.base, available(cfg.device))
-    cfg = replace(cfg, lr=RATES[cfg.method]) if cfg.lr is None else cfg
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-    say(f"base     {Path(cfg.base).name} · {size} · {model.config.num_patches} visual tokens a screen · {model.device}")
-    before, before_given = measure(cfg, model)
-    base_text = text_logits(model)
-    say(f"before   {score_line(cfg.domain, before)}")
+def finetune(cfg: Config, verbose=False) -> Finetuned:
+    """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file."""
+    start = time.time()
+    model = load_base(cfg.base, find_device(cfg.device))
+    base_metrics, base_answers = measure(cfg, model)
+    base_logits = text_only_logits(model)
+    if verbose:
+        print_base(cfg, model, base_metrics)
 
     data = training_data(cfg, model.device)
-    probe_batches = [batch_of(cfg, data, i)[0] for i in range(prompts.PROBE_BATCHES)]
-    selected = adapter = None
+    probe_batches = [training_batch(cfg, data, i).inputs for i in range(prompts.PROBE_BATCHES)]
+    heads = None
     if cfg.method == "image_lora":
-        selected = probe_and_select(cfg, model, probe_batches, say)
-    torch.manual_seed(cfg.seed)  # after the probe, which draws numbers too
-    if cfg.method == "image_lora":
-        adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, selected)
-    elif cfg.method == "lora":
-        adapter = LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
-    film = train(cfg, model, adapter, data, quiet=say is not print) if adapter else []
+        scores = score_value_heads(cfg, model, probe_batches)
+        heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.tau, cfg.seed)
+        if verbose:
+            print_heads(scores, heads)
 
-    after, after_given = measure(cfg, model)
-    difference = (text_logits(model) - base_text).abs().max().item()
-    say(f"after    {score_line(cfg.domain, after)}")
-    verdict = "changed" if difference else "identical"
-    say(f"text     logits of {len(base_text)} text-only prompts: {verdict} (max |difference| = {difference:.3g})")
-    result = asdict(cfg) | {"selected": selected, "before": before, "text_logits_max_abs_diff": difference} | after
+    adapter = attach_adapter(cfg, model, heads)
+    film = [(0, film_frame(cfg, model))] if cfg.film else []
+    if adapter:
+        for step, _, _ in with_bar(train(cfg, model, adapter, data), cfg.steps, quiet=not verbose):
+            if cfg.film and (figures.is_filmed(step, cfg.steps) or step == cfg.steps):
+                film.append((step, film_frame(cfg, model)))
+
+    metrics, answers = measure(cfg, model)
+    changes = text_only_changes(base_logits, text_only_logits(model))
+    result = asdict(cfg) | {"selected": heads, "before": base_metrics} | metrics | changes
     result |= run_costs(model, adapter, probe_batches[0], all_tokens=cfg.method == "lora" and cfg.tokens == "all")
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
-    return Finetuned(result, model, adapter, before_given, after_given, film)
+    if verbose:
+        print_tuned(result)
+    return Finetuned(result, model, adapter, base_answers, answers, film)
 
 
-def probe_and_select(cfg: Config, model: TinyVLM, batches: list[dict], say) -> imagelora.Heads:
-    """The value heads to adapt: those that carry the image into the answer, or a control's."""
+def score_value_heads(cfg: Config, model: TinyVLM, batches: list[dict]) -> Tensor:
+    """How much each value head carries of the image into the answer, [layers, heads]."""
     if cfg.heads == "gate":
-        scores = gate_scores(model, batches)
-    else:
-        scores = imagelora.score_heads(model, batches, seed=cfg.seed)
-    selected = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.tau, cfg.seed)
-    say(f"probe    influence of {scores.numel()} heads, {len(batches)} batches:  {figures.bars(scores, selected)}")
-    layers = [f"layer {layer}: {' '.join(map(str, heads))}" for layer, heads in selected.items()]
-    say(f"select   {sum(map(len, selected.values()))} of {scores.numel()} heads: {' · '.join(layers)}")
-    return selected
+        return gate_scores(model, batches)
+    return imagelora.score_heads(model, batches, seed=cfg.seed)
 
 
-def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: tuple, quiet: bool) -> list:
-    """AdamW on the loss of the answers, the rate warmed up over a twentieth of the steps, then decayed to zero.
+def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
+    """Freeze the model and add what is trained; None if the method is none."""
+    torch.manual_seed(cfg.seed)  # here, so that A does not depend on the random numbers that the probe has drawn
+    if cfg.method == "image_lora":
+        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
+    if cfg.method == "lora":
+        return LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
+    return None
 
-    The vision tower is frozen and does not run here: it has run once over all screens, and a batch holds its features.
-    Returns the film, [(step, a few answers)]. Raises FloatingPointError at a loss that is not finite."""
+
+def train(
+    cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData
+) -> Iterator[tuple[int, float, float | None]]:
+    """Train the adapter by AdamW. After each step yields (steps so far, loss, share of correct clicks).
+
+    The share is of the training batch, with teacher forcing; None if the task asks for no clicks.
+    Raises FloatingPointError if the loss is not finite."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
     groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": cfg.gamma_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    warm_up, on_gpu = max(cfg.steps // 20, 1), model.device.type == "cuda"
-    film, losses, clicks = [], deque(maxlen=10), deque(maxlen=10)
-    bar = progress(range(cfg.steps), "train", quiet=quiet)
-    for step in bar:
-        if cfg.film and figures.is_filmed(step, cfg.steps):
-            film.append((step, few_answers(cfg, model)))
-        rate = cfg.lr * min((step + 1) / warm_up, 1 - step / cfg.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+    warm_up_steps = max(cfg.steps // 20, 1)
+    on_gpu = model.device.type == "cuda"
 
-        # 8 screens with 5 questions each: input_ids, labels [B, T], image_features [B, P, D]; the probe took the first
-        batch, boxes = batch_of(cfg, data, prompts.PROBE_BATCHES + step)
+    for step in range(cfg.steps):
+        # The rate warms up over a twentieth of the steps, then decays to zero.
+        lr = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+
+        # 8 screens with 5 questions each: input_ids and labels [B, T], image_features [B, P, D]. The vision tower is
+        # frozen, so it has run once over all screens and does not run here. The probe has used the first batches.
+        batch = training_batch(cfg, data, prompts.PROBE_BATCHES + step)
+
+        # The loss is the cross-entropy of the answers.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
-            output = model(**batch)
-        losses.append(output.loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}; try a smaller --lr than {cfg.lr}")
+            output = model(**batch.inputs)
+        loss = output.loss.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
+
+        # Gradients flow down to the lowest adapter; only the adapter's parameters have one, and change.
         optimizer.zero_grad()
-        output.loss.backward()  # down to the lowest adapter; the base is frozen
+        output.loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
-        said = f"loss {sum(losses) / len(losses):.2f}"
+        click_share = None
         if cfg.task == "grounding":
-            clicks.append(hit_rate(output.logits, batch["labels"], boxes))
-            said += f"  click {sum(clicks) / len(clicks):.0%}"
-        bar.set_postfix_str(said, refresh=False)
-    if cfg.film:
-        film.append((cfg.steps, few_answers(cfg, model)))
-    return film
+            click_share = hit_rate(output.logits, batch.inputs["labels"], batch.boxes)
+        yield step + 1, loss, click_share
 
 
 def run(cfg: Config) -> dict:
-    """`finetune` without prints: the Config's fields and what was measured."""
-    return finetune(cfg, say=lambda line: None).result
+    """One run without files and prints: the Config's fields and what was measured."""
+    return finetune(cfg).result
 
 
-# ---- What is shown and saved -----------------------------------------------------------------------------------------
+# ---- What is printed and saved ---------------------------------------------------------------------------------------
 
 
 def main_job(cfg: Config) -> None:
-    """`finetune`, then controls and costs. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, pictures of clicks."""
-    out = Path(cfg.out or f"runs/{cfg.domain}")
+    """One run, then the controls and costs. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, pictures of clicks."""
+    out = cfg.directory()
     out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # fails now, rather than after training
-    done = finetune(cfg)
-    result, saved = done.result, []
-    if cfg.task == "grounding":
-        result = result | controls(cfg, done.model, done.before)
-        report_controls(result)
-    if done.adapter:
-        report_costs(result)
-    (out / "metrics.json").unlink(missing_ok=True)  # of an earlier run; this one's comes last
+    tempfile.TemporaryFile(dir=out).close()  # If we may not write here, it is better to fail now than after training.
+    tuned = finetune(cfg, verbose=True)
+    result = tuned.result
+    if cfg.task == "grounding" and DOMAINS[cfg.domain].switches:
+        result = result | measure_controls(cfg, tuned.model)
+        print_controls(result)
+    if tuned.adapter:
+        print_costs(result)
+
+    saved = []
+    (out / "metrics.json").unlink(missing_ok=True)  # An earlier run's; this run's comes last, when all else is there.
     if cfg.method == "image_lora":
-        done.adapter.save(out / "adapter.pt")
+        tuned.adapter.save(out / "adapter.pt")
         saved.append("adapter.pt")
     if cfg.task == "grounding":
-        figures.save([figures.predictions(done.before, done.after)], out / "predictions.png")
+        figures.save([figures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
         saved.append("predictions.png")
-    if done.film:
-        figures.save(figures.moving(done.film), out / "training.gif")
+    if tuned.film:
+        figures.save(figures.moving(tuned.film), out / "training.gif")
         saved.append("training.gif")
     imagelora.safe_write(json.dumps(result, indent=1).encode(), out / "metrics.json")
     print(f"saved    {out}/ {' '.join(saved)} metrics.json")
+    print("note     on another kind of processor the accuracies can differ by about a point")
 
 
-def report_controls(result: dict) -> None:
-    """The frozen base, moved by a rule and asked otherwise; the tuned model, where the switches are missing."""
-    line = "controls base + an offset for each name {offset_acc:.1%}"
-    if "erased_acc" in result:
-        line += " · base, asked to click right of the name {reworded_acc:.1%}"
-        line += "\n         tuned, switches erased {erased_acc:.1%}"
-    print(line.format(**result))
+def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{num_parameters / 1e6:.2f} M parameters"
+    print(
+        f"base     {Path(cfg.base).name} · {size} · {model.config.num_patches} visual tokens a screen · {model.device}"
+    )
+    print(f"before   {score_line(cfg.domain, metrics)}")
+    print(f"         {other_skills_line(metrics)}")
 
 
-def report_costs(result: dict) -> None:
-    parameters, of_lora = result["trainable_parameters"], result["lora_trainable_parameters"]
-    flops, lora, step = (result[f"{name}_flops_per_screen"] for name in ("adapter", "lora", "step"))
-    counted = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
-    small = f"cost     {parameters:,} parameters ({parameters / of_lora:.0%} of LoRA's, rank 8)"
-    print(f"{small} · adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora:.0%} of LoRA's), {counted}")
-    print(f"         {flops / step:.1%} of the decoder's training step, {step / 1e6:.0f} MFLOP per screen")
+def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
+    """A bar for the score of each head, then the selected heads of each layer."""
+    num_selected = sum(len(selected) for selected in heads.values())
+    layers = [f"layer {layer}: {' '.join(map(str, selected))}" for layer, selected in heads.items()]
+    bars = figures.bars(scores, heads)
+    print(f"probe    influence of {scores.numel()} heads, {prompts.PROBE_BATCHES} batches:  {bars}")
+    print(f"select   {num_selected} of {scores.numel()} heads: {' · '.join(layers)}")
+
+
+def with_bar(training: Iterable[tuple], num_steps: int, quiet: bool) -> Iterator[tuple]:
+    """Passes on what `train` yields, and shows it in a progress bar: means over ten steps."""
+    losses = deque(maxlen=10)
+    click_shares = deque(maxlen=10)
+    bar = progress(training, "train", num_steps, quiet)
+    for step, loss, click_share in bar:
+        losses.append(loss)
+        status = f"loss {sum(losses) / len(losses):.2f}"
+        if click_share is not None:
+            click_shares.append(click_share)
+            status += f"  training clicks, teacher-forced {sum(click_shares) / len(click_shares):.0%}"
+        bar.set_postfix_str(status, refresh=False)
+        yield step, loss, click_share
+
+
+def print_tuned(result: dict) -> None:
+    print(f"after    {score_line(result['domain'], result)}")
+    print(f"         {other_skills_line(result)}")
+    difference = result["text_logits_max_abs_diff"]
+    verdict = "changed" if difference else "identical"
+    print(f"text     logits of 256 text-only prompts: {verdict} (max |difference| = {difference:.3g})")
+    if difference:
+        word_problems, questions = result["word_problem_kl"], result["question_without_image_kl"]
+        kinds = f"word problems {word_problems:.2g}, questions without an image {questions:.2g}"
+        print(f"         mean KL divergence from the base, in nats a token: {kinds}")
+
+
+def print_controls(result: dict) -> None:
+    """The frozen base, asked otherwise; the tuned model, where the switches are missing."""
+    reworded, erased = result["reworded_acc"], result["erased_acc"]
+    print(f"controls base, asked to click right of the name {reworded:.1%} · tuned, switches erased {erased:.1%}")
+
+
+def print_costs(result: dict) -> None:
+    parameters = result["trainable_parameters"]
+    lora_parameters = result["lora_trainable_parameters"]
+    flops = result["adapter_flops_per_screen"]
+    lora_flops = result["lora_flops_per_screen"]
+    step_flops = result["step_flops_per_screen"]
+    verdict = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
+    size = f"{parameters:,} parameters ({parameters / lora_parameters:.0%} of LoRA's, rank 8)"
+    cost = f"adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora_flops:.0%} of LoRA's), {verdict}"
+    print(f"cost     {size} · {cost}")
+    print(f"         {flops / step_flops:.1%} of the decoder's training step, {step_flops / 1e6:.0f} MFLOP per screen")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """The tiny world, the base model, the baselines and the evidence; and what all commands share."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from multiprocessing import parent_process
 
 from tqdm import tqdm
+
+# A thread that waits for others soon goes to sleep instead of spinning. This works only if it is set before torch is
+# imported; every command comes by here first.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 DEVICES = "auto", "cpu", "cuda", "mps"
 SPLITS = ("train", "validation", "test", "pretrain")  # a sample's random seed has the place of its split among these

@@ -75,13 +75,16 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, tau: float, seed: int) -> Heads:
-    """So many heads of scores [L, H].
+    """`count` of the value heads whose scores are [L, H]; choice "all": every head.
 
-    top, gate: the highest, layer by layer. random: any. matched: any, but as many in each layer as the highest are.
-    all: every head."""
-    num_heads, rng = scores.shape[1], np.random.default_rng(seed)
+    top, gate: those with the highest scores of each layer, shared out over the layers by tau. bottom: those with the
+    lowest scores of each layer, shared out evenly. random: any. matched: any, but as many in each layer as top."""
+    num_heads = scores.shape[1]
+    rng = np.random.default_rng(seed)
     if choice == "all":
         return select_heads(scores, scores.numel())
+    if choice == "bottom":
+        return select_heads(scores.max() - scores, count, tau=0)
     highest = select_heads(scores, count, tau)
     if choice in ("top", "gate"):
         return highest

@@ -1,130 +1,204 @@
-"""Answers decoded and scored: the task, what else the model can do, and what a click gets without the adapter."""
+"""Answers and their score: the task, what else the model can do, and the controls that a score is compared with."""
 
-from collections import defaultdict
-from itertools import product
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.prompts import CHUNK, load_base, questions, seen, training_batch, turn
-from data.screens import BIN, DOMAINS, SIZE, Screen, grounding, is_hit, referring, relations
-from data.words import decode, parse_point, word_problem
+from data.prompts import CHUNK, load_base, pack_sequences, prompt_batch, screens_and_features, turn
+from data.screens import (
+    ICONS,
+    LABELS,
+    VERBS,
+    Box,
+    Screen,
+    grounding_sample,
+    is_hit,
+    referring_sample,
+    relation_samples,
+)
+from data.words import BOS, ID, PAD, decode, parse_point, word_problem
 
-Given = tuple[Screen, dict, object]  # a screen, a sample about it, the point or the name that was answered
+Point = tuple[float, float]  # x, y in pixels
 
 
-def exam(drawn: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked once, or what is right of it: (number of the screen, sample)."""
-    rng, asked = np.random.default_rng(0), []
-    for i, screen in enumerate(drawn):
+class Answer(NamedTuple):
+    """What a model answered to a sample about a screen."""
+
+    screen: Screen
+    sample: dict  # {"instruction", "answer", of a click "bbox", "name", "data_type", too}
+    output: Point | str | None  # a click; or a name; None where a click was asked for and the answer is no point
+
+
+def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
+    """Every target of every screen asked for once, or what is right of it: (number of the screen, sample)."""
+    rng = np.random.default_rng(0)
+    numbered = []
+    for i, screen in enumerate(screens):
         if task == "relations":
-            samples = relations(screen)
+            samples = relation_samples(screen)
         elif task == "referring":
-            samples = [referring(target) for target in screen.targets()]
+            samples = [referring_sample(target) for target in screen.targets()]
         else:
-            samples = [grounding(screen, target, rng) for target in screen.targets()]
-        asked += [(i, sample) for sample in samples]
-    return asked
+            samples = [grounding_sample(screen, target, rng) for target in screen.targets()]
+        numbered += [(i, sample) for sample in samples]
+    return numbered
 
 
 @torch.no_grad()
-def answer(model, samples: list[dict], features: Tensor, history=0) -> list[str]:
-    """Greedy answers to `questions`."""
+def generate_answers(model, samples: list[dict], features: Tensor, history=0) -> list[str]:
+    """The model's greedy answers to samples, each after `history` word problems and its image [B, P or 0, D]."""
     answers = []
     for start in range(0, len(samples), CHUNK):
         part = slice(start, start + CHUNK)
-        batch = questions(samples[part], features[part], history)
-        out = model.generate(**batch, max_new_tokens=3)
-        new = out[:, batch["input_ids"].shape[1] :]
-        answers += map(decode, new.tolist())
+        batch = prompt_batch(samples[part], features[part], history)
+        ids = model.generate(**batch, max_new_tokens=3)
+        new_ids = ids[:, batch["input_ids"].shape[1] :]
+        answers += [decode(row) for row in new_ids.tolist()]
     return answers
 
 
-def evaluate(model, drawn: list[Screen], features: Tensor, task="grounding", history=0, reword=lambda sample: sample):
-    """All targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers).
+def evaluate(
+    model,
+    screens: list[Screen],
+    features: Tensor,
+    task="grounding",
+    history=0,
+    reword: Callable[[dict], dict] | None = None,
+) -> tuple[dict, list[Answer]]:
+    """Ask for all targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers).
 
-    reword: a function that asks for the same in other words."""
-    order, samples = zip(*exam(drawn, task))
-    samples = [reword(sample) for sample in samples]
-    answers = answer(model, samples, features[list(order)], history)
+    features: of the screens, [N, P, D]. reword: a function that asks for a sample's target in other words."""
+    numbers, samples = zip(*all_samples(screens, task))
+    if reword:
+        samples = [reword(sample) for sample in samples]
+    outputs = generate_answers(model, samples, features[list(numbers)], history)
     if task == "grounding":
-        answers = [parse_point(text) for text in answers]
-        hits = [is_hit(point, sample["bbox"]) for point, sample in zip(answers, samples)]
-        of_words = [hit for hit, sample in zip(hits, samples) if sample["data_type"] == "text"]
-        of_icons = [hit for hit, sample in zip(hits, samples) if sample["data_type"] == "icon"]
-        metrics = {
-            "action_acc": float(np.mean(hits)),
-            "text_acc": float(np.mean(of_words)),
-            "icon_acc": float(np.mean(of_icons)),
-            "wrong_format_num": answers.count(None),  # no points
-        }
+        outputs = [parse_point(text) for text in outputs]
+        metrics = click_metrics(outputs, samples)
     else:
-        correct = [given == sample["answer"] for given, sample in zip(answers, samples)]
-        metrics = {"name_acc" if task == "referring" else "relation_acc": float(np.mean(correct))}
+        accuracy = float(np.mean([output == sample["answer"] for output, sample in zip(outputs, samples)]))
+        metrics = {"name_acc" if task == "referring" else "relation_acc": accuracy}
     metrics["num_total"] = len(samples)
-    of_screens = [drawn[i] for i in order]
-    return metrics, [*zip(of_screens, samples, answers)]
+    answers = [Answer(screens[i], sample, output) for i, sample, output in zip(numbers, samples, outputs)]
+    return metrics, answers
+
+
+def click_metrics(clicks: list[Point | None], samples: list[dict]) -> dict:
+    """ScreenSpot's metrics: the accuracy on all targets, on text and on icons; how many answers are no point."""
+    hits = {"text": [], "icon": []}
+    for click, sample in zip(clicks, samples):
+        hits[sample["data_type"]].append(is_hit(click, sample["bbox"]))
+    return {
+        "action_acc": float(np.mean(hits["text"] + hits["icon"])),
+        "text_acc": float(np.mean(hits["text"])),
+        "icon_acc": float(np.mean(hits["icon"])),
+        "wrong_format_num": clicks.count(None),
+    }
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     """Share of test word problems whose final number is correct, each asked after one image of features [N, P, D]."""
     problems = [word_problem("test", i) for i in range(count)]
-    answers = answer(model, problems, features[torch.arange(count) % len(features)])
+    answers = generate_answers(model, problems, features[torch.arange(count) % len(features)])
     correct = 0
-    for given, problem in zip(answers, problems):
-        correct += given.split()[-1:] == problem["answer"].split()[-1:]
+    for answer, problem in zip(answers, problems):
+        correct += answer.split()[-1:] == problem["answer"].split()[-1:]
     return correct / count
 
 
-def measure(cfg, model):
-    """(What the model can do: the task, source screens, word problems without and after an image; its answers)."""
-    drawn, features = seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
-    metrics, given = evaluate(model, drawn, features, cfg.task, cfg.history)
-    source = seen(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
-    of_source, _ = evaluate(model, *source)
-    metrics["source_acc"] = of_source["action_acc"]
+def measure(cfg, model) -> tuple[dict, list[Answer]]:
+    """What the model can do: the task, clicks on source screens, word problems without and after an image.
+
+    Returns the metrics, and the answers of the task."""
+    screens, features = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
+    metrics, answers = evaluate(model, screens, features, cfg.task, cfg.history)
+    source = screens_and_features(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
+    source_metrics, _ = evaluate(model, *source)
+    metrics["source_acc"] = source_metrics["action_acc"]
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
-    return metrics, given
+    return metrics, answers
 
 
 def score_line(domain: str, metrics: dict) -> str:
-    """The metrics of `evaluate` in words, and the word problems where they were measured too."""
-    line = "click accuracy on {screens} {action_acc:6.1%}  (words {text_acc:.1%}  icons {icon_acc:.1%})"
+    """The metrics of `evaluate` in a sentence."""
+    screens = f"{domain.removesuffix('es')} screens"
     if "name_acc" in metrics:
-        line = "correct names on {screens} {name_acc:6.1%}"
+        return f"correct names on {screens} {metrics['name_acc']:6.1%}"
     if "relation_acc" in metrics:
-        line = "what is right of a name, on {screens} {relation_acc:6.1%}"
-    if "word_problem_acc" in metrics:
-        line += "\n         word problems {word_problem_acc:.1%}, after an image {word_problem_after_image_acc:.1%}"
-    return line.format(screens=f"{domain.removesuffix('es')} screens", **metrics)
+        return f"what is right of a name, on {screens} {metrics['relation_acc']:6.1%}"
+    kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
+    return f"click accuracy on {screens} {metrics['action_acc']:6.1%}  ({kinds})"
+
+
+def other_skills_line(metrics: dict) -> str:
+    """What `measure` adds to the task: clicks on source screens, which is the old task, and word problems."""
+    alone, after_image = metrics["word_problem_acc"], metrics["word_problem_after_image_acc"]
+    old_task = f"old task, clicks on source screens {metrics['source_acc']:.1%}"
+    return f"{old_task} · word problems {alone:.1%}, after an image {after_image:.1%}"
+
+
+# ---- Prompts without an image ----------------------------------------------------------------------------------------
+
+
+@lru_cache
+def text_only_prompts() -> dict[str, Tensor]:
+    """input_ids [B, T] of two kinds of prompts: 256 test word problems with their answers, padded on the right; and
+    questions for a click on each name, with each verb, but without a screen."""
+    problems = [[turn(word_problem("test", i))] for i in range(256)]
+    packed = pack_sequences([[]] * len(problems), problems, num_patches=0)
+    questions = [[ID[word] for word in (BOS, verb, name)] for verb in VERBS for name in LABELS + ICONS]
+    return {"word_problem": packed["input_ids"], "question_without_image": torch.tensor(questions)}
 
 
 @torch.no_grad()
-def text_logits(model) -> Tensor:
-    """Logits of text-only prompts (test word problems with their answers) [256, T, V]."""
-    told = [[turn(word_problem("test", i))] for i in range(256)]
-    return model(training_batch([[]] * len(told), 0, told, model.device)["input_ids"]).logits
+def text_only_logits(model) -> dict[str, Tensor]:
+    """Next-token logits [B, T, V] of both kinds of prompts."""
+    return {kind: model(ids.to(model.device)).logits for kind, ids in text_only_prompts().items()}
 
 
-def hit_rate(logits: Tensor, labels: Tensor, boxes: list) -> float:
-    """Share of a batch's clicks, given teacher-forced, that hit their boxes; None is the box of another question."""
-    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # each is x, y, <eos>
-    points = [parse_point(decode(words)) for words in answers[:, :2].tolist()]
+def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict:
+    """How far fine-tuning has moved answers without an image, from the logits of the base and the tuned model.
+
+    text_logits_max_abs_diff: the largest change of a logit, of word problems. word_problem_kl and
+    question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats a
+    token. All are exactly 0 if only visual tokens are adapted."""
+    difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
+    changes = {"text_logits_max_abs_diff": difference}
+    for kind, ids in text_only_prompts().items():
+        base_log_probs = base[kind].cpu().double().log_softmax(-1)  # [B, T, V]
+        tuned_log_probs = tuned[kind].cpu().double().log_softmax(-1)
+        divergences = (base_log_probs.exp() * (base_log_probs - tuned_log_probs)).sum(-1)  # [B, T]
+        changes[f"{kind}_kl"] = divergences[ids != ID[PAD]].mean().item()
+    return changes
+
+
+# ---- While training --------------------------------------------------------------------------------------------------
+
+
+def hit_rate(logits: Tensor, labels: Tensor, boxes: list[Box | None]) -> float:
+    """Share of a training batch's clicks that hit their box, with teacher forcing. Word problems have box None.
+
+    logits [B, T, V] and labels [B, T] are of the task grounding, in which each answer has two tokens and <eos>."""
+    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # of a click: x, y, <eos>
+    points = [parse_point(decode(ids)) for ids in answers[:, :2].tolist()]
     hits = [is_hit(point, box) for point, box in zip(points, boxes) if box]
     return sum(hits) / max(len(hits), 1)
 
 
-def few_answers(cfg, model) -> list[Given]:
-    """The answer to one question about each of the first six screens."""
-    drawn, features = seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
-    _, given = evaluate(model, drawn[:6], features[:6], history=cfg.history)
-    few = []
-    for i, screen in enumerate(drawn[:6]):
-        about = [answer for answer in given if answer[0] is screen]
-        few.append(about[i % len(about)])  # words and icons
-    return few
+def film_frame(cfg, model) -> list[Answer]:
+    """The answer to one question about each of the first six test screens."""
+    screens, features = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
+    _, answers = evaluate(model, screens[:6], features[:6], history=cfg.history)
+    frame = []
+    for i, screen in enumerate(screens[:6]):
+        about_screen = [answer for answer in answers if answer.screen is screen]
+        frame.append(about_screen[i % len(about_screen)])  # so that some are of text and some of icons
+    return frame
 
 
 # ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------
@@ -135,44 +209,12 @@ def click_right_of(sample: dict) -> dict:
     return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
-def best_move(pairs: list) -> tuple[int, int]:
-    """The move (dx, dy), in whole bins and one for all, after which the most of these clicks are in their boxes."""
-
-    def hits(move):
-        dx, dy = move
-        return sum(is_hit((x + dx, y + dy), box) for (x, y), box in pairs)
-
-    steps = range(BIN - SIZE, SIZE, BIN)
-    return max(product(steps, steps), key=hits)
-
-
-def offset_rule(learn: list[Given], given: list[Given]) -> float:
-    """Click accuracy of the base's clicks, moved for each name as was best on the answers `learn`. No click: a miss."""
-    learned = defaultdict(list)
-    for _, sample, point in learn:
-        if point:
-            learned[sample["name"]].append((point, sample["bbox"]))
-    moves = {name: best_move(pairs) for name, pairs in learned.items()}
-    hits = 0
-    for _, sample, point in given:
-        if point:
-            dx, dy = moves.get(sample["name"], (0, 0))
-            hits += is_hit((point[0] + dx, point[1] + dy), sample["bbox"])
-    return hits / len(given)
-
-
-def controls(cfg, model, base_given: list[Given]) -> dict:
-    """Click accuracy of the base, moved by an offset for each name. Where there are switches also of the base, asked to
-    click right of the name, and of the tuned model, the switches erased."""
+def measure_controls(cfg, model) -> dict:
+    """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
+    switches erased."""
     base = load_base(cfg.base, model.device)
-    place = cfg.test_screens, model.device
-    _, learn = evaluate(base, *seen(cfg.base, cfg.domain, "validation", *place), history=cfg.history)
-    found = {"offset_acc": offset_rule(learn, base_given)}
-    if DOMAINS[cfg.domain].switches:
-        shown = seen(cfg.base, cfg.domain, "test", *place)
-        erased = seen(cfg.base, cfg.domain, "test", *place, erased=True)
-        metrics, _ = evaluate(base, *shown, history=cfg.history, reword=click_right_of)
-        found["reworded_acc"] = metrics["action_acc"]
-        metrics, _ = evaluate(model, *erased, history=cfg.history)
-        found["erased_acc"] = metrics["action_acc"]
-    return found
+    whole = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
+    reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
+    erased = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device, erased=True)
+    metrics, _ = evaluate(model, *erased, history=cfg.history)
+    return {"reworded_acc": reworded["action_acc"], "erased_acc": metrics["action_acc"]}

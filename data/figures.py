@@ -67,12 +67,12 @@ def _cell(before: tuple, after: tuple) -> Cell:
     return Cell(picture, target, sample["instruction"], (before[2], click), is_hit(click, target))
 
 
-def _sheet(cells: list[Cell], columns: int, said="", second="after fine-tuning", header=184) -> Page:
-    """Cells in columns, under a legend and what is `said`; second: what the second click is called."""
+def _sheet(cells: list[Cell], columns: int, headline="", second="after fine-tuning", header=184) -> Page:
+    """Cells in columns, under a legend and a headline; second: what the second click is called."""
     side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP
     rows = math.ceil(len(cells) / columns)
     page = Page(header + rows * (side + CAPTION))
-    page.write(WIDTH - MARGIN, TITLE, said, anchor="rm")
+    page.write(WIDTH - MARGIN, TITLE, headline, anchor="rm")
     page.target(68, 48, 132, 96)
     page.write(172, TITLE, "target")
     page.click(438, TITLE, tuned=False)
@@ -105,8 +105,8 @@ def predictions(base: list, tuned: list) -> Image.Image:
     for twelfth in range(1, 12):
         chosen.add(order[(2 * twelfth + 1) * len(cells) // 24])  # its middle
     share = sum(cell.hit for cell in cells) / len(cells)
-    said = f"{100 * share:.1f} % of {len(cells):,} are correct"
-    return _sheet([cells[i] for i in sorted(chosen)], 4, said).image.reduce(2)
+    headline = f"{100 * share:.1f} % of {len(cells):,} are correct"
+    return _sheet([cells[i] for i in sorted(chosen)], 4, headline).image.reduce(2)
 
 
 def is_filmed(step: int, steps: int) -> bool:
@@ -122,8 +122,8 @@ def moving(film: list) -> list[Image.Image]:
     for step, answers in film:
         cells = [*map(_cell, first, answers)]
         hits = sum(cell.hit for cell in cells)
-        said = f"step {step:,} of {last:,}:  {hits} of {len(cells)} clicks hit"
-        page = _sheet(cells, 3, said, "click now")
+        headline = f"step {step:,} of {last:,}:  {hits} of {len(cells)} clicks hit"
+        page = _sheet(cells, 3, headline, "click now")
         done = (WIDTH - 2 * MARGIN) * step / last
         page.rectangle((MARGIN, 136, MARGIN + done, 152), BLUE)
         picture = page.image.reduce(2)
@@ -132,13 +132,13 @@ def moving(film: list) -> list[Image.Image]:
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
-def look(answers: list, layer: int, head: int) -> Image.Image:
-    """Where a head looks: a row for each of answers = [(answer before, answer after, weights [P] before and after)]."""
+def attention_picture(examples: list, layer: int, head: int) -> Image.Image:
+    """Where a head looks, a row an example: examples = [(answer before, answer after, weights [P] before, after)]."""
     cells = []
-    for before, after, *looks in answers:
+    for before, after, *maps in examples:
         cell = _cell(before, after)
         cells.append(Cell(cell.picture, cell.target, cell.words))
-        cells += [Cell(_shaded(cell.picture, weights), cell.target) for weights in looks]
+        cells += [Cell(_shaded(cell.picture, weights), cell.target) for weights in maps]
         cells.append(cell)
     page = _sheet(cells, 4, header=336)
     for i, title in enumerate(("what is asked", "before", "after fine-tuning", "where the click goes")):

@@ -8,122 +8,165 @@ Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D h
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.screens import Screen, ask, draw_screen
+from data.screens import Box, Screen, draw_screen, random_samples
 from data.words import BOS, EOS, ID, IMAGE, PAD, encode, word_problem
 from tiny_vlm import TinyVLM
 
 ROOT = Path(__file__).parent.parent
-PROBE_BATCHES = 16  # of training data; each has its own random A, so the more, the less noise
-TRAIN_SCREENS = 2048
-SCREENS, QUESTIONS = 8, 5  # screens of a training step, and questions about each, packed into one sequence
-REPLAYED = 3  # word problems in place of these, in sequences of replay
-CHUNK = 256  # screens or prompts at a time, where nothing is learned
-Turn = list[tuple[int, int]]  # (id, label) of each word of an instruction and its answer; -100: not to be predicted
+PROBE_BATCHES = 16  # of training data; each has its own random A, so more batches mean less noise
+TRAIN_SCREENS = 2048  # at most, which a run draws its batches from
+SCREENS_PER_STEP = 8  # sequences of a training step, a screen each
+QUESTIONS_PER_SCREEN = 5  # packed into one sequence
+REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
+CHUNK = 256  # screens or prompts that run at once where nothing is learned
+IGNORED = -100  # the label of a token that is not to be predicted
+
+Turn = list[tuple[int, int]]  # (id, label) of each token of an instruction and its answer
 
 
 def turn(sample: dict, learn=True) -> Turn:
-    words = [(word, -100) for word in encode(sample["instruction"])]
-    for word in encode(f"{sample['answer']} {EOS}"):
-        words.append((word, word if learn else -100))
-    return words
+    """An instruction and its answer, ended by <eos>. learn: whether the answer has labels."""
+    instruction = encode(sample["instruction"])
+    answer = encode(f"{sample['answer']} {EOS}")
+    tokens = [(token, IGNORED) for token in instruction]
+    tokens += [(token, token if learn else IGNORED) for token in answer]
+    return tokens
 
 
 def pad(rows: list, value: int, side="right") -> Tensor:
     """Rows of different lengths -> [B, T]."""
-    return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=value, padding_side=side)
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def training_batch(asked: list, patches: int, before: list[list[Turn]], device="cpu") -> dict:
-    """{input_ids, labels} [B, T] of a sequence a screen: the turns `before` it, its image, the samples `asked`."""
+def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_patches: int, device="cpu") -> dict:
+    """{input_ids, labels} [B, T], a sequence a screen: the turns of its prefix, its image, and its samples as turns."""
     rows = []
-    for samples, told in zip(asked, before):
-        row = [(ID[BOS], -100)]
-        row += chain(*told)
-        row += [(ID[IMAGE], -100)] * patches
-        row += chain(*map(turn, samples))
+    for samples_of_screen, prefix in zip(samples, prefixes):
+        row = [(ID[BOS], IGNORED)]
+        row += chain(*prefix)
+        row += [(ID[IMAGE], IGNORED)] * num_patches
+        for sample in samples_of_screen:
+            row += turn(sample)
         rows.append(row)
-    ids, labels = pad(rows, -100).to(device).unbind(-1)
+    ids, labels = pad(rows, IGNORED).to(device).unbind(-1)
     return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
 
 
-def questions(samples: list[dict], features: Tensor, history=0) -> dict:
+def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
     """The model's arguments for samples, each after `history` word problems and its image: features [B, P or 0, D]."""
-    before = [ID[BOS]]
+    prefix = [ID[BOS]]
     for i in range(history):
-        before += [word for word, _ in turn(word_problem("validation", i))]
-    before += [ID[IMAGE]] * features.shape[1]
-    rows = [before + encode(sample["instruction"]) for sample in samples]
+        prefix += [token for token, _ in turn(word_problem("validation", i))]
+    prefix += [ID[IMAGE]] * features.shape[1]
+    rows = [prefix + encode(sample["instruction"]) for sample in samples]
     ids = pad(rows, ID[PAD], "left").to(features.device)
     mask = (ids != ID[PAD]).long()
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
 
 
-def available(device: str) -> str:
-    """The device; of "auto" the accelerator, if there is one. ValueError where it is not available."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    there = [found.type, "cpu"] if found else ["cpu"]
-    if device not in ("auto", *there):
-        raise ValueError(f"device {device} is not available here; expected one of {', '.join(there)}")
-    return there[0] if device == "auto" else device
+def find_device(name: str) -> str:
+    """The device of this name; "auto" is the accelerator if there is one. ValueError if it is not available."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name == "auto":
+        return devices[0]
+    if name not in devices:
+        raise ValueError(f"device {name} is not available here; expected one of {', '.join(devices)}")
+    return name
+
+
+def base_path(base: str) -> Path:
+    """A base's path from the current directory or, if it exists only there, from the project's."""
+    if not Path(base).exists() and (ROOT / base).exists():
+        return ROOT / base
+    return Path(base)
 
 
 def load_base(base: str, device="cpu") -> TinyVLM:
-    """The model in a file, by its path from here or from the project's directory."""
-    own = ROOT / base
-    path = own if own.exists() and not Path(base).exists() else base
-    return TinyVLM.from_pretrained(path).to(device)
+    """The model in this file, see `base_path`. ValueError if it holds none."""
+    return TinyVLM.from_pretrained(base_path(base)).to(device)
 
 
-def pixels(drawn: list[Screen]) -> Tensor:
-    """pixel_values [N, 3, side, side] in 0..1."""
-    images = torch.from_numpy(np.stack([screen.image for screen in drawn]))
+def pixel_values(screens: list[Screen]) -> Tensor:
+    """The pictures of screens, [N, 3, side, side] in 0..1."""
+    images = torch.from_numpy(np.stack([screen.image for screen in screens]))
     return images.permute(0, 3, 1, 2).float() / 255
 
 
 @torch.no_grad()
-def image_features(encode, drawn: list[Screen], device="cpu") -> Tensor:
-    """What a vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so once is enough."""
+def image_features(encoder, screens: list[Screen], device="cpu") -> Tensor:
+    """What a vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so it has to run only once."""
     features = []
-    for i in range(0, len(drawn), CHUNK):
-        some = pixels(drawn[i : i + CHUNK])
-        features.append(encode(some.to(device)))
+    for start in range(0, len(screens), CHUNK):
+        pixels = pixel_values(screens[start : start + CHUNK])
+        features.append(encoder(pixels.to(device)))
     return torch.cat(features)
 
 
-@lru_cache(16)  # so many that runs on three bases in turn find theirs again
-def seen(base: str, domain: str, split: str, count: int, device, erased=False):
+@lru_cache(16)  # large enough that runs on three bases, one after the other, find their screens again
+def screens_and_features(base: str, domain: str, split: str, count: int, device, erased=False):
     """(The first screens of a split, what the base's frozen vision encoder makes of them [N, P, D])."""
-    drawn = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
-    return drawn, image_features(load_base(base, device).get_image_features, drawn, device)
+    screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+    return screens, image_features(load_base(base, device).get_image_features, screens, device)
 
 
-def training_data(cfg, device):
-    """The screens that a run draws its batches from, as `seen`."""
-    count = min((PROBE_BATCHES + cfg.steps) * SCREENS, TRAIN_SCREENS)
-    return seen(cfg.base, cfg.domain, "train", count, device)
+class TrainingData(NamedTuple):
+    """The screens that a run draws its batches from, and their features."""
+
+    screens: list[Screen]
+    features: Tensor  # [N, P, D]
+    source_screens: list[Screen]  # for replay; [] without it
+    source_features: Tensor | None
 
 
-def batch_of(cfg, data: tuple, i: int):
-    """(The arguments of the model, the boxes asked for) of batch number i; the probe takes the first ones.
+class TrainingBatch(NamedTuple):
+    inputs: dict  # the model's arguments: input_ids, labels [B, T], image_features [B, P, D]
+    boxes: list[Box | None]  # the target of each question; None where it does not ask for a click
+
+
+def training_data(cfg, device) -> TrainingData:
+    """The training screens of the run's domain and, if there is replay, as many source screens."""
+    count = min((PROBE_BATCHES + cfg.steps) * SCREENS_PER_STEP, TRAIN_SCREENS)
+    screens, features = screens_and_features(cfg.base, cfg.domain, "train", count, device)
+    source_screens, source_features = [], None
+    if cfg.replay:
+        source_screens, source_features = screens_and_features(cfg.base, "source", "train", count, device)
+    return TrainingData(screens, features, source_screens, source_features)
+
+
+def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
+    """Batch number `index` of a run; the probe takes the first ones.
 
     It holds no pixels: image_features are what the frozen vision encoder has made of its screens, once for all."""
-    drawn, features = data
-    rng = np.random.default_rng([cfg.seed, i])
-    picks = rng.choice(len(drawn), SCREENS, replace=False)
-    before = []
-    for sequence in range(SCREENS * i, SCREENS * (i + 1)):
+    rng = np.random.default_rng([cfg.seed, index])
+    picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
+    features = data.features[picks]
+    prefixes = []
+    for sequence in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):
         problems = [word_problem("train", sequence * cfg.history + k) for k in range(cfg.history)]
-        before.append([turn(problem, learn=False) for problem in problems])
+        prefixes.append([turn(problem, learn=False) for problem in problems])
     refer = float(cfg.task == "referring")
-    asked = [ask(drawn[pick], QUESTIONS, rng, refer, distinct=True) for pick in picks]
-    for sequence in range(cfg.replay if i >= PROBE_BATCHES else 0):  # the probe's heads are those without replay
-        asked[sequence] = [word_problem("train", int(rng.integers(10**9))) for _ in range(REPLAYED)]
-    batch = training_batch(asked, features.shape[1], before, features.device)
-    batch["image_features"] = features[picks]
-    return batch, [sample.get("bbox") for sample in chain(*asked)]
+    samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+
+    # Replay: what the base was asked before, in place of the new task. The probe's batches hold none, so the same
+    # heads are selected with or without it.
+    num_replayed = cfg.replay if index >= PROBE_BATCHES else 0
+    for sequence in range(num_replayed):
+        pick = rng.integers(len(data.source_screens))
+        features[sequence] = data.source_features[pick]
+        samples[sequence] = random_samples(data.source_screens[pick], QUESTIONS_PER_SCREEN, rng, 0.0, distinct=True)
+        for _ in range(REPLAYED_PROBLEMS):
+            samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
+
+    inputs = pack_sequences(samples, prefixes, features.shape[1], features.device)
+    inputs["image_features"] = features
+    boxes = [sample.get("bbox") for sample in chain(*samples)]
+    return TrainingBatch(inputs, boxes)

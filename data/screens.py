@@ -1,9 +1,9 @@
 """Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons. Domains:
 
 source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
-switches   a name a line, its switch anywhere right of it; the correct click is on the *switch*
-dark       the source task in a dark palette whose ground and buttons pretraining never draws
-night      another dark palette, shown to the vision encoder in random tints; nothing else is done with it
+switches   each line has a name and, anywhere to its right, a switch; the correct click is on the *switch*
+dark       the source task in a dark palette whose background and buttons pretraining never shows
+night      another dark palette, shown to the vision encoder in random tints; it is used for nothing else
 """
 
 from collections.abc import Callable
@@ -25,17 +25,20 @@ VERBS = "click tap press select".split()
 COLOURS = "red yellow green blue purple brown".split()
 LIGHT = dict(zip(COLOURS, "#dc2828 #e6b40a #28a046 #2864e6 #9637c8 #8c5528".split()))
 DARK = dict(zip(COLOURS, "#ff6e64 #ffe16e #78e68c #78aaff #d28cff #c8966e".split()))
-SWITCH = (16, 10)  # pixels, its size
+SWITCH = (16, 10)  # pixels, width and height of a switch
 GAP = 6  # pixels between a name and its switch, at least
+SCALE = 4  # elements are drawn this much larger, then averaged down
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
 
 
 def place_freely(rng, sizes: list[tuple]) -> list[Box] | None:
     """Random boxes, 3 pixels or more apart, or None after too many attempts."""
-    boxes, taken = [], np.zeros((SIZE, SIZE), bool)
+    boxes = []
+    taken = np.zeros((SIZE, SIZE), bool)
     for width, height in sizes:
         for _ in range(40):
-            x, y = int(rng.integers(1, SIZE - width)), int(rng.integers(1, SIZE - height))
+            x = int(rng.integers(1, SIZE - width))
+            y = int(rng.integers(1, SIZE - height))
             if not taken[max(y - 3, 0) : y + height + 3, max(x - 3, 0) : x + width + 3].any():
                 break
         else:
@@ -46,24 +49,26 @@ def place_freely(rng, sizes: list[tuple]) -> list[Box] | None:
 
 
 def place_in_lines(rng, sizes: list[tuple]) -> list[Box]:
-    """A box a line, each starting near the left edge and ending anywhere right of its size."""
-    height = SIZE // len(sizes)  # of a line
+    """A box for each line. It starts near the left edge, and ends anywhere beyond its least width."""
+    line_height = SIZE // len(sizes)
     boxes = []
-    for line, (width, h) in enumerate(sizes):
-        x, y = int(rng.integers(1, 9)), line * height + int(rng.integers(1, height - h))
-        boxes.append((x, y, int(rng.integers(x + width, SIZE)), y + h))
+    for line, (width, height) in enumerate(sizes):
+        x = int(rng.integers(1, 9))
+        y = line * line_height + int(rng.integers(1, line_height - height))
+        right = int(rng.integers(x + width, SIZE))
+        boxes.append((x, y, right, y + height))
     return boxes
 
 
 class Domain(NamedTuple):
-    """A kind of screen: its colours, and what stands on it."""
+    """A kind of screen: its colours and its layout."""
 
-    number: int  # in the random seeds of its screens
+    number: int  # part of the random seed of its screens
     background: str
     button: str
     text: str
-    icons: dict[str, str]  # colour -> what is drawn
-    names: tuple[int, int] = (5, 7)  # on a screen, least and most
+    icons: dict[str, str]  # name of a colour -> the colour that is drawn
+    num_names: tuple[int, int] = (5, 7)  # on a screen, least and most
     layout: Callable = place_freely  # (rng, sizes) -> boxes, or None where it found no room
     switches: bool = False  # whether names have switches
 
@@ -71,7 +76,7 @@ class Domain(NamedTuple):
 _LIGHT = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT
 DOMAINS = {
     "source": Domain(0, *_LIGHT),
-    "switches": Domain(2, *_LIGHT, names=(4, 5), layout=place_in_lines, switches=True),
+    "switches": Domain(2, *_LIGHT, num_names=(4, 5), layout=place_in_lines, switches=True),
     "dark": Domain(3, "#0e3d44", "#17606b", "#e2f6f8", DARK),
     "night": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
 }
@@ -79,10 +84,10 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Element:
-    name: str  # a word of LABELS or ICONS, or "switch"
+    name: str  # one of LABELS or ICONS, or "switch"
     colour: str  # of an icon; "" for text
     bbox: Box  # where it is drawn
-    click: Box | None  # where a click on it belongs; None for what is never asked for
+    click: Box | None  # where a click on it is correct; None for a switch, which is never asked for
 
     def full_name(self) -> str:
         return f"{self.colour} {self.name}".strip()
@@ -94,27 +99,28 @@ class Screen:
     elements: tuple[Element, ...]
 
     def targets(self) -> list[Element]:
-        return [e for e in self.elements if e.click]
+        """The elements that questions ask for."""
+        return [element for element in self.elements if element.click]
 
 
 @cache
 def _outlines() -> dict[str, np.ndarray]:
     """The corners [N, 2] of each icon on the unit square."""
-    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    tenth = np.linspace(0, 2 * np.pi, 10, endpoint=False)
-    radius = np.resize((1.0, 0.42), 10)
-    heart = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    out = np.linspace(-2.5, 2.5, 32)  # on the moon's two arcs
-    back = np.linspace(1.9, -1.9, 32)
-    moon_x = np.append(-np.cos(out), 0.45 - 0.85 * np.cos(back))
-    moon_y = np.append(np.sin(out), 0.66 * np.sin(back))
-    curves = {  # from -1 to 1, upwards
-        "circle": (np.sin(t), np.cos(t)),
-        "star": (radius * np.sin(tenth), radius * np.cos(tenth)),
-        "heart": (np.sin(t) ** 3, heart / 15 + 0.1),
+    angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    star_angle = np.linspace(0, 2 * np.pi, 10, endpoint=False)
+    star_radius = np.resize((1.0, 0.42), 10)
+    heart_y = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
+    outer_arc = np.linspace(-2.5, 2.5, 32)  # the moon's two arcs
+    inner_arc = np.linspace(1.9, -1.9, 32)
+    moon_x = np.append(-np.cos(outer_arc), 0.45 - 0.85 * np.cos(inner_arc))
+    moon_y = np.append(np.sin(outer_arc), 0.66 * np.sin(inner_arc))
+    curves = {  # x and y from -1 to 1, y upwards
+        "circle": (np.sin(angle), np.cos(angle)),
+        "star": (star_radius * np.sin(star_angle), star_radius * np.cos(star_angle)),
+        "heart": (np.sin(angle) ** 3, heart_y / 15 + 0.1),
         "moon": (moon_x, moon_y),
     }
-    polygons = {  # x and y of each corner in percent
+    polygons = {  # x and y of each corner in percent, y downwards
         "square": "10 10 90 10 90 90 10 90",
         "triangle": "50 3 100 95 0 95",
         "plus": "34 0 66 0 66 34 100 34 100 66 66 66 66 100 34 100 34 66 0 66 0 34 34 34",
@@ -127,64 +133,78 @@ def _outlines() -> dict[str, np.ndarray]:
 
 
 @cache
-def _sprite(name: str, colour: str, size: int, domain: str) -> Image.Image:
-    """A text, an icon or a switch, on or off, in RGBA: drawn once at 4 times its size and averaged down."""
-    look, k = DOMAINS[domain], 4
-    width, height = (size, size) if colour else SWITCH
+def _sprite(name: str, colour: str, size: int, domain_name: str) -> Image.Image:
+    """The RGBA picture of an element: a text, an icon of this colour, or a switch, whose name is "on" or "off".
+
+    size: of a text's font or an icon's side, in pixels."""
+    domain = DOMAINS[domain_name]
     if name in LABELS:
-        font = ImageFont.load_default(size * k)
-        width, height = round(font.getlength(name) / k) + 8, size + 5
-    sprite = Image.new("RGBA", (width * k, height * k))
-    draw, right, bottom = ImageDraw.Draw(sprite), width * k - 1, height * k - 1
-    if name in LABELS:
-        draw.rounded_rectangle((0, 0, right, bottom), 3 * k, look.button, look.button, k)
-        draw.text((width * k / 2, height * k / 2), name, fill=look.text, font=font, anchor="mm")
+        font = ImageFont.load_default(size * SCALE)
+        width, height = round(font.getlength(name) / SCALE) + 8, size + 5
     elif colour:
-        fill, corners = look.icons[colour], _outlines()[name] * (right, bottom)
+        width, height = size, size
+    else:
+        width, height = SWITCH
+    sprite = Image.new("RGBA", (width * SCALE, height * SCALE))
+    draw = ImageDraw.Draw(sprite)
+    right, bottom = width * SCALE - 1, height * SCALE - 1
+    if name in LABELS:
+        draw.rounded_rectangle((0, 0, right, bottom), 3 * SCALE, domain.button, domain.button, SCALE)
+        draw.text((width * SCALE / 2, height * SCALE / 2), name, fill=domain.text, font=font, anchor="mm")
+    elif colour:
+        fill = domain.icons[colour]
+        corners = _outlines()[name] * (right, bottom)
         draw.polygon(corners.flatten().tolist(), fill, fill, width=6)
     else:
-        track, x = ("#3c4657", (width - height) * k) if name == "on" else ("#b4bac4", 0)
-        draw.rounded_rectangle((0, 0, right, bottom), height * k // 2, fill=track)
-        draw.ellipse((x + k, k, x + (height - 1) * k, (height - 1) * k), fill="#ffffff")
+        track = "#3c4657" if name == "on" else "#b4bac4"
+        x = (width - height) * SCALE if name == "on" else 0  # the knob is at the right or at the left
+        draw.rounded_rectangle((0, 0, right, bottom), height * SCALE // 2, fill=track)
+        draw.ellipse((x + SCALE, SCALE, x + (height - 1) * SCALE, (height - 1) * SCALE), fill="#ffffff")
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
-def _contents(rng, count: int) -> list[tuple]:
-    """`count` (name, colour, size), half of them text; names are unique, icons at least together with colour."""
+def _random_items(rng, count: int) -> list[tuple]:
+    """`count` times (name, colour, size), half of them text. Names of texts differ, and so do icons with their colour.
+
+    Icons are of three shapes only, so that a shape alone is often ambiguous."""
     texts = rng.choice(len(LABELS), count // 2, replace=False)
-    kinds = rng.permutation(len(ICONS))[:3]  # few, so often ambiguous without colour
-    pairs = rng.choice(len(kinds) * len(COLOURS), count - count // 2, replace=False)
+    shapes = rng.permutation(len(ICONS))[:3]
+    pairs = rng.choice(len(shapes) * len(COLOURS), count - count // 2, replace=False)
     items = [(LABELS[i], "", int(rng.integers(11, 13))) for i in texts]
-    for kind, colour in (divmod(int(p), len(COLOURS)) for p in pairs):
-        items.append((ICONS[kinds[kind]], COLOURS[colour], int(rng.choice((14, 18, 22)))))
+    for pair in pairs:
+        shape, colour = divmod(int(pair), len(COLOURS))
+        items.append((ICONS[shapes[shape]], COLOURS[colour], int(rng.choice((14, 18, 22)))))
     return items
 
 
-def draw_screen(domain: str, split: str, index: int, seed=0, erased=False) -> Screen:
+def draw_screen(domain_name: str, split: str, index: int, seed=0, erased=False) -> Screen:
     """Screen number `index` of a split; the same arguments give the same screen.
 
-    erased: its switches are not drawn; the correct click stays where they would be, and so does all else."""
-    look = DOMAINS[domain]
-    rng = np.random.default_rng([SPLITS.index(split), look.number, index, seed])
-    more = GAP + SWITCH[0] if look.switches else 0  # width of a pair than of its name
+    erased: its switches are not drawn. The correct click stays where they would be, and all else is the same."""
+    domain = DOMAINS[domain_name]
+    rng = np.random.default_rng([SPLITS.index(split), domain.number, index, seed])
+    switch_width = GAP + SWITCH[0] if domain.switches else 0
     boxes = None
     while boxes is None:
-        items = _contents(rng, int(rng.integers(*look.names, endpoint=True)))
-        sprites = [_sprite(*item, domain) for item in items]
-        boxes = look.layout(rng, [(sprite.width + more, sprite.height) for sprite in sprites])
+        items = _random_items(rng, int(rng.integers(*domain.num_names, endpoint=True)))
+        sprites = [_sprite(*item, domain_name) for item in items]
+        boxes = domain.layout(rng, [(sprite.width + switch_width, sprite.height) for sprite in sprites])
 
-    image, elements = Image.new("RGB", (SIZE, SIZE), look.background), []
+    image = Image.new("RGB", (SIZE, SIZE), domain.background)
+    elements = []
     for (name, colour, _), sprite, (left, top, right, bottom) in zip(items, sprites, boxes):
         image.paste(sprite, (left, top), sprite)
-        box = target = (left, top, left + sprite.width, bottom)
-        if look.switches:
-            toggle = _sprite(("on", "off")[rng.integers(2)], "", 0, domain)
-            x, y = right - SWITCH[0], (top + bottom - SWITCH[1]) // 2
-            target = (x, y, right, y + SWITCH[1])
+        box = (left, top, left + sprite.width, bottom)
+        click = box
+        if domain.switches:
+            switch = _sprite(("on", "off")[rng.integers(2)], "", 0, domain_name)
+            x = right - SWITCH[0]
+            y = (top + bottom - SWITCH[1]) // 2
+            click = (x, y, right, y + SWITCH[1])
             if not erased:
-                image.paste(toggle, (x, y), toggle)
-                elements.append(Element("switch", "", target, None))
-        elements.append(Element(name, colour, box, target))
+                image.paste(switch, (x, y), switch)
+                elements.append(Element("switch", "", click, None))
+        elements.append(Element(name, colour, box, click))
     return Screen(np.asarray(image), tuple(elements))
 
 
@@ -194,18 +214,22 @@ def centre_bins(bbox: Box) -> tuple[int, int]:
     return (left + right) // (2 * BIN), (top + bottom) // (2 * BIN)
 
 
-def called(screen: Screen, element: Element, by_colour=False) -> str:
-    """What a question calls an element: by its colour too where its name is ambiguous; by_colour: by that alone where
-    it is enough."""
-    names, colours = zip(*((e.name, e.colour) for e in screen.targets()))
+def description(screen: Screen, element: Element, by_colour=False) -> str:
+    """What a question calls an element: its name, and its colour, too, if another target has the same name.
+
+    by_colour: the colour alone, if no other target has it."""
+    names = [target.name for target in screen.targets()]
+    colours = [target.colour for target in screen.targets()]
     if by_colour and element.colour and colours.count(element.colour) == 1:
         return element.colour
     return element.name if names.count(element.name) == 1 else element.full_name()
 
 
-def grounding(screen: Screen, element: Element, rng, by_colour=False) -> dict:
-    """A sample with ScreenSpot's names (bbox, instruction, data_type) and the `answer` to train on."""
-    name = called(screen, element, by_colour)
+def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> dict:
+    """Asks for a click: a sample with ScreenSpot's fields (bbox, instruction, data_type) and the `answer` to train on.
+
+    by_colour: as in `description`."""
+    name = description(screen, element, by_colour)
     x, y = centre_bins(element.click)
     return {
         "bbox": element.click,
@@ -216,8 +240,8 @@ def grounding(screen: Screen, element: Element, rng, by_colour=False) -> dict:
     }
 
 
-def referring(element: Element) -> dict:
-    """The question the other way round: a point is given, what a click there acts on is asked."""
+def referring_sample(element: Element) -> dict:
+    """The question the other way round: it gives a point, and asks for the name of what a click there acts on."""
     x, y = centre_bins(element.click)
     return {"instruction": f"what is at <x{x}> <y{y}>", "answer": element.full_name()}
 
@@ -225,36 +249,41 @@ def referring(element: Element) -> dict:
 def right_neighbour(screen: Screen, element: Element) -> Element | None:
     """The nearest element that begins right of this one and shares half the height of the lower of the two."""
     _, top, right, bottom = element.bbox
-    beside = []
+    candidates = []
     for other in screen.elements:
-        x, y, _, y_end = other.bbox
-        if x >= right and 2 * (min(bottom, y_end) - max(top, y)) >= min(bottom - top, y_end - y):
-            beside.append(other)
-    return min(beside, key=lambda other: other.bbox[0], default=None)
+        other_left, other_top, _, other_bottom = other.bbox
+        overlap = min(bottom, other_bottom) - max(top, other_top)
+        if other_left >= right and 2 * overlap >= min(bottom - top, other_bottom - other_top):
+            candidates.append(other)
+    return min(candidates, key=lambda other: other.bbox[0], default=None)
 
 
-def relations(screen: Screen) -> list[dict]:
-    """What is right of each target that has something there: neither question nor answer is a place."""
+def relation_samples(screen: Screen) -> list[dict]:
+    """Ask what is right of each target that has a neighbour there. Neither question nor answer is a place."""
     samples = []
     for target in screen.targets():
-        if other := right_neighbour(screen, target):
-            question = f"what is right of {called(screen, target)}"
-            samples.append({"instruction": question, "answer": other.full_name()})
+        neighbour = right_neighbour(screen, target)
+        if neighbour:
+            instruction = f"what is right of {description(screen, target)}"
+            samples.append({"instruction": instruction, "answer": neighbour.full_name()})
     return samples
 
 
-def ask(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False) -> list:
-    """So many random samples. refer: share that give the point and ask for the name; by_colour: share that may name an
-    icon by its colour alone; distinct: no target twice before each was asked for once."""
-    targets, samples = screen.targets(), []
+def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False) -> list[dict]:
+    """`count` random questions about a screen, with their answers.
+
+    refer: share of them that give a point and ask for the name. by_colour: share of the others that may name an icon by
+    its colour alone. distinct: each target is asked for once before one is asked for again."""
+    targets = screen.targets()
+    samples = []
     if distinct:
         order = rng.permutation(len(targets))
-    for j in range(count):
-        target = targets[order[j % len(targets)] if distinct else rng.integers(len(targets))]
+    for i in range(count):
+        target = targets[order[i % len(targets)] if distinct else rng.integers(len(targets))]
         if rng.random() < refer:
-            samples.append(referring(target))
+            samples.append(referring_sample(target))
         else:
-            samples.append(grounding(screen, target, rng, rng.random() < by_colour))
+            samples.append(grounding_sample(screen, target, rng, rng.random() < by_colour))
     return samples
 
 

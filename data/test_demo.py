@@ -67,9 +67,9 @@ def test_the_shipped_base_is_what_its_record_says():
     assert record["word_problem_acc"] >= 0.99 and record["word_problem_after_image_acc"] >= 0.99
     assert record["switches"]["action_acc"] <= 0.02
     for domain, task in (("source", "referring"), ("source", "relations"), ("dark", "grounding")):
-        drawn = [draw_screen(domain, "test", i) for i in range(12)]
-        features = prompts.image_features(model.get_image_features, drawn)
-        (name, accuracy), *_ = evaluate.evaluate(model, drawn, features, task)[0].items()
+        twelve = [draw_screen(domain, "test", i) for i in range(12)]
+        features = prompts.image_features(model.get_image_features, twelve)
+        (name, accuracy), *_ = evaluate.evaluate(model, twelve, features, task)[0].items()
         assert accuracy == pytest.approx(record[domain][name], abs=0.12), (domain, name)
     for shown in (features[:, :0], features):
         assert evaluate.evaluate_word_problems(model, shown, count=32) > 0.95
@@ -84,10 +84,10 @@ def test_every_instruction_names_exactly_one_element_and_its_answer_is_a_hit(dom
     assert len({screen.image.tobytes() for screen in drawn + [draw_screen(*places[7])]}) == len(places)
     assert [is_hit(point, (2, 3, 5, 7)) for point in ((2, 3), (5, 3), (2, 7), None)] == [True, False, False, False]
     for screen, target in ((each, target) for each in drawn for target in each.targets()):
-        point = words.parse_point(screens.referring(target)["instruction"].removeprefix("what is at "))
+        point = words.parse_point(screens.referring_sample(target)["instruction"].removeprefix("what is at "))
         assert [e for e in screen.targets() if is_hit(point, e.click)] == [target]
         for by_colour in (False, True):
-            sample = screens.grounding(screen, target, rng, by_colour)
+            sample = screens.grounding_sample(screen, target, rng, by_colour)
             named = set(sample["instruction"].split()[1:])
             assert [e for e in screen.targets() if named <= {e.name, e.colour}] == [target]
             assert is_hit(words.parse_point(sample["answer"]), target.click) and sample["bbox"] == target.click
@@ -111,7 +111,10 @@ def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_hei
     """A question of pretraining, in which neither question nor answer is a place."""
     places = {"a": (0, 0, 9, 9), "b": (9, 4, 20, 30), "c": (21, 5, 30, 15), "d": (60, 0, 70, 9), "e": (8, 0, 12, 9)}
     elements = tuple(screens.Element(name, "", box, box) for name, box in places.items())
-    told = [(each["instruction"], each["answer"]) for each in screens.relations(screens.Screen(np.zeros(0), elements))]
+    told = [
+        (each["instruction"], each["answer"])
+        for each in screens.relation_samples(screens.Screen(np.zeros(0), elements))
+    ]
     assert told == [(f"what is right of {name}", other) for name, other in ("ab", "bc", "ed")]
 
 
@@ -131,8 +134,8 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(refer, 
     """Words before the image are told, and learned only where that is wanted."""
     drawn, problem = [draw_screen("dark", "train", i) for i in range(8)], words.word_problem("train", 0)
     before, rng = [[prompts.turn(problem, learn)]] * len(drawn), np.random.default_rng(0)
-    asked = [screens.ask(screen, 5, rng, refer, distinct=True) for screen in drawn]
-    for ids, labels, samples in zip(*prompts.training_batch(asked, 16, before).values(), asked):
+    asked = [screens.random_samples(screen, 5, rng, refer, distinct=True) for screen in drawn]
+    for ids, labels, samples in zip(*prompts.pack_sequences(asked, before, 16).values(), asked):
         told, answers = (" ".join(words.VOCABULARY[t] for t in row) for row in (ids, labels[labels >= 0]))
         first, *others = (f"{each['instruction']} {each['answer']} <eos>" for each in (problem, *samples))
         assert told.replace(" <pad>", "") == " ".join(["<bos>", first, *["<image>"] * 16, *others])
@@ -146,7 +149,7 @@ def test_a_rule_is_found_on_some_answers_and_judged_on_others():
     boxes = [(0, 0, 16, 16), (8, 8, 24, 24), (64, 64, 80, 80)]  # of pixels; a bin has 8
     learn = [(None, {"bbox": box, "name": name}, (box[0] + 28, box[1] + 4)) for box, name in zip(boxes, "aab")]
     learn[2] = (*learn[2][:2], (4, 4))
-    assert evaluate.best_move([*zip([(28, 4), (36, 12)], boxes)]) in [(dx, dy) for dx in (-24, -16) for dy in (0, 8)]
+    assert evaluate.best_offset([*zip([(28, 4), (36, 12)], boxes)]) in [(dx, dy) for dx in (-24, -16) for dy in (0, 8)]
     given = [(None, {"bbox": (40, 40, 48, 48), "name": name}, point) for name, point in (("a", (68, 44)), ("b", None))]
     assert evaluate.offset_rule(learn, learn) == 1 and evaluate.offset_rule(learn, given) == 1 / 2
 
@@ -167,7 +170,7 @@ def say(monkeypatch, tmp_path, capsys):
     save(tiny_vlm(vocab_size=len(words.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
-    prompts.seen.cache_clear()  # of another base.pt
+    prompts.screens_and_features.cache_clear()  # of another base.pt
 
     def run(line: str) -> tuple[int, str, str]:
         name, *options = shlex.split(line)

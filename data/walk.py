@@ -13,8 +13,15 @@ import torch.nn.functional as F
 
 import train
 from data import command, figures
-from data.evaluate import answer, exam
-from data.prompts import available, batch_of, load_base, questions, seen, training_data
+from data.evaluate import all_samples, generate_answers
+from data.prompts import (
+    find_device,
+    load_base,
+    prompt_batch,
+    screens_and_features,
+    training_batch,
+    training_data,
+)
 from data.screens import SIZE, is_hit
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, visual_rows
 
@@ -33,38 +40,38 @@ def walk(cfg: train.Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     done = train.finetune(cfg)
     model, adapter = done.model, done.adapter
-    _, sample, point = done.before[0]
-    drawn, features = seen(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
+    _, sample, point = done.base_answers[0]
+    screens, features = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
     print()
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
     station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {point}")
     show_start(cfg, adapter.heads)
-    show_update(model, adapter, questions([sample], features[:1]))
+    show_update(model, adapter, prompt_batch([sample], features[:1]))
     show_decoding(model, adapter, sample, features[:1])
-    station("7 answer", f"{point} before, {done.after[0][2]} after; a click in {sample['bbox']} is correct")
-    show_looking(done, drawn, features, out / "look.png")
+    station("7 answer", f"{point} before, {done.answers[0][2]} after; a click in {sample['bbox']} is correct")
+    show_looking(done, screens, features, out / "look.png")
 
 
 def show_start(cfg: train.Config, heads: Heads) -> None:
     """The first backward pass, on a fresh base."""
-    model = load_base(cfg.base, available(cfg.device))
+    model = load_base(cfg.base, find_device(cfg.device))
     torch.manual_seed(cfg.seed)
     adapter = attach(model, cfg.r, 2 * cfg.r, heads)
     lowest = min(heads)
     values = adapter.layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
-    batch, _ = batch_of(cfg, training_data(cfg, model.device), 0)
+    batch, _ = training_batch(cfg, training_data(cfg, model.device), 0)
     model(**batch).loss.backward()
     norms = ", ".join(f"{name} {p.grad.norm():.2g}" for name, p in values.named_parameters())
     station("", f"first step, norms of the gradients: {norms}; while B = 0, A and gamma have none")
 
 
-def show_update(model, adapter: ImageLoRA, one: dict) -> None:
+def show_update(model, adapter: ImageLoRA, prompt: dict) -> None:
     """What the adapter adds to the values of a prompt in its lowest layer, and how far queries move above it."""
     lowest = min(adapter.heads)
-    tuned = attended(model, one)
+    tuned = attended(model, prompt)
     with adapter.disabled():
-        base = attended(model, one)
+        base = attended(model, prompt)
     values = base[lowest][2]  # X W_V [H, T, d_h]: the lowest adapted layer reads what it read before
     update = tuned[lowest][2] - values
     rows = update.abs().sum((0, 2)).nonzero().squeeze(1)
@@ -81,10 +88,10 @@ def show_update(model, adapter: ImageLoRA, one: dict) -> None:
 
 
 @torch.no_grad()
-def attended(model, one: dict) -> list:
+def attended(model, prompt: dict) -> list:
     """Queries, keys and values [H, T, d_h] of one sequence in every layer, as attention reads them: q and k rotated."""
     with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
-        model(**one)
+        model(**prompt)
     return [[tensor[0] for tensor in call.args] for call in attend.call_args_list]
 
 
@@ -96,54 +103,54 @@ def show_decoding(model, adapter: ImageLoRA, sample: dict, features) -> None:
         model.register_forward_pre_hook(lambda module, inputs: rows.append(0)),
         values.register_forward_pre_hook(lambda module, inputs: rows.append(rows.pop() + len(inputs[0]))),
     ]
-    answer(model, [sample], features)
+    generate_answers(model, [sample], features)
     for count in counts:
         count.remove()
     station("6 decoding", f"rows adapted, by forward pass: {rows}", visual_rows)
 
 
-def show_looking(done: train.Finetuned, drawn: list, features, path: Path) -> None:
+def show_looking(done: train.Finetuned, screens: list, features, path: Path) -> None:
     """The head that has turned to the targets the most, and a picture of four answers of it."""
     model, disabled = done.model, done.adapter.disabled
-    shares = looks(model, drawn, features)
+    shares = attention_shares(model, screens, features)
     with disabled():
-        base_shares = looks(model, drawn, features)
+        base_shares = attention_shares(model, screens, features)
     layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
-    wrong = [i for i, (_, sample, click) in enumerate(done.after) if not is_hit(click, sample["bbox"])]
-    icons = [i for i, (_, sample, _) in enumerate(done.after) if sample["data_type"] == "icon"]
-    shown = []
+    wrong = [i for i, (_, sample, click) in enumerate(done.answers) if not is_hit(click, sample["bbox"])]
+    icons = [i for i, (_, sample, _) in enumerate(done.answers) if sample["data_type"] == "icon"]
+    examples = []
     for i in (0, icons[len(icons) // 3], icons[len(icons) // 2], (wrong or icons)[-1]):
-        screen, sample, _ = done.after[i]
-        asked = questions([sample], features[[drawn.index(screen)]])
-        weights = attention_maps(model, asked)[layer, head]
+        screen, sample, _ = done.answers[i]
+        prompt = prompt_batch([sample], features[[screens.index(screen)]])
+        weights = attention_maps(model, prompt)[layer, head]
         with disabled():
-            base_weights = attention_maps(model, asked)[layer, head]
-        shown.append((done.before[i], done.after[i], base_weights, weights))
-    figures.save([figures.look(shown, layer, head)], path)
+            base_weights = attention_maps(model, prompt)[layer, head]
+        examples.append((done.base_answers[i], done.answers[i], base_weights, weights))
+    figures.save([figures.attention_picture(examples, layer, head)], path)
     station("8 picture", f"{path}: how head {head} of layer {layer} has turned to the targets;")
     share, base_share = shares[layer, head], base_shares[layer, head]
     station("", f"they had {base_share:.0%} of its attention before, {share:.0%} after")
 
 
-def attention_maps(model, one: dict) -> torch.Tensor:
+def attention_maps(model, prompt: dict) -> torch.Tensor:
     """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H, P]."""
     maps = []
-    for query, key, _ in attended(model, one):
+    for query, key, _ in attended(model, prompt):
         scores = query[:, -1:] @ key.mT / query.shape[-1] ** 0.5
         maps.append(scores.softmax(-1)[:, 0])
-    visual = one["input_ids"][0] == model.config.image_token_id
+    visual = prompt["input_ids"][0] == model.config.image_token_id
     return torch.stack(maps)[..., visual]
 
 
-def looks(model, drawn: list, features) -> torch.Tensor:
+def attention_shares(model, screens: list, features) -> torch.Tensor:
     """The share of its attention that each head gives to the patches of the target, from the last token before the
     answer: the mean over a hundred questions [L, H]."""
     side = round(model.config.num_patches**0.5)
     size = SIZE // side
     shares = []
-    for i, sample in exam(drawn)[:100]:
+    for i, sample in all_samples(screens)[:100]:
         left, top, right, bottom = sample["bbox"]
-        maps = attention_maps(model, questions([sample], features[[i]])).unflatten(-1, (side, side))
+        maps = attention_maps(model, prompt_batch([sample], features[[i]])).unflatten(-1, (side, side))
         of_target = maps[..., top // size : (bottom - 1) // size + 1, left // size : (right - 1) // size + 1]
         shares.append(of_target.sum((-2, -1)))
     return torch.stack(shares).mean(0)

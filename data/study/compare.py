@@ -24,7 +24,7 @@ import torch
 import train
 from data import DEVICES, Settings, command, option, progress
 from data.evaluate import evaluate
-from data.prompts import ROOT, available, seen
+from data.prompts import ROOT, find_device, screens_and_features
 from data.study import BASES, TWINS
 from data.study.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
@@ -144,7 +144,7 @@ def make_bases(pool) -> None:
 def run(cfg: train.Config) -> dict:
     """`train.run`, what the tuned model gets right on validation screens, and the fingerprint of its base."""
     done = train.finetune(cfg, say=lambda line: None)
-    validation = seen(cfg.base, cfg.domain, "validation", cfg.test_screens, done.model.device)
+    validation = screens_and_features(cfg.base, cfg.domain, "validation", cfg.test_screens, done.model.device)
     metrics, _ = evaluate(done.model, *validation, cfg.task, cfg.history)
     accuracy = metrics["action_acc" if cfg.task == "grounding" else "name_acc"]
     return done.result | {"validation_acc": accuracy, "base_fingerprint": fingerprint(cfg.base)}
@@ -196,7 +196,7 @@ class Runs:
 
 def compare(cfg: CompareConfig) -> None:
     """Run (or go on with) the comparison, print its tables."""
-    path, device = Path(cfg.out) / "compare.json", available(cfg.device)
+    path, device = Path(cfg.out) / "compare.json", find_device(cfg.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     wanted = cells()
     with get_context("spawn").Pool(cfg.workers, torch.set_num_threads, (1,)) as pool:

@@ -28,7 +28,7 @@ COMMANDS |= {
 def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questions(say, monkeypatch):
     """Of few steps and screens: files that the demo takes. The rules that need no fine-tuning are told of both."""
     monkeypatch.setattr(controls, "SCREENS", 2)
-    monkeypatch.setattr(pretrain, "POOLS", (30, 20))
+    monkeypatch.setattr(pretrain, "POOL_SIZES", (30, 20))
     status, _, error = say("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
     assert status == 0, error
     record = json.loads(Path("new.json").read_text())
@@ -49,10 +49,10 @@ def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questi
 def test_what_pretraining_asks_of_a_name_s_neighbour_is_its_name_and_its_place_and_words_stand_after_images():
     drawn = [screens.draw_screen("source", "pretrain", i) for i in range(9)]
     rng = test_demo.np.random.default_rng(0)
-    asked = [pretrain.related(screen, rng) for screen in drawn]
+    asked = [pretrain.neighbour_samples(screen, rng) for screen in drawn]
     places = [bool(parse_point(sample["answer"])) for samples in asked for sample in samples]
     assert all("right of" in sample["instruction"] for samples in asked for sample in samples) and len({*places}) == 2
-    pretrain.add_word_problems(asked, rng)
+    pretrain.insert_word_problems(asked, rng)
     problems = [["how many" in sample["instruction"] for sample in samples].count(True) for samples in asked]
     assert {*problems} == {0, 1}
 
