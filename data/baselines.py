@@ -58,7 +58,7 @@ class LoRA(nn.Module):
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs of the adapter in one training step (forward and backward) over so many tokens."""
-        return lora_costs(*self.shape, num_tokens, self.r, self.names)[1]
+        return lora_costs(self.shape, num_tokens, self.r, self.names)[1]
 
 
 def gate_scores(model, batches: list[dict]) -> Tensor:

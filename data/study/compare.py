@@ -1,22 +1,23 @@
-"""The comparison: tables whose cells are fine-tuning runs, each on three bases.
+"""The comparison: tables whose cells are fine-tuning runs, each on several base models.
 
-    python -m data.study.compare                     all tables; bases of seeds 2 and 3, and twins, are made first
-    python -m data.study.compare --out data/study    the same of the runs in data/study/compare.json, at once
+    python -m data.study.compare                     all tables; the bases that are missing are made first
+    python -m data.study.compare --out data/study    the same from the runs in data/study/compare.json, at once
 
 A cell is a method and what is changed of it: fields of `train.Config`, and two more, `bases` and `draws`. One replicate
-is one base and one seed: base i is fine-tuned with seed i; further draws have seeds 10 + i and 20 + i. Learning rates
-are chosen on validation screens, the tables are of test screens. A run is known by its Config, which names the device,
-and by a fingerprint of its base; what is in compare.json is not run again.
+is one base and one seed: base i is fine-tuned with seed i, and further draws have the seeds 10 + i and 20 + i. Learning
+rates are chosen on validation screens; the tables show test screens. A run is known by its Config, which names the
+device, and by a fingerprint of its base. What is in compare.json is not run again.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,50 +25,186 @@ import torch
 import train
 from data import DEVICES, Settings, command, option, progress
 from data.evaluate import evaluate
-from data.prompts import ROOT, find_device, screens_and_features
+from data.prompts import base_path, find_device, screens_and_features
 from data.study import BASES, TWINS
 from data.study.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
 
-LORA, VISUAL = "LoRA (q, k, v, o), all tokens", "LoRA (q, k, v, o), visual tokens"
-SMALL = f"{VISUAL}, rank 2"
-ALL, HALF, FROZEN = "Image-LoRA, all heads", "Image-LoRA, half of the heads", "frozen"
+# ---- Methods and tables ----------------------------------------------------------------------------------------------
+
+NOTHING = "nothing"
+LORA = "LoRA"
+VISUAL = "LoRA at visual tokens"
+SMALL = "LoRA at visual tokens, rank 2"
+ALL = "Image-LoRA in all heads"
+HALF = "Image-LoRA in half of the heads"
 METHODS = {
-    FROZEN: {"method": "none"},
+    NOTHING: {"method": "none"},
     LORA: {"method": "lora"},
     VISUAL: {"method": "lora", "tokens": "visual"},
     SMALL: {"method": "lora", "tokens": "visual", "r": 2},
     ALL: {"heads": "all"},
     HALF: {},
 }
-GRID = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
-SEARCHED = ("bases", "domain", "task", "r")  # a change of these has a search of its own for the learning rate
-EACH = {method: (method, {}) for method in METHODS}  # a line a method, nothing changed
-TUNED = {method: EACH[method] for method in METHODS if method != FROZEN}
-FEW = {method: EACH[method] for method in (FROZEN, LORA, ALL, HALF)}
-CHOICES = {choice: (HALF, {"heads": choice, "draws": 3}) for choice in ("top", "gate", "matched", "random")}
-OPTIONS = {
-    "r = 8, τ = 0, γ at a tenth of A's rate": (HALF, {}),
-    "r = 4": (HALF, {"r": 4}),
-    "r = 16": (HALF, {"r": 16}),
-    "τ = 0.5": (HALF, {"tau": 0.5}),
-    "γ at A's rate": (HALF, {"gamma_lr": 1.0}),
-    "γ stays 1": (HALF, {"gamma_lr": 0.0}),
+TUNED = [method for method in METHODS if method != NOTHING]
+GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
+TOLERANCE = 0.01  # the chosen rate is the lowest whose validation accuracy is this close to the best
+HAVE_OWN_RATE = ("bases", "domain", "task", "r")  # a cell that changes one of these has a rate chosen for it
+
+
+class Cell(NamedTuple):
+    """Runs of one method."""
+
+    method: str
+    changes: tuple = ()  # ((field, value), ...), sorted
+
+
+class Column(NamedTuple):
+    title: str
+    measure: Callable[[list[dict]], str]  # of a cell's rows
+    changes: dict = {}
+
+
+class Table(NamedTuple):
+    title: str
+    lines: dict[str, tuple[str, dict]]  # {name: (method, changes)}
+    columns: list[Column]
+
+    def cell(self, line: str, column: Column) -> Cell:
+        method, changes = self.lines[line]
+        return Cell(method, tuple(sorted((changes | column.changes).items())))
+
+
+def mean(rows: list[dict], field: str) -> float:
+    return float(np.mean([row[field] for row in rows]))
+
+
+def accuracy(field: str) -> Callable:
+    """A measure: the mean over bases, in %."""
+    return lambda rows: f"{100 * mean(rows, field):.1f}"
+
+
+def accuracy_on_each(field: str) -> Callable:
+    """A measure: the mean over bases and, in brackets, each base's own (over its draws), in %."""
+
+    def measure(rows: list[dict]) -> str:
+        bases = dict.fromkeys(row["base"] for row in rows)
+        each = [100 * mean([row for row in rows if row["base"] == base], field) for base in bases]
+        return f"{np.mean(each):.1f} ({', '.join(f'{value:.1f}' for value in each)})"
+
+    return measure
+
+
+def nats(field: str) -> Callable:
+    """A measure: the mean and each base's, in thousandths of a nat."""
+
+    def measure(rows: list[dict]) -> str:
+        each = ", ".join(f"{1000 * row[field]:.2g}" for row in rows)
+        return f"{1000 * mean(rows, field):.2g} ({each})"
+
+    return measure
+
+
+def rate(rows: list[dict]) -> str:
+    return f"{rows[0]['lr']:g}"
+
+
+def parameters(rows: list[dict]) -> str:
+    return f"{mean(rows, 'trainable_parameters'):,.0f}"
+
+
+def adapter_flops(rows: list[dict]) -> str:
+    """In % of LoRA's, rank 8."""
+    return f"{100 * mean(rows, 'adapter_flops_per_screen') / mean(rows, 'lora_flops_per_screen'):.0f}"
+
+
+OLD_TASK = Column("old task, %", accuracy_on_each("source_acc"))
+WORD_PROBLEMS = Column("word problems without an image, %", accuracy_on_each("word_problem_acc"))
+AFTER_IMAGE = Column("word problems after an image, %", accuracy_on_each("word_problem_after_image_acc"))
+OTHER_SKILLS = [WORD_PROBLEMS, AFTER_IMAGE, OLD_TASK]
+CLICKS = Column("switches clicked, %", accuracy_on_each("action_acc"))
+RATE = Column("learning rate", rate)
+EACH_METHOD = {method: (method, {}) for method in METHODS}
+EACH_TUNED = {method: (method, {}) for method in TUNED}
+WITH_REPLAY = {f"{method}, with replay": (method, {"replay": 1}) for method in (LORA, ALL)}
+SETTINGS = {
+    "r = 8, τ = 0, γ at a tenth of A's rate": {},
+    "r = 4": {"r": 4},
+    "r = 16": {"r": 16},
+    "τ = 0.5": {"tau": 0.5},
+    "γ at A's rate": {"gamma_lr": 1.0},
+    "γ stays 1": {"gamma_lr": 0.0},
 }
-CLICKS, ALONE, AFTER = "correct clicks %", "text alone %", "text after an image %"
-SOURCE, KFLOP, RATE = "source clicks %", "kFLOP", "rate"
-OUTCOMES = (CLICKS, ALONE, AFTER, SOURCE, RATE)
-FIRST = {CLICKS: {}, "without the skill %": {"bases": TWINS}, ALONE: {}, AFTER: {}, "parameters": {}, KFLOP: {}}
-TABLES = {  # title -> (its lines, its columns); where both change a field, the column does
-    "switch screens": (EACH, FIRST | {SOURCE: {}, RATE: {}}),
-    "without the skill": (EACH, dict.fromkeys(OUTCOMES, {"bases": TWINS})),
-    "one of eight sequences replays": (TUNED, dict.fromkeys(OUTCOMES, {"replay": 1})),
-    "dark screens": (EACH, dict.fromkeys((CLICKS, RATE), {"domain": "dark"})),
-    "referring": (EACH, dict.fromkeys(("correct names %", RATE), {"task": "referring"})),
-    "after nine word problems": (FEW, dict.fromkeys((CLICKS, KFLOP), {"history": 9})),
-    "choice of heads": (CHOICES, {"4 of 24 %": {"num_heads": 4}, "8 of 24 %": {"num_heads": 8}}),
-    "half of the heads": (OPTIONS, {CLICKS: {}, RATE: {}}),
+CHOICES = {
+    "top, the most influential by the probe": {"heads": "top", "draws": 3},
+    "gate, by the score of the authors' release": {"heads": "gate", "draws": 3},
+    "matched, random but evenly spread": {"heads": "matched", "draws": 3},
+    "random": {"heads": "random", "draws": 3},
 }
+BOTTOM = {"bottom, the least influential by the probe": (HALF, {"heads": "bottom"})}
+
+
+def with_changes(columns: list[Column], **changes) -> list[Column]:
+    return [column._replace(changes=column.changes | changes) for column in columns]
+
+
+TABLES = [
+    Table(
+        "fine-tuned with",
+        EACH_METHOD | WITH_REPLAY,
+        [
+            Column("trained parameters", parameters),
+            Column("adapter's training FLOPs, % of LoRA's", adapter_flops),
+            Column("switches clicked, %", accuracy("action_acc")),
+            Column("word problems without an image, %", accuracy("word_problem_acc")),
+            Column("word problems after an image, %", accuracy("word_problem_after_image_acc")),
+            Column("old task, %", accuracy("source_acc")),
+        ],
+    ),
+    Table("switch screens, each base", EACH_METHOD, [CLICKS, *OTHER_SKILLS, RATE]),
+    Table("switch screens, each twin", EACH_METHOD, with_changes([CLICKS, AFTER_IMAGE, OLD_TASK, RATE], bases=TWINS)),
+    Table("with replay", EACH_TUNED, with_changes([CLICKS, *OTHER_SKILLS, RATE], replay=1)),
+    Table(
+        "distance from the base, in thousandths of a nat",
+        {method: (method, {}) for method in (LORA,)} | {f"{LORA}, with replay": (LORA, {"replay": 1})},
+        [
+            Column("word problems", nats("word_problem_kl")),
+            Column("questions without an image", nats("question_without_image_kl")),
+        ],
+    ),
+    Table(
+        "dark screens",
+        EACH_METHOD,
+        with_changes(
+            [Column("names clicked, %", accuracy_on_each("action_acc")), AFTER_IMAGE, OLD_TASK, RATE], domain="dark"
+        ),
+    ),
+    Table(
+        "referring",
+        EACH_METHOD,
+        with_changes(
+            [Column("correct names, %", accuracy_on_each("name_acc")), AFTER_IMAGE, OLD_TASK, RATE], task="referring"
+        ),
+    ),
+    Table(
+        "after nine word problems",
+        {method: (method, {}) for method in (NOTHING, LORA, ALL, HALF)},
+        with_changes(
+            [Column("adapter's training FLOPs, % of LoRA's", adapter_flops), CLICKS, AFTER_IMAGE, OLD_TASK], history=9
+        ),
+    ),
+    Table(
+        "choice of heads",
+        {choice: (HALF, changes) for choice, changes in CHOICES.items()},
+        [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 8)],
+    ),
+    Table(
+        "least influential heads",
+        {"top, the most influential by the probe": (HALF, {})} | BOTTOM,
+        [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 12)],
+    ),
+    Table("half of the heads", {name: (HALF, changes) for name, changes in SETTINGS.items()}, [CLICKS, RATE]),
+]
 
 
 @dataclass(frozen=True)
@@ -77,193 +214,179 @@ class CompareConfig(Settings):
     out: str = option("runs/compare", "directory of compare.json; the runs found there are kept")
 
 
-Cell = tuple[str, tuple]  # a method's name, what is changed of it as sorted pairs
-
-
-def cells() -> dict[tuple, Cell]:
-    """(table, line, column) -> cell."""
-    found = {}
-    for table, (lines, columns) in TABLES.items():
-        for (line, (method, changes)), (column, more) in product(lines.items(), columns.items()):
-            found[table, line, column] = method, tuple(sorted((changes | more).items()))
-    return found
-
-
 def configs(cell: Cell, lr: float, device: str) -> list[train.Config]:
-    """The runs of a cell at this rate, draw by draw, each on all bases."""
-    method, changes = cell
-    settings = {"lr": lr, "device": device} | METHODS[method] | dict(changes)
-    bases, draws = settings.pop("bases", BASES), settings.pop("draws", 1)
-    places = product(range(draws), enumerate(bases, 1))
-    return [train.Config(**settings, base=base, seed=10 * draw + i) for draw, (i, base) in places]
+    """The runs of a cell at this learning rate: draw by draw, each on all of its bases."""
+    settings = {"lr": lr, "device": device} | METHODS[cell.method] | dict(cell.changes)
+    bases = settings.pop("bases", BASES)
+    num_draws = settings.pop("draws", 1)
+    runs = []
+    for draw, (i, base) in product(range(num_draws), enumerate(bases, 1)):
+        runs.append(train.Config(**settings, base=base, seed=10 * draw + i))
+    return runs
 
 
 # ---- Learning rates --------------------------------------------------------------------------------------------------
 
 
-def search_of(cell: Cell) -> Cell:
-    """The cell that a learning rate is chosen for; cells that differ in other changes take the same."""
-    method, changes = cell
-    return method, tuple((name, value) for name, value in changes if name in SEARCHED)
+def best_rate(tried: dict[float, list[dict]]) -> float:
+    """The rate with the highest validation accuracy, in the mean over the bases; of equals the lowest."""
+    return max(sorted(tried), key=lambda lr: mean(tried[lr], "validation_acc"))
 
 
-def choose_rates(searches: dict, finish: Callable) -> tuple[dict, dict]:
-    """(search -> its best rate in the mean over bases, of equals the lower; (search, rate) -> the rows of all tried).
+def chosen_rate(tried: dict[float, list[dict]]) -> float:
+    """The lowest rate whose mean validation accuracy is within one point of the best."""
+    best = mean(tried[best_rate(tried)], "validation_acc")
+    return min(lr for lr, rows in tried.items() if mean(rows, "validation_acc") >= best - TOLERANCE)
 
-    For a method with nothing changed the whole grid is tried, elsewhere that one's rate and both neighbours.
-    finish([(cell, rate), ...]) gives the rows of each."""
-    best, tried = {}, {}
-    for whole in (True, False):
-        some = [search for search in searches if whole == (not search[1])]
-        at = []
-        for search in some:
-            own = best.get((search[0], ()))
-            at += [(search, lr) for lr in (GRID if whole else (own / 2, own, 2 * own))]
-        tried |= zip(at, finish(at))
-        for search in some:
-            scores = {lr: mean(rows, "validation_acc") for (of, lr), rows in tried.items() if of == search}
-            best[search] = max(sorted(scores), key=scores.get)
-    return best, tried
+
+class Rates:
+    """The learning rates that have been tried for each method, and with each change that has a rate of its own."""
+
+    def __init__(self, runs: "Runs"):
+        self.runs = runs
+        self.tried: dict[Cell, dict[float, list[dict]]] = {}
+
+    def rate_of(self, cell: Cell) -> float:
+        """The learning rate of a cell. What has no rate of its own takes that of its method."""
+        if cell.method == NOTHING:
+            return 0.0
+        own = tuple((field, value) for field, value in cell.changes if field in HAVE_OWN_RATE)
+        return chosen_rate(self.search(Cell(cell.method, own)))
+
+    def search(self, cell: Cell) -> dict[float, list[dict]]:
+        """{rate: rows} of all rates that are tried for this cell.
+
+        A method with nothing changed tries the whole grid. Elsewhere it tries its best rate there and both neighbours,
+        and goes on until the chosen rate is neither the lowest nor the highest of those tried."""
+        if cell in self.tried:
+            return self.tried[cell]
+        if not cell.changes:
+            self.tried[cell] = self.runs.finish_all(cell, GRID)
+            return self.tried[cell]
+        centre = best_rate(self.search(Cell(cell.method)))
+        tried = self.runs.finish_all(cell, (centre / 2, centre, 2 * centre))
+        while (chosen := chosen_rate(tried)) in (min(tried), max(tried)):
+            beyond = chosen / 2 if chosen == min(tried) else 2 * chosen
+            tried |= self.runs.finish_all(cell, (beyond,))
+        self.tried[cell] = tried
+        return tried
 
 
 # ---- Bases and runs --------------------------------------------------------------------------------------------------
 
 
-def make_bases(pool) -> None:
-    """One for each seed; then for each its twin, which differs in what it was asked last."""
-    Path(BASES[1]).parent.mkdir(parents=True, exist_ok=True)
-    whole = [PretrainConfig(seed=seed, out=f"runs/bases/{seed}.pt") for seed in (1, 2, 3)]
-    twins = []  # the shipped base is made, too, for what it was before its last stage
-    for base, twin in zip(whole, TWINS):
-        twins.append(replace(base, unskilled=True, start=base.out.replace(".pt", ".grounded.pt"), out=twin))
-    for made in (whole, twins):
-        missing = [cfg for cfg in made if not Path(cfg.out).with_suffix(".json").exists()]
-        list(progress(pool.imap(pretrain, missing), "bases", len(missing)))
+def make_base(base: str) -> None:
+    """Pretrain a base or a twin. A twin goes on from what its base was before the last stage, where that exists."""
+    name = Path(base).stem  # such as 2 or 2-unskilled
+    seed = int(name.split("-")[0])
+    grounded = Path(base).with_name(f"{seed}.grounded.pt")
+    start = str(grounded) if grounded.exists() else ""
+    pretrain(PretrainConfig(seed=seed, unskilled=base in TWINS, start=start, out=base))
 
 
 def run(cfg: train.Config) -> dict:
-    """`train.run`, what the tuned model gets right on validation screens, and the fingerprint of its base."""
-    done = train.finetune(cfg, say=lambda line: None)
-    validation = screens_and_features(cfg.base, cfg.domain, "validation", cfg.test_screens, done.model.device)
-    metrics, _ = evaluate(done.model, *validation, cfg.task, cfg.history)
-    accuracy = metrics["action_acc" if cfg.task == "grounding" else "name_acc"]
-    return done.result | {"validation_acc": accuracy, "base_fingerprint": fingerprint(cfg.base)}
+    """`train.run`, and what the tuned model gets right on validation screens, and the fingerprint of its base."""
+    tuned = train.finetune(cfg)
+    validation = screens_and_features(cfg.base, cfg.domain, "validation", cfg.test_screens, tuned.model.device)
+    metrics, _ = evaluate(tuned.model, *validation, cfg.task, cfg.history)
+    validation_acc = metrics["action_acc" if cfg.task == "grounding" else "name_acc"]
+    return tuned.result | {"validation_acc": validation_acc, "base_fingerprint": fingerprint(cfg.base)}
 
 
 def fingerprint(base: str) -> str:
-    """Twelve digits that another file has not; "" where there is no such file."""
-    for path in (Path(base), ROOT / base):
-        if path.exists():
-            return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return ""
+    """Twelve digits that no other base has; "" if there is no such file."""
+    path = base_path(base)
+    if not path.exists():
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 class Runs:
-    """What was run: the rows of compare.json, by their Config and the fingerprint of their base."""
+    """The rows of compare.json, by their Config and the fingerprint of their base."""
 
     def __init__(self, path: Path, pool, device: str):
         self.path, self.pool, self.device = path, pool, device
-        self.known, self.last = {}, {}  # last: base -> the fingerprint of its last row
+        self.rows: dict[tuple[train.Config, str], dict] = {}
+        self.last_fingerprint: dict[str, str] = {}  # of each base that has a row
         try:
             for row in json.loads(path.read_text()) if path.exists() else []:
                 cfg = train.Config(**{f.name: row[f.name] for f in fields(train.Config)})
-                self.known[cfg, row["base_fingerprint"]] = row
-                self.last[cfg.base] = row["base_fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from None
+                self.rows[cfg, row["base_fingerprint"]] = row
+                self.last_fingerprint[cfg.base] = row["base_fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from error
 
-    def keys(self, configs: list) -> list[tuple]:
-        """Where a base is not on this machine, the rows of the last one of its name count."""
-        bases = {cfg.base for cfg in configs}
-        prints = {base: fingerprint(base) or self.last.get(base) for base in bases}
-        return [(cfg, prints[cfg.base]) for cfg in configs]
+    def key(self, cfg: train.Config) -> tuple[train.Config, str]:
+        """Where a row is kept. If a base is not on this machine, the rows of the last base of its name count."""
+        return cfg, fingerprint(cfg.base) or self.last_fingerprint.get(cfg.base, "")
 
-    def finish(self, at: list[tuple[Cell, float]]) -> list[list[dict]]:
-        """Of each (cell, rate) the rows. What is missing is run, on bases that may first have to be made, and written
-        at once."""
-        cells = [configs(cell, lr, self.device) for cell, lr in at]
-        wanted = [cfg for cell in cells for cfg in cell]
-        missing = dict.fromkeys(cfg for cfg, base in self.keys(wanted) if (cfg, base) not in self.known)
-        if not all(fingerprint(base) for base in {cfg.base for cfg in missing}):
-            make_bases(self.pool)
-        for cfg, row in zip(missing, progress(self.pool.imap(run, missing), "runs", len(missing), quiet=not missing)):
-            self.known[cfg, row["base_fingerprint"]] = row
-            lines = ",\n".join(map(json.dumps, self.known.values()))
+    def finish_all(self, cell: Cell, rates: tuple[float, ...]) -> dict[float, list[dict]]:
+        """{rate: the rows of the cell at this rate}. What is missing is run."""
+        wanted = {lr: configs(cell, lr, self.device) for lr in rates}
+        self.finish([cfg for some in wanted.values() for cfg in some])
+        return {lr: [self.rows[self.key(cfg)] for cfg in some] for lr, some in wanted.items()}
+
+    def finish(self, wanted: list[train.Config]) -> None:
+        """Run what is missing, on bases that may first have to be made. Each row is written at once."""
+        missing = list(dict.fromkeys(cfg for cfg in wanted if self.key(cfg) not in self.rows))
+        if not missing:
+            return
+        to_make = [base for base in dict.fromkeys(cfg.base for cfg in missing) if not fingerprint(base)]
+        if to_make:
+            Path(to_make[0]).parent.mkdir(parents=True, exist_ok=True)
+            list(progress(self.pool.imap(make_base, to_make), "bases", len(to_make)))
+            missing = [cfg for cfg in missing if self.key(cfg) not in self.rows]
+        for cfg, row in zip(missing, progress(self.pool.imap(run, missing), "runs", len(missing))):
+            self.rows[cfg, row["base_fingerprint"]] = row
+            lines = ",\n".join(json.dumps(row) for row in self.rows.values())
             safe_write(f"[\n{lines}\n]\n".encode(), self.path)
-        rows = {cfg: self.known[cfg, base] for cfg, base in self.keys(wanted)}
-        return [[rows[cfg] for cfg in cell] for cell in cells]
 
 
 def compare(cfg: CompareConfig) -> None:
-    """Run (or go on with) the comparison, print its tables."""
-    path, device = Path(cfg.out) / "compare.json", find_device(cfg.device)
+    """Run the comparison, or go on with it, and print its tables."""
+    path = Path(cfg.out) / "compare.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = cells()
     with get_context("spawn").Pool(cfg.workers, torch.set_num_threads, (1,)) as pool:
-        runs = Runs(path, pool, device)
-        searches = dict.fromkeys(search_of(cell) for cell in wanted.values() if cell[0] != FROZEN)
-        rates, tried = choose_rates(searches, runs.finish)
-        rows = runs.finish([(cell, rates.get(search_of(cell), 0.0)) for cell in wanted.values()])
-    printed = tables(dict(zip(wanted, rows))) + [table_of_rates(tried, rates)]
-    print("\n" + "\n\n".join(printed) + f"\n\nruns     {path}")
+        runs = Runs(path, pool, find_device(cfg.device))
+        rates = Rates(runs)
+        texts = [markdown_of(table, runs, rates) for table in TABLES]
+        texts.append(markdown_of_rates(rates))
+    print("\n" + "\n\n".join(texts) + f"\n\nruns     {path}")
 
 
-# ---- Tables: each is a function of the rows --------------------------------------------------------------------------
+# ---- Tables in Markdown ----------------------------------------------------------------------------------------------
 
 
-def mean(rows: list[dict], field: str) -> float:
-    return np.mean([row[field] for row in rows])
+def markdown(titles: list[str], lines: dict[str, list[str]]) -> str:
+    rows = [titles, ["---"] * len(titles)]
+    rows += [[name, *texts] for name, texts in lines.items()]
+    return "\n".join(f"|{'|'.join(row)}|" for row in rows)
 
 
-def percent(rows: list[dict], field="") -> str:
-    """An accuracy in %, by default the task's: its mean over bases ± standard deviation, or each base's in brackets
-    where they are over 3 points apart."""
-    field = field or ("name_acc" if "name_acc" in rows[0] else "action_acc")
-    draws = np.reshape([row[field] for row in rows], (-1, len({row["base"] for row in rows})))
-    values = 100 * draws.mean(axis=0)
-    text = f"{np.mean(values):.1f}".removesuffix(".0")
-    if max(values) == min(values):
-        return text
-    if max(values) - min(values) > 3:
-        return f"{text} ({', '.join(f'{value:.1f}' for value in values)})"
-    return f"{text} ±{np.std(values, ddof=1):.1f}"
+def markdown_of(table: Table, runs: Runs, rates: Rates) -> str:
+    lines = {}
+    for line in table.lines:
+        lines[line] = []
+        for column in table.columns:
+            cell = table.cell(line, column)
+            lr = rates.rate_of(cell)
+            lines[line].append(column.measure(runs.finish_all(cell, (lr,))[lr]))
+    return markdown([table.title, *(column.title for column in table.columns)], lines)
 
 
-MEASURES = {  # of columns that are no accuracy of the task
-    ALONE: lambda rows: percent(rows, "word_problem_acc"),
-    AFTER: lambda rows: percent(rows, "word_problem_after_image_acc"),
-    "parameters": lambda rows: f"{mean(rows, 'trainable_parameters'):,.0f}",
-    KFLOP: lambda rows: f"{mean(rows, 'adapter_flops_per_screen') / 1e3:,.0f}",
-    SOURCE: lambda rows: percent(rows, "source_acc"),
-    RATE: lambda rows: f"{rows[0]['lr']:g}",
-}
-
-
-def markdown(title: str, columns: list, lines: dict) -> str:
-    body = [[f"**{title}**", *columns], ["---"] * (len(columns) + 1)]
-    body += [[line, *texts] for line, texts in lines.items()]
-    return "\n".join(f"|{'|'.join(texts)}|" for texts in body)
-
-
-def tables(rows: dict) -> list[str]:
-    """rows: (table, line, column) -> the draws of each base."""
-    printed = []
-    for title, (lines, columns) in TABLES.items():
-        texts = {}
-        for line in lines:
-            texts[line] = [MEASURES.get(column, percent)(rows[title, line, column]) for column in columns]
-        printed.append(markdown(title, list(columns), texts))
-    return printed
-
-
-def table_of_rates(tried: dict, best: dict) -> str:
-    lines = {method: [] for method in TUNED}
-    for method, lr in product(TUNED, GRID):
-        rows, mark = tried[(method, ()), lr], "**" * (best[method, ()] == lr)
-        clicks, after = (100 * mean(rows, field) for field in ("action_acc", "word_problem_after_image_acc"))
-        lines[method].append(f"{mark}{clicks:.1f}{mark} · {after:.0f}")
-    lines[f"{LORA}: text alone"] = [f"{100 * mean(tried[(LORA, ()), lr], 'word_problem_acc'):.0f}" for lr in GRID]
-    return markdown("clicks · text after an image, by rate", [f"{lr:g}" for lr in GRID], lines)
+def markdown_of_rates(rates: Rates) -> str:
+    """Clicks, word problems after an image and without one, at each rate of the grid; the chosen rate is bold."""
+    lines = {}
+    for method in TUNED:
+        tried = rates.search(Cell(method))
+        chosen = chosen_rate(tried)
+        measures = {"clicks": "action_acc", "after an image": "word_problem_after_image_acc"}
+        if method == LORA:
+            measures["without an image"] = "word_problem_acc"
+        for name, field in measures.items():
+            texts = [accuracy(field)(tried[lr]) for lr in GRID]
+            lines[f"{method}: {name}"] = [f"**{text}**" if lr == chosen else text for lr, text in zip(GRID, texts)]
+    return markdown(["learning rate", *(f"{lr:g}" for lr in GRID)], lines)
 
 
 if __name__ == "__main__":
