@@ -297,11 +297,16 @@ class Call(NamedTuple):
     updated: set  # the adapters that have run in this call
 
 
+is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.4 cannot tell
+
+
 def hidden_from_compiler(step):
     """Lets torch.compile run this method as it is: the compiler can trace neither a storage nor a thread."""
 
     @wraps(step)
     def run(*args, **kwargs):
+        if torch.jit.is_tracing() or is_exporting():
+            raise RuntimeError("torch.jit.trace, torch.export and ONNX export would fix which tokens are visual")
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(step)(*args, **kwargs)
         return step(*args, **kwargs)
@@ -342,9 +347,6 @@ class Calls:
 
     @hidden_from_compiler
     def begin_call(self, model, args, kwargs):
-        is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.4 has no is_exporting
-        if torch.jit.is_tracing() or is_exporting():
-            raise RuntimeError("torch.jit.trace, torch.export and ONNX export would fix which tokens are visual")
         overrides = OVERRIDES.get({}).get(self, {})
         ids = kwargs.get("input_ids", args[0] if args else None)
         if "disabled" in overrides:
