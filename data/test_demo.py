@@ -1,8 +1,11 @@
 """The demo: the model and its base, the tiny world, and what the commands print and write."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -320,6 +323,16 @@ def call(directory, capsys):
         return status, printed.out, re.split("[\r\n]", printed.err.strip())[-1]
 
     return call
+
+
+def test_every_command_sets_how_threads_wait_before_it_imports_torch():
+    """Afterwards it would have no effect."""
+    code = "import os, sys; import data; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert printed.stdout == "False 1000\n", printed.stderr
+    source = (ROOT / "train.py").read_text()
+    assert source.index("\nfrom data import") < source.index("\nimport torch")
 
 
 RUNS = [{"method": "none"}, {"gamma_lr": 0.0}, {"task": "referring"}, {"history": 1}, {"domain": "dark"}, {"replay": 2}]

@@ -143,11 +143,11 @@ def make_bases(pool) -> None:
 
 def run(cfg: train.Config) -> dict:
     """`train.run`, what the tuned model gets right on validation screens, and the fingerprint of its base."""
-    done = train.finetune(cfg, say=lambda line: None)
-    validation = screens_and_features(cfg.base, cfg.domain, "validation", cfg.test_screens, done.model.device)
-    metrics, _ = evaluate(done.model, *validation, cfg.task, cfg.history)
+    tuned = train.finetune(cfg)
+    validation = screens_and_features(cfg.base, cfg.domain, "validation", cfg.test_screens, tuned.model.device)
+    metrics, _ = evaluate(tuned.model, *validation, cfg.task, cfg.history)
     accuracy = metrics["action_acc" if cfg.task == "grounding" else "name_acc"]
-    return done.result | {"validation_acc": accuracy, "base_fingerprint": fingerprint(cfg.base)}
+    return tuned.result | {"validation_acc": accuracy, "base_fingerprint": fingerprint(cfg.base)}
 
 
 def fingerprint(base: str) -> str:
