@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TinyVLMConfig:
-    """Architecture of a TinyVLM; fields are named as in Hugging Face configs. Sizes in pixels, tokens or features."""
+    """Architecture of a TinyVLM; fields are named as in Hugging Face configs. Sizes in pixels, tokens or features.
+
+    ValueError if a size is not a multiple of what divides it."""
 
     vocab_size: int = 143
     image_token_id: int = 3
@@ -36,27 +38,28 @@ class TinyVLMConfig:
     rope_theta: int = 10000
 
     def __post_init__(self):
-        for whole, part in (
-            ("image_size", "patch_size"),  # or the picture's edge would not be seen
+        for name, divisor_name in (
+            ("image_size", "patch_size"),  # otherwise no patch would show the picture's edge
             ("vision_hidden_size", "vision_num_attention_heads"),
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
         ):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}")
+            size, divisor = getattr(self, name), getattr(self, divisor_name)
+            if size % divisor:
+                raise ValueError(f"{name} {size} is not a multiple of {divisor_name} {divisor}")
 
     @property
     def num_patches(self) -> int:
-        """Visual tokens an image."""
+        """Visual tokens of one image."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass
 class KVCache:
-    """Keys and values of all tokens so far, a pair [B, H, T, d] per layer, and the text tokens so far [B]."""
+    """Keys and values of all tokens so far, a pair [B, H, T, d] for each layer; and how many were text tokens [B]."""
 
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    text_length: Tensor | None = None
+    num_text_tokens: Tensor | None = None
 
 
 @dataclass
@@ -66,8 +69,8 @@ class TinyVLMOutput:
     past_key_values: KVCache | None = None
 
 
-def rotate(x, angles: Tensor) -> Tensor:
-    """Rotary embedding: pairs (x_i, x_{i + d/2}) of x [B, H or H_q, T, d], turned by their angles [B, 1, T, d/2]."""
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding: turns the pairs (x_i, x_{i + d/2}) of x [B, H or H_q, T, d] by their angles [B, 1, T, d/2]."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -85,22 +88,32 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
     def forward(self, x: Tensor, angles=None, mask=None, causal=False, past=None) -> tuple[Tensor, tuple]:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H_q or H, T, d]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        """x [B, T, D] -> attention's output [B, T, D], and the keys and values of all tokens so far.
+
+        past: keys and values of the tokens before these. mask: bool, True where a query may look."""
+        q = self.split_heads(self.q_proj(x))  # [B, H_q, T, d]
+        k = self.split_heads(self.k_proj(x))  # [B, H, T, d]
+        v = self.split_heads(self.v_proj(x))  # [B, H, T, d]
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q = rotate(q, angles)
+            k = rotate(k, angles)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        groups = q.shape[1] // k.shape[1]  # query heads that share a key/value head
-        keys, values = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            past_k, past_v = past
+            k = torch.cat([past_k, k], dim=2)
+            v = torch.cat([past_v, v], dim=2)
+        group_size = q.shape[1] // k.shape[1]  # query heads that share a key and value head
+        keys = k.repeat_interleave(group_size, dim=1)  # [B, H_q, T, d]
+        values = v.repeat_interleave(group_size, dim=1)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal and mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)  # [B, T, D]
 
+    def split_heads(self, features: Tensor) -> Tensor:
+        """[B, T, heads * d] -> [B, heads, T, d]"""
+        return features.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention, x + MLP. [B, T, D] -> [B, T, D]"""
+    """Pre-norm transformer block: x + attention, then x + MLP. [B, T, D] -> [B, T, D]"""
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, causal: bool):
         super().__init__()
@@ -108,13 +121,13 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.self_attn = Attention(hidden_size, num_heads, num_kv_heads)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=1e-6)
-        wide = 4 * hidden_size
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, wide), nn.GELU(), nn.Linear(wide, hidden_size))
+        mlp_size = 4 * hidden_size
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(), nn.Linear(mlp_size, hidden_size))
 
     def forward(self, x: Tensor, angles=None, mask=None, past=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, present = self.self_attn(self.input_layernorm(x), angles, mask, self.causal, past)
+        y, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, self.causal, past)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), present
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
 class VisionTransformer(nn.Module):
@@ -122,13 +135,15 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: TinyVLMConfig):
         super().__init__()
-        d, side = config.vision_hidden_size, config.image_size // config.patch_size
+        d = config.vision_hidden_size
+        side = config.image_size // config.patch_size  # patches in a row
         self.image_size = config.image_size
         self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size)
         self.row_embedding = nn.Parameter(torch.randn(side, 1, d) * 0.3)
         self.column_embedding = nn.Parameter(torch.randn(1, side, d) * 0.3)
-        heads, layers = config.vision_num_attention_heads, range(config.vision_num_hidden_layers)
-        self.layers = nn.ModuleList(Block(d, heads, heads, causal=False) for _ in layers)
+        heads = config.vision_num_attention_heads
+        blocks = [Block(d, heads, heads, causal=False) for _ in range(config.vision_num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -147,26 +162,30 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: TinyVLMConfig):
         super().__init__()
-        d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        d = config.hidden_size
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
         self.embed_tokens = nn.Embedding(config.vocab_size, d)
-        half = d // heads // 2
-        self.register_buffer("frequencies", config.rope_theta ** -(torch.arange(half) / half), persistent=False)
-        self.layers = nn.ModuleList(Block(d, heads, kv_heads, causal=True) for _ in range(config.num_hidden_layers))
+        num_pairs = d // heads // 2  # of features, that the rotary embedding turns
+        frequencies = config.rope_theta ** -(torch.arange(num_pairs) / num_pairs)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        blocks = [Block(d, heads, kv_heads, causal=True) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, x: Tensor, positions: Tensor, mask=None, past: KVCache | None = None) -> tuple[Tensor, list]:
         angles = (positions[..., None] * self.frequencies)[:, None]  # [B, 1, T, d/2]
-        presents = []
+        keys_values = []
         for i, layer in enumerate(self.layers):
-            x, present = layer(x, angles, mask, past.layers[i] if past else None)
-            presents.append(present)
-        return self.norm(x), presents
+            x, keys_values_of_layer = layer(x, angles, mask, past.layers[i] if past else None)
+            keys_values.append(keys_values_of_layer)
+        return self.norm(x), keys_values
 
 
 class TinyVLM(nn.Module):
     """The model. `forward` returns a TinyVLMOutput; `generate` decodes greedily."""
 
-    logit_scale = 0.3  # tied embeddings have standard deviation 0.3, hidden states 1
+    logit_scale = 0.3  # the tied embeddings start with standard deviation 0.3, hidden states have 1
 
     def __init__(self, config: TinyVLMConfig):
         super().__init__()
@@ -182,10 +201,10 @@ class TinyVLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path) -> "TinyVLM":
-        """The model in the file {"config", "state"}, float32, for evaluation. ValueError where the file holds none."""
+        """The model in a file of {"config", "state"}, float32, for evaluation. ValueError if the file holds none."""
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load itself would not notice a flipped bit
+                damaged = archive.testzip()  # because torch.load would not notice a flipped bit
             if damaged:
                 raise ValueError(f"its part {damaged} is damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -193,7 +212,7 @@ class TinyVLM(nn.Module):
             model.load_state_dict(content["state"])
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise ValueError(f"{path} is not a saved TinyVLM ({reason})") from None
+            raise ValueError(f"{path} is not a saved TinyVLM ({reason})") from error
         return model.eval()
 
     @property
@@ -221,39 +240,52 @@ class TinyVLM(nn.Module):
         Raises ValueError where placeholders and images do not match.
         """
         visual = input_ids == self.config.image_token_id  # [B, T]
-        text = ~visual if attention_mask is None else ~visual & attention_mask[:, -input_ids.shape[1] :].bool()
+        text = ~visual
+        if attention_mask is not None:
+            text = text & attention_mask[:, -input_ids.shape[1] :].bool()  # padding is no text
         # Positions count text tokens only: a question's positions do not depend on the images before it.
-        seen = past_key_values.text_length if past_key_values else text.new_zeros(len(text), dtype=torch.long)  # [B]
-        positions = (seen[:, None] + text.cumsum(1) - 1).clamp(min=0)  # [B, T]
+        num_past = text.new_zeros(len(text), dtype=torch.long)  # text tokens so far, [B]
+        if past_key_values:
+            num_past = past_key_values.num_text_tokens
+        positions = (num_past[:, None] + text.cumsum(1) - 1).clamp(min=0)  # [B, T]
+
         lm = self.language_model
         x = lm.embed_tokens(input_ids)  # [B, T, D]
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)  # [N, P, D]
-        given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        asked, patches = int(visual.sum()), self.config.num_patches
-        if asked != given:
-            raise ValueError(f"{asked} image placeholder tokens for {given // patches} images; each needs {patches}")
-        if given:
+        num_features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        num_placeholders = int(visual.sum())
+        if num_placeholders != num_features:
+            patches = self.config.num_patches
+            images = num_features // patches
+            raise ValueError(f"{num_placeholders} image placeholder tokens for {images} images; each needs {patches}")
+        if num_features:
             x = x.masked_scatter(visual[..., None], image_features.to(x.dtype))
+
         mask = self._attention_mask(attention_mask, past_key_values, input_ids)
-        x, presents = lm(x, positions, mask, past_key_values)
+        x, keys_values = lm(x, positions, mask, past_key_values)
         logits = x @ lm.embed_tokens.weight.T * self.logit_scale  # [B, T, V]
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return TinyVLMOutput(logits, loss, KVCache(presents, seen + text.sum(1)))
+        return TinyVLMOutput(logits, loss, KVCache(keys_values, num_past + text.sum(1)))
 
     def _attention_mask(self, attention_mask: Tensor | None, past: KVCache | None, input_ids: Tensor) -> Tensor | None:
-        """[B or 1, 1, T, T_past + T] bool, True where a query may look; None where plain causal attention is right."""
-        new = input_ids.shape[1]
-        total = new + (past.layers[0][0].shape[2] if past else 0)
-        if attention_mask is None and total == new:
+        """[B or 1, 1, T, T_past + T] bool, True where a query may look; None if plain causal attention is right."""
+        num_new = input_ids.shape[1]
+        num_past = 0
+        if past:
+            keys, _ = past.layers[0]
+            num_past = keys.shape[2]
+        if attention_mask is None and not num_past:
             return None
-        causal = torch.ones(new, total, dtype=torch.bool, device=input_ids.device).tril(total - new)[None, None]
-        if attention_mask is not None:
-            itself = torch.eye(total, dtype=torch.bool, device=input_ids.device)[-new:]  # or padding would see nothing
-            causal = causal & (attention_mask[:, None, None, :].bool() | itself)
-        return causal
+        total = num_past + num_new
+        causal = torch.ones(num_new, total, dtype=torch.bool, device=input_ids.device).tril(num_past)[None, None]
+        if attention_mask is None:
+            return causal
+        # A padding token looks at itself, because a softmax over nothing would be nan.
+        itself = torch.eye(total, dtype=torch.bool, device=input_ids.device)[-num_new:]
+        return causal & (attention_mask[:, None, None, :].bool() | itself)
 
     @torch.no_grad()
     def generate(
@@ -267,20 +299,25 @@ class TinyVLM(nn.Module):
     ) -> Tensor:
         """Greedy decoding: input_ids [B, T] (padded on the left, if at all) -> [B, T + new], pad after <eos>.
 
-        Raises ValueError on right padding, whose last token would not be the prompt's.
+        Raises ValueError on right padding, because the last token would not be the prompt's.
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generate needs prompts padded on the left; attention_mask ends with 0 in some row")
-        ids, done, cache = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device), None
+        ids = input_ids
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        cache = None
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
         for _ in range(max_new_tokens):
-            new = ids[:, -1:] if cache else ids
-            images = None if cache else image_features  # they are in the cache
-            out = self(new, attention_mask=attention_mask, past_key_values=cache, image_features=images)
-            cache = out.past_key_values if use_cache else None
-            out.logits[:, -1, self.config.image_token_id] = -torch.inf  # a placeholder is no answer
-            token = out.logits[:, -1].argmax(-1).masked_fill(done, self.config.pad_token_id)  # [B]
+            if cache:
+                output = self(ids[:, -1:], attention_mask=attention_mask, past_key_values=cache)
+            else:
+                output = self(ids, attention_mask=attention_mask, image_features=image_features)
+            if use_cache:
+                cache = output.past_key_values
+            logits = output.logits[:, -1]  # [B, V]
+            logits[:, self.config.image_token_id] = -torch.inf  # a placeholder is no answer
+            token = logits.argmax(-1).masked_fill(done, self.config.pad_token_id)  # [B]
             ids = torch.cat([ids, token[:, None]], dim=1)
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)

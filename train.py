@@ -229,7 +229,7 @@ def main_job(cfg: Config) -> None:
         figures.save([figures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
         saved.append("predictions.png")
     if tuned.film:
-        figures.save(figures.moving(tuned.film), out / "training.gif")
+        figures.save(figures.moving_picture(tuned.film), out / "training.gif")
         saved.append("training.gif")
     imagelora.safe_write(json.dumps(result, indent=1).encode(), out / "metrics.json")
     print(f"saved    {out}/ {' '.join(saved)} metrics.json")

@@ -1,4 +1,4 @@
-"""The tiny world, the base model, the baselines and the evidence; and what all commands share."""
+"""The tiny world, the base model, the baselines and the evidence. This file holds what all commands share."""
 
 import argparse
 import os
@@ -13,8 +13,9 @@ from tqdm import tqdm
 # imported; every command comes by here first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-DEVICES = "auto", "cpu", "cuda", "mps"
-SPLITS = ("train", "validation", "test", "pretrain")  # a sample's random seed has the place of its split among these
+DEVICES = ("auto", "cpu", "cuda", "mps")
+# Keep the order: the position of a split is part of the random seed of its samples.
+SPLITS = ("train", "validation", "test", "pretrain")
 
 
 def option(default, help: str, choices: tuple[str, ...] = (), least: float | None = None):
@@ -30,30 +31,38 @@ class Settings:
             value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-            if None not in (value, least) and not least <= value < 2**63:
+            if value is None or least is None:
+                continue
+            if not least <= value < 2**63:
                 raise ValueError(f"{f.name} must be finite and at least {least}, got {value}")
 
 
 def command(settings_class, job: Callable, description: str, arguments: list[str] | None = None) -> int:
-    """Runs job(settings), with an option for each field of the dataclass, and returns the exit status: 0, 1 the loss
-    was not finite, 2 bad input, 130 interrupted."""
-    form = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
+    """Runs job(settings), with a command-line option for each field of the dataclass, and returns the exit status.
+
+    The status is 0; 1 if the loss was not finite, 2 for bad input, 130 if it was interrupted."""
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     for f in fields(settings_class):
-        known = " | ".join(f.metadata["choices"])
-        text = f"{known}{': ' * bool(known)}{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
+        help_text = f"{f.metadata['help']} (default {f.default!r})"
+        if f.metadata["choices"]:
+            help_text = f"{' | '.join(f.metadata['choices'])}: {help_text}"
         kind = {"type": float if f.default is None else type(f.default)}
         if f.default is False:
             kind = {"action": "store_true"}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text, **kind)
+        name = f"--{f.name.replace('_', '-')}"
+        parser.add_argument(name, default=f.default, help=help_text.replace("%", "%%"), **kind)
     try:
         job(settings_class(**vars(parser.parse_args(arguments))))
     except KeyboardInterrupt:
         print("\nstopped")
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -13,43 +13,48 @@ from imagelora import Heads, select_heads
 
 
 class LoRA(nn.Module):
-    """y + (alpha / r) x A B on these projections of every language layer; the rest of the model is frozen.
+    """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
-    names: letters of q, k, v, o. visual_only: only the rows of visual tokens are updated, as in Image-LoRA."""
+    names: which projections, letters of q, k, v, o. visual_only: only visual tokens are adapted, as in Image-LoRA."""
 
     def __init__(self, model, r: int, lora_alpha: float, names: str = "qkvo", visual_only: bool = False):
         super().__init__()
-        self.r, self.scaling = r, lora_alpha / r
-        self.names, self.visual_only = names, visual_only
-        self.shape, self.enabled = shape_of(model), True
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.r = r
+        self.scaling = lora_alpha / r
+        self.names = names
+        self.visual_only = visual_only
+        self.shape = shape_of(model)
+        self.enabled = True
+        self.A = nn.ParameterList()
+        self.B = nn.ParameterList()
         model.requires_grad_(False)
         model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
         for layer in model.language_model.layers:
             for name in names:
                 linear = getattr(layer.self_attn, f"{name}_proj")
-                linear.register_forward_hook(partial(self._add, len(self.A)))
+                linear.register_forward_hook(partial(self._add_update, len(self.A)))
                 A = torch.empty(linear.in_features, r, device=model.device)
                 nn.init.kaiming_uniform_(A.T, a=math.sqrt(5))
                 self.A.append(A)
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """Which of the B * T rows are updated; inside `disabled()` none."""
+        """Which of the B * T rows are adapted; inside `disabled()` none."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        updated = torch.full_like(ids, self.enabled, dtype=torch.bool)
+        adapted = torch.full_like(ids, self.enabled, dtype=torch.bool)
         if self.visual_only:
-            updated &= ids == model.config.image_token_id
-        self.rows = updated.flatten().nonzero().squeeze(1)
+            adapted &= ids == model.config.image_token_id
+        self.rows = adapted.flatten().nonzero().squeeze(1)
 
-    def _add(self, i: int, linear, inputs, y: Tensor) -> Tensor:
+    def _add_update(self, i: int, linear, inputs, y: Tensor) -> Tensor:
+        """What projection number i computes, y [B, T, d_out], with the update in the adapted rows."""
         x = inputs[0].flatten(0, -2)[self.rows]  # [rows, d_in]
         update = self.scaling * (x @ self.A[i]) @ self.B[i]
         return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
 
     @contextmanager
     def disabled(self):
-        """Within it the model is the base model."""
+        """A context in which the model is the base model."""
         self.enabled = False
         try:
             yield
@@ -58,12 +63,15 @@ class LoRA(nn.Module):
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs of the adapter in one training step (forward and backward) over so many tokens."""
-        return lora_costs(self.shape, num_tokens, self.r, self.names)[1]
+        _, flops = lora_costs(self.shape, num_tokens, self.r, self.names)
+        return flops
 
 
 def gate_scores(model, batches: list[dict]) -> Tensor:
-    """The authors' release scores a head by the squared gradient of a gate g on its values [L, H]."""
-    # dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h)
+    """The score of the authors' release: the squared gradient of a gate on a head's values, [L, H].
+
+    The mean over batches, arguments of the model with labels."""
+    # With a gate g, g V(h) in place of V(h), dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h) at g = 1.
     layers = model.language_model.layers
     weights = [layer.self_attn.v_proj.weight for layer in layers]  # of [H * d_h, D]
     scores = torch.zeros(len(layers), model.config.num_key_value_heads, device=model.device)

@@ -1,77 +1,171 @@
-"""The evidence: how the base is made, how the comparison chooses, stops and goes on, and what the pages name."""
+"""The evidence: how the base is made, how the comparison chooses, stops and goes on, and what the pages show."""
 
 import json
 import math
 import re
 import shlex
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
-from data import command, prompts, screens, test_demo
+import train
+from data import command, costs, prompts, screens, walk, words
 from data.study import BASES, TWINS, bench, compare, controls, pretrain
 from data.words import parse_point
+from imagelora import safe_save
+from tiny_vlm import TinyVLM, TinyVLMConfig
 
-ROOT, say, COMMANDS = test_demo.ROOT, test_demo.say, test_demo.COMMANDS
-SERIAL = Mock(Pool=lambda *of_a_pool: nullcontext(Mock(imap=map)))  # a pool of this one process
-COMMANDS |= {
+ROOT = Path(train.__file__).parent
+COMMANDS = {
+    "train": (train.Config, train.main_job),
+    "walk": (train.Config, walk.walk),
+    "costs": (costs.CostsConfig, costs.print_costs),
     "compare": (compare.CompareConfig, compare.compare),
     "controls": (controls.ControlsConfig, controls.print_rules),
     "pretrain": (pretrain.PretrainConfig, pretrain.pretrain),
 }
 
 
-def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questions(say, monkeypatch):
-    """Of few steps and screens: files that the demo takes. The rules that need no fine-tuning are told of both."""
+@pytest.fixture
+def directory(monkeypatch, tmp_path) -> Path:
+    """A directory of its own, the current one, with a small base of random weights in base.pt."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "vision_hidden_size": 24, "vision_num_hidden_layers": 1}
+    model = TinyVLM(TinyVLMConfig(vocab_size=len(words.VOCABULARY), patch_size=32, **sizes))
+    safe_save({"config": asdict(model.config), "state": model.state_dict()}, tmp_path / "base.pt")
+    monkeypatch.chdir(tmp_path)
+    prompts.screens_and_features.cache_clear()  # it may hold those of another base.pt
+    return tmp_path
+
+
+@pytest.fixture
+def call(directory, capsys):
+    """A function that runs a command line -> (its exit status, what it prints, the last line of its errors)."""
+
+    def call(line: str) -> tuple[int, str, str]:
+        name, *options = shlex.split(line)
+        try:
+            status = command(*COMMANDS[name], "", options)
+        except SystemExit as stopped:  # argparse exits by itself
+            status = stopped.code
+        printed = capsys.readouterr()
+        return status, printed.out, re.split("[\r\n]", printed.err.strip())[-1]
+
+    return call
+
+
+class SerialPool:
+    """A pool that runs everything in this process."""
+
+    imap = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+class SerialContext:
+    """Stands in for multiprocessing's context."""
+
+    def Pool(self, *arguments):
+        return SerialPool()
+
+
+# 1. Pretraining and the rules that need no fine-tuning
+def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questions(call, monkeypatch):
+    """Of few steps and screens. The demo takes the files, and the rules are printed for both."""
     monkeypatch.setattr(controls, "SCREENS", 2)
     monkeypatch.setattr(pretrain, "POOL_SIZES", (30, 20))
-    status, _, error = say("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
+    status, _, error = call("pretrain --see=2 --ground=2 --relate=1 --out=new.pt")
     assert status == 0, error
     record = json.loads(Path("new.json").read_text())
-    assert "relation_acc" in record["source"] and "reworded_acc" in record["switches"] and record["relate"] == 1
-    last = []
-    for out, option in (("again", ""), ("twin", "--unskilled")):
-        assert say(f"pretrain --start=new.grounded.pt --relate=1 --out={out}.pt {option}")[0] == 0
-        last.append(prompts.load_base(f"{out}.pt").state_dict())
-    new = prompts.load_base("new.pt").state_dict()
-    assert [all(torch.equal(new[name], other[name]) for name in new) for other in last] == [True, False]
-    assert say("train --method=none --steps=1 --test-screens=2 --base=new.pt")[0] == 0
-    monkeypatch.setattr(controls, "BASES", ("new.pt",) * 3)
-    monkeypatch.setattr(controls, "TWINS", ("twin.pt",) * 3)
-    status, printed, error = say("controls")
-    assert status == 0 and len(re.findall(r"^\|.*\|([\d., ]+)\|([\d., ]+)\|$", printed, re.M)) == 7, error
+    assert record["relate"] == 1
+    assert "relation_acc" in record["source"]
+    assert "reworded_acc" in record["switches"]
+
+    assert call("pretrain --start=new.grounded.pt --relate=1 --out=again.pt")[0] == 0
+    assert call("pretrain --start=new.grounded.pt --relate=1 --out=twin.pt --unskilled")[0] == 0
+    new, again, twin = (prompts.load_base(path).state_dict() for path in ("new.pt", "again.pt", "twin.pt"))
+    assert all(torch.equal(new[name], again[name]) for name in new)
+    assert not all(torch.equal(new[name], twin[name]) for name in new)
+    assert call("train --method=none --steps=1 --test-screens=2 --base=new.pt")[0] == 0
+
+    monkeypatch.setattr(controls, "BASES", ("new.pt", "missing.pt"))
+    monkeypatch.setattr(controls, "TWINS", ("twin.pt", "twin.pt"))
+    status, printed, error = call("controls")
+    assert status == 0, error
+    assert len(re.findall(r"^\|.*\|[\d.]+\|[\d.]+, [\d.]+\|$", printed, re.M)) == 7
 
 
-def test_what_pretraining_asks_of_a_name_s_neighbour_is_its_name_and_its_place_and_words_stand_after_images():
-    drawn = [screens.draw_screen("source", "pretrain", i) for i in range(9)]
-    rng = test_demo.np.random.default_rng(0)
-    asked = [pretrain.neighbour_samples(screen, rng) for screen in drawn]
-    places = [bool(parse_point(sample["answer"])) for samples in asked for sample in samples]
-    assert all("right of" in sample["instruction"] for samples in asked for sample in samples) and len({*places}) == 2
-    pretrain.insert_word_problems(asked, rng)
-    problems = [["how many" in sample["instruction"] for sample in samples].count(True) for samples in asked]
-    assert {*problems} == {0, 1}
+def test_the_rules_are_printed_for_the_bases_that_exist_here(call, monkeypatch):
+    """A fresh clone has only the first base, and no twin."""
+    monkeypatch.setattr(controls, "SCREENS", 2)
+    status, printed, error = call("controls")
+    assert status == 0, error
+    assert len(re.findall(r"^\|.*\|[\d.]+\|none here\|$", printed, re.M)) == 7
+    assert printed.endswith("bases: data/tiny_vlm.pt\n")
 
 
+def test_pretraining_asks_what_is_right_of_a_name_and_where_that_is():
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(9):
+        samples += pretrain.neighbour_samples(screens.draw_screen("source", "pretrain", i), rng)
+    assert all("right of" in sample["instruction"] for sample in samples)
+    names = [sample for sample in samples if sample["instruction"].startswith("what is")]
+    places = [sample for sample in samples if parse_point(sample["answer"])]
+    assert len(names) + len(places) == len(samples)
+    assert len(names) == len(places) > 0
+
+
+def test_pretraining_asks_a_word_problem_after_some_images():
+    rng = np.random.default_rng(0)
+    samples = [[{"instruction": "click wifi"}] for _ in range(9)]
+    pretrain.insert_word_problems(samples, rng)
+    counts = [sum("how many" in sample["instruction"] for sample in of_screen) for of_screen in samples]
+    assert {*counts} == {0, 1}
+
+
+def test_a_rule_is_found_on_some_answers_and_judged_on_others():
+    """Each click is moved by the offset that is best for its name. No click is a miss, whatever the rule."""
+    box_a, box_a_too, box_b = (0, 0, 16, 16), (8, 8, 24, 24), (64, 64, 80, 80)  # pixels; a bin has 8
+    assert controls.best_offset([((28, 4), box_a), ((36, 12), box_a_too)]) in [
+        (dx, dy) for dx in (-24, -16) for dy in (0, 8)
+    ]
+    validation = [
+        (None, {"bbox": box_a, "name": "a"}, (28, 4)),
+        (None, {"bbox": box_a_too, "name": "a"}, (36, 12)),
+        (None, {"bbox": box_b, "name": "b"}, (4, 4)),
+    ]
+    assert controls.offset_rule(validation, validation) == 1
+    test = [
+        (None, {"bbox": (40, 40, 48, 48), "name": "a"}, (68, 44)),
+        (None, {"bbox": (40, 40, 48, 48), "name": "b"}, None),
+    ]
+    assert controls.offset_rule(validation, test) == 1 / 2
+
+
+# 2. The comparison
 @pytest.mark.parametrize(
     "bad", ["compare --out=.", "compare --workers=0", "pretrain --out=no/b.pt", "pretrain --start=no.pt"]
 )
-def test_what_a_command_of_the_study_cannot_do_is_one_sentence_and_writes_nothing(bad, say):
-    Path("compare.json").write_text('[{"part": "ladder"}]')  # no comparison
-    status, _, error = say(bad)
-    assert status == 2 and "error: " in error and len(error) < 300, error
-    assert {path.name for path in Path().rglob("*") if path.is_file()} == {"base.pt", "compare.json"}
-    assert say("controls")[0] == 2  # there are no bases
+def test_what_a_command_of_the_study_cannot_do_is_one_sentence_and_writes_nothing(bad, call, directory):
+    (directory / "compare.json").write_text('[{"part": "ladder"}]')  # no comparison
+    status, _, error = call(bad)
+    assert status == 2
+    assert "error: " in error
+    assert len(error) < 300
+    assert {path.name for path in directory.rglob("*") if path.is_file()} == {"base.pt", "compare.json"}
 
 
-def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, monkeypatch):
+def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(call, monkeypatch):
     """The rate is the best of the mean over the bases, of equals the lower; base i has the seeds i, 10 + i, 20 + i."""
     done, made = [], set()
-    monkeypatch.setattr(compare, "get_context", lambda method: SERIAL)
+    monkeypatch.setattr(compare, "get_context", lambda method: SerialContext())
 
     def run(cfg):
         done.append(cfg)
@@ -93,75 +187,107 @@ def test_the_comparison_chooses_rates_stops_goes_on_and_runs_nothing_twice(say, 
     monkeypatch.setattr(compare, "ROOT", Path("elsewhere"))  # where a user may have made bases
     Path("data").mkdir()
     Path(BASES[0]).write_text("shipped")
-    assert say("compare --out=out")[0] == 130
-    status, printed, error = say("compare --out=out")
+    assert call("compare --out=out")[0] == 130
+    status, printed, error = call("compare --out=out")
+    assert status == 0, error
     rows = json.loads(Path("out/compare.json").read_text())
-    assert status == 0 and len(rows) + 1 == len(done) == len(set(done)) + 1, error
+    assert len(rows) + 1 == len(done) == len(set(done)) + 1
     assert sum(row["method"] != "none" for row in rows) <= 380
+
     own = {(base, i) for bases in (BASES, TWINS) for i, base in enumerate(bases, 1)}
     assert {(row["base"], row["seed"] % 10) for row in rows} == own
     assert {row["seed"] for row in rows if row["heads"] == "random"} == {1, 2, 3, 11, 12, 13, 21, 22, 23}
     assert {base for base, _ in own} - made == {"data/tiny_vlm.pt"}
     assert {row["lr"] for row in rows if row["replay"] or row["num_heads"] < 12} == {0.01, 0.02}
     assert {row["lr"] for row in rows if row["base"] in TWINS} == {0.0, 0.005, 0.01, 0.02, 0.04}  # and neighbours
+
     lines = [line for lines, _ in compare.TABLES.values() for line in lines] + [*compare.TUNED]
     assert all(printed.count(f"\n|{line}|") == lines.count(line) for line in lines)
     assert printed.count("**") == 2 * (len(compare.TABLES) + 1 + len(compare.TUNED))  # titles, chosen rates
-    assert say("compare --out=out")[:2] == (0, printed) and len(done) == len(rows) + 1
+    assert call("compare --out=out")[:2] == (0, printed)
+    assert len(done) == len(rows) + 1
+
     Path(TWINS[0]).write_text("another")  # its rows no longer count; where there is no base, its last ones do
     Path(BASES[1]).unlink()
     again = len(done) + sum(row["base"] == TWINS[0] for row in rows)
-    assert say("compare --out=out")[:2] == (0, printed) and len(done) == again
+    assert call("compare --out=out")[:2] == (0, printed)
+    assert len(done) == again
+
+
+def test_a_run_of_the_comparison_has_its_validation_accuracy_and_its_base_s_fingerprint(directory):
+    """Beside the result of `train.run`."""
+    cfg = train.Config(steps=1, num_heads=3, r=2, test_screens=2, device="cpu", base="base.pt")
+    row = compare.run(cfg)
+    assert row.keys() - train.run(cfg).keys() == {"validation_acc", "base_fingerprint"}
+    assert row["base_fingerprint"] == compare.fingerprint("base.pt")
 
 
 def test_a_cell_is_the_mean_over_bases_and_shows_each_where_they_are_apart():
-    near, apart, drawn = (
-        [{"action_acc": accuracy, "base": base} for accuracy, base in zip(accuracies, "abab")]
-        for accuracies in ((0.91, 0.9), (0.9, 0.8), (0.91, 0.8, 0.89, 0.8))
-    )
-    assert compare.percent(near) == "90.5 ±0.7"
-    assert compare.percent(apart) == compare.percent(drawn) == "85 (90.0, 80.0)"
+    def rows(*accuracies):
+        return [{"action_acc": accuracy, "base": base} for accuracy, base in zip(accuracies, "abab")]
+
+    assert compare.percent(rows(0.91, 0.9)) == "90.5 ±0.7"
+    assert compare.percent(rows(0.9, 0.8)) == "85 (90.0, 80.0)"
+    assert compare.percent(rows(0.91, 0.8, 0.89, 0.8)) == "85 (90.0, 80.0)"
 
 
 def test_the_bench_prints_a_ratio_for_each_method(capsys, monkeypatch):
-    assert pytest.importorskip("transformers") and pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
     monkeypatch.setattr(bench, "IDS", torch.tensor([[bench.IMAGE, 1, 2]]))
     bench.bench(bench.BenchConfig(rounds=1))
-    assert len(re.findall(r"  \d\.\d{3}$", capsys.readouterr().out, re.M)) == 4 * len(bench.METHODS[1:])
+    ratios = re.findall(r"  \d\.\d{3}$", capsys.readouterr().out, re.M)
+    assert len(ratios) == 4 * len(bench.METHODS[1:])
 
 
-# The pages
+# 3. The pages
 PAGES = ["README.md", "data/README.md", "data/study/README.md"]
 
 
+def blocks_of(page: str) -> list[str]:
+    """What stands in the page between lines of three backticks."""
+    return re.findall(r"^```\w*\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_and_links_of_a_page_exist_and_costs_are_as_shown(page, say):
-    """Each command is one that can be given."""
-    text = (ROOT / page).read_text()
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
-    for name, options in re.findall(
-        r"\bpython (?:-m data\.(?:study\.)?|(?=train))(\w+)(?:\.py)?(.*)", "\n".join(blocks)
-    ):
+def test_the_commands_of_a_page_can_be_given(page):
+    python = r"\bpython (?:-m data\.(?:study\.)?|(?=train))(\w+)(?:\.py)?(.*)"
+    for name, options in re.findall(python, "\n".join(blocks_of(page))):
         if name in COMMANDS:
-            assert command(COMMANDS[name][0], lambda cfg: None, "", shlex.split(options, comments=True)) == 0
-    targets = re.findall(r"(?:\]\(|src=\")(?!\w+:|#)([^)#\"\s]+)", text)
-    assert targets and all(((ROOT / page).parent / target).exists() for target in targets), targets
-    costs = say("costs")[1].splitlines()
-    assert all(set(block.splitlines()) <= set(costs) for block in blocks if "values only" in block)
+            settings_class, _ = COMMANDS[name]
+            assert command(settings_class, lambda cfg: None, "", shlex.split(options, comments=True)) == 0
 
 
-def test_the_tables_of_the_pages_are_those_that_the_comparison_prints(say, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_exist(page):
+    targets = re.findall(r"(?:\]\(|src=\")(?!\w+:|#)([^)#\"\s]+)", (ROOT / page).read_text())
+    assert targets
+    for target in targets:
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_costs_of_a_page_are_as_the_command_prints_them(page, call):
+    printed = call("costs")[1].splitlines()
+    for block in blocks_of(page):
+        if "values only" in block:
+            assert set(block.splitlines()) <= set(printed)
+
+
+def test_the_tables_of_the_pages_are_those_that_the_comparison_prints(call, monkeypatch):
     """Whoever changes a run or a page sees it here: the cells of a line with a deviation or three bases are printed."""
-    monkeypatch.setattr(compare, "get_context", lambda method: SERIAL)
+    monkeypatch.setattr(compare, "get_context", lambda method: SerialContext())
     monkeypatch.setattr(compare, "run", None)  # nothing is missing
-    printed, found = {}, 0
-    for line in say(f"compare --out={ROOT / 'data' / 'study'}")[1].splitlines():
+    printed = {}
+    for line in call(f"compare --out={ROOT / 'data' / 'study'}")[1].splitlines():
         name, *cells = line.strip("|").split("|")
         printed.setdefault(name, []).extend(cells)
-    for line in "\n".join((ROOT / page).read_text() for page in PAGES).splitlines():
-        name, *cells = line.strip("|").split("|")
-        if name in printed and re.search(r"\d ±\d|\(\d+\.\d, |\d · \d|text alone\|", line):
-            found += 1
-            rest = iter(printed[name])
-            assert all(cell in rest for cell in cells), line  # in the order of the columns
-    assert found > 20
+    num_lines = 0
+    for page in PAGES:
+        for line in (ROOT / page).read_text().splitlines():
+            name, *cells = line.strip("|").split("|")
+            if name in printed and re.search(r"\d ±\d|\(\d+\.\d, |\d · \d|text alone\|", line):
+                num_lines += 1
+                rest = iter(printed[name])
+                assert all(cell in rest for cell in cells), line  # in the order of the columns
+    assert num_lines > 20
