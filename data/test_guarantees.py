@@ -1,4 +1,4 @@
-"""What engineering promises beyond the paper: masks, types, threads, checkpointing, wrappers, sharding, files, refusals.
+"""What engineering promises beyond the paper: masks, types, threads, checkpointing, sharding, files, refusals.
 
 Whatever happens, the answer is right or refused in one sentence. It is never silently wrong."""
 
@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,28 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import imagelora
-from imagelora import attach, load, score_heads, select_heads
-from test_imagelora import AFTER, BEFORE, D_H, EARLY, IMAGE, IMG, LATE, TEXT, D, H, P
-from test_imagelora import attach_trained, attention, logits_of, loss_of, prompt, slopes, state_of, tiny_vlm, watch
+from imagelora import ValueAdapter, attach, load, score_heads, select_heads
+from test_imagelora import (
+    AFTER,
+    BEFORE,
+    D_H,
+    EARLY,
+    IMAGE,
+    IMG,
+    LATE,
+    TEXT,
+    D,
+    H,
+    attach_trained,
+    attention,
+    logits_of,
+    loss_of,
+    prompt,
+    slopes,
+    state_of,
+    tiny_vlm,
+    watch,
+)
 from tiny_vlm import Block, TinyVLM
 
 SOME_HEADS = {0: [1], 2: [0, 1]}
@@ -40,34 +59,27 @@ class FromEmbeddings(TinyVLM):
 IDS = torch.tensor([[1, IMG, IMG, 5, 6, 7], [1, 5, 6, IMG, IMG, 7]])
 
 
-def test_embeddings_are_refused_without_a_mask_and_adapted_with_one():
+def model_and_embeddings():
     model = FromEmbeddings(tiny_vlm().config)
-    x = model.language_model.embed_tokens(IDS)
+    return model, model.language_model.embed_tokens(IDS)
+
+
+def test_embeddings_are_refused_without_a_mask_and_adapted_with_one():
+    model, x = model_and_embeddings()
     base = model(inputs_embeds=x)
     adapter = attach_trained(model)
-    adapted = model(input_ids=IDS)
     with pytest.raises(ValueError, match="which tokens are visual"):
         model(inputs_embeds=x)
     with adapter.visual_mask(IDS == IMG):
-        by_mask = model(inputs_embeds=x)
+        adapted = model(inputs_embeds=x)
         with adapter.disabled():
             assert torch.equal(model(inputs_embeds=x), base)
-    assert torch.equal(by_mask, adapted)
-    assert torch.autograd.grad(by_mask.sum(), x)[0].any()
-
-
-def test_a_mask_of_beams_is_repeated_as_generate_repeats_each_prompt():
-    model = FromEmbeddings(tiny_vlm().config)
-    x = model.language_model.embed_tokens(IDS)
-    adapter = attach_trained(model)
-    with adapter.visual_mask((IDS == IMG).repeat_interleave(2, 0)):
-        beams = model(inputs_embeds=x.repeat_interleave(2, 0))
-    torch.testing.assert_close(beams, model(input_ids=IDS).repeat_interleave(2, 0))
+    assert torch.equal(adapted, model(input_ids=IDS))
+    assert torch.autograd.grad(adapted.sum(), x)[0].any()
 
 
 def test_input_ids_come_before_a_mask_and_the_same_embeddings_may_come_under_another_one():
-    model = FromEmbeddings(tiny_vlm().config)
-    x = model.language_model.embed_tokens(IDS)
+    model, x = model_and_embeddings()
     adapter = attach_trained(model)
     adapted = model(input_ids=IDS)
     with adapter.visual_mask(IDS == IMG):
@@ -77,38 +89,32 @@ def test_input_ids_come_before_a_mask_and_the_same_embeddings_may_come_under_ano
         assert not torch.equal(model(inputs_embeds=x), adapted)
 
 
-@pytest.mark.parametrize("mask, shape", [(IDS[:, 1:] == IMG, r"\[2, 5\]"), (IDS[:1] == IMG, r"\[1, 6\]")])
-def test_a_mask_of_another_shape_is_refused(mask, shape):
-    model = FromEmbeddings(tiny_vlm().config)
-    x = model.language_model.embed_tokens(IDS)
+def test_a_mask_has_the_shape_of_the_batch():
+    """generate() repeats each prompt for its beams, and so must whoever gives the mask."""
+    model, x = model_and_embeddings()
     adapter = attach_trained(model)
-    with adapter.visual_mask(mask), pytest.raises(RuntimeError, match="repeat_interleave") as refused:
-        model(inputs_embeds=x)
-    assert re.search(shape, str(refused.value))
-    assert re.search(r"\[2, 6\]", str(refused.value))
-
-
-@pytest.mark.parametrize("mask", [torch.zeros(2, 6), torch.zeros(6, dtype=torch.bool)], ids=["float", "one row"])
-def test_a_mask_is_a_bool_tensor_of_two_dimensions(mask):
-    adapter = attach(tiny_vlm())
+    beams = x.repeat_interleave(2, 0)
+    mask = IDS == IMG
+    with adapter.visual_mask(mask.repeat_interleave(2, 0)):
+        torch.testing.assert_close(model(inputs_embeds=beams), model(input_ids=IDS).repeat_interleave(2, 0))
+    with adapter.visual_mask(mask), pytest.raises(RuntimeError, match="repeat_interleave"):
+        model(inputs_embeds=beams)
     with pytest.raises(ValueError, match=r"bool tensor \[B, T\]"):
-        adapter.visual_mask(mask)
+        adapter.visual_mask(mask.float())
 
 
-@pytest.mark.parametrize("cut, images_before", [(1, 0), (3 + P, 1), (3 + 2 * P, 2), (4 + 2 * P, 2)])
-def test_a_prompt_may_be_prefilled_in_two_parts(cut, images_before):
-    """M is found anew for each part: with no image, with one of the two images, with both."""
+def test_a_prompt_may_be_prefilled_in_two_parts():
+    """M is found anew for each of them: here for each of two images."""
     model = tiny_vlm()
-    batch = prompt(BEFORE + IMAGE + IMAGE + AFTER)
     attach_trained(model)
-    whole = logits_of(model, batch)
+    batch = prompt(BEFORE + IMAGE + IMAGE + AFTER)
     ids = batch["input_ids"]
     pictures = batch["pixel_values"]
-    first = model(ids[:, :cut], pictures[:images_before] if images_before > 0 else None)
-    rest_pictures = pictures[images_before:] if images_before < 2 else None
-    second = model(ids[:, cut:], rest_pictures, past_key_values=first.past_key_values)
+    cut = len(BEFORE + IMAGE)
+    first = model(ids[:, :cut], pictures[:1])
+    second = model(ids[:, cut:], pictures[1:], past_key_values=first.past_key_values)
     in_parts = torch.cat([first.logits, second.logits], dim=1)
-    torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_parts, logits_of(model, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_under_autocast_text_is_the_base_models_bit_for_bit_and_every_gradient_is_finite():
@@ -168,13 +174,11 @@ OTHERS = [  # heads or a scale unlike those of SOME_HEADS
 @pytest.mark.parametrize("options", OTHERS, ids=str)
 def test_a_state_dict_of_other_heads_or_of_another_scale_is_refused(options):
     model = tiny_vlm()
-    adapter = attach_trained(model, heads=SOME_HEADS)
+    attach_trained(model, heads=SOME_HEADS)
     other = tiny_vlm()
-    other_adapter = attach(other, **options)
+    attach(other, **options)
     with pytest.raises(RuntimeError, match="same heads|size mismatch"):
         other.load_state_dict(model.state_dict(), strict=False)
-    with pytest.raises(RuntimeError, match="same heads|size mismatch"):
-        other_adapter.load_state_dict(adapter.state_dict(), strict=False)
 
 
 def test_a_state_dict_on_meta_holds_parameters_alone_and_takes_a_state_dict():
@@ -211,17 +215,17 @@ def test_a_narrower_type_is_the_models_alone():
 
 
 @pytest.fixture
-def bfloat16_by_default():
-    torch.set_default_dtype(torch.bfloat16)
-    yield
+def default_dtype():
+    """Sets torch's default type, until the test ends."""
+    yield torch.set_default_dtype
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("probe", ["rank1", "exact"])
-def test_torchs_default_type_and_device_change_nothing(probe, request):
+def test_torchs_default_type_and_device_change_nothing(probe, default_dtype):
     model = tiny_vlm()
     scores = score_heads(model, [EARLY], probe=probe)
-    request.getfixturevalue("bfloat16_by_default")
+    default_dtype(torch.bfloat16)
     with torch.device("meta"):
         assert torch.equal(score_heads(model, [EARLY], probe=probe), scores)
         adapter = attach(model)
@@ -231,14 +235,15 @@ def test_torchs_default_type_and_device_change_nothing(probe, request):
 
 
 def test_a_seed_starts_alike_on_every_device_and_to_empty_does_not_lose_the_heads():
-    states = []
+    random_states = []
     for device in (torch.device("meta"), torch.get_default_device()):
         torch.manual_seed(0)
         with device:
-            adapter = imagelora.ValueAdapter(D, D_H, H, [0, 2], r=2, lora_alpha=4).to_empty(device=device)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
-    adapter.load_state_dict({"A": torch.ones(D, 2), "B": torch.ones(2, 2, D_H), "gamma": torch.ones(1)})
+            adapter = ValueAdapter(D, D_H, H, [0, 2], r=2, lora_alpha=4).to_empty(device=device)
+        random_states.append(torch.get_rng_state())
+    assert torch.equal(*random_states)
+    for parameter in adapter.parameters():
+        nn.init.ones_(parameter)
     update = adapter.add_update(torch.ones(1, 1, D), torch.zeros(1, 1, H * D_H), torch.tensor([0]))
     assert update.view(H, D_H).any(1).tolist() == [True, False, True]
 
@@ -265,29 +270,24 @@ def test_a_context_is_of_its_coroutine_or_thread():
     assert not torch.equal(logits_of(model, EARLY), base)
 
 
-@pytest.mark.parametrize("context", ["none", "disabled", "visual_mask", "no_grad"])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_an_interrupted_call_leaves_nothing_behind(error, context):
+def test_an_interrupted_call_leaves_nothing_behind(error):
     """The next call goes by its own visual tokens. After Ctrl-C a checkpointed layer may be refused until then."""
     model = checkpoint_layers(tiny_vlm())
     adapter = attach_trained(model)
-    expected = logits_of(model, LATE)
-    expected_gradients = slopes(model, loss_of(model, LATE))
+    expected = slopes(model, loss_of(model, LATE))
     loss = loss_of(model, LATE)
 
     def interrupt(module, args):
         raise error
 
     handle = model.language_model.layers[1].register_forward_pre_hook(interrupt)
-    for batch in (EARLY, prompt(TEXT)):
-        contexts = {
-            "none": nullcontext(),
-            "disabled": adapter.disabled(),
-            "visual_mask": adapter.visual_mask(EARLY["input_ids"] == IMG),
-            "no_grad": torch.no_grad(),
-        }
-        with pytest.raises(error), contexts[context]:
-            model(**batch)
+    mask = adapter.visual_mask(EARLY["input_ids"] == IMG)
+    for context in (nullcontext(), adapter.disabled(), mask, torch.no_grad()):
+        with pytest.raises(error), context:
+            model(**EARLY)
+    with pytest.raises(error):
+        model(**prompt(TEXT))
     handle.remove()
 
     try:
@@ -296,20 +296,11 @@ def test_an_interrupted_call_leaves_nothing_behind(error, context):
         assert error is KeyboardInterrupt
         assert "clone" in str(refused)
     else:
-        torch.testing.assert_close(gradients, expected_gradients)
-    assert torch.equal(logits_of(model, LATE), expected)
+        torch.testing.assert_close(gradients, expected)
+    torch.testing.assert_close(slopes(model, loss_of(model, LATE)), expected)
 
 
 # 4. Gradient checkpointing runs a layer again
-def checkpoint_layers(model, use_reentrant=False, input_grads=True):
-    """The model, with each decoder layer checkpointed. input_grads: as enable_input_require_grads() does."""
-    for layer in model.language_model.layers:
-        checkpoint_module(layer, use_reentrant)
-    if input_grads:
-        model.language_model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
-    return model
-
-
 def checkpoint_module(module, use_reentrant=False):
     forward = module.forward
 
@@ -319,29 +310,31 @@ def checkpoint_module(module, use_reentrant=False):
     module.forward = checkpointed
 
 
-def after_79_forward_passes(model):
+def require_gradient(module, args, output):
+    return output.requires_grad_()
+
+
+def checkpoint_layers(model, use_reentrant=False, input_grads=True):
+    """The model, with each decoder layer checkpointed. input_grads: as enable_input_require_grads() does."""
+    for layer in model.language_model.layers:
+        checkpoint_module(layer, use_reentrant)
+    if input_grads:
+        model.language_model.embed_tokens.register_forward_hook(require_gradient)
+    return model
+
+
+def after_other_steps(model):
     loss = loss_of(model, EARLY)
-    for _ in range(79):
-        loss_of(model, LATE)
+    for _ in range(20):
+        slopes(model, loss_of(model, LATE))
+    with model.image_lora.disabled():
+        slopes(model, loss_of(model, LATE))
     return slopes(model, loss)
 
 
 def after_its_first_backward_pass(model):
     loss = loss_of(model, EARLY)
     slopes(model, loss)
-    return slopes(model, loss)
-
-
-def after_another_backward_pass(model):
-    loss = loss_of(model, EARLY)
-    slopes(model, loss_of(model, LATE))
-    return slopes(model, loss)
-
-
-def after_a_disabled_step(model):
-    loss = loss_of(model, EARLY)
-    with model.image_lora.disabled():
-        loss_of(model, LATE).backward()
     return slopes(model, loss)
 
 
@@ -359,12 +352,6 @@ def of_a_disabled_forward_pass(model):
 
 def of_two_losses(model):
     return slopes(model, loss_of(model, EARLY), loss_of(model, LATE))
-
-
-def in_another_thread(model):
-    loss = loss_of(model, EARLY)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(slopes, model, loss).result()
 
 
 def in_two_threads_at_once(model):
@@ -387,14 +374,11 @@ def of_a_checkpoint_that_holds_the_model(model):
 
 
 CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose gradients must come of it
-    (after_79_forward_passes, [EARLY]),
+    (after_other_steps, [EARLY]),
     (after_its_first_backward_pass, [EARLY]),
-    (after_another_backward_pass, [EARLY]),
-    (after_a_disabled_step, [EARLY]),
     (after_generate, [EARLY]),
     (of_a_disabled_forward_pass, []),
     (of_two_losses, [EARLY, LATE]),
-    (in_another_thread, [EARLY]),
     (in_two_threads_at_once, [EARLY, LATE]),
     (of_a_checkpoint_that_holds_the_model, [EARLY]),
 ]
@@ -416,32 +400,14 @@ class OtherBlock(Block):
     """A decoder layer whose first norm has another name."""
 
     def forward(self, x, angles=None, mask=None, past=None):
-        norm = self.operator_norm if hasattr(self, "operator_norm") else self.attention_layernorm
+        norm = getattr(self, self.norm_name)
         y, present = self.self_attn(norm(x), angles, mask, self.causal, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "re-entrant"])
-@pytest.mark.parametrize("name", ["operator_norm", "attention_layernorm"])
-def test_a_norm_of_another_name_is_found(name, use_reentrant):
-    expected_model = tiny_vlm()
-    attach_trained(expected_model)
-    model = tiny_vlm()
-    for layer in model.language_model.layers:
-        layer.__class__ = OtherBlock
-        setattr(layer, name, layer.input_layernorm)
-        del layer.input_layernorm
-    attach_trained(model)
-    checkpoint_layers(model, use_reentrant)
-    expected = slopes(expected_model, loss_of(expected_model, EARLY))
-    torch.testing.assert_close(slopes(model, loss_of(model, EARLY)), expected)
-
-
 class KeywordLinear(nn.Linear):
     """A projection that gets its input by keyword."""
-
-    keyword = "input"
 
     def __call__(self, x):
         return super().__call__(**{self.keyword: x})
@@ -450,19 +416,37 @@ class KeywordLinear(nn.Linear):
         return super().forward(kwargs[self.keyword])
 
 
+def rename_norm(layer, name):
+    layer.__class__ = OtherBlock
+    layer.norm_name = name
+    setattr(layer, name, layer.input_layernorm)
+    del layer.input_layernorm
+
+
+def call_v_proj_by(layer, keyword):
+    layer.self_attn.v_proj.__class__ = KeywordLinear
+    layer.self_attn.v_proj.keyword = keyword
+
+
+OTHERWISE = [
+    (rename_norm, "operator_norm"),
+    (rename_norm, "attention_layernorm"),
+    (call_v_proj_by, "input"),
+    (call_v_proj_by, "hidden_states"),
+]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "re-entrant"])
-@pytest.mark.parametrize("keyword", ["input", "hidden_states"])
-def test_v_proj_may_be_called_with_a_keyword(keyword, use_reentrant):
-    expected_model = tiny_vlm()
-    attach_trained(expected_model)
+@pytest.mark.parametrize("change, name", OTHERWISE)
+def test_a_norm_may_have_another_name_and_v_proj_may_be_called_by_keyword(change, name, use_reentrant):
+    usual = tiny_vlm()
+    attach_trained(usual)
     model = tiny_vlm()
     for layer in model.language_model.layers:
-        layer.self_attn.v_proj.__class__ = KeywordLinear
-        layer.self_attn.v_proj.keyword = keyword
+        change(layer, name)
     attach_trained(model)
     checkpoint_layers(model, use_reentrant)
-    expected = slopes(expected_model, loss_of(expected_model, EARLY))
-    torch.testing.assert_close(slopes(model, loss_of(model, EARLY)), expected)
+    torch.testing.assert_close(slopes(model, loss_of(model, EARLY)), slopes(usual, loss_of(usual, EARLY)))
 
 
 def reuse_one_buffer(model):
@@ -479,20 +463,19 @@ def reuse_one_buffer(model):
 def test_a_buffer_may_be_reused_where_no_gradient_is_wanted():
     model = tiny_vlm()
     attach_trained(model)
-    expected = [logits_of(model, EARLY), logits_of(model, LATE)]
+    expected = logits_of(model, LATE)
     reuse_one_buffer(model)
-    assert torch.equal(logits_of(model, EARLY), expected[0])
-    assert torch.equal(logits_of(model, LATE), expected[1])
+    logits_of(model, EARLY)
+    assert torch.equal(logits_of(model, LATE), expected)
 
 
 def test_a_buffer_that_a_backward_pass_may_need_is_not_reused():
     model = tiny_vlm()
     attach_trained(model)
     reuse_one_buffer(model)
-    loss = loss_of(model, EARLY)
+    losses = [loss_of(model, EARLY)]
     with pytest.raises(RuntimeError, match="clone"):
-        loss_of(model, LATE)
-    del loss
+        losses.append(loss_of(model, LATE))
 
 
 # 5. Copies, compiled code, wrappers
@@ -503,7 +486,6 @@ def by_pickle(model):
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
 def test_a_copy_is_a_model_of_its_own(copied):
     model = tiny_vlm()
-    base = logits_of(model, EARLY)
     attach_trained(model, heads=SOME_HEADS)
     expected = slopes(model, loss_of(model, EARLY))
     twin = copied(model)
@@ -511,19 +493,16 @@ def test_a_copy_is_a_model_of_its_own(copied):
         layer.gamma.data.zero_()
     torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
     twin.image_lora.detach()
-    twin.zero_grad()
-    assert torch.equal(logits_of(twin, EARLY), base)
     assert state_of(twin) == state_of(tiny_vlm())
-    model.image_lora.layers["0"].gamma.data.fill_(1)
-    assert not torch.equal(logits_of(model, EARLY), base)
+    assert hasattr(model, "image_lora")
 
 
-@pytest.mark.parametrize("what, limit", [("model", 2), ("model", 8), ("layers", 8)])
-def test_compiled_code_follows_attach_disabled_and_detach(what, limit, monkeypatch):
+@pytest.mark.parametrize("what, limit", [("model", 2), ("layers", 8)])
+def test_compiled_code_follows_attach_disabled_and_detach(what, limit):
     """Also where the compiler gives up, after `limit` variants of the code."""
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", limit)
-    model = tiny_vlm(num_hidden_layers=2)
-    twin = tiny_vlm(num_hidden_layers=2)
+    torch._dynamo.config.cache_size_limit = limit  # 8, torch's own, comes last
+    model = tiny_vlm(num_hidden_layers=1)
+    twin = tiny_vlm(num_hidden_layers=1)
     compiled = model
     if what == "model":
         compiled = torch.compile(model, backend="eager")
@@ -533,6 +512,7 @@ def test_compiled_code_follows_attach_disabled_and_detach(what, limit, monkeypat
     logits_of(compiled, EARLY)
     adapter = attach_trained(compiled)  # it looks through torch.compile's wrapper
     twin_adapter = attach_trained(twin)
+    twin_adapter.load_state_dict(adapter.state_dict())
     for batch in (EARLY, prompt(IMAGE + AFTER, AFTER + IMAGE), prompt(TEXT)):
         gradients = slopes(model, loss_of(compiled, batch))
         torch.testing.assert_close(gradients, slopes(twin, loss_of(twin, batch)), rtol=1e-4, atol=1e-4)
@@ -601,11 +581,13 @@ def test_the_forward_of_a_norm_may_be_replaced(use_reentrant):
 
 
 # 6. FSDP2: two processes, one with images and one with text alone
-def train_two_steps(model, adapter, loss_of_step):
+def train_two_steps(model, adapter, *batches):
+    """On the mean of the losses of these batches."""
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()
-        loss_of_step(model).backward()
+        loss = sum(loss_of(model, batch) for batch in batches) / len(batches)
+        loss.backward()
         optimizer.step()
 
 
@@ -624,8 +606,7 @@ def train_sharded(rank: int, folder: Path):
     fully_shard(model, mesh=mesh)
     found = {"is_sharded": [hasattr(parameter, "full_tensor") for parameter in model.parameters()]}
 
-    batch = [EARLY, prompt(TEXT)][rank]
-    train_two_steps(model, adapter, lambda model: loss_of(model, batch))
+    train_two_steps(model, adapter, EARLY if rank == 0 else prompt(TEXT))
     found["gradients"] = [parameter.grad.full_tensor() for parameter in adapter.parameters()]
     found["parameters"] = [parameter.detach().full_tensor() for parameter in adapter.parameters()]
     found["logits"] = logits_of(model, EARLY)
@@ -658,7 +639,7 @@ def test_two_sharded_processes_train_as_one(sharded, rank):
     model = tiny_vlm()
     base_of_text = logits_of(model, prompt(TEXT))
     adapter = attach_trained(model)
-    train_two_steps(model, adapter, lambda model: (loss_of(model, EARLY) + loss_of(model, prompt(TEXT))) / 2)
+    train_two_steps(model, adapter, EARLY, prompt(TEXT))
     assert all(found["is_sharded"])
     torch.testing.assert_close(found["gradients"], [parameter.grad for parameter in adapter.parameters()])
     torch.testing.assert_close(found["parameters"], [parameter.detach() for parameter in adapter.parameters()])
@@ -676,6 +657,14 @@ def test_a_sharded_model_is_refused_as_nobody_would_average_the_adapters_gradien
 
 
 # 7. Files
+def check_refusal(model, sentence, function, *args, **kwargs):
+    """ValueError in one line, and the model stays as it was."""
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
+        function(*args, **kwargs)
+    assert state_of(model) == before
+
+
 class Exploit(str):
     """Unpickled without care, it makes a file of that name."""
 
@@ -704,8 +693,8 @@ def test_the_authors_files_have_no_keys_of_ours_and_their_own_order_of_heads(tmp
         assert torch.equal(parameter, expected)
 
 
-def is_refused_or_right(path: Path, expected: dict) -> str:
-    """'refused', 'right' or 'wrong'; a refusal is one sentence."""
+def outcome_of_loading(path: Path, expected: dict) -> str:
+    """'refused', if in one sentence, 'right' or 'wrong'."""
     try:
         loaded = load(tiny_vlm(), path).state_dict()
     except ValueError as error:
@@ -721,34 +710,32 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     whole = path.read_bytes()
     places = list(range(0, len(whole), 53))
     places += [entry.start() + 33 for entry in re.finditer(b"PK\1\2", whole)]
-    outcomes = []
+    outcomes = set()
     for place in places:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
-        outcomes.append(is_refused_or_right(path, expected))
-    assert set(outcomes) == {"refused", "right"}
+        outcomes.add(outcome_of_loading(path, expected))
+    assert outcomes == {"refused", "right"}
 
 
 def test_what_is_no_saved_adapter_is_refused_and_runs_no_code(tmp_path):
     path = tmp_path / "adapter.pt"
-    expected = saved_adapter(path).state_dict()
-    whole = path.read_bytes()
     made = tmp_path / "made"
-    for content in (whole[: len(whole) // 2], b"", b"not a model\n", pickle.dumps(Exploit(made))):
+    saved_adapter(path)
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    for content in (half, b"", b"not a model\n", pickle.dumps(Exploit(made))):
         path.write_bytes(content)
-        assert is_refused_or_right(path, expected) == "refused"
+        assert outcome_of_loading(path, {}) == "refused"
     for content in ([1, 2], {"r": Exploit(made)}):
         torch.save(content, path)
-        assert is_refused_or_right(path, expected) == "refused"
-    path.unlink()
-    assert is_refused_or_right(path, expected) == "refused"
+        assert outcome_of_loading(path, {}) == "refused"
+    assert outcome_of_loading(tmp_path / "missing.pt", {}) == "refused"
     assert not made.exists()
 
 
 MISFITS = [  # a key of the file, or of its layer 0, and a value that does not fit
     ("r", 3),
-    ("r", 0),
     ("alpha", 0.0),
     ("normalize", "no"),
     ("head_counts", [3, 3]),
@@ -762,18 +749,13 @@ MISFITS = [  # a key of the file, or of its layer 0, and a value that does not f
     ("A", torch.ones(2, D)),
     ("A", torch.ones(D, 2, dtype=torch.long)),
     ("A", torch.full((D, 2), 1e300, dtype=torch.double)),
-    ("B", None),
     ("B", torch.ones(1, 2, 3)),
     ("B", torch.full((1, 2, D_H), math.nan)),
     ("C", torch.ones(1)),
+    ("hidden_size", 48),  # this and the next are sizes of the model
+    ("num_hidden_layers", 2),
+    ("num_key_value_heads", 1),
 ]
-
-
-def check_that_it_does_not_fit(model, path):
-    before = state_of(model)
-    with pytest.raises(ValueError, match=r"^[^\n]*adapter\.pt does not fit this model [^\n]+$"):
-        load(model, path)
-    assert state_of(model) == before
 
 
 @pytest.mark.parametrize("key, value", MISFITS, ids=str)
@@ -781,18 +763,15 @@ def test_an_adapter_file_that_does_not_fit_leaves_the_model_as_it_was(key, value
     path = tmp_path / "adapter.pt"
     saved_adapter(path)
     content = torch.load(path, weights_only=True)
-    if key in ("A", "B", "C"):
+    model = tiny_vlm()
+    if hasattr(model.config, key):
+        model = tiny_vlm(**{key: value})
+    elif key in ("A", "B", "C"):
         content["layers"]["0"][key] = value
     else:
         content[key] = value
     torch.save(content, path)
-    check_that_it_does_not_fit(tiny_vlm(), path)
-
-
-@pytest.mark.parametrize("size", [{"hidden_size": 48}, {"num_hidden_layers": 2}, {"num_key_value_heads": 1}], ids=str)
-def test_an_adapter_of_another_model_does_not_fit(size, tmp_path):
-    saved_adapter(tmp_path / "adapter.pt")
-    check_that_it_does_not_fit(tiny_vlm(**size), tmp_path / "adapter.pt")
+    check_refusal(model, r"adapter\.pt does not fit this model", load, model, path)
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -809,15 +788,11 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     adapter.layers["2"].A.data.fill_(math.nan)
     with pytest.raises(ValueError, match="A of layer 2 .*not finite"):
         adapter.save(path)
+    adapter.layers["2"].A.data = torch.zeros(0)  # as DeepSpeed's ZeRO-3 leaves it
+    with pytest.raises(ValueError, match="GatheredParameters"):
+        adapter.save(path)
     assert path.read_bytes() == saved
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_parameters_that_deepspeed_has_partitioned_are_not_saved_empty(tmp_path):
-    adapter = attach_trained(tiny_vlm())
-    adapter.layers["1"].A.data = torch.zeros(0)
-    with pytest.raises(ValueError, match="GatheredParameters"):
-        adapter.save(tmp_path / "adapter.pt")
 
 
 def test_an_adapter_that_was_frozen_before_its_training_is_not_saved(tmp_path):
@@ -832,13 +807,9 @@ def test_an_adapter_that_was_frozen_before_its_training_is_not_saved(tmp_path):
 X = torch.zeros(1, 7, D)
 
 
+@torch.no_grad()
 def v_proj_alone(model):
     attention(model, 0).v_proj(X)
-
-
-def v_proj_alone_without_gradients(model):
-    with torch.no_grad():
-        attention(model, 0).v_proj(X)
 
 
 def a_layer_after_a_call(model):
@@ -863,10 +834,8 @@ def a_layer_whose_input_was_offloaded(model):
 
 
 def a_checkpoint_of_several_layers(model):
-    checkpoint_layers(model)
-    for layer in model.language_model.layers:
-        del layer.forward
     checkpoint_module(model.language_model)
+    model.language_model.embed_tokens.register_forward_hook(require_gradient)
     loss_of(model, EARLY).backward()
 
 
@@ -911,7 +880,6 @@ def disabled_after_detach(model):
 
 NOT_RIGHT = [
     (v_proj_alone, "no call of model"),
-    (v_proj_alone_without_gradients, "no call of model"),
     (a_layer_after_a_call, "no call of model"),
     (a_layer_with_a_part_of_its_input, "no call of model|repeat_interleave"),
     (the_models_forward, "no call of model"),
@@ -936,33 +904,16 @@ def test_a_use_that_cannot_be_right_is_refused(use, sentence):
         use(model)
 
 
-class Wrapper(nn.Module):
-    """As PEFT's: it holds the model and gives it back."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def get_base_model(self):
-        return self.model
-
-
 def test_a_second_adapter_would_double_the_update():
+    """Also under PEFT's wrapper, which tells the model inside."""
     model = tiny_vlm()
     adapter = attach(model)
-    for other in (model, Wrapper(model)):
+    wrapped = SimpleNamespace(get_base_model=lambda: model)
+    for user in (model, wrapped):
         with pytest.raises(ValueError, match="already has an Image-LoRA"):
-            attach(other)
+            attach(user)
     adapter.detach()
-    attach(Wrapper(model))
-
-
-def check_refusal(model, sentence, function, *args, **kwargs):
-    """ValueError in one line, and the model stays as it was."""
-    before = state_of(model)
-    with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
-        function(*args, **kwargs)
-    assert state_of(model) == before
+    attach(wrapped)
 
 
 OPTIONS = [
@@ -1021,52 +972,25 @@ def test_a_probe_that_would_tell_nothing_is_refused(batches, probe, sentence):
     check_refusal(model, sentence, score_heads, model, batches, probe=probe)
 
 
-def wrapped(model):
-    return nn.ModuleDict({"module": model})  # as DistributedDataParallel does
-
-
-def without_decoder(model):
-    model.language_model = None
-    return model
-
-
-def without_v_proj(model):
-    del attention(model, 1).v_proj
-    return model
-
-
-def with_a_norm_after_v_proj(model):
-    attention(model, 1).v_norm = nn.Identity()
-    return model
-
-
-def with_another_head_size(model):
-    attention(model, 1).head_dim = 5
-    return model
-
-
-def with_layers_that_share_a_v_proj(model):
-    model.language_model.layers.append(model.language_model.layers[0])
-    return model
-
-
-def with_a_v_proj_that_tells_no_size(model):
-    attention(model, 1).v_proj = nn.Sequential(attention(model, 1).v_proj)
-    return model
-
-
-MODELS = [
-    (wrapped, "config has no image_token_id"),
-    (without_decoder, "found none"),
-    (without_v_proj, "layers.1 has no self_attn.v_proj"),
-    (with_a_norm_after_v_proj, "after v_proj, in .*v_norm"),
-    (with_another_head_size, "head_dim is 5"),
-    (with_layers_that_share_a_v_proj, "share a v_proj"),
-    (with_a_v_proj_that_tells_no_size, "has no out_features"),
+ATTENTION = "language_model.layers.1.self_attn"
+MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
+    ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
+    ("", "language_model", None, "found none"),
+    (ATTENTION, "v_proj", None, "layers.1 has no self_attn.v_proj"),
+    (ATTENTION, "v_proj", nn.Sequential(), "has no out_features"),
+    (ATTENTION, "v_norm", nn.Identity(), "after v_proj, in .*v_norm"),
+    (ATTENTION, "head_dim", 5, "head_dim is 5"),
 ]
 
 
-@pytest.mark.parametrize("change, sentence", MODELS)
-def test_a_model_that_cannot_be_adapted_is_refused(change, sentence):
-    model = change(tiny_vlm())
+@pytest.mark.parametrize("module, attribute, value, sentence", MODELS)
+def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sentence):
+    model = tiny_vlm()
+    setattr(model.get_submodule(module), attribute, value)
     check_refusal(model, sentence, attach, model)
+
+
+def test_layers_that_share_a_v_proj_are_refused():
+    model = tiny_vlm()
+    attention(model, 1).v_proj = attention(model, 0).v_proj
+    check_refusal(model, "share a v_proj", attach, model)
