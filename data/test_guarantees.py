@@ -509,6 +509,7 @@ def test_compiled_code_follows_attach_disabled_and_detach(what, limit):
     else:
         for layer in model.language_model.layers:
             layer.compile(backend="eager")
+    loss_of(compiled, EARLY)
     logits_of(compiled, EARLY)
     adapter = attach_trained(compiled)  # it looks through torch.compile's wrapper
     twin_adapter = attach_trained(twin)
@@ -758,7 +759,7 @@ MISFITS = [  # a key of the file, or of its layer 0, and a value that does not f
 ]
 
 
-@pytest.mark.parametrize("key, value", MISFITS, ids=str)
+@pytest.mark.parametrize("key, value", MISFITS)
 def test_an_adapter_file_that_does_not_fit_leaves_the_model_as_it_was(key, value, tmp_path):
     path = tmp_path / "adapter.pt"
     saved_adapter(path)
@@ -878,6 +879,9 @@ def disabled_after_detach(model):
         pass
 
 
+TELLS_EXPORT = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch refuses it in its own words"
+)
 NOT_RIGHT = [
     (v_proj_alone, "no call of model"),
     (a_layer_after_a_call, "no call of model"),
@@ -889,7 +893,7 @@ NOT_RIGHT = [
     (another_v_proj, "was not called"),
     (heads_split_over_devices, "4 features, not 3 heads of 4"),
     (by_jit_trace, "would fix which tokens are visual"),
-    (by_strict_export, "would fix which tokens are visual"),
+    pytest.param(by_strict_export, "would fix which tokens are visual", marks=TELLS_EXPORT),
     (by_export, "would fix which tokens are visual"),
     (detached_twice, "already detached"),
     (disabled_after_detach, "is detached"),
