@@ -297,7 +297,13 @@ class Call(NamedTuple):
     updated: set  # the adapters that have run in this call
 
 
-is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.4 cannot tell
+def is_exporting() -> bool:
+    """Whether torch.jit.trace, torch.export or an ONNX export is running."""
+    if torch.jit.is_tracing():
+        return True
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # torch 2.4
 
 
 def hidden_from_compiler(step):
@@ -305,7 +311,7 @@ def hidden_from_compiler(step):
 
     @wraps(step)
     def run(*args, **kwargs):
-        if torch.jit.is_tracing() or is_exporting():
+        if is_exporting():
             raise RuntimeError("torch.jit.trace, torch.export and ONNX export would fix which tokens are visual")
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(step)(*args, **kwargs)

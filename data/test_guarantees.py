@@ -891,7 +891,7 @@ NOT_RIGHT = [
     (a_checkpoint_of_several_layers, "no call of model"),
     (a_checkpoint_without_input_gradients, "enable_input_require_grads"),
     (another_v_proj, "was not called"),
-    (heads_split_over_devices, "4 features, not 3 heads of 4"),
+    (heads_split_over_devices, "4 features instead of 3 heads of 4"),
     (by_jit_trace, "would fix which tokens are visual"),
     pytest.param(by_strict_export, "would fix which tokens are visual", marks=TELLS_EXPORT),
     (by_export, "would fix which tokens are visual"),
@@ -924,13 +924,13 @@ OPTIONS = [
     ({"r": 0}, r"r must be an integer in 1\.\.24"),
     ({"r": True}, r"r must be an integer in 1\.\.24"),
     ({"lora_alpha": math.nan}, "lora_alpha must be"),
-    ({"normalize": "no"}, "normalize must be"),
+    ({"normalize": "no"}, "normalize and train_gamma must be"),
     ({"heads": {0: []}}, "no head is selected"),
     ({"heads": [1]}, "heads must be {layer:"),
-    ({"heads": {3: [0]}}, "layer 3 "),
-    ({"heads": {-1: [0]}}, "layer -1 "),  # would be the last layer
-    ({"heads": {"0": [0]}}, "layer '0' "),
-    ({"heads": {True: [0]}}, "layer True "),  # would be layer 1
+    ({"heads": {3: [0]}}, "no layer 3;"),
+    ({"heads": {-1: [0]}}, "no layer -1;"),  # would be the last layer
+    ({"heads": {"0": [0]}}, "no layer '0';"),
+    ({"heads": {True: [0]}}, "no layer True;"),  # would be layer 1
     ({"heads": {0: [3]}}, "layer 0 "),  # would be head 0 of the next token
     ({"heads": {0: [-1]}}, "layer 0 "),
     ({"heads": {0: [True]}}, "layer 0 "),
@@ -962,9 +962,9 @@ def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence)
 
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 PROBES = [
-    ([EARLY], "rank2", "unknown probe 'rank2'"),
-    ([], "rank1", "0 probe batches hold no visual"),
-    ([prompt(TEXT, labels=True)], "rank1", "1 probe batches hold no visual"),
+    ([EARLY], "rank2", "must be 'rank1' or 'exact', got 'rank2'"),
+    ([], "rank1", "none of the 0 probe batches"),
+    ([prompt(TEXT, labels=True)], "rank1", "none of the 1 probe batches"),
     ([prompt(IMAGE)], "rank1", "loss of probe batch 0 is None"),
     ([EARLY, NO_LABELS], "rank1", "probe batch 1 is nan"),
 ]

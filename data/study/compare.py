@@ -307,14 +307,19 @@ class Runs:
     def __init__(self, path: Path, pool, device: str):
         self.path, self.pool, self.device = path, pool, device
         self.rows: dict[tuple[train.Config, str], dict] = {}
+        self.lines: list[str] = []  # of the file, one for each row
         self.last_fingerprint: dict[str, str] = {}  # of each base that has a row
         try:
             for row in json.loads(path.read_text()) if path.exists() else []:
                 cfg = train.Config(**{f.name: row[f.name] for f in fields(train.Config)})
-                self.rows[cfg, row["base_fingerprint"]] = row
                 self.last_fingerprint[cfg.base] = row["base_fingerprint"]
+                self.add(cfg, row)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a comparison of this project; move it away to start anew") from error
+
+    def add(self, cfg: train.Config, row: dict) -> None:
+        self.rows[cfg, row["base_fingerprint"]] = row
+        self.lines.append(json.dumps(row))
 
     def key(self, cfg: train.Config) -> tuple[train.Config, str]:
         """Where a row is kept. If a base is not on this machine, the rows of the last base of its name count."""
@@ -337,8 +342,8 @@ class Runs:
             list(progress(self.pool.imap(make_base, to_make), "bases", len(to_make)))
             missing = [cfg for cfg in missing if self.key(cfg) not in self.rows]
         for cfg, row in zip(missing, progress(self.pool.imap(run, missing), "runs", len(missing))):
-            self.rows[cfg, row["base_fingerprint"]] = row
-            lines = ",\n".join(json.dumps(row) for row in self.rows.values())
+            self.add(cfg, row)
+            lines = ",\n".join(self.lines)
             safe_write(f"[\n{lines}\n]\n".encode(), self.path)
 
 

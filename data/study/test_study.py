@@ -170,7 +170,7 @@ def rows_of(base: str, *accuracies: float) -> list[dict]:
 def test_the_chosen_rate_is_the_lowest_within_one_point_of_the_best():
     """In the mean over the bases."""
     tried = {
-        0.01: rows_of("a", 0.97, 0.97),
+        0.01: rows_of("a", 0.96, 0.96),
         0.02: rows_of("a", 0.95, 1.0),
         0.04: rows_of("a", 0.98, 0.98),
         0.08: rows_of("a", 0.9, 0.97),
