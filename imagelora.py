@@ -297,27 +297,25 @@ class Call(NamedTuple):
     updated: set  # the adapters that have run in this call
 
 
-def is_exporting() -> bool:
-    """Whether torch.jit.trace, torch.export or an ONNX export is running."""
-    if torch.jit.is_tracing():
-        return True
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # torch 2.4
-
-
 def hidden_from_compiler(step):
     """Lets torch.compile run this method as it is: the compiler can trace neither a storage nor a thread."""
 
     @wraps(step)
     def run(*args, **kwargs):
-        if is_exporting():
-            raise RuntimeError("torch.jit.trace, torch.export and ONNX export would fix which tokens are visual")
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(step)(*args, **kwargs)
         return step(*args, **kwargs)
 
     return run
+
+
+def refuse_export(model, args) -> None:
+    if hasattr(torch.compiler, "is_exporting"):
+        exporting = torch.compiler.is_exporting()
+    else:  # torch 2.4
+        exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    if exporting or torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace, torch.export and ONNX export would fix which tokens are visual")
 
 
 class Calls:
@@ -341,7 +339,8 @@ class Calls:
         torch.compiler.reset()  # code that was compiled before would run on without the hooks
         self.model, self.image_token_ids, self.adapted = model, image_token_ids, adapted
         self.running = {}  # {thread: its Call}
-        self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
+        self.hooks = [model.register_forward_pre_hook(refuse_export)]
+        self.hooks += [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
         for layer, adapter in adapted.items():
             for name, module in layer.named_children():
