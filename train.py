@@ -44,8 +44,8 @@ from data.prompts import TrainingData, find_device, load_base, training_batch, t
 from data.screens import DOMAINS
 from tiny_vlm import TinyVLM
 
-# The best on switch screens, for half of the value heads and for LoRA on q, k, v and o.
-RATES = {"image_lora": 0.04, "lora": 0.005, "none": 0.0}
+# Chosen on switch screens, for Image-LoRA in half of the heads and for LoRA on q, k, v and o (data/study/README.md).
+RATES = {"image_lora": 0.02, "lora": 0.0025, "none": 0.0}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Config(Settings):
     projections: str = option("qkvo", "of lora: which of q, k, v and o it adapts", ("qkvo", "v"))
     tokens: str = option("all", "of lora: the tokens it adapts", ("all", "visual"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
-    domain: str = option("switches", "the kind of screen", ("switches", "dark"))
+    domain: str = option("switches", "the kind of screen", ("switches", "dark", "source"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
@@ -150,7 +150,7 @@ def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -
     """Freeze the model and add what is trained; None if the method is none."""
     torch.manual_seed(cfg.seed)  # here, so that A does not depend on the random numbers that the probe has drawn
     if cfg.method == "image_lora":
-        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
+        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads, train_gamma=cfg.gamma_lr > 0)
     if cfg.method == "lora":
         return LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
     return None
