@@ -44,7 +44,8 @@ class TinyVLMConfig:
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
         ):
-            size, divisor = getattr(self, name), getattr(self, divisor_name)
+            size = getattr(self, name)
+            divisor = getattr(self, divisor_name)
             if size % divisor:
                 raise ValueError(f"{name} {size} is not a multiple of {divisor_name} {divisor}")
 
@@ -72,7 +73,8 @@ class TinyVLMOutput:
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary embedding: turns the pairs (x_i, x_{i + d/2}) of x [B, H or H_q, T, d] by their angles [B, 1, T, d/2]."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 

@@ -60,7 +60,8 @@ class Config(Settings):
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
-        "top: the most influential by the probe; bottom: the least influential; gate: by the authors' score",
+        "top: the most influential by the probe; bottom: the least; gate: the top ones by the score of the authors' "
+        "release; matched: random, as many in each layer as top; random: any",
         ("top", "bottom", "gate", "matched", "random", "all"),
     )
     num_heads: int = option(12, "number of value heads to adapt", least=1)

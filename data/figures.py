@@ -168,7 +168,7 @@ def predictions(base_answers: list, answers: list) -> Image.Image:
         chosen.add(order[(2 * twelfth + 1) * len(panels) // 24])  # the middle one of each twelfth
     share = sum(panel.verdict for panel in panels) / len(panels)
     page = page_of_panels([panels[i] for i in sorted(chosen)], 4, HEADER)
-    page.legend(headline=f"{100 * share:.1f} % of {len(panels):,} are correct")
+    page.legend(headline=f"{share:.1%} of {len(panels):,} are correct")
     return page.image.reduce(2)
 
 

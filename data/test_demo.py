@@ -209,8 +209,10 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(refer, 
 def test_replay_asks_for_clicks_on_source_screens_and_for_word_problems_but_not_in_the_probe():
     """The other sequences of the step, and the probe's batches, are the same as without replay."""
     base = "data/tiny_vlm.pt"
-    without, replay = train.Config(steps=1, base=base), train.Config(steps=1, base=base, replay=2)
-    data, replay_data = prompts.training_data(without, "cpu"), prompts.training_data(replay, "cpu")
+    without = train.Config(steps=1, base=base)
+    replay = train.Config(steps=1, base=base, replay=2)
+    data = prompts.training_data(without, "cpu")
+    replay_data = prompts.training_data(replay, "cpu")
     index = prompts.PROBE_BATCHES
     probe = prompts.training_batch(replay, replay_data, index - 1)
     assert torch.equal(probe.inputs["input_ids"], prompts.training_batch(without, data, index - 1).inputs["input_ids"])
@@ -438,7 +440,7 @@ def test_a_note_of_the_walk_names_what_a_head_looks_at_most():
             left, top, right, bottom = box
             weights = torch.zeros(screens.SIZE, screens.SIZE)  # a patch a pixel
             weights[top:bottom, left:right] = 0.5 / ((bottom - top) * (right - left))
-            assert walk.most_watched(screen, weights.flatten()) == (f"{note}: 50%", box)
+            assert walk.most_watched(screen, weights.flatten()) == (f"50% on {note}", box)
 
 
 BAD_OPTIONS = ["--domain=marble", "--what=1", "--steps=many", "--seed=-1", "--tau=inf", "--r=0", "--num-heads=10"]

@@ -233,7 +233,9 @@ def share_on(box: Box, weights: Tensor) -> Tensor:
     size = SIZE // side  # pixels
     left, top, right, bottom = box
     maps = weights.unflatten(-1, (side, side))
-    return maps[..., top // size : (bottom - 1) // size + 1, left // size : (right - 1) // size + 1].sum((-2, -1))
+    rows = slice(top // size, (bottom - 1) // size + 1)
+    columns = slice(left // size, (right - 1) // size + 1)
+    return maps[..., rows, columns].sum((-2, -1))
 
 
 def most_watched(screen: Screen, weights: Tensor) -> tuple[str, Box]:
@@ -244,7 +246,7 @@ def most_watched(screen: Screen, weights: Tensor) -> tuple[str, Box]:
         if element.click != element.bbox:
             shares[f"{element.full_name()} switch", element.click] = share_on(element.click, weights).item()
     name, box = max(shares, key=shares.get)
-    return f"{name}: {shares[name, box]:.0%}", box
+    return f"{shares[name, box]:.0%} on {name}", box
 
 
 def rows_that_look_elsewhere(examples: list[figures.Example]) -> list[str]:
