@@ -234,7 +234,7 @@ def main_job(cfg: Config) -> None:
         saved.append("training.gif")
     imagelora.safe_write(json.dumps(result, indent=1).encode(), out / "metrics.json")
     print(f"saved    {out}/ {' '.join(saved)} metrics.json")
-    print("note     on another kind of processor the accuracies can differ by about a point")
+    print("note     on another kind of processor accuracies differ by about a point, where they are near 100 %")
 
 
 def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
