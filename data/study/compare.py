@@ -135,13 +135,17 @@ SETTINGS = {
     "γ at A's rate": {"gamma_lr": 1.0},
     "γ stays 1": {"gamma_lr": 0.0},
 }
-CHOICES = {
-    "top, the most influential by the probe": {"heads": "top", "draws": 3},
-    "gate, by the score of the authors' release": {"heads": "gate", "draws": 3},
-    "matched, random but evenly spread": {"heads": "matched", "draws": 3},
-    "random": {"heads": "random", "draws": 3},
+TOP = "top, the most influential by the probe"
+CHOICES = {  # at the rate with the highest validation accuracy for half of the heads
+    TOP: {"heads": "top", "draws": 3, "lr": 0.04},
+    "gate, by the score of the authors' release": {"heads": "gate", "draws": 3, "lr": 0.04},
+    "matched, random but evenly spread": {"heads": "matched", "draws": 3, "lr": 0.04},
+    "random": {"heads": "random", "draws": 3, "lr": 0.04},
 }
-BOTTOM = {"bottom, the least influential by the probe": (HALF, {"heads": "bottom"})}
+ENDS = {
+    TOP: {"heads": "top", "lr": 0.04},
+    "bottom, the least influential by the probe": {"heads": "bottom", "lr": 0.04},
+}
 
 
 def with_changes(columns: list[Column], **changes) -> list[Column]:
@@ -199,8 +203,8 @@ TABLES = [
         [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 8)],
     ),
     Table(
-        "least influential heads",
-        {"top, the most influential by the probe": (HALF, {})} | BOTTOM,
+        "most and least influential heads",
+        {choice: (HALF, changes) for choice, changes in ENDS.items()},
         [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 12)],
     ),
     Table("half of the heads", {name: (HALF, changes) for name, changes in SETTINGS.items()}, [CLICKS, RATE]),
