@@ -148,6 +148,29 @@ def hf_prompt(family="Llava", kind=PICTURE):
     return batch | {name: torch.randn(shape, generator=generator)}
 
 
+def processor_for(family):
+    """Knows a few words and numbers."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    qwen = family == "Qwen2_5_VL"
+    marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO} if qwen else {"<image>": PICTURE}
+    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", *map(str, range(60))]
+    vocabulary = {word: i for i, word in enumerate(words)} | marks
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    options = {"pad_token": "<pad>", "eos_token": "</s>", "additional_special_tokens": list(marks)}
+    options["model_input_names"] = ["input_ids", "attention_mask"]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    said = "{% for part in m['content'] %}{{ part['text'] or 'a " + list(marks)[0] + " a' }} {% endfor %}"
+    template = "{% for m in messages %}" + said + "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    if qwen:
+        sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 64}
+        pictures, videos = transformers.Qwen2VLImageProcessor(**sizes), transformers.Qwen2VLVideoProcessor(**sizes)
+        return transformers.Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=template)
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return transformers.LlavaProcessor(pictures, tokenizer, chat_template=template, **options)
+
+
 @pytest.mark.parametrize("family, kind, wrapper", WALKS)
 def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind, wrapper):
     """In training, checkpointed or not, and in generate(). Without an image, disabled or detached it is the base."""

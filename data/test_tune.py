@@ -11,38 +11,16 @@ import torch
 from PIL import Image
 
 import imagelora
-from data.test_huggingface import GREEDY, PICTURE, ROOT, VIDEO, hf_prompt, tiny_hf_vlm
+from data.test_huggingface import GREEDY, PICTURE, ROOT, TEXT, hf_prompt, processor_for, tiny_hf_vlm
 from test_imagelora import logits_of
 
 transformers = pytest.importorskip("transformers", minversion="5")
-peft, tokenizers, trl = map(pytest.importorskip, ("peft", "tokenizers", "trl"))
+peft, trl = map(pytest.importorskip, ("peft", "trl"))
 from data import tune  # noqa: E402
 
 RUNS = list(product(["Llava", "Qwen2_5_VL"], ["image_lora", "lora", "lora_at_visual_tokens"]))
 OPTIONS = "--learning_rate 0.02 --num_train_epochs 3 --per_device_train_batch_size 1 --gradient_accumulation_steps 2"
 OPTIONS += " --logging_steps 4 --save_steps 6 --use_cpu true --disable_tqdm true"
-TEXT = {"input_ids": torch.arange(10, 22)[None]}
-
-
-def processor_for(family):
-    """Knows a few words and numbers."""
-    qwen = family == "Qwen2_5_VL"
-    marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO} if qwen else {"<image>": PICTURE}
-    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", *map(str, range(60))]
-    vocabulary = {word: i for i, word in enumerate(words)} | marks
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "additional_special_tokens": list(marks)}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    said = "{% for part in m['content'] %}{{ part['text'] or 'a " + list(marks)[0] + " a' }} {% endfor %}"
-    template = "{% for m in messages %}" + said + "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-    if qwen:
-        sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 64}
-        pictures, videos = transformers.Qwen2VLImageProcessor(**sizes), transformers.Qwen2VLVideoProcessor(**sizes)
-        return transformers.Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=template)
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return transformers.LlavaProcessor(pictures, tokenizer, chat_template=template, **options)
 
 
 def line(images, completion):
