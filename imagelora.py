@@ -499,7 +499,7 @@ def _check_attention(where: str, attention: nn.Module) -> None:
     if "v_proj" not in parts:
         raise ValueError(
             f"{where} has no self_attn.v_proj but {', '.join(parts)}; cross-attention to images, the other layers of "
-            "hybrid models, fused q, k and v, and latent values cannot be adapted"
+            "hybrid models, fused qkv and latent values cannot be adapted"
         )
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if later:
