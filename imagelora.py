@@ -545,8 +545,9 @@ def _checked_heads(heads, head_counts: list[int]) -> Heads:
 
 def _device(v_proj) -> torch.device:
     """Where v_proj computes: accelerate may run it on another device than its weights are kept on."""
-    if hasattr(v_proj, "_hf_hook"):
-        return getattr(v_proj._hf_hook, "execution_device", None) or next(v_proj.parameters()).device
+    device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return device
     tensors = [*v_proj.parameters(), *v_proj.buffers(), torch.empty(0)]  # a quantized v_proj may have no parameter
     return tensors[0].device
 
