@@ -134,6 +134,7 @@ def test_lora_at_visual_tokens_is_lora_there_and_nothing_elsewhere_and_peft_alon
 REFUSED = [  # the second line of the file, an option, the sentence
     ("{'images'", [], "line 2, is not like the example in tune.py (JSONDecodeError: "),
     ('{"messages": []}', [], "line 2, is not like the example in tune.py (KeyError: 'images')"),
+    ('{"images": [], "prompt": []}', [], "(ValueError: prompt is empty)"),
     (line(["nowhere.png"], "cat"), [], "No such file or directory: "),
     (line([], "cat"), ["--method", "dora"], "invalid choice: 'dora'"),
     (line([], "cat"), ["--resume_from_checkpoint", "no"], "no is not the folder of a complete checkpoint"),
