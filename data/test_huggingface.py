@@ -3,7 +3,6 @@
 import re
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,12 +50,18 @@ def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_the_lines_of_the_readme_are_all_that_a_trainer_needs(tmp_path, monkeypatch):
+def test_the_lines_of_the_readme_run_on_a_tiny_llava(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    for saved in (tiny_hf_vlm("Llava"), processor_for("Llava")):
+        saved.save_pretrained(tmp_path / "llava-hf" / "llava-1.5-7b-hf")
+    (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
-    given = {"model": tiny_vlm(), "batches": [EARLY], "Trainer": Mock(), "args": 0, "collate": 0, "examples": 0}
-    exec(block('adapter.save("adapter.pt")'), given)
-    assert given["Trainer"].call_args.args[0] is given["model"] and given["Trainer"].return_value.train.called
-    assert load(given["adapter"].detach(), "adapter.pt").heads == given["adapter"].heads
+    lines = {}
+    exec(block('adapter.save("adapter.pt")'), lines)
+    prompt, output = lines["inputs"]["input_ids"], lines["output"]
+    assert torch.equal(output[:, : prompt.shape[1]], prompt) and output.shape[1] > prompt.shape[1]
+    assert lines["model"].image_lora.layers["0"].B.shape == (2, 8, 8)
+    assert not (output[:, prompt.shape[1] :] == PICTURE).any()
 
 
 # 2. Every family
