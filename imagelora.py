@@ -124,7 +124,7 @@ class ImageLoRA(nn.Module):
             adapted[decoder[layer]] = adapter
         # Every check is behind us; only now does the model change.
         self._calls = Calls(model, image_token_ids, adapted)
-        self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
         model.image_lora = self
 
@@ -139,11 +139,11 @@ class ImageLoRA(nn.Module):
         return self._calls.override(mask=mask)
 
     def detach(self) -> nn.Module:
-        """Take the adapter off, and return the model as it was. RuntimeError if that has been done."""
+        """Take the adapter off, and return the model as it was. Call backward() before, not after."""
         model = self._calls.leave()
         del model.image_lora
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self._trainable)
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         return model
 
     def save(self, path):
@@ -283,7 +283,7 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads, r, input_g
 
 # ------ How M reaches the layers --------------------------------------------------------------------------------------
 
-OVERRIDES = ContextVar("OVERRIDES")  # of this thread or coroutine: {Calls: {"disabled": True, "mask": Tensor}}
+OVERRIDES = ContextVar("OVERRIDES", default=())  # of this thread or coroutine: ((Calls, {"disabled": True}), ...)
 NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 NORMS = "input_layernorm", "attention_layernorm", "operator_norm"  # what models call the norm before their attention
 
@@ -338,32 +338,38 @@ class Calls:
         """adapted: {decoder layer: its ValueAdapter}."""
         torch.compiler.reset()  # code that was compiled before would run on without the hooks
         self.model, self.image_token_ids, self.adapted = model, image_token_ids, adapted
+        self.v_projs = [layer.self_attn.v_proj for layer in adapted]
         self.running = {}  # {thread: its Call}
         self.hooks = [model.register_forward_pre_hook(refuse_export)]
         self.hooks += [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
-        for layer, adapter in adapted.items():
+        for layer in adapted:
             for name, module in layer.named_children():
                 if name in NORMS:
                     self.hooks += [module.register_forward_hook(self.enter_layer, with_kwargs=True)]
-            v_proj = layer.self_attn.v_proj
+        for v_proj, adapter in zip(self.v_projs, adapted.values()):
             v_proj.has_image_lora = True
             self.hooks += [v_proj.register_forward_hook(partial(self.adapt, adapter), with_kwargs=True)]
 
     @hidden_from_compiler
     def begin_call(self, model, args, kwargs):
-        overrides = OVERRIDES.get({}).get(self, {})
+        overrides = {}
+        for calls, changes in OVERRIDES.get():
+            if calls is self:
+                overrides |= changes
         ids = kwargs.get("input_ids", args[0] if args else None)
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None:
+            # Cloned, because we leave the Call on this memory, and the caller may use it again with another mask.
+            kwargs["inputs_embeds"] = embeddings.clone()
         if "disabled" in overrides:
             rows, shape = NO_ROWS, None
-        elif ids is not None and not ids.is_floating_point():  # floats as the first argument are embeddings
+        elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             rows, shape = visual_rows(ids, self.image_token_ids), ids.shape
-        elif "mask" in overrides and kwargs.get("inputs_embeds") is not None:
+        elif "mask" in overrides and embeddings is not None:
             rows, shape = visual_rows(overrides["mask"], {True}), overrides["mask"].shape
-            # Cloned, because we leave the Call on this memory, and the caller may use it again with another mask.
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"].clone()
         else:
-            known = "pass input_ids by name, or inputs_embeds inside adapter.visual_mask(mask)"
+            known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
             raise ValueError(f"the model was called without telling which tokens are visual; {known}")
         self.running[get_ident()] = Call(rows, shape, torch.is_grad_enabled(), set())
         return args, kwargs
@@ -398,9 +404,11 @@ class Calls:
     @hidden_from_compiler
     def end_call(self, model, args, output):
         call = self.running.pop(get_ident(), None)
-        if output is None or len(call.rows) == 0:  # `output` is None when the call raised an error
+        if output is None:  # the call raised an error
             return
-        if len(call.updated) < len(self.adapted):
+        if call is None:
+            raise RuntimeError("the model was called inside its own forward pass, which Image-LoRA does not support")
+        if len(call.rows) > 0 and len(call.updated) < len(self.adapted):
             raise RuntimeError(
                 "an adapted v_proj was not called in this call of the model; whatever replaces it (merging weights, "
                 "patching the attention) must be done before attach()"
@@ -423,7 +431,8 @@ class Calls:
         # A re-entrant checkpoint turns gradients off inside a layer, although the call began with them on.
         if running.grad and not torch.is_grad_enabled() and not x.requires_grad:
             raise RuntimeError(
-                "no gradient would reach the adapter: re-entrant checkpointing needs model.enable_input_require_grads()"
+                "no gradient would reach the adapter: re-entrant checkpointing needs "
+                "model.enable_input_require_grads(), and a model that disables gradients itself needs torch.no_grad()"
             )
         memory.image_lora_call = running
         return running
@@ -433,12 +442,13 @@ class Calls:
         """In this thread or coroutine, calls begin with these changes: disabled=True or mask=Tensor."""
         if self.model is None:
             raise RuntimeError("this Image-LoRA is detached; use the one that load() or attach() returned")
-        before = OVERRIDES.get({})
-        token = OVERRIDES.set(before | {self: before.get(self, {}) | changes})
+        entry = (self, changes)
+        OVERRIDES.set((*OVERRIDES.get(), entry))
         try:
             yield
         finally:
-            OVERRIDES.reset(token)
+            # Only this entry goes, as others may have come since and may stay.
+            OVERRIDES.set(tuple(other for other in OVERRIDES.get() if other is not entry))
 
     def leave(self) -> nn.Module:
         """Remove the hooks and return the model."""
@@ -447,9 +457,10 @@ class Calls:
         torch.compiler.reset()
         for hook in self.hooks:
             hook.remove()
-        for layer in self.adapted:
-            del layer.self_attn.v_proj.has_image_lora
-        model, self.model = self.model, None
+        for v_proj in self.v_projs:
+            del v_proj.has_image_lora
+        model = self.model
+        self.model, self.adapted, self.v_projs = None, {}, []  # a detached adapter does not keep the model in memory
         return model
 
 
@@ -465,6 +476,8 @@ def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
     """The model out of its wrappers, the layers of its decoder, and the ids of visual tokens. Or ValueError."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
+    if any(hasattr(module, "has_image_lora") for module in model.modules()):
+        raise ValueError("the model already has an Image-LoRA; call its detach() first")
     encoders = ("vision", "visual", "audio", "img", "image", "video", "perceiver")
     stacks = {}
     for name, module in model.named_modules():
@@ -509,8 +522,6 @@ def _check_attention(where: str, attention: nn.Module) -> None:
     if attention.v_proj.out_features % attention.head_dim != 0:
         sizes = f"v_proj has {attention.v_proj.out_features} features and head_dim is {attention.head_dim}"
         raise ValueError(f"the features of {where} are not whole heads: {sizes}")
-    if hasattr(attention.v_proj, "has_image_lora"):
-        raise ValueError("the model already has an Image-LoRA; call its detach() first")
 
 
 def _check_options(decoder, r, lora_alpha, normalize, train_gamma) -> None:
@@ -615,6 +626,8 @@ def _file_content(adapter: ImageLoRA) -> dict:
         layer, kind = name.split(".")
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()  # under FSDP2, gathers the shards of all ranks
+        if tensor.is_meta:
+            raise ValueError(f"{kind} of layer {layer} has no values; attach after accelerate's offloading, not before")
         if tensor.numel() == 0:
             gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
             raise ValueError(f"{kind} of layer {layer} is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
@@ -644,6 +657,8 @@ def load(model, path) -> ImageLoRA:
     try:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         adapter = attach(model, content["r"], content["alpha"], heads, content.get("normalize", True))
+        if any(parameter.is_meta for parameter in adapter.parameters()):
+            raise ValueError("the model is on the meta device; give it its weights first")
         counts = content.get("head_counts", adapter.head_counts)
         if counts != adapter.head_counts:
             raise ValueError(f"its layers have {counts} value heads, the model's have {adapter.head_counts}")

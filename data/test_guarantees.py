@@ -4,10 +4,12 @@ Whatever happens, the answer is right or refused in one sentence. It is never si
 
 import asyncio
 import copy
+import gc
 import math
 import pickle
 import re
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -268,6 +270,21 @@ def test_a_context_is_of_its_coroutine_or_thread():
 
     assert asyncio.run(all_at_once()) == [(True, True), (False, False), (True, True)]
     assert not torch.equal(logits_of(model, EARLY), base)
+
+
+def test_contexts_may_end_in_any_order():
+    """As those of two streams that one thread serves in turns."""
+    model = tiny_vlm()
+    base = logits_of(model, EARLY)
+    adapter = attach_trained(model)
+    adapted = logits_of(model, EARLY)
+    first, second = adapter.disabled(), adapter.disabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(logits_of(model, EARLY), base)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits_of(model, EARLY), adapted)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
@@ -581,6 +598,27 @@ def test_the_forward_of_a_norm_may_be_replaced(use_reentrant):
     torch.testing.assert_close(slopes(model, loss_of(model, EARLY)), expected)
 
 
+def test_detach_works_after_v_proj_was_replaced_and_leaves_alone_what_came_after_attach():
+    model = tiny_vlm()
+    adapter = attach_trained(model)
+    attention(model, 2).v_proj = nn.Linear(D, H * D_H, bias=False)
+    model.added = nn.Linear(1, 1)
+    adapter.detach()
+    assert not hasattr(model, "image_lora")
+    assert model.added.weight.requires_grad
+    assert attention(model, 0).q_proj.weight.requires_grad
+
+
+def test_a_detached_adapter_does_not_keep_the_model_in_memory():
+    model = tiny_vlm()
+    adapter = attach_trained(model)
+    layer = weakref.ref(model.language_model.layers[0])
+    adapter.detach()
+    del model
+    gc.collect()
+    assert layer() is None
+
+
 # 6. FSDP2: two processes, one with images and one with text alone
 def train_two_steps(model, adapter, *batches):
     """On the mean of the losses of these batches."""
@@ -775,6 +813,13 @@ def test_an_adapter_file_that_does_not_fit_leaves_the_model_as_it_was(key, value
     check_refusal(model, r"adapter\.pt does not fit this model", load, model, path)
 
 
+def test_a_file_is_not_loaded_into_a_model_without_weights(tmp_path):
+    path = tmp_path / "adapter.pt"
+    saved_adapter(path)
+    with pytest.raises(ValueError, match="on the meta device"):
+        load(tiny_vlm().to("meta"), path)
+
+
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "adapter.pt"
     adapter = saved_adapter(path)
@@ -866,6 +911,15 @@ def by_export(model):
     torch.export.export(model, (EARLY["input_ids"], EARLY["pixel_values"]), strict=False)
 
 
+def called_inside_its_own_forward_pass(model):
+    def call_again(layer, args, output):
+        hook.remove()
+        model(**LATE)
+
+    hook = model.language_model.layers[-1].register_forward_hook(call_again)
+    model(**EARLY)
+
+
 def detached_twice(model):
     adapter = model.image_lora
     adapter.detach()
@@ -895,6 +949,7 @@ NOT_RIGHT = [
     (by_jit_trace, "would fix which tokens are visual"),
     pytest.param(by_strict_export, "would fix which tokens are visual", marks=TELLS_EXPORT),
     (by_export, "would fix which tokens are visual"),
+    (called_inside_its_own_forward_pass, "inside its own forward pass"),
     (detached_twice, "already detached"),
     (disabled_after_detach, "is detached"),
 ]
@@ -906,6 +961,27 @@ def test_a_use_that_cannot_be_right_is_refused(use, sentence):
     attach_trained(model, heads=SOME_HEADS)
     with pytest.raises(RuntimeError, match=sentence):
         use(model)
+
+
+class Wrapper(nn.Module):
+    """As PEFT wraps a Linear."""
+
+    def __init__(self, base_layer: nn.Linear):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+def test_a_second_adapter_is_noticed_under_what_has_wrapped_v_proj_since():
+    model = tiny_vlm()
+    attach(model)
+    for layer in range(3):
+        attention(model, layer).v_proj = Wrapper(attention(model, layer).v_proj)
+    with pytest.raises(ValueError, match="already has an Image-LoRA"):
+        attach(model)
 
 
 def test_a_second_adapter_would_double_the_update():
