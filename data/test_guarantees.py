@@ -659,6 +659,7 @@ def train_sharded(rank: int, folder: Path):
     except ValueError as refused:
         found["refusal"] = str(refused)
     torch.save(found, folder / f"rank{rank}.pt")
+    dist.barrier()  # so that neither leaves while the other still talks to it
     dist.destroy_process_group()
 
 

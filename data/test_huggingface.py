@@ -337,6 +337,7 @@ def train_in_two_processes(rank, folder):
         logits = [logits_of(user, batch) for batch in batches_of(family)]
         torch.save((gradients, *logits), folder / f"{family} {engine} {rank}.pt")
         adapter.save(folder / f"{family} {engine} {rank} adapter.pt")
+    dist.barrier()  # so that neither leaves while the other still talks to it
     dist.destroy_process_group()
 
 
