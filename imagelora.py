@@ -293,7 +293,7 @@ class Call(NamedTuple):
 
     rows: Tensor  # [N], which of the B * T rows are visual
     shape: tuple | None  # (B, T)
-    grad: bool  # whether a backward pass may follow
+    grad_enabled: bool  # when it began, so a backward pass may follow
     updated: set  # the adapters that have run in this call
 
 
@@ -324,15 +324,16 @@ class Calls:
     The layers never see input_ids, so four hooks pass on what the model was called with:
 
         before model(...)          begin_call   finds the visual rows, and keeps the Call for this thread
-        after a layer's norm       enter_layer  leaves the Call on the memory of the layer's input X
+        after a layer's norm       enter_layer  leaves the Call on the memory of what the norm read and what it wrote
         after the layer's v_proj   adapt        looks the Call up, and adds the update at its rows
         after model(...)           end_call     forgets the Call, once every adapted layer has used it
 
     Why on the memory? Gradient checkpointing runs a layer a second time, in the backward pass: after its call has
-    ended, perhaps in another thread, perhaps after other calls. But it runs on the same X, and so the Call is found
-    there. X.detach() and what autograd saves are new tensors, yet they share the storage of X, and an attribute of a
-    storage lives as long as the storage does. Why the norm? It is the first to read X. A hook of the layer itself would
-    not do, as transformers 5 runs a layer again without the layer's own hooks."""
+    ended, perhaps in another thread, perhaps after other calls. But it runs on the same input, and so the Call is found
+    there. input.detach() and what autograd saves are new tensors, yet they share the storage of the input, and an
+    attribute of a storage lives as long as the storage does. Why at the norm? It reads the layer's input and writes
+    what v_proj will read. A hook of the layer itself would not do, because transformers 5 runs a layer again without
+    the layer's own hooks."""
 
     def __init__(self, model, image_token_ids, adapted):
         """adapted: {decoder layer: its ValueAdapter}."""
@@ -345,7 +346,7 @@ class Calls:
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
         for layer in adapted:
             for name, module in layer.named_children():
-                if name in NORMS:
+                if name in NORMS:  # the one before the attention
                     self.hooks += [module.register_forward_hook(self.enter_layer, with_kwargs=True)]
         for v_proj, adapter in zip(self.v_projs, adapted.values()):
             v_proj.has_image_lora = True
@@ -378,7 +379,7 @@ class Calls:
     def enter_layer(self, norm, args, kwargs, output):
         x = args[0] if args else next(iter(kwargs.values()))
         call = self.call_of(x)
-        if call is not None and call.grad:
+        if call is not None and call.grad_enabled:
             output.untyped_storage().image_lora_call = call  # this is what v_proj will read
 
     @hidden_from_compiler
@@ -393,7 +394,7 @@ class Calls:
                 "one, or the input of a checkpointed layer was copied or offloaded before the backward pass"
             )
         if len(call.rows) == 0 and not torch.is_grad_enabled():
-            return value
+            return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
             hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
@@ -406,7 +407,7 @@ class Calls:
         call = self.running.pop(get_ident(), None)
         if output is None:  # the call raised an error
             return
-        if call is None:
+        if call is None:  # an inner call has ended, and has taken this one's place
             raise RuntimeError("the model was called inside its own forward pass, which Image-LoRA does not support")
         if len(call.rows) > 0 and len(call.updated) < len(self.adapted):
             raise RuntimeError(
@@ -415,21 +416,25 @@ class Calls:
             )
 
     def call_of(self, x: Tensor) -> Call | None:
-        """The call that X belongs to: the one that runs in this thread, or else the one left on the memory of X."""
+        """The call that a tensor belongs to: the one that runs in this thread, or else the one left on its memory.
+
+        A call that may be followed by a backward pass is left on the memory, if it is not there yet."""
         running = self.running.get(get_ident())
-        if running is not None and not running.grad and not torch.is_grad_enabled():
+        if running is not None and not running.grad_enabled and not torch.is_grad_enabled():
             return running  # No backward pass will ask for it, so nothing is left on the memory.
         memory = x.untyped_storage()
         left = getattr(memory, "image_lora_call", None)
-        if running is None or running is left:
-            return left
+        if running is None:
+            return left  # the layer runs again, in a backward pass
+        if running is left:
+            return running
         if left is not None and not left.rows.to(running.rows).equal(running.rows):
             raise RuntimeError(
                 "this layer's input shares its memory with the input of an earlier call that had other visual tokens, "
                 "and a backward pass may still ask for those; clone() the input"
             )
         # A re-entrant checkpoint turns gradients off inside a layer, although the call began with them on.
-        if running.grad and not torch.is_grad_enabled() and not x.requires_grad:
+        if running.grad_enabled and not torch.is_grad_enabled() and not x.requires_grad:
             raise RuntimeError(
                 "no gradient would reach the adapter: re-entrant checkpointing needs "
                 "model.enable_input_require_grads(), and a model that disables gradients itself needs torch.no_grad()"
