@@ -122,10 +122,11 @@ class ImageLoRA(nn.Module):
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
             adapted[decoder[layer]] = adapter
-        # Every check is behind us; only now does the model change.
+        # Every check is behind us; only now does the model change. Whenever it is called, Calls finds its visual_rows
+        # and lets each adapter add_update.
         self._calls = Calls(model, image_token_ids, adapted)
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        model.requires_grad_(False)
+        model.requires_grad_(False)  # before the next line, which makes the adapter a part of the model
         model.image_lora = self
 
     def disabled(self):
@@ -181,7 +182,7 @@ attach = ImageLoRA  # adapter = attach(model, ...)
 
 def visual_rows(input_ids: Tensor, image_token_ids) -> Tensor:
     """input_ids [B, T] -> M as indices [N]: which of the B * T rows hold a placeholder of an image or a video."""
-    visual = torch.stack([input_ids == image for image in image_token_ids]).any(0)  # the diagonal of M, [B, T]
+    visual = torch.stack([input_ids == token_id for token_id in image_token_ids]).any(0)  # the diagonal of M, [B, T]
     return visual.flatten().nonzero().squeeze(1)
 
 

@@ -126,6 +126,7 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
     adapter = attach_adapter(cfg, model, heads)
     film = [(0, film_frame(cfg, model))] if cfg.film else []
     if adapter:
+        # Each turn of this loop is a training step.
         for step, _, _ in with_bar(train(cfg, model, adapter, data), cfg.steps, quiet=not verbose):
             if cfg.film and (figures.is_filmed(step, cfg.steps) or step == cfg.steps):
                 film.append((step, film_frame(cfg, model)))
@@ -151,7 +152,7 @@ def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -
     """Freeze the model and add what is trained; None if the method is none."""
     torch.manual_seed(cfg.seed)  # here, so that A does not depend on the random numbers that the probe has drawn
     if cfg.method == "image_lora":
-        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads, train_gamma=cfg.gamma_lr > 0)
+        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
     if cfg.method == "lora":
         return LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
     return None

@@ -3,10 +3,10 @@
     python -m data.study.compare                     all tables; the bases that are missing are made first
     python -m data.study.compare --out data/study    the same from the runs in data/study/compare.json, at once
 
-A cell is a method and what is changed of it: fields of `train.Config`, and two more, `bases` and `draws`. One replicate
-is one base and one seed: base i is fine-tuned with seed i, and further draws have the seeds 10 + i and 20 + i. Learning
-rates are chosen on validation screens; the tables show test screens. A run is known by its Config, which names the
-device, and by a fingerprint of its base. What is in compare.json is not run again.
+A cell is a method and what is changed of it: fields of `train.Config`, and three more, `seeds`, `twins` and `draws`.
+One replicate is one seed: the base model that was pretrained with it is fine-tuned with it, too, and further draws have
+that seed + 10 and + 20. Learning rates are chosen on validation screens; the tables show test screens. A run is known
+by its Config, which names the device, and by a fingerprint of its base. What is in compare.json is not run again.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ import train
 from data import DEVICES, Settings, command, option, progress
 from data.evaluate import evaluate
 from data.prompts import base_path, find_device, screens_and_features
-from data.study import BASES, TWINS
+from data.study import BASES, SEEDS, TWINS
 from data.study.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
 
@@ -47,13 +47,15 @@ METHODS = {
     HALF: {},
 }
 TUNED = [method for method in METHODS if method != NOTHING]
-GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
+GRID = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
 TOLERANCE = 0.01  # the chosen rate is the lowest whose validation accuracy is this close to the best
-HAVE_OWN_RATE = ("bases", "domain", "task", "r")  # a cell that changes one of these has a rate chosen for it
+HAVE_OWN_RATE = ("twins", "domain", "task", "r")  # a cell that changes one of these has a rate chosen for it
+SEARCH_SEEDS = (1, 2, 3)  # rates are chosen on these base models; on twins, on all
+OTHER_SEEDS = (1, 4, 5)  # two of these have had no part in choosing rates
 
 
 class Cell(NamedTuple):
-    """Runs of one method."""
+    """Runs of one method, on the base models of SEARCH_SEEDS if it names no seeds."""
 
     method: str
     changes: tuple = ()  # ((field, value), ...), sorted
@@ -124,9 +126,12 @@ AFTER_IMAGE = Column("word problems after an image, %", accuracy_on_each("word_p
 OTHER_SKILLS = [WORD_PROBLEMS, AFTER_IMAGE, OLD_TASK]
 CLICKS = Column("switches clicked, %", accuracy_on_each("action_acc"))
 RATE = Column("learning rate", rate)
+FLOPS = Column("adapter's training FLOPs, % of LoRA's", adapter_flops)
+NAMES_CLICKED = Column("names clicked, %", accuracy_on_each("action_acc"))
+NAMES_TOLD = Column("correct names, %", accuracy_on_each("name_acc"))
 EACH_METHOD = {method: (method, {}) for method in METHODS}
-EACH_TUNED = {method: (method, {}) for method in TUNED}
-WITH_REPLAY = {f"{method}, with replay": (method, {"replay": 1}) for method in (LORA, ALL)}
+ON_OTHERS = {method: (method, {"seeds": OTHER_SEEDS}) for method in METHODS}
+REPLAY = {f"{method}, with replay": (method, {"seeds": OTHER_SEEDS, "replay": 1}) for method in TUNED}
 SETTINGS = {
     "r = 8, τ = 0, γ at a tenth of A's rate": {},
     "r = 4": {"r": 4},
@@ -143,8 +148,8 @@ CHOICES = {  # at the rate with the highest validation accuracy for half of the 
     "random": {"heads": "random", "draws": 3, "lr": 0.04},
 }
 ENDS = {
-    TOP: {"heads": "top", "lr": 0.04},
-    "bottom, the least influential by the probe": {"heads": "bottom", "lr": 0.04},
+    TOP: {"heads": "top", "lr": 0.04, "seeds": OTHER_SEEDS},
+    "bottom, the least influential by the probe": {"heads": "bottom", "lr": 0.04, "seeds": OTHER_SEEDS},
 }
 
 
@@ -155,47 +160,34 @@ def with_changes(columns: list[Column], **changes) -> list[Column]:
 TABLES = [
     Table(
         "fine-tuned with",
-        EACH_METHOD | WITH_REPLAY,
+        ON_OTHERS | {f"{method}, with replay": REPLAY[f"{method}, with replay"] for method in (LORA, ALL)},
         [
             Column("trained parameters", parameters),
-            Column("adapter's training FLOPs, % of LoRA's", adapter_flops),
+            FLOPS,
             Column("switches clicked, %", accuracy("action_acc")),
             Column("word problems without an image, %", accuracy("word_problem_acc")),
             Column("word problems after an image, %", accuracy("word_problem_after_image_acc")),
             Column("old task, %", accuracy("source_acc")),
         ],
     ),
-    Table("switch screens, each base", EACH_METHOD, [CLICKS, *OTHER_SKILLS, RATE]),
-    Table("switch screens, each twin", EACH_METHOD, with_changes([CLICKS, AFTER_IMAGE, OLD_TASK, RATE], bases=TWINS)),
-    Table("with replay", EACH_TUNED, with_changes([CLICKS, *OTHER_SKILLS, RATE], replay=1)),
+    Table("base models 1, 4 and 5", ON_OTHERS, [CLICKS, *OTHER_SKILLS, RATE]),
+    Table("base models 1, 4 and 5, with replay", REPLAY, [CLICKS, *OTHER_SKILLS, RATE]),
+    Table("base models 1, 2 and 3", EACH_METHOD, [CLICKS, *OTHER_SKILLS, RATE]),
+    Table("twins 1 to 5", EACH_METHOD, with_changes([CLICKS, AFTER_IMAGE, OLD_TASK, RATE], twins=True, seeds=SEEDS)),
     Table(
         "distance from the base, in thousandths of a nat",
-        {method: (method, {}) for method in (LORA,)} | {f"{LORA}, with replay": (LORA, {"replay": 1})},
+        {LORA: ON_OTHERS[LORA], f"{LORA}, with replay": REPLAY[f"{LORA}, with replay"]},
         [
             Column("word problems", nats("word_problem_kl")),
             Column("questions without an image", nats("question_without_image_kl")),
         ],
     ),
-    Table(
-        "dark screens",
-        EACH_METHOD,
-        with_changes(
-            [Column("names clicked, %", accuracy_on_each("action_acc")), AFTER_IMAGE, OLD_TASK, RATE], domain="dark"
-        ),
-    ),
-    Table(
-        "referring",
-        EACH_METHOD,
-        with_changes(
-            [Column("correct names, %", accuracy_on_each("name_acc")), AFTER_IMAGE, OLD_TASK, RATE], task="referring"
-        ),
-    ),
+    Table("dark screens", EACH_METHOD, with_changes([NAMES_CLICKED, AFTER_IMAGE, OLD_TASK, RATE], domain="dark")),
+    Table("referring", EACH_METHOD, with_changes([NAMES_TOLD, AFTER_IMAGE, OLD_TASK, RATE], task="referring")),
     Table(
         "after nine word problems",
-        {method: (method, {}) for method in (NOTHING, LORA, ALL, HALF)},
-        with_changes(
-            [Column("adapter's training FLOPs, % of LoRA's", adapter_flops), CLICKS, AFTER_IMAGE, OLD_TASK], history=9
-        ),
+        {NOTHING: (NOTHING, {}), LORA: (LORA, {"lr": 0.005}), ALL: (ALL, {"lr": 0.04}), HALF: (HALF, {"lr": 0.04})},
+        with_changes([FLOPS, CLICKS, AFTER_IMAGE, OLD_TASK], history=9),
     ),
     Table(
         "choice of heads",
@@ -207,7 +199,7 @@ TABLES = [
         {choice: (HALF, changes) for choice, changes in ENDS.items()},
         [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 12)],
     ),
-    Table("half of the heads", {name: (HALF, changes) for name, changes in SETTINGS.items()}, [CLICKS, RATE]),
+    Table("half of the heads", {name: (HALF, {"lr": 0.04} | changes) for name, changes in SETTINGS.items()}, [CLICKS]),
 ]
 
 
@@ -221,11 +213,12 @@ class CompareConfig(Settings):
 def configs(cell: Cell, lr: float, device: str) -> list[train.Config]:
     """The runs of a cell at this learning rate: draw by draw, each on all of its bases."""
     settings = {"lr": lr, "device": device} | METHODS[cell.method] | dict(cell.changes)
-    bases = settings.pop("bases", BASES)
+    seeds = settings.pop("seeds", SEARCH_SEEDS)
+    bases = TWINS if settings.pop("twins", False) else BASES
     num_draws = settings.pop("draws", 1)
     runs = []
-    for draw, (i, base) in product(range(num_draws), enumerate(bases, 1)):
-        runs.append(train.Config(**settings, base=base, seed=10 * draw + i))
+    for draw, seed in product(range(num_draws), seeds):
+        runs.append(train.Config(**settings, base=bases[seed], seed=10 * draw + seed))
     return runs
 
 
@@ -254,26 +247,22 @@ class Rates:
         """The learning rate of a cell. What has no rate of its own takes that of its method."""
         if cell.method == NOTHING:
             return 0.0
-        own = tuple((field, value) for field, value in cell.changes if field in HAVE_OWN_RATE)
-        return chosen_rate(self.search(Cell(cell.method, own)))
+        own = {field: value for field, value in cell.changes if field in HAVE_OWN_RATE}
+        if "twins" in own:
+            own["seeds"] = SEEDS
+        return chosen_rate(self.search(Cell(cell.method, tuple(sorted(own.items())))))
 
     def search(self, cell: Cell) -> dict[float, list[dict]]:
         """{rate: rows} of all rates that are tried for this cell.
 
-        A method with nothing changed tries the whole grid. Elsewhere it tries its best rate there and both neighbours,
-        and goes on until the chosen rate is neither the lowest nor the highest of those tried."""
-        if cell in self.tried:
-            return self.tried[cell]
-        if not cell.changes:
-            self.tried[cell] = self.runs.finish_all(cell, GRID)
-            return self.tried[cell]
-        centre = best_rate(self.search(Cell(cell.method)))
-        tried = self.runs.finish_all(cell, (centre / 2, centre, 2 * centre))
-        while (chosen := chosen_rate(tried)) in (min(tried), max(tried)):
-            beyond = chosen / 2 if chosen == min(tried) else 2 * chosen
-            tried |= self.runs.finish_all(cell, (beyond,))
-        self.tried[cell] = tried
-        return tried
+        A method with nothing changed tries the whole grid, elsewhere its best rate there and both neighbours."""
+        if cell not in self.tried:
+            rates = GRID
+            if cell.changes:
+                centre = best_rate(self.search(Cell(cell.method)))
+                rates = (centre / 2, centre, 2 * centre)
+            self.tried[cell] = self.runs.finish_all(cell, rates)
+        return self.tried[cell]
 
 
 # ---- Bases and runs --------------------------------------------------------------------------------------------------
@@ -285,7 +274,7 @@ def make_base(base: str) -> None:
     seed = int(name.split("-")[0])
     grounded = Path(base).with_name(f"{seed}.grounded.pt")
     start = str(grounded) if grounded.exists() else ""
-    pretrain(PretrainConfig(seed=seed, unskilled=base in TWINS, start=start, out=base))
+    pretrain(PretrainConfig(seed=seed, unskilled=base in TWINS.values(), start=start, out=base))
 
 
 def run(cfg: train.Config) -> dict:

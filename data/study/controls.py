@@ -121,13 +121,13 @@ def rules(base: str, device: str) -> dict[str, float]:
 def print_rules(cfg: ControlsConfig) -> None:
     """A line for each rule: its values in % on the bases, then on the twins, as far as they exist here."""
     device = find_device(cfg.device)
-    existing = [base for base in BASES + TWINS if base_path(base).exists()]
+    existing = [base for base in (*BASES.values(), *TWINS.values()) if base_path(base).exists()]
     accuracies = {base: rules(base, device) for base in progress(existing, "bases")}
     print("|frozen, on switch screens|the bases %|their twins %|\n|---|---|---|")
     for rule in accuracies[existing[0]]:
         cells = []
         for group in (BASES, TWINS):
-            values = [f"{100 * accuracies[base][rule]:.1f}" for base in group if base in accuracies]
+            values = [f"{100 * accuracies[base][rule]:.1f}" for base in group.values() if base in accuracies]
             cells.append(", ".join(values) or "none here")
         print(f"|{rule}|{'|'.join(cells)}|")
     print(f"bases: {', '.join(existing)}")
