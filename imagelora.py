@@ -61,7 +61,7 @@ class ValueAdapter(nn.Module):
         B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device=device)
         self.A = nn.Parameter(A.to(B.device))  # [D, r], shared by the selected heads: it reads a token once for all
         self.B = nn.Parameter(B)  # [|S|, r, d_h], one for each: it writes what this head passes on
-        # Starts at 1, because a small gamma would shrink every step of B. Shape [1], as FSDP cannot shard a scalar.
+        # Starts at 1, because a small gamma would shrink the effect of every step of B. FSDP cannot shard a scalar.
         self.gamma = nn.Parameter(B.new_ones(1))
 
     def forward(self, x_vis: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class ImageLoRA(nn.Module):
     heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter.
     train_gamma: whether gamma is trained. With False it stays 1.
 
-    `.parameters()` are A, B and gamma of the adapted layers, float32 or wider. As `model.image_lora` they are in the
-    model's state_dict, too. Raises ValueError, and leaves the model as it was, if it cannot be adapted like this."""
+    `.parameters()` are A, B and gamma of the adapted layers, float32 or wider. The adapter becomes `model.image_lora`,
+    so they are in the model's state_dict, too. ValueError, and the model as it was, if it cannot be adapted like this."""
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True, train_gamma=True):
         super().__init__()
@@ -122,8 +122,7 @@ class ImageLoRA(nn.Module):
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
             adapted[decoder[layer]] = adapter
-        # Every check is behind us; only now does the model change. Whenever it is called, Calls finds its visual_rows
-        # and lets each adapter add_update.
+        # Only now does the model change. When it is called, Calls finds the visual_rows, and adapters add_update.
         self._calls = Calls(model, image_token_ids, adapted)
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)  # before the next line, which makes the adapter a part of the model
@@ -160,7 +159,7 @@ class ImageLoRA(nn.Module):
         return f"heads {self.heads} of {self.head_counts} a layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
     def get_extra_state(self):
-        return _scale_of_each_head(self)  # by it, loading a state_dict notices other heads whose shapes are the same
+        return _scale_of_each_head(self)  # lets load_state_dict refuse other heads, whose tensors can have these shapes
 
     def set_extra_state(self, scales):
         _check_scales(self, scales)
@@ -191,12 +190,12 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
 
     An Image-LoRA in every head with B = 0 leaves the output as it is, and I(l, h) = ||dL/dB_l(h)||^2. That gradient is
     dL/dB = A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
-    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. As E[A A^T] = I, its mean over A is the exact score.
-    probe="exact": r = D and A = I, so this is the squared gradient of the whole W_V(h) over visual tokens.
+    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. Its mean over A is the exact score, as E[A A^T] = I.
+    probe="exact": r = D and A = I: the squared norm of the gradient of the whole W_V(h) over visual tokens.
     batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
     `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
-    ones. In float16, let loss_fn scale the loss, as gradients can underflow. A head that does not exist scores 0. The
-    model stays as it is. Raises ValueError if a loss is not finite, or if none depends on a visual token."""
+    ones. In float16, let loss_fn scale the loss, as gradients can underflow. Where a layer has fewer heads than others,
+    the rest of its row is 0. ValueError if a loss is not finite, or if none depends on a visual token."""
     if probe not in ("rank1", "exact"):
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -290,7 +289,7 @@ NORMS = "input_layernorm", "attention_layernorm", "operator_norm"  # what models
 
 
 class Call(NamedTuple):
-    """One call of the model, as far as its layers must know it."""
+    """What the layers need to know about one call of the model."""
 
     rows: Tensor  # [N], which of the B * T rows are visual
     shape: tuple | None  # (B, T)
@@ -325,11 +324,11 @@ class Calls:
     The layers never see input_ids, so four hooks pass on what the model was called with:
 
         before model(...)          begin_call   finds the visual rows, and keeps the Call for this thread
-        after a layer's norm       enter_layer  leaves the Call on the memory of what the norm read and what it wrote
+        after a layer's norm       enter_layer  attaches the Call to the storage of what the norm read and wrote
         after the layer's v_proj   adapt        looks the Call up, and adds the update at its rows
         after model(...)           end_call     forgets the Call, once every adapted layer has used it
 
-    Why on the memory? Gradient checkpointing runs a layer a second time, in the backward pass: after its call has
+    Why to the storage? Gradient checkpointing runs a layer a second time, in the backward pass: after its call has
     ended, perhaps in another thread, perhaps after other calls. But it runs on the same input, and so the Call is found
     there. input.detach() and what autograd saves are new tensors, yet they share the storage of the input, and an
     attribute of a storage lives as long as the storage does. Why at the norm? It reads the layer's input and writes
@@ -479,7 +478,7 @@ def _at_least_float32(fn, tensor):
 
 
 def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
-    """The model out of its wrappers, the layers of its decoder, and the ids of visual tokens. Or ValueError."""
+    """The unwrapped model, its decoder layers and the ids of visual tokens. ValueError if it cannot be adapted."""
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
     if any(hasattr(module, "has_image_lora") for module in model.modules()):
@@ -561,7 +560,7 @@ def _checked_heads(heads, head_counts: list[int]) -> Heads:
 
 
 def _device(v_proj) -> torch.device:
-    """Where v_proj computes: accelerate may run it on another device than its weights are kept on."""
+    """The device that v_proj computes on, which under accelerate may differ from where its weights are kept."""
     device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return device
@@ -608,7 +607,7 @@ def safe_save(content, path):
 
 
 def safe_load(path) -> dict:
-    """The dict in a file of torch.save; runs no code from the file. Raises ValueError if there is none, or damaged."""
+    """The dict in a file of torch.save; runs no code from it. ValueError if it is missing, damaged or holds no dict."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself would not notice a flipped bit

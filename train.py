@@ -1,11 +1,11 @@
 """Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch what the paper says happen.
 
-python train.py                  before, probe, select, train, after, cost: under a minute on two CPU cores
+python train.py                  before, probe, select, train, after, cost: about a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
-python -m data.study.compare     every method on three bases: the tables; data/study/ is the evidence
+python -m data.study.compare     every method on several base models, and the tables of the pages
 """
 
 import json
@@ -53,8 +53,8 @@ class Config(Settings):
     """One fine-tuning run; each field is an option of the command line, too."""
 
     method: str = option("image_lora", "none measures the frozen model", tuple(RATES))
-    projections: str = option("qkvo", "of lora: which of q, k, v and o it adapts", ("qkvo", "v"))
-    tokens: str = option("all", "of lora: the tokens it adapts", ("all", "visual"))
+    projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
+    tokens: str = option("all", "which tokens lora adapts", ("all", "visual"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     domain: str = option("switches", "the kind of screen", ("switches", "dark", "source"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
@@ -73,7 +73,7 @@ class Config(Settings):
     history: int = option(0, "word problems before each screen: longer text, same image", least=0)
     replay: int = option(0, "how many of a step's 8 sequences ask what the base was asked before", least=0)
     test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
-    seed: int = option(1, "of the data's order, the adapter's start and the probe", least=0)
+    seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
     device: str = option("auto", "where to compute", DEVICES)
     out: str = option("", "output directory, default runs/DOMAIN")
     film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")
@@ -142,7 +142,7 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
 
 
 def score_value_heads(cfg: Config, model: TinyVLM, batches: list[dict]) -> Tensor:
-    """How much each value head carries of the image into the answer, [layers, heads]."""
+    """The score of each value head, [layers, heads]: its influence, or the score of the authors' release."""
     if cfg.heads == "gate":
         return gate_scores(model, batches)
     return imagelora.score_heads(model, batches, seed=cfg.seed)
@@ -189,7 +189,7 @@ def train(
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
 
-        # Gradients flow down to the lowest adapter; only the adapter's parameters have one, and change.
+        # Gradients flow down to the lowest adapter, but only the adapter's parameters receive them and change.
         optimizer.zero_grad()
         output.loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
@@ -202,7 +202,7 @@ def train(
 
 
 def run(cfg: Config) -> dict:
-    """One run without files and prints: the Config's fields and what was measured."""
+    """One run that writes no file and prints nothing: the Config's fields and what was measured."""
     return finetune(cfg).result
 
 
@@ -223,7 +223,8 @@ def main_job(cfg: Config) -> None:
         print_costs(result)
 
     saved = []
-    (out / "metrics.json").unlink(missing_ok=True)  # An earlier run's; this run's comes last, when all else is there.
+    # Delete an earlier run's file. This run's is written last, so where it exists, the other files do, too.
+    (out / "metrics.json").unlink(missing_ok=True)
     if cfg.method == "image_lora":
         tuned.adapter.save(out / "adapter.pt")
         saved.append("adapter.pt")
@@ -285,7 +286,7 @@ def print_tuned(result: dict) -> None:
 
 
 def print_controls(result: dict) -> None:
-    """The frozen base, asked otherwise; the tuned model, where the switches are missing."""
+    """The base, asked in other words; and the tuned model, on screens with the switches erased."""
     reworded, erased = result["reworded_acc"], result["erased_acc"]
     print(f"controls base, asked to click right of the name {reworded:.1%} · tuned, switches erased {erased:.1%}")
 
