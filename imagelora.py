@@ -103,7 +103,7 @@ class ImageLoRA(nn.Module):
     train_gamma: whether gamma is trained. With False it stays 1.
 
     `.parameters()` are A, B and gamma of the adapted layers, float32 or wider. The adapter becomes `model.image_lora`,
-    so they are in the model's state_dict, too. If it cannot be adapted like this: ValueError, and it stays as it was."""
+    so they are in the model's state_dict, too. Raises ValueError, and leaves the model alone, if this is impossible."""
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True, train_gamma=True):
         super().__init__()
