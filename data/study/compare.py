@@ -98,11 +98,11 @@ def accuracy_on_each(field: str) -> Callable:
 
 
 def nats(field: str) -> Callable:
-    """A measure: the mean and each base's, in thousandths of a nat."""
+    """A measure: the mean and each base's, in nats."""
 
     def measure(rows: list[dict]) -> str:
-        each = ", ".join(f"{1000 * row[field]:.2g}" for row in rows)
-        return f"{1000 * mean(rows, field):.2g} ({each})"
+        each = ", ".join(f"{row[field]:.2f}" for row in rows)
+        return f"{mean(rows, field):.2f} ({each})"
 
     return measure
 
@@ -175,7 +175,7 @@ TABLES = [
     Table("base models 1, 2 and 3", EACH_METHOD, [CLICKS, *OTHER_SKILLS, RATE]),
     Table("twins 1 to 5", EACH_METHOD, with_changes([CLICKS, AFTER_IMAGE, OLD_TASK, RATE], twins=True, seeds=SEEDS)),
     Table(
-        "distance from the base, in thousandths of a nat",
+        "divergence from the base, in nats",
         {LORA: ON_OTHERS[LORA], f"{LORA}, with replay": REPLAY[f"{LORA}, with replay"]},
         [
             Column("word problems", nats("word_problem_kl")),
