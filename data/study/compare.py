@@ -178,7 +178,7 @@ TABLES = [
     Table("base models 1, 4 and 5", ON_OTHERS, [CLICKS, *OTHER_SKILLS, RATE]),
     Table("base models 1, 4 and 5, with replay", REPLAY, [CLICKS, *OTHER_SKILLS, RATE]),
     Table("base models 1, 2 and 3", EACH_METHOD, [CLICKS, *OTHER_SKILLS, RATE]),
-    Table("twins 1 to 5", EACH_METHOD, with_changes([CLICKS, AFTER_IMAGE, OLD_TASK, RATE], twins=True, seeds=SEEDS)),
+    Table("twins 1 to 5", EACH_METHOD, with_changes([CLICKS, *OTHER_SKILLS, RATE], twins=True, seeds=SEEDS)),
     Table(
         "divergence from the base, in nats",
         {LORA: ON_OTHERS[LORA], f"{LORA}, with replay": REPLAY[f"{LORA}, with replay"]},
