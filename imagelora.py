@@ -328,7 +328,7 @@ class Calls:
         after the layer's v_proj   adapt        looks the Call up, and adds the update at its rows
         after model(...)           end_call     forgets the Call, once every adapted layer has used it
 
-    Why to the storage? Gradient checkpointing runs a layer a second time, in the backward pass: after its call has
+    Why to a storage? Gradient checkpointing runs a layer a second time, in the backward pass: after its call has
     ended, perhaps in another thread, perhaps after other calls. But it runs on the same input, and so the Call is found
     there. input.detach() and what autograd saves are new tensors, yet they share the storage of the input, and an
     attribute of a storage lives as long as the storage does. Why at the norm? It reads the layer's input and writes
