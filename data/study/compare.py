@@ -170,11 +170,6 @@ TABLES = [
             Column("old task, %", accuracy("source_acc")),
         ],
     ),
-    Table(
-        "switches clicked, %",
-        {method: (method, {}) for method in (LORA, VISUAL, SMALL, ALL)},
-        [Column(f"twin {seed}", accuracy("action_acc"), {"twins": True, "seeds": (seed,)}) for seed in SEEDS],
-    ),
     Table("base models 1, 4 and 5", ON_OTHERS, [CLICKS, *OTHER_SKILLS, RATE]),
     Table("base models 1, 4 and 5, with replay", REPLAY, [CLICKS, *OTHER_SKILLS, RATE]),
     Table("base models 1, 2 and 3", EACH_METHOD, [CLICKS, *OTHER_SKILLS, RATE]),
