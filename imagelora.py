@@ -338,7 +338,7 @@ class Calls:
     def __init__(self, model, image_token_ids, adapted):
         """adapted: {decoder layer: its ValueAdapter}."""
         torch.compiler.reset()  # code that was compiled before would run on without the hooks
-        self.model, self.image_token_ids, self.adapted = model, image_token_ids, adapted
+        self.model, self.image_token_ids = model, image_token_ids
         self.v_projs = [layer.self_attn.v_proj for layer in adapted]
         self.running = {}  # {thread: its Call}
         self.hooks = [model.register_forward_pre_hook(refuse_export)]
@@ -409,7 +409,7 @@ class Calls:
             return
         if call is None:  # an inner call has ended, and has taken this one's place
             raise RuntimeError("the model was called inside its own forward pass, which Image-LoRA does not support")
-        if len(call.rows) > 0 and len(call.updated) < len(self.adapted):
+        if len(call.rows) > 0 and len(call.updated) < len(self.v_projs):
             raise RuntimeError(
                 "an adapted v_proj was not called in this call of the model; whatever replaces it (merging weights, "
                 "patching the attention) must be done before attach()"
@@ -465,7 +465,7 @@ class Calls:
         for v_proj in self.v_projs:
             del v_proj.has_image_lora
         model = self.model
-        self.model, self.adapted, self.v_projs = None, {}, []  # a detached adapter does not keep the model in memory
+        self.model, self.v_projs = None, []  # a detached adapter does not keep the model in memory
         return model
 
 
