@@ -227,15 +227,17 @@ def attention_shares(model: TinyVLM, screens: list[Screen], features: Tensor) ->
     return torch.stack(shares).mean(0)
 
 
+def patches_of(box: Box, grid: Tensor) -> Tensor:
+    """The part of a grid [..., side, side] of patches that this box touches, [..., rows, columns]."""
+    size = SIZE // grid.shape[-1]  # pixels
+    left, top, right, bottom = box
+    return grid[..., top // size : (bottom - 1) // size + 1, left // size : (right - 1) // size + 1]
+
+
 def share_on(box: Box, weights: Tensor) -> Tensor:
     """How much of attention weights [..., P] is on the patches that this box touches, [...]."""
     side = round(weights.shape[-1] ** 0.5)  # patches in a row
-    size = SIZE // side  # pixels
-    left, top, right, bottom = box
-    maps = weights.unflatten(-1, (side, side))
-    rows = slice(top // size, (bottom - 1) // size + 1)
-    columns = slice(left // size, (right - 1) // size + 1)
-    return maps[..., rows, columns].sum((-2, -1))
+    return patches_of(box, weights.unflatten(-1, (side, side))).sum((-2, -1))
 
 
 def most_watched(screen: Screen, weights: Tensor) -> tuple[str, Box]:

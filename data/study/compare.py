@@ -3,10 +3,10 @@
     python -m data.study.compare                     all tables; the bases that are missing are made first
     python -m data.study.compare --out data/study    the same from the runs in data/study/compare.json, at once
 
-A cell is a method and what is changed of it: fields of `train.Config`, and three more, `seeds`, `twins` and `draws`.
-One replicate is one seed: the base model that was pretrained with it is fine-tuned with it, too, and further draws have
-that seed + 10 and + 20. Learning rates are chosen on validation screens; the tables show test screens. A run is known
-by its Config, which names the device, and by a fingerprint of its base. What is in compare.json is not run again.
+A cell is a method and what is changed of it: fields of `train.Config`, and two more, `seeds` and `twins`. One replicate
+is one seed: the base model that was pretrained with it is fine-tuned with it, too. Learning rates are chosen on
+validation screens; the tables show test screens. A run is known by its Config, which names the device, and by a
+fingerprint of its base. What is in compare.json is not run again.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ import train
 from data import DEVICES, Settings, command, option, progress
 from data.evaluate import evaluate
 from data.prompts import base_path, find_device, screens_and_features
-from data.study import BASES, SEEDS, TWINS
+from data.study import BASES, TWINS
 from data.study.pretrain import PretrainConfig, pretrain
 from imagelora import safe_write
 
@@ -47,11 +46,10 @@ METHODS = {
     HALF: {},
 }
 TUNED = [method for method in METHODS if method != NOTHING]
-GRID = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
+GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
 TOLERANCE = 0.01  # the chosen rate is the lowest whose validation accuracy is this close to the best
-HAVE_OWN_RATE = ("twins", "domain", "task", "r")  # a cell that changes one of these has a rate chosen for it
+HAVE_OWN_RATE = ("twins", "domain", "task")  # a cell that changes one of these has a rate chosen for it
 SEARCH_SEEDS = (1, 2, 3)  # rates are chosen on these base models; on twins, on all
-OTHER_SEEDS = (1, 4, 5)  # two of these have had no part in choosing rates
 
 
 class Cell(NamedTuple):
@@ -87,12 +85,11 @@ def accuracy(field: str) -> Callable:
 
 
 def accuracy_on_each(field: str) -> Callable:
-    """A measure: the mean over bases and, in brackets, each base's own (over its draws), in %."""
+    """A measure: the mean over bases and, in brackets, each base's own, in %."""
 
     def measure(rows: list[dict]) -> str:
-        bases = dict.fromkeys(row["base"] for row in rows)
-        each = [100 * mean([row for row in rows if row["base"] == base], field) for base in bases]
-        return f"{np.mean(each):.1f} ({', '.join(f'{value:.1f}' for value in each)})"
+        each = ", ".join(f"{100 * row[field]:.1f}" for row in rows)
+        return f"{100 * mean(rows, field):.1f} ({each})"
 
     return measure
 
@@ -124,14 +121,24 @@ OLD_TASK = Column("old task, %", accuracy_on_each("source_acc"))
 WORD_PROBLEMS = Column("word problems without an image, %", accuracy_on_each("word_problem_acc"))
 AFTER_IMAGE = Column("word problems after an image, %", accuracy_on_each("word_problem_after_image_acc"))
 OTHER_SKILLS = [WORD_PROBLEMS, AFTER_IMAGE, OLD_TASK]
+MEANS_OF_OTHER_SKILLS = [
+    Column("word problems without an image, %", accuracy("word_problem_acc")),
+    Column("word problems after an image, %", accuracy("word_problem_after_image_acc")),
+    Column("old task, %", accuracy("source_acc")),
+]
 CLICKS = Column("switches clicked, %", accuracy_on_each("action_acc"))
+MEAN_CLICKS = Column("switches clicked, %", accuracy("action_acc"))
 RATE = Column("learning rate", rate)
 FLOPS = Column("adapter's training FLOPs, % of LoRA's", adapter_flops)
 NAMES_CLICKED = Column("names clicked, %", accuracy_on_each("action_acc"))
 NAMES_TOLD = Column("correct names, %", accuracy_on_each("name_acc"))
+ALL_BASES = {"seeds": tuple(BASES)}
+ALL_TWINS = {"seeds": tuple(TWINS), "twins": True}
 EACH_METHOD = {method: (method, {}) for method in METHODS}
-ON_OTHERS = {method: (method, {"seeds": OTHER_SEEDS}) for method in METHODS}
-REPLAY = {f"{method}, with replay": (method, {"seeds": OTHER_SEEDS, "replay": 1}) for method in TUNED}
+REPLAY = {f"{method}, with replay": (method, {"replay": 1}) for method in TUNED}
+LORA_REPLAY = f"{LORA}, with replay"
+ALL_REPLAY = f"{ALL}, with replay"
+TASK_METHODS = {method: (method, {}) for method in (NOTHING, LORA, VISUAL, ALL)}
 SETTINGS = {
     "r = 8, τ = 0, γ at a tenth of A's rate": {},
     "r = 4": {"r": 4},
@@ -140,16 +147,12 @@ SETTINGS = {
     "γ at A's rate": {"gamma_lr": 1.0},
     "γ stays 1": {"gamma_lr": 0.0},
 }
-TOP = "top, the most influential by the probe"
-CHOICES = {  # at the rate with the highest validation accuracy for half of the heads
-    TOP: {"heads": "top", "draws": 3, "lr": 0.04},
-    "gate, by the score of the authors' release": {"heads": "gate", "draws": 3, "lr": 0.04},
-    "matched, random but evenly spread": {"heads": "matched", "draws": 3, "lr": 0.04},
-    "random": {"heads": "random", "draws": 3, "lr": 0.04},
-}
-ENDS = {
-    TOP: {"heads": "top", "lr": 0.04, "seeds": OTHER_SEEDS},
-    "bottom, the least influential by the probe": {"heads": "bottom", "lr": 0.04, "seeds": OTHER_SEEDS},
+CHOICES = {
+    "top, the most influential by the probe": "top",
+    "gate, by the score of the authors' release": "gate",
+    "matched, random but evenly spread": "matched",
+    "random": "random",
+    "bottom, the least influential by the probe": "bottom",
 }
 
 
@@ -157,49 +160,52 @@ def with_changes(columns: list[Column], **changes) -> list[Column]:
     return [column._replace(changes=column.changes | changes) for column in columns]
 
 
+def on_each_twin(title: str, measure: Callable) -> list[Column]:
+    """A column for each twin, then their mean."""
+    columns = [Column(f"{seed}", measure, {"seeds": (seed,), "twins": True}) for seed in TWINS]
+    return [*columns, Column(title, measure, ALL_TWINS)]
+
+
 TABLES = [
     Table(
         "fine-tuned with",
-        ON_OTHERS | {f"{method}, with replay": REPLAY[f"{method}, with replay"] for method in (LORA, ALL)},
-        [
-            Column("trained parameters", parameters),
-            FLOPS,
-            Column("switches clicked, %", accuracy("action_acc")),
-            Column("word problems without an image, %", accuracy("word_problem_acc")),
-            Column("word problems after an image, %", accuracy("word_problem_after_image_acc")),
-            Column("old task, %", accuracy("source_acc")),
-        ],
+        EACH_METHOD | {LORA_REPLAY: REPLAY[LORA_REPLAY], ALL_REPLAY: REPLAY[ALL_REPLAY]},
+        with_changes(
+            [Column("trained parameters", parameters), FLOPS, MEAN_CLICKS, *MEANS_OF_OTHER_SKILLS], **ALL_BASES
+        ),
     ),
-    Table("base models 1, 4 and 5", ON_OTHERS, [CLICKS, *OTHER_SKILLS, RATE]),
-    Table("base models 1, 4 and 5, with replay", REPLAY, [CLICKS, *OTHER_SKILLS, RATE]),
-    Table("base models 1, 2 and 3", EACH_METHOD, [CLICKS, *OTHER_SKILLS, RATE]),
-    Table("twins 1 to 5", EACH_METHOD, with_changes([CLICKS, *OTHER_SKILLS, RATE], twins=True, seeds=SEEDS)),
+    Table("base models 1 to 5", EACH_METHOD, with_changes([CLICKS, *OTHER_SKILLS, RATE], **ALL_BASES)),
+    Table("with replay", REPLAY, with_changes([CLICKS, *OTHER_SKILLS, RATE], **ALL_BASES)),
     Table(
         "divergence from the base, in nats",
-        {LORA: ON_OTHERS[LORA], f"{LORA}, with replay": REPLAY[f"{LORA}, with replay"]},
-        [
-            Column("word problems", nats("word_problem_kl")),
-            Column("questions without an image", nats("question_without_image_kl")),
-        ],
+        {LORA: EACH_METHOD[LORA], LORA_REPLAY: REPLAY[LORA_REPLAY]},
+        with_changes(
+            [
+                Column("word problems", nats("word_problem_kl")),
+                Column("questions without an image", nats("question_without_image_kl")),
+            ],
+            **ALL_BASES,
+        ),
     ),
-    Table("dark screens", EACH_METHOD, with_changes([NAMES_CLICKED, AFTER_IMAGE, OLD_TASK, RATE], domain="dark")),
-    Table("referring", EACH_METHOD, with_changes([NAMES_TOLD, AFTER_IMAGE, OLD_TASK, RATE], task="referring")),
+    Table(
+        "switches clicked on twin, %",
+        EACH_METHOD,
+        on_each_twin("mean", accuracy("action_acc")) + with_changes([RATE], **ALL_TWINS),
+    ),
+    Table("mean of the twins", EACH_METHOD, with_changes([MEAN_CLICKS, *MEANS_OF_OTHER_SKILLS, RATE], **ALL_TWINS)),
+    Table("dark screens", TASK_METHODS, with_changes([NAMES_CLICKED, AFTER_IMAGE, OLD_TASK, RATE], domain="dark")),
+    Table("referring", TASK_METHODS, with_changes([NAMES_TOLD, AFTER_IMAGE, OLD_TASK, RATE], task="referring")),
     Table(
         "after nine word problems",
-        {NOTHING: (NOTHING, {}), LORA: (LORA, {"lr": 0.005}), ALL: (ALL, {"lr": 0.04}), HALF: (HALF, {"lr": 0.04})},
+        {method: (method, {}) for method in (NOTHING, LORA, ALL)},
         with_changes([FLOPS, CLICKS, AFTER_IMAGE, OLD_TASK], history=9),
     ),
     Table(
         "choice of heads",
-        {choice: (HALF, changes) for choice, changes in CHOICES.items()},
-        [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 8)],
+        {choice: (HALF, ALL_BASES | {"heads": heads}) for choice, heads in CHOICES.items()},
+        [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 8, 12)],
     ),
-    Table(
-        "most and least influential heads",
-        {choice: (HALF, changes) for choice, changes in ENDS.items()},
-        [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 12)],
-    ),
-    Table("half of the heads", {name: (HALF, {"lr": 0.04} | changes) for name, changes in SETTINGS.items()}, [CLICKS]),
+    Table("half of the heads", {name: (HALF, changes) for name, changes in SETTINGS.items()}, [CLICKS]),
 ]
 
 
@@ -211,15 +217,11 @@ class CompareConfig(Settings):
 
 
 def configs(cell: Cell, lr: float, device: str) -> list[train.Config]:
-    """The runs of a cell at this learning rate: draw by draw, each on all of its bases."""
+    """The runs of a cell at this learning rate, one on each of its bases."""
     settings = {"lr": lr, "device": device} | METHODS[cell.method] | dict(cell.changes)
     seeds = settings.pop("seeds", SEARCH_SEEDS)
     bases = TWINS if settings.pop("twins", False) else BASES
-    num_draws = settings.pop("draws", 1)
-    runs = []
-    for draw, seed in product(range(num_draws), seeds):
-        runs.append(train.Config(**settings, base=bases[seed], seed=10 * draw + seed))
-    return runs
+    return [train.Config(**settings, base=bases[seed], seed=seed) for seed in seeds]
 
 
 # ---- Learning rates --------------------------------------------------------------------------------------------------
@@ -249,19 +251,25 @@ class Rates:
             return 0.0
         own = {field: value for field, value in cell.changes if field in HAVE_OWN_RATE}
         if "twins" in own:
-            own["seeds"] = SEEDS
+            own |= ALL_TWINS
         return chosen_rate(self.search(Cell(cell.method, tuple(sorted(own.items())))))
 
     def search(self, cell: Cell) -> dict[float, list[dict]]:
         """{rate: rows} of all rates that are tried for this cell.
 
-        A method with nothing changed tries the whole grid, elsewhere its best rate there and both neighbours."""
+        A method with nothing changed tries the whole grid. Elsewhere it tries its best rate there and both neighbours,
+        and goes on within the grid as long as the chosen rate is the lowest or the best rate the highest."""
         if cell not in self.tried:
             rates = GRID
             if cell.changes:
                 centre = best_rate(self.search(Cell(cell.method)))
                 rates = (centre / 2, centre, 2 * centre)
-            self.tried[cell] = self.runs.finish_all(cell, rates)
+            tried = self.runs.finish_all(cell, rates)
+            while chosen_rate(tried) == min(tried) > GRID[0]:
+                tried |= self.runs.finish_all(cell, (min(tried) / 2,))
+            while best_rate(tried) == max(tried) < GRID[-1]:
+                tried |= self.runs.finish_all(cell, (2 * max(tried),))
+            self.tried[cell] = tried
         return self.tried[cell]
 
 

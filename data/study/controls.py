@@ -1,9 +1,9 @@
-"""What frozen bases can do, and what they hit on switch screens by rules that need no fine-tuning.
+"""What can be known of frozen bases: what they hit on switch screens by rules, and where they look for a name.
 
     python -m data.study.controls
 
-It prints a table with the bases that exist here: those with the skill, and beside them their twins without it. A fresh
-clone has only the first base; `python -m data.study.compare` makes the others.
+It prints two tables with the bases that exist here: those with the skill, and their twins without it. A fresh clone has
+only the first base; `python -m data.study.compare` makes the others.
 """
 
 import re
@@ -12,6 +12,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from data import DEVICES, Settings, command, option, progress
 from data.evaluate import (
@@ -23,8 +27,10 @@ from data.evaluate import (
     score_line,
 )
 from data.prompts import base_path, find_device, image_features, load_base, screens_and_features
-from data.screens import BIN, SIZE, Box, draw_screen, is_hit
+from data.screens import BIN, ICONS, LABELS, SIZE, Box, draw_screen, is_hit
 from data.study import BASES, TWINS
+from data.walk import attention_shares, patches_of
+from data.words import BOS, ID, IMAGE
 
 SCREENS = 400  # of each kind, that a base is judged on
 WORDINGS = "click wifi", "click right of wifi", "click switch", "click switch right of wifi", "click wifi switch"
@@ -118,11 +124,80 @@ def rules(base: str, device: str) -> dict[str, float]:
     return accuracies
 
 
-def print_rules(cfg: ControlsConfig) -> None:
-    """A line for each rule: its values in % on the bases, then on the twins, as far as they exist here."""
+# ---- What the layers know --------------------------------------------------------------------------------------------
+
+
+def name_shares(base: str, device: str) -> list[float]:
+    """How much the last token of a question looks at the name that it asks for, on source screens.
+
+    For each layer the share of its attention, in the mean over questions, of the head where that is largest."""
+    screens, features = screens_and_features(base, "source", "test", SCREENS, device)
+    return attention_shares(load_base(base, device), screens, features).amax(1).tolist()
+
+
+@torch.no_grad()
+def switch_tokens(base: str, split: str, device: str) -> tuple[Tensor, Tensor]:
+    """What each layer's v_proj reads at the visual tokens of a switch, in the mean over its patches, and whose it is.
+
+    Returns X [L, N, D] for N switches and the indices of their names [N]."""
+    model = load_base(base, device)
+    screens, features = screens_and_features(base, "switches", split, SCREENS, device)
+    layers = []
+    hooks = []
+    for layer in model.language_model.layers:
+        hook = layer.self_attn.v_proj.register_forward_pre_hook(lambda module, inputs: layers.append(inputs[0]))
+        hooks.append(hook)
+    prompt = [ID[BOS]] + [ID[IMAGE]] * model.config.num_patches
+    model(torch.tensor([prompt] * len(screens), device=device), image_features=features)
+    for hook in hooks:
+        hook.remove()
+    side = round(model.config.num_patches**0.5)
+    grids = torch.stack(layers)[:, :, 1:].mT.unflatten(-1, (side, side))  # [L, N, D, side, side]
+    tokens = []
+    names = []
+    for i, screen in enumerate(screens):
+        for target in screen.targets():
+            tokens.append(patches_of(target.click, grids[:, i]).mean((-2, -1)))  # [L, D]
+            names.append((*LABELS, *ICONS).index(target.name))
+    return torch.stack(tokens, dim=1), torch.tensor(names, device=device)
+
+
+def linear_map_accuracy(x: Tensor, classes: Tensor, test_x: Tensor, test_classes: Tensor) -> float:
+    """The share of test_x [N, D] whose class is the largest output of the linear map that fits x to one-hot classes.
+
+    Ridge regression on standardized features, with a constant."""
+    mean = x.mean(0)
+    deviation = x.std(0)
+    x = F.pad((x - mean) / deviation, (0, 1), value=1.0)  # the last feature is the constant
+    test_x = F.pad((test_x - mean) / deviation, (0, 1), value=1.0)
+    penalty = 0.01 * len(x) * torch.eye(x.shape[1], device=x.device)
+    weights = torch.linalg.solve(x.T @ x + penalty, x.T @ F.one_hot(classes).float())
+    return (test_x @ weights).argmax(1).eq(test_classes).float().mean().item()
+
+
+def names_read(base: str, device: str) -> list[float]:
+    """For each layer the share of switches whose name a linear map reads from the visual tokens of the switch."""
+    x, names = switch_tokens(base, "train", device)
+    test_x, test_names = switch_tokens(base, "test", device)
+    return [linear_map_accuracy(x[i], names, test_x[i], test_names) for i in range(len(x))]
+
+
+# ---- What is printed -------------------------------------------------------------------------------------------------
+
+
+def percent(shares: list[float]) -> str:
+    return ", ".join(f"{100 * share:.0f}" for share in shares)
+
+
+def print_controls(cfg: ControlsConfig) -> None:
+    """The rules, in % on the bases and on the twins that exist here; then what the layers of each of them know."""
     device = find_device(cfg.device)
     existing = [base for base in (*BASES.values(), *TWINS.values()) if base_path(base).exists()]
-    accuracies = {base: rules(base, device) for base in progress(existing, "bases")}
+    accuracies = {}
+    layers = []
+    for base in progress(existing, "bases"):
+        accuracies[base] = rules(base, device)
+        layers.append(f"|{base}|{percent(name_shares(base, device))}|{percent(names_read(base, device))}|")
     print("|frozen, on switch screens|the bases %|their twins %|\n|---|---|---|")
     for rule in accuracies[existing[0]]:
         cells = []
@@ -130,8 +205,9 @@ def print_rules(cfg: ControlsConfig) -> None:
             values = [f"{100 * accuracies[base][rule]:.1f}" for base in group.values() if base in accuracies]
             cells.append(", ".join(values) or "none here")
         print(f"|{rule}|{'|'.join(cells)}|")
-    print(f"bases: {', '.join(existing)}")
+    print("\n|frozen, in each layer|attention to the name asked for, %|name read from its switch, %|\n|---|---|---|")
+    print("\n".join(layers))
 
 
 if __name__ == "__main__":
-    sys.exit(command(ControlsConfig, print_rules, __doc__))
+    sys.exit(command(ControlsConfig, print_controls, __doc__))
