@@ -155,7 +155,8 @@ def hf_prompt(family="Llava", kind=PICTURE):
 
 def processor_for(family):
     """Knows a few words and numbers."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
     qwen = family == "Qwen2_5_VL"
     marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO} if qwen else {"<image>": PICTURE}
     words = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", *map(str, range(60))]
@@ -169,7 +170,8 @@ def processor_for(family):
     template = "{% for m in messages %}" + said + "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     if qwen:
         sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 64}
-        pictures, videos = transformers.Qwen2VLImageProcessor(**sizes), transformers.Qwen2VLVideoProcessor(**sizes)
+        pictures = transformers.Qwen2VLImageProcessor(**sizes)
+        videos = transformers.Qwen2VLVideoProcessor(**sizes)
         return transformers.Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=template)
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
@@ -219,7 +221,8 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
 def test_on_visual_tokens_alone_it_is_pefts_lora_on_v_proj():
     """Where every token is visual M is the identity, so without 1/sqrt|S| it is PEFT's LoRA of alpha = gamma alpha."""
     peft = pytest.importorskip("peft")
-    ours, theirs = tiny_hf_vlm(), tiny_hf_vlm()
+    ours = tiny_hf_vlm()
+    theirs = tiny_hf_vlm()
     batch = {"input_ids": torch.full((2, 4), PICTURE), "pixel_values": hf_prompt()["pixel_values"]}
     attach_trained(ours, r=4, lora_alpha=10, normalize=False)
     peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=7, target_modules=r".*language_model.*v_proj"))
@@ -242,7 +245,8 @@ def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_a_plain_loo
     model.train()  # in evaluation bitsandbytes wants more features than there are, on some CPUs
     batch = hf_prompt(family)
     batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == PICTURE, -100)
-    base, base_of_text = logits_of(model, batch), logits_of(model, TEXT)
+    base = logits_of(model, batch)
+    base_of_text = logits_of(model, TEXT)
     adapter = attach(model, heads=select_heads(score_heads(model, [batch]), 3))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4)
@@ -260,7 +264,8 @@ def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_a_plain_loo
 
 @TWO_FAMILIES
 def test_reentrant_checkpointing_changes_no_gradient(family):
-    model, batch = tiny_hf_vlm(family), hf_prompt(family)
+    model = tiny_hf_vlm(family)
+    batch = hf_prompt(family)
     attach_trained(model)
     expected = slopes(model, loss_of(model, batch))
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
@@ -270,7 +275,8 @@ def test_reentrant_checkpointing_changes_no_gradient(family):
 
 @TWO_FAMILIES
 def test_two_examples_that_share_a_row_under_a_block_mask_are_adapted_as_each_alone(family):
-    model, batch = tiny_hf_vlm(family), hf_prompt(family)
+    model = tiny_hf_vlm(family)
+    batch = hf_prompt(family)
     attach_trained(model)
     B, T = batch["input_ids"].shape
     packed = dict(batch)

@@ -72,7 +72,8 @@ def test_the_result_loads_on_a_fresh_base_and_text_alone_stays_the_bases_bit_for
     folder, method, trainer = run
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=dtype)
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-    text, before = logits_of(model, TEXT), logits_of(model, batch)
+    text = logits_of(model, TEXT)
+    before = logits_of(model, batch)
     if method == "image_lora":
         imagelora.load(model, folder / "one" / method / "adapter.pt")
     elif method == "lora":

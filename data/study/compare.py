@@ -203,7 +203,7 @@ TABLES = [
     Table(
         "choice of heads",
         {choice: (HALF, ALL_BASES | {"heads": heads}) for choice, heads in CHOICES.items()},
-        [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 8, 12)],
+        [Column(f"{count} of 24, %", accuracy_on_each("action_acc"), {"num_heads": count}) for count in (4, 8)],
     ),
     Table("half of the heads", {name: (HALF, changes) for name, changes in SETTINGS.items()}, [CLICKS]),
 ]
