@@ -127,12 +127,15 @@ def rules(base: str, device: str) -> dict[str, float]:
 # ---- What the layers know --------------------------------------------------------------------------------------------
 
 
-def name_shares(base: str, device: str) -> list[float]:
-    """How much the last token of a question looks at the name that it asks for, on source screens.
+def clicks_and_attention(base: str, device: str) -> tuple[float, list[float]]:
+    """The click accuracy on source screens; and how much the last token of a question looks at the name asked for.
 
-    For each layer the share of its attention, in the mean over questions, of the head where that is largest."""
+    The second is, for each layer, the share of its attention, in the mean over questions, of the head where that is
+    largest."""
+    model = load_base(base, device)
     screens, features = screens_and_features(base, "source", "test", SCREENS, device)
-    return attention_shares(load_base(base, device), screens, features).amax(1).tolist()
+    metrics, _ = evaluate(model, screens, features)
+    return metrics["action_acc"], attention_shares(model, screens, features).amax(1).tolist()
 
 
 @torch.no_grad()
@@ -197,7 +200,8 @@ def print_controls(cfg: ControlsConfig) -> None:
     layers = []
     for base in progress(existing, "bases"):
         accuracies[base] = rules(base, device)
-        layers.append(f"|{base}|{percent(name_shares(base, device))}|{percent(names_read(base, device))}|")
+        clicks, attention = clicks_and_attention(base, device)
+        layers.append(f"|{base}|{100 * clicks:.1f}|{percent(attention)}|{percent(names_read(base, device))}|")
     print("|frozen, on switch screens|the bases %|their twins %|\n|---|---|---|")
     for rule in accuracies[existing[0]]:
         cells = []
@@ -205,7 +209,8 @@ def print_controls(cfg: ControlsConfig) -> None:
             values = [f"{100 * accuracies[base][rule]:.1f}" for base in group.values() if base in accuracies]
             cells.append(", ".join(values) or "none here")
         print(f"|{rule}|{'|'.join(cells)}|")
-    print("\n|frozen, in each layer|attention to the name asked for, %|name read from its switch, %|\n|---|---|---|")
+    print("\n|frozen|old task, %|attention to the name asked for, in each layer, %|name read from its switch, %|")
+    print("|---|---|---|---|")
     print("\n".join(layers))
 
 
