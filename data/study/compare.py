@@ -48,7 +48,7 @@ METHODS = {
 TUNED = [method for method in METHODS if method != NOTHING]
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # learning rates
 TOLERANCE = 0.01  # the chosen rate is the lowest whose validation accuracy is this close to the best
-HAVE_OWN_RATE = ("twins", "domain", "task")  # a cell that changes one of these has a rate chosen for it
+HAVE_OWN_RATE = ("twins", "domain", "task", "r")  # a cell that changes one of these has a rate chosen for it
 SEARCH_SEEDS = (1, 2, 3)  # rates are chosen on these base models and twins
 HARD_TWINS = (1, 2, 3, 8)  # on these Image-LoRA falls far behind
 
