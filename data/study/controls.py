@@ -209,7 +209,8 @@ def print_controls(cfg: ControlsConfig) -> None:
             values = [f"{100 * accuracies[base][rule]:.1f}" for base in group.values() if base in accuracies]
             cells.append(", ".join(values) or "none here")
         print(f"|{rule}|{'|'.join(cells)}|")
-    print("\n|frozen|old task, %|attention to the name asked for, in each layer, %|name read from its switch, %|")
+    titles = "attention to the name asked for, in each layer, %|name read from its switch, in each layer, %"
+    print(f"\n|frozen|old task, %|{titles}|")
     print("|---|---|---|---|")
     print("\n".join(layers))
 
