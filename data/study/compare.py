@@ -171,9 +171,11 @@ TABLES = [
     Table(
         "fine-tuned with",
         MAIN_LINES,
-        with_changes(
-            [Column("trained parameters", parameters), FLOPS, MEAN_CLICKS, *MEANS_OF_OTHER_SKILLS], **ALL_BASES
-        ),
+        [
+            *with_changes([Column("trained parameters", parameters), FLOPS, MEAN_CLICKS], **ALL_BASES),
+            Column("the same on twins, %", accuracy("action_acc"), ALL_TWINS),
+            *with_changes(MEANS_OF_OTHER_SKILLS, **ALL_BASES),
+        ],
     ),
     Table("base models 1 to 5", EACH_METHOD, with_changes([CLICKS, *OTHER_SKILLS, RATE], **ALL_BASES)),
     Table("with replay", REPLAY, with_changes([CLICKS, *OTHER_SKILLS, RATE], **ALL_BASES)),
