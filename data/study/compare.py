@@ -118,15 +118,18 @@ def adapter_flops(rows: list[dict]) -> str:
     return f"{100 * mean(rows, 'adapter_flops_per_screen') / mean(rows, 'lora_flops_per_screen'):.0f}"
 
 
-OLD_TASK = Column("old task, %", accuracy_on_each("source_acc"))
-WORD_PROBLEMS = Column("word problems without an image, %", accuracy_on_each("word_problem_acc"))
-AFTER_IMAGE = Column("word problems after an image, %", accuracy_on_each("word_problem_after_image_acc"))
-OTHER_SKILLS = [WORD_PROBLEMS, AFTER_IMAGE, OLD_TASK]
-MEANS_OF_OTHER_SKILLS = [
-    Column("word problems without an image, %", accuracy("word_problem_acc")),
-    Column("word problems after an image, %", accuracy("word_problem_after_image_acc")),
-    Column("old task, %", accuracy("source_acc")),
-]
+def other_skills(measure: Callable) -> list[Column]:
+    """What fine-tuning may damage, a column for each skill. measure: `accuracy` or `accuracy_on_each`."""
+    return [
+        Column("word problems without an image, %", measure("word_problem_acc")),
+        Column("word problems after an image, %", measure("word_problem_after_image_acc")),
+        Column("old task, %", measure("source_acc")),
+    ]
+
+
+OTHER_SKILLS = other_skills(accuracy_on_each)
+MEANS_OF_OTHER_SKILLS = other_skills(accuracy)
+AFTER_IMAGE_AND_OLD_TASK = OTHER_SKILLS[1:]
 CLICKS = Column("switches clicked, %", accuracy_on_each("action_acc"))
 MEAN_CLICKS = Column("switches clicked, %", accuracy("action_acc"))
 RATE = Column("learning rate", rate)
@@ -207,12 +210,12 @@ TABLES = [
         },
         [Column("trained parameters", parameters, {"seeds": HARD_TWINS, "twins": True}), *on_twins(HARD_TWINS)],
     ),
-    Table("dark screens", TASK_METHODS, with_changes([NAMES_CLICKED, AFTER_IMAGE, OLD_TASK, RATE], domain="dark")),
-    Table("referring", TASK_METHODS, with_changes([NAMES_TOLD, AFTER_IMAGE, OLD_TASK, RATE], task="referring")),
+    Table("dark screens", TASK_METHODS, with_changes([NAMES_CLICKED, *AFTER_IMAGE_AND_OLD_TASK, RATE], domain="dark")),
+    Table("referring", TASK_METHODS, with_changes([NAMES_TOLD, *AFTER_IMAGE_AND_OLD_TASK, RATE], task="referring")),
     Table(
         "after nine word problems",
         {method: (method, {}) for method in (NOTHING, LORA, ALL)},
-        with_changes([FLOPS, CLICKS, AFTER_IMAGE, OLD_TASK], history=9),
+        with_changes([FLOPS, CLICKS, *AFTER_IMAGE_AND_OLD_TASK], history=9),
     ),
     Table(
         "choice of heads",

@@ -229,7 +229,11 @@ class FakeRuns:
             self.stop_after = -1
             raise KeyboardInterrupt
         self.done.append(cfg)
-        best = 0.02 if cfg.base in TWINS.values() else 0.0003 if cfg.domain == "dark" else 0.005
+        best = 0.005
+        if cfg.base in TWINS.values():
+            best = 0.02
+        elif cfg.domain == "dark":
+            best = 0.0003
         accuracy = 1 - abs(math.log2(cfg.lr / best)) / 50 if cfg.lr else 0.0
         fields = (
             "action_acc",
