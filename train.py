@@ -3,35 +3,31 @@
 python train.py                  before, probe, select, train, after, cost: about a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
-python -m data.walk              a guided walk: one question through every step, tensor by tensor
+python -m data.walk              then a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
 python -m data.study.compare     every method on several base models, and the tables of the pages
 """
 
 import json
-import math
 import sys
-import tempfile
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import DEVICES, Settings, command, option, progress  # Before torch, because it sets how threads wait.
+from data import command, figures, option, prompts  # Before torch, because it sets how threads wait.
 
 # isort: split
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import imagelora
-from data import figures, prompts
 from data.baselines import LoRA, choose_heads, gate_scores
 from data.costs import run_costs
 from data.evaluate import (
     Answer,
-    film_frame,
     hit_rate,
     measure,
     measure_controls,
@@ -41,56 +37,40 @@ from data.evaluate import (
     text_only_logits,
 )
 from data.prompts import TrainingData, find_device, load_base, training_batch, training_data
-from data.screens import DOMAINS
 from tiny_vlm import TinyVLM
 
 # Chosen on switch screens, for Image-LoRA in half of the heads and for LoRA on q, k, v and o (data/study/README.md).
 RATES = {"image_lora": 0.02, "lora": 0.0025, "none": 0.0}
+GAMMA_RATE = 0.1  # gamma's rate as a multiple of that of A and B
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config:
     """One fine-tuning run; each field is an option of the command line, too."""
 
     method: str = option("image_lora", "none measures the frozen model", tuple(RATES))
     projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
     tokens: str = option("all", "which tokens lora adapts", ("all", "visual"))
-    task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
-    domain: str = option("switches", "the kind of screen", ("switches", "dark", "source"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
-        "top: the most influential by the probe; bottom: the least; gate: the top ones by the score of the authors' "
-        "release; matched: random, as many in each layer as top; random: any",
-        ("top", "bottom", "gate", "matched", "random", "all"),
+        "as many in each layer; top: the most influential by the probe; bottom: the least; gate: the top ones by the "
+        "score of the authors' release; random: any",
+        ("top", "bottom", "gate", "random", "all"),
     )
-    num_heads: int = option(12, "number of value heads to adapt", least=1)
-    tau: float = option(0.0, "layer budget ~ influence^tau: 0 even, 0.5 the authors', above 1 in fewer layers", least=0)
-    r: int = option(8, "rank; alpha is 2 r", least=1)
-    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}", least=0)
-    gamma_lr: float = option(0.1, "gamma's rate as a multiple of lr; 0 keeps gamma at 1", least=0)
-    steps: int = option(500, "training steps", least=1)
-    history: int = option(0, "word problems before each screen: longer text, same image", least=0)
-    replay: int = option(0, "how many of a step's 8 sequences ask what the base was asked before", least=0)
-    test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
-    seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
-    device: str = option("auto", "where to compute", DEVICES)
-    out: str = option("", "output directory, default runs/DOMAIN")
-    film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")
+    num_heads: int = option(12, "number of value heads to adapt")
+    r: int = option(8, "rank; alpha is 2 r")
+    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}")
+    steps: int = option(500, "training steps")
+    replay: int = option(0, "how many of a step's 8 sequences ask what the base was asked before")
+    test_screens: int = option(100, "screens that the accuracies are measured on")
+    seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe")
+    device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
+    out: str = option("runs/switches", "output directory")
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.film and self.task != "grounding":
-            raise ValueError("the moving picture shows clicks, so film needs the task grounding")
-        if self.replay > prompts.SCREENS_PER_STEP:
-            most = prompts.SCREENS_PER_STEP
-            raise ValueError(f"replay must be at most {most}, the sequences of a step, got {self.replay}")
         if self.lr is None:
             object.__setattr__(self, "lr", RATES[self.method])
-
-    def directory(self) -> Path:
-        """Where this run writes its files."""
-        return Path(self.out or f"runs/{self.domain}")
 
 
 # ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
@@ -102,7 +82,6 @@ class Finetuned(NamedTuple):
     adapter: nn.Module | None
     base_answers: list[Answer]
     answers: list[Answer]
-    film: list[tuple[int, list[Answer]]]  # (step, a few answers)
 
 
 def finetune(cfg: Config, verbose=False) -> Finetuned:
@@ -119,26 +98,24 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
     heads = None
     if cfg.method == "image_lora":
         scores = score_value_heads(cfg, model, probe_batches)
-        heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.tau, cfg.seed)
+        heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
         if verbose:
             print_heads(scores, heads)
 
     adapter = attach_adapter(cfg, model, heads)
-    film = [(0, film_frame(cfg, model))] if cfg.film else []
     if adapter:
-        # Each turn of this loop is a training step.
-        for step, _, _ in with_bar(train(cfg, model, adapter, data), cfg.steps, quiet=not verbose):
-            if cfg.film and (figures.is_filmed(step, cfg.steps) or step == cfg.steps):
-                film.append((step, film_frame(cfg, model)))
+        bar = tqdm(train(cfg, model, adapter, data), "train", cfg.steps, disable=not verbose)
+        for loss, click_share in bar:  # each turn is a training step
+            bar.set_postfix_str(f"loss {loss:.2f}  training clicks, teacher-forced {click_share:.0%}", refresh=False)
 
     metrics, answers = measure(cfg, model)
     changes = text_only_changes(base_logits, text_only_logits(model))
     result = asdict(cfg) | {"selected": heads, "before": base_metrics} | metrics | changes
-    result |= run_costs(model, adapter, probe_batches[0], all_tokens=cfg.method == "lora" and cfg.tokens == "all")
+    result |= run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     if verbose:
         print_tuned(result)
-    return Finetuned(result, model, adapter, base_answers, answers, film)
+    return Finetuned(result, model, adapter, base_answers, answers)
 
 
 def score_value_heads(cfg: Config, model: TinyVLM, batches: list[dict]) -> Tensor:
@@ -158,16 +135,11 @@ def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -
     return None
 
 
-def train(
-    cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData
-) -> Iterator[tuple[int, float, float | None]]:
-    """Train the adapter by AdamW. After each step yields (steps so far, loss, share of correct clicks).
-
-    The share is of the training batch, with teacher forcing; None if the task asks for no clicks.
-    Raises FloatingPointError if the loss is not finite."""
+def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -> Iterator[tuple[float, float]]:
+    """Train the adapter by AdamW. After each step yields the loss and the share of correct clicks in its batch."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
-    groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": cfg.gamma_lr}]
+    groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
     on_gpu = model.device.type == "cuda"
@@ -185,9 +157,6 @@ def train(
         # The loss is the cross-entropy of the answers.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
             output = model(**batch.inputs)
-        loss = output.loss.item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
 
         # Gradients flow down to the lowest adapter, but only the adapter's parameters receive them and change.
         optimizer.zero_grad()
@@ -195,48 +164,26 @@ def train(
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
-        click_share = None
-        if cfg.task == "grounding":
-            click_share = hit_rate(output.logits, batch.inputs["labels"], batch.boxes)
-        yield step + 1, loss, click_share
-
-
-def run(cfg: Config) -> dict:
-    """One run that writes no file and prints nothing: the Config's fields and what was measured."""
-    return finetune(cfg).result
+        yield output.loss.item(), hit_rate(output.logits, batch.inputs["labels"], batch.boxes)
 
 
 # ---- What is printed and saved ---------------------------------------------------------------------------------------
 
 
-def main_job(cfg: Config) -> None:
-    """One run, then the controls and costs. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, pictures of clicks."""
-    out = cfg.directory()
+def main(cfg: Config) -> None:
+    """One run, then the controls. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, a picture of clicks."""
+    out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # If we may not write here, it is better to fail now than after training.
     tuned = finetune(cfg, verbose=True)
-    result = tuned.result
-    if cfg.task == "grounding" and DOMAINS[cfg.domain].switches:
-        result = result | measure_controls(cfg, tuned.model)
-        print_controls(result)
+    result = tuned.result | measure_controls(cfg, tuned.model)
+    print_controls(result)
     if tuned.adapter:
         print_costs(result)
-
-    saved = []
-    # Delete an earlier run's file. This run's is written last, so where it exists, the other files do, too.
-    (out / "metrics.json").unlink(missing_ok=True)
     if cfg.method == "image_lora":
         tuned.adapter.save(out / "adapter.pt")
-        saved.append("adapter.pt")
-    if cfg.task == "grounding":
-        figures.save([figures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
-        saved.append("predictions.png")
-    if tuned.film:
-        figures.save(figures.moving_picture(tuned.film), out / "training.gif")
-        saved.append("training.gif")
-    imagelora.safe_write(json.dumps(result, indent=1).encode(), out / "metrics.json")
-    print(f"saved    {out}/ {' '.join(saved)} metrics.json")
-    print("note     on another kind of processor accuracies differ by about a point, where they are near 100 %")
+    figures.predictions(tuned.base_answers, tuned.answers).save(out / "predictions.png")
+    (out / "metrics.json").write_text(json.dumps(result, indent=1))
+    print(f"saved    {' '.join(sorted(path.name for path in out.iterdir()))} in {out}/")
 
 
 def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
@@ -245,7 +192,7 @@ def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
     print(
         f"base     {Path(cfg.base).name} · {size} · {model.config.num_patches} visual tokens a screen · {model.device}"
     )
-    print(f"before   {score_line(cfg.domain, metrics)}")
+    print(f"before   {score_line(metrics)}")
     print(f"         {other_skills_line(metrics)}")
 
 
@@ -258,23 +205,8 @@ def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
     print(f"select   {num_selected} of {scores.numel()} heads: {' · '.join(layers)}")
 
 
-def with_bar(training: Iterable[tuple], num_steps: int, quiet: bool) -> Iterator[tuple]:
-    """Passes on what `train` yields, and shows it in a progress bar: means over ten steps."""
-    losses = deque(maxlen=10)
-    click_shares = deque(maxlen=10)
-    bar = progress(training, "train", num_steps, quiet)
-    for step, loss, click_share in bar:
-        losses.append(loss)
-        status = f"loss {sum(losses) / len(losses):.2f}"
-        if click_share is not None:
-            click_shares.append(click_share)
-            status += f"  training clicks, teacher-forced {sum(click_shares) / len(click_shares):.0%}"
-        bar.set_postfix_str(status, refresh=False)
-        yield step, loss, click_share
-
-
 def print_tuned(result: dict) -> None:
-    print(f"after    {score_line(result['domain'], result)}")
+    print(f"after    {score_line(result)}")
     print(f"         {other_skills_line(result)}")
     difference = result["text_logits_max_abs_diff"]
     verdict = "changed" if difference else "identical"
@@ -293,16 +225,12 @@ def print_controls(result: dict) -> None:
 
 def print_costs(result: dict) -> None:
     parameters = result["trainable_parameters"]
-    lora_parameters = result["lora_trainable_parameters"]
+    share = parameters / result["lora_trainable_parameters"]
     flops = result["adapter_flops_per_screen"]
-    lora_flops = result["lora_flops_per_screen"]
-    step_flops = result["step_flops_per_screen"]
-    verdict = "counted = computed" if result["counted_flops_per_screen"] == flops else "counted differs from computed"
-    size = f"{parameters:,} parameters ({parameters / lora_parameters:.0%} of LoRA's, rank 8)"
-    cost = f"adapter {flops / 1e6:.2f} MFLOP per screen ({flops / lora_flops:.0%} of LoRA's), {verdict}"
-    print(f"cost     {size} · {cost}")
-    print(f"         {flops / step_flops:.1%} of the decoder's training step, {step_flops / 1e6:.0f} MFLOP per screen")
+    share_of_flops = flops / result["lora_flops_per_screen"]
+    size = f"{parameters:,} parameters ({share:.0%} of LoRA's, rank 8)"
+    print(f"cost     {size} · adapter {flops / 1e6:.2f} MFLOP per screen ({share_of_flops:.0%} of LoRA's)")
 
 
 if __name__ == "__main__":
-    sys.exit(command(Config, main_job, __doc__))
+    sys.exit(command(Config, main, __doc__))

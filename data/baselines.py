@@ -8,30 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.costs import lora_costs, shape_of
 from imagelora import Heads, select_heads
 
 
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
-    names: which projections, letters of q, k, v, o. visual_only: only visual tokens are adapted, as in Image-LoRA."""
+    names: which projections: some of q, k, v, o, gate, up, down; a text is read as its letters. visual_only: only
+    visual tokens are adapted, as in Image-LoRA. A and B are float32; x and the update are cast where the model is not.
+    """
 
-    def __init__(self, model, r: int, lora_alpha: float, names: str = "qkvo", visual_only: bool = False):
+    def __init__(self, model, r: int, lora_alpha: float, names="qkvo", visual_only: bool = False):
         super().__init__()
         self.r = r
         self.scaling = lora_alpha / r
         self.names = names
         self.visual_only = visual_only
-        self.shape = shape_of(model)
         self.enabled = True
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
         model.requires_grad_(False)
         model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
+        suffixes = tuple(f"{name}_proj" for name in names)
         for layer in model.language_model.layers:
-            for name in names:
-                linear = getattr(layer.self_attn, f"{name}_proj")
+            for linear in [module for name, module in layer.named_modules() if name.endswith(suffixes)]:
                 linear.register_forward_hook(partial(self._add_update, len(self.A)))
                 A = torch.empty(linear.in_features, r, device=model.device)
                 nn.init.kaiming_uniform_(A.T, a=math.sqrt(5))
@@ -49,8 +49,8 @@ class LoRA(nn.Module):
     def _add_update(self, i: int, linear, inputs, y: Tensor) -> Tensor:
         """What projection number i computes, y [B, T, d_out], with the update in the adapted rows."""
         x = inputs[0].flatten(0, -2)[self.rows]  # [rows, d_in]
-        update = self.scaling * (x @ self.A[i]) @ self.B[i]
-        return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
+        update = self.scaling * (x.to(self.A[i].dtype) @ self.A[i]) @ self.B[i]
+        return y.flatten(0, -2).index_add(0, self.rows, update.to(y.dtype)).view_as(y)
 
     @contextmanager
     def disabled(self):
@@ -60,11 +60,6 @@ class LoRA(nn.Module):
             yield
         finally:
             self.enabled = True
-
-    def flops(self, num_tokens: int) -> int:
-        """FLOPs of the adapter in one training step (forward and backward) over so many tokens."""
-        _, flops = lora_costs(self.shape, num_tokens, self.r, self.names)
-        return flops
 
 
 def gate_scores(model, batches: list[dict]) -> Tensor:
@@ -82,25 +77,16 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
     return scores.detach().cpu()
 
 
-def choose_heads(choice: str, scores: Tensor, count: int, tau: float, seed: int) -> Heads:
-    """`count` of the value heads whose scores are [L, H]; choice "all": every head.
+def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
+    """`count` of the value heads whose scores are [L, H], spread evenly over the layers; choice "all": every head.
 
-    top, gate: those with the highest scores of each layer, shared out over the layers by tau. bottom: those with the
-    lowest scores of each layer, shared out evenly. random: any. matched: any, but as many in each layer as top."""
-    num_heads = scores.shape[1]
-    rng = np.random.default_rng(seed)
+    top, gate: those with the highest scores of each layer. bottom: those with the lowest. random: any."""
     if choice == "all":
-        return select_heads(scores, scores.numel())
+        return select_heads(scores, scores.numel(), tau=0)
     if choice == "bottom":
         return select_heads(scores.max() - scores, count, tau=0)
-    highest = select_heads(scores, count, tau)
-    if choice in ("top", "gate"):
-        return highest
-    if choice == "matched":
-        return {layer: sorted(rng.permutation(num_heads)[: len(best)].tolist()) for layer, best in highest.items()}
+    highest = select_heads(scores, count, tau=0)
     if choice == "random":
-        selected = {}
-        for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
-            selected.setdefault(i // num_heads, []).append(i % num_heads)
-        return selected
-    raise ValueError(f"unknown choice of heads {choice!r}")
+        rng = np.random.default_rng(seed)
+        return {layer: sorted(rng.permutation(scores.shape[1])[: len(k)].tolist()) for layer, k in highest.items()}
+    return highest

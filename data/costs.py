@@ -1,21 +1,12 @@
-"""What LoRA and Image-LoRA cost in a training step: by arithmetic for real models, and counted in a run.
+"""What LoRA and Image-LoRA cost in a training step, by arithmetic: python -m data.costs
 
-    python -m data.costs
-
-It prints two models side by side, because the comparison turns on one number: how many value heads a model has.
-Qwen2.5-VL-7B has 4 of them for 28 query heads, which makes values cheap. LLaVA-1.5-7B has 32 for 32.
+It prints two models, because the comparison turns on one number: how many value heads a model has. Qwen2.5-VL-7B has 4
+of them for 28 query heads, which makes values cheap. LLaVA-1.5-7B has 32 for 32.
 """
 
-import sys
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-from data import Settings, command, option
-from imagelora import Heads, image_lora_flops, lora_flops, select_heads
+from imagelora import Heads
 
 
 class Shape(NamedTuple):
@@ -33,13 +24,28 @@ MODELS = {
     "Qwen2.5-VL-7B": Shape(28, 3584, 28, 4, 128, 18944),
     "LLaVA-1.5-7B": Shape(32, 4096, 32, 32, 128, 11008),
 }
+VISUAL_TOKENS = 576  # one image of LLaVA-1.5, 672 x 672 pixels of Qwen2.5-VL
+TOKENS = 720
 
 
-@dataclass(frozen=True)
-class CostsConfig(Settings):
-    visual_tokens: int = option(576, "of a sequence; one image of LLaVA-1.5, 672 x 672 pixels of Qwen2.5-VL", least=1)
-    text_tokens: int = option(144, "of a sequence", least=0)
-    r: int = option(8, "rank", least=1)
+def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
+    """FLOPs of LoRA on one Linear in a training step; a product of m x n and n x k counts 2 m n k.
+
+    input_grad: whether the input of this Linear needs a gradient."""
+    z = dA = dx = 2 * num_tokens * r * in_features  # forward z = x A, backward dA and dx
+    y = dB = dz = 2 * num_tokens * r * out_features  # forward y = z B, backward dB and dz
+    return z + y + dB + dz + dA + dx * input_grad
+
+
+def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, input_grad=False):
+    """FLOPs of a whole Image-LoRA in a training step over this many visual tokens.
+
+    input_grad: whether the input of the lowest adapted layer needs a gradient. That of the others always does."""
+    flops = 0
+    for selected in heads.values():
+        flops += lora_flops(num_visual_tokens, hidden_size, len(selected) * head_dim, r, input_grad)
+        input_grad = True
+    return flops
 
 
 def lora_costs(shape: Shape, num_tokens: int, r: int, projections: str = "qkvo") -> tuple[int, int]:
@@ -64,9 +70,7 @@ def image_lora_costs(shape: Shape, num_visual_tokens: int, r: int, heads: Heads)
 
 
 def decoder_flops(shape: Shape, num_tokens: int) -> int:
-    """FLOPs of a decoder's training step: its layers forward and back to their inputs, as its weights are frozen.
-
-    The vision tower and the vocabulary are left out."""
+    """FLOPs of a decoder's training step: its layers forward and back to their inputs, as its weights are frozen."""
     heads = 2 * shape.query_heads + 2 * shape.value_heads  # of q, o, k and v
     weights = shape.hidden_size * (heads * shape.head_dim + 3 * shape.mlp_size)  # of a layer
     linear = 2 * 2 * num_tokens * weights  # forward, and back to the input
@@ -74,84 +78,51 @@ def decoder_flops(shape: Shape, num_tokens: int) -> int:
     return shape.num_layers * (linear + attention)
 
 
-def even_heads(shape: Shape, num_heads: int) -> Heads:
-    """So many value heads, spread evenly over the layers."""
-    return select_heads(torch.ones(shape.num_layers, shape.value_heads), num_heads, tau=0.0)
-
-
-def print_costs(cfg: CostsConfig) -> None:
+def print_costs(r=8) -> None:
     """For each model a table of parameters, adapter FLOPs and their share of the step; then the three factors."""
-    tokens = cfg.visual_tokens + cfg.text_tokens
-    print(f"a sequence of {cfg.visual_tokens} visual and {cfg.text_tokens} text tokens, r = {cfg.r}")
+    print(f"a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens, r = {r}")
     for name, shape in MODELS.items():
-        num_heads = shape.num_layers * shape.value_heads
+        all_heads = {layer: range(shape.value_heads) for layer in range(shape.num_layers)}
+        half = {layer: range(shape.value_heads // 2) for layer in range(shape.num_layers)}
         methods = {
-            "LoRA on q, k, v, o": lora_costs(shape, tokens, cfg.r),
-            "LoRA at visual tokens": lora_costs(shape, cfg.visual_tokens, cfg.r),
-            "LoRA at visual tokens, rank 2": lora_costs(shape, cfg.visual_tokens, 2),
-            "Image-LoRA in all heads": image_lora_costs(shape, cfg.visual_tokens, cfg.r, even_heads(shape, num_heads)),
-            "Image-LoRA in half of the heads": image_lora_costs(
-                shape, cfg.visual_tokens, cfg.r, even_heads(shape, num_heads // 2)
-            ),
+            "LoRA on q, k, v, o": lora_costs(shape, TOKENS, r),
+            "LoRA at visual tokens": lora_costs(shape, VISUAL_TOKENS, r),
+            "LoRA at visual tokens, rank 2": lora_costs(shape, VISUAL_TOKENS, 2),
+            "Image-LoRA in all heads": image_lora_costs(shape, VISUAL_TOKENS, r, all_heads),
+            "Image-LoRA in half of the heads": image_lora_costs(shape, VISUAL_TOKENS, r, half),
         }
         print(f"\n{name:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
-        step = decoder_flops(shape, tokens)
+        step = decoder_flops(shape, TOKENS)
         _, lora = methods["LoRA on q, k, v, o"]
         for method, (parameters, flops) in methods.items():
             print(f"{method:32}{parameters:12,}{flops / 1e9:16.2f}{flops / lora:9.3f}{flops / (step + flops):13.3%}")
         _, at_visual_tokens = methods["LoRA at visual tokens"]
-        _, of_values = lora_costs(shape, cfg.visual_tokens, cfg.r, "v")
+        _, of_values = lora_costs(shape, VISUAL_TOKENS, r, "v")
         _, of_half = methods["Image-LoRA in half of the heads"]
         factors = f"visual tokens only {at_visual_tokens / lora:.3f} x values only {of_values / at_visual_tokens:.3f}"
         print(f"{factors} x half of the heads {of_half / of_values:.3f} = {of_half / lora:.3f}")
 
 
-def shape_of(model) -> Shape:
-    """The sizes of a TinyVLM."""
-    config = model.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    return Shape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        head_dim,
-        4 * config.hidden_size,
-    )
-
-
-def run_costs(model, adapter, batch: dict, all_tokens: bool) -> dict:
-    """Parameters, and FLOPs of a training step a screen: the adapter's, computed and counted, and the whole step's.
-
-    all_tokens: whether the adapter updates those of text too. Without an adapter (None) nothing is trained."""
-    ids = batch["input_ids"]
-    visual = int((ids == model.config.image_token_id).sum())
-    parameters = flops = step = floor = 0
-    if adapter is not None:
-        parameters = sum(p.numel() for p in adapter.parameters())
-        flops = adapter.flops(ids.numel() if all_tokens else visual)
-        step = count_step(model, batch)
-        with adapter.disabled():
-            floor = count_step(model, batch)
-        adapter.zero_grad()
-    lora_parameters, of_lora = lora_costs(shape_of(model), ids.numel(), r=8)
+def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
+    """Parameters, and training FLOPs a screen, of a run's adapter and of LoRA of rank 8; ids [B, T] are of a batch."""
+    c = model.config
+    head_dim = c.hidden_size // c.num_attention_heads
+    shape = Shape(c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, head_dim, 0)
+    num_visual = int((ids == c.image_token_id).sum())
+    lora_parameters, of_lora = lora_costs(shape, ids.numel(), r=8)
+    parameters = flops = 0
+    if cfg.method == "image_lora":
+        parameters, flops = image_lora_costs(shape, num_visual, cfg.r, heads)
+    if cfg.method == "lora":
+        num_tokens = ids.numel() if cfg.tokens == "all" else num_visual
+        parameters, flops = lora_costs(shape, num_tokens, cfg.r, cfg.projections)
     return {
         "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": flops / len(ids),
         "lora_flops_per_screen": of_lora / len(ids),
-        "counted_flops_per_screen": (step - floor) / len(ids),
-        "step_flops_per_screen": step / len(ids),
     }
 
 
-def count_step(model, batch: dict) -> int:
-    """FLOPs of a forward and a backward pass as PyTorch counts them."""
-    # The plain attention kernel is the only one whose FLOPs the counter sees on a CPU.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(**batch).loss.backward()
-    return counter.get_total_flops()
-
-
 if __name__ == "__main__":
-    sys.exit(command(CostsConfig, print_costs, __doc__))
+    print_costs()

@@ -1,6 +1,5 @@
 """Answers and their score: the task, what else the model can do, and the controls that a score is compared with."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,12 +48,12 @@ def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict
 
 
 @torch.no_grad()
-def generate_answers(model, samples: list[dict], features: Tensor, history=0) -> list[str]:
-    """The model's greedy answers to samples, each after `history` word problems and its image [B, P or 0, D]."""
+def generate_answers(model, samples: list[dict], features: Tensor) -> list[str]:
+    """The model's greedy answers to samples, each after its image [B, P or 0, D]."""
     answers = []
     for start in range(0, len(samples), CHUNK):
         part = slice(start, start + CHUNK)
-        batch = prompt_batch(samples[part], features[part], history)
+        batch = prompt_batch(samples[part], features[part])
         ids = model.generate(**batch, max_new_tokens=3)
         new_ids = ids[:, batch["input_ids"].shape[1] :]
         answers += [decode(row) for row in new_ids.tolist()]
@@ -62,12 +61,7 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 
 def evaluate(
-    model,
-    screens: list[Screen],
-    features: Tensor,
-    task="grounding",
-    history=0,
-    reword: Callable[[dict], dict] | None = None,
+    model, screens: list[Screen], features: Tensor, task="grounding", reword=None
 ) -> tuple[dict, list[Answer]]:
     """Ask for all targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers).
 
@@ -75,7 +69,7 @@ def evaluate(
     numbers, samples = zip(*all_samples(screens, task))
     if reword:
         samples = [reword(sample) for sample in samples]
-    outputs = generate_answers(model, samples, features[list(numbers)], history)
+    outputs = generate_answers(model, samples, features[list(numbers)])
     if task == "grounding":
         outputs = [parse_point(text) for text in outputs]
         metrics = click_metrics(outputs, samples)
@@ -114,8 +108,8 @@ def measure(cfg, model) -> tuple[dict, list[Answer]]:
     """What the model can do: the task, clicks on source screens, word problems without and after an image.
 
     Returns the metrics, and the answers of the task."""
-    screens, features = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
-    metrics, answers = evaluate(model, screens, features, cfg.task, cfg.history)
+    screens, features = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
+    metrics, answers = evaluate(model, screens, features)
     source = screens_and_features(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
     source_metrics, _ = evaluate(model, *source)
     metrics["source_acc"] = source_metrics["action_acc"]
@@ -124,15 +118,10 @@ def measure(cfg, model) -> tuple[dict, list[Answer]]:
     return metrics, answers
 
 
-def score_line(domain: str, metrics: dict) -> str:
-    """The metrics of `evaluate` in a sentence."""
-    screens = f"{domain.removesuffix('es')} screens"
-    if "name_acc" in metrics:
-        return f"correct names on {screens} {metrics['name_acc']:6.1%}"
-    if "relation_acc" in metrics:
-        return f"what is right of a name, on {screens} {metrics['relation_acc']:6.1%}"
+def score_line(metrics: dict) -> str:
+    """The clicks of `measure` in a sentence."""
     kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
-    return f"click accuracy on {screens} {metrics['action_acc']:6.1%}  ({kinds})"
+    return f"click accuracy on switch screens {metrics['action_acc']:6.1%}  ({kinds})"
 
 
 def other_skills_line(metrics: dict) -> str:
@@ -190,17 +179,6 @@ def hit_rate(logits: Tensor, labels: Tensor, boxes: list[Box | None]) -> float:
     return sum(hits) / max(len(hits), 1)
 
 
-def film_frame(cfg, model) -> list[Answer]:
-    """The answer to one question about each of the first six test screens."""
-    screens, features = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
-    _, answers = evaluate(model, screens[:6], features[:6], history=cfg.history)
-    frame = []
-    for i, screen in enumerate(screens[:6]):
-        about_screen = [answer for answer in answers if answer.screen is screen]
-        frame.append(about_screen[i % len(about_screen)])  # so that some are of text and some of icons
-    return frame
-
-
 # ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------
 
 
@@ -213,8 +191,8 @@ def measure_controls(cfg, model) -> dict:
     """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
     switches erased."""
     base = load_base(cfg.base, model.device)
-    whole = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device)
-    reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
-    erased = screens_and_features(cfg.base, cfg.domain, "test", cfg.test_screens, model.device, erased=True)
-    metrics, _ = evaluate(model, *erased, history=cfg.history)
+    whole = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
+    reworded, _ = evaluate(base, *whole, reword=click_right_of)
+    erased = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device, erased=True)
+    metrics, _ = evaluate(model, *erased)
     return {"reworded_acc": reworded["action_acc"], "erased_acc": metrics["action_acc"]}

@@ -31,13 +31,11 @@ IGNORED = -100  # the label of a token that is not to be predicted
 Turn = list[tuple[int, int]]  # (id, label) of each token of an instruction and its answer
 
 
-def turn(sample: dict, learn=True) -> Turn:
-    """An instruction and its answer, ended by <eos>. learn: whether the answer has labels."""
+def turn(sample: dict) -> Turn:
+    """An instruction and its answer, ended by <eos>. Only the answer has labels."""
     instruction = encode(sample["instruction"])
     answer = encode(f"{sample['answer']} {EOS}")
-    tokens = [(token, IGNORED) for token in instruction]
-    tokens += [(token, token if learn else IGNORED) for token in answer]
-    return tokens
+    return [(token, IGNORED) for token in instruction] + [(token, token) for token in answer]
 
 
 def pad(rows: list, value: int, side="right") -> Tensor:
@@ -60,12 +58,9 @@ def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_pa
     return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
 
 
-def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
-    """The model's arguments for samples, each after `history` word problems and its image: features [B, P or 0, D]."""
-    prefix = [ID[BOS]]
-    for i in range(history):
-        prefix += [token for token, _ in turn(word_problem("validation", i))]
-    prefix += [ID[IMAGE]] * features.shape[1]
+def prompt_batch(samples: list[dict], features: Tensor) -> dict:
+    """The model's arguments for samples, each after its image: features [B, P or 0, D]."""
+    prefix = [ID[BOS]] + [ID[IMAGE]] * features.shape[1]
     rows = [prefix + encode(sample["instruction"]) for sample in samples]
     ids = pad(rows, ID[PAD], "left").to(features.device)
     mask = (ids != ID[PAD]).long()
@@ -73,14 +68,11 @@ def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
 
 
 def find_device(name: str) -> str:
-    """The device of this name; "auto" is the accelerator if there is one. ValueError if it is not available."""
+    """The device of this name; "auto" is the accelerator if there is one."""
+    if name != "auto":
+        return name
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    if name == "auto":
-        return devices[0]
-    if name not in devices:
-        raise ValueError(f"device {name} is not available here; expected one of {', '.join(devices)}")
-    return name
+    return accelerator.type if accelerator else "cpu"
 
 
 def base_path(base: str) -> Path:
@@ -133,9 +125,9 @@ class TrainingBatch(NamedTuple):
 
 
 def training_data(cfg, device) -> TrainingData:
-    """The training screens of the run's domain and, if there is replay, as many source screens."""
+    """The training screens with switches and, if there is replay, as many source screens."""
     count = min((PROBE_BATCHES + cfg.steps) * SCREENS_PER_STEP, TRAIN_SCREENS)
-    screens, features = screens_and_features(cfg.base, cfg.domain, "train", count, device)
+    screens, features = screens_and_features(cfg.base, "switches", "train", count, device)
     source_screens, source_features = [], None
     if cfg.replay:
         source_screens, source_features = screens_and_features(cfg.base, "source", "train", count, device)
@@ -149,12 +141,7 @@ def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
     features = data.features[picks]
-    prefixes = []
-    for sequence in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):
-        problems = [word_problem("train", sequence * cfg.history + k) for k in range(cfg.history)]
-        prefixes.append([turn(problem, learn=False) for problem in problems])
-    refer = float(cfg.task == "referring")
-    samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+    samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, 0.0, distinct=True) for pick in picks]
 
     # Replay: what the base was asked before, in place of the new task. The probe's batches hold none, so the same
     # heads are selected with or without it.
@@ -166,7 +153,7 @@ def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
         for _ in range(REPLAYED_PROBLEMS):
             samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 
-    inputs = pack_sequences(samples, prefixes, features.shape[1], features.device)
+    inputs = pack_sequences(samples, [[]] * len(samples), features.shape[1], features.device)
     inputs["image_features"] = features
     boxes = [sample.get("bbox") for sample in chain(*samples)]
     return TrainingBatch(inputs, boxes)

@@ -2,8 +2,7 @@
 
 source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
 switches   each line has a name and, anywhere to its right, a switch; the correct click is on the *switch*
-dark       the source task in a dark palette whose background and buttons pretraining never shows
-night      another dark palette, shown to the vision encoder in random tints; it is used for nothing else
+night      a dark palette, shown to the vision encoder in random tints; it is used for nothing else
 """
 
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import SPLITS
-
+# Keep the order: the position of a split is part of the random seed of its samples.
+SPLITS = ("train", "validation", "test", "pretrain")
 SIZE = 128  # pixels, width and height of a screen
 BINS = 16  # coordinate tokens per axis
 BIN = SIZE // BINS  # pixels per coordinate token
@@ -77,7 +76,6 @@ _LIGHT = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT
 DOMAINS = {
     "source": Domain(0, *_LIGHT),
     "switches": Domain(2, *_LIGHT, num_names=(4, 5), layout=place_in_lines, switches=True),
-    "dark": Domain(3, "#0e3d44", "#17606b", "#e2f6f8", DARK),
     "night": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
 }
 

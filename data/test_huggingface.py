@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import imagelora
 from imagelora import attach, load, score_heads, select_heads
@@ -57,7 +54,8 @@ def test_the_lines_of_the_readme_run_on_a_tiny_llava(tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     lines = {}
-    exec(block('adapter.save("adapter.pt")'), lines)
+    with pytest.warns(UserWarning, match="has learned nothing"):  # as it was not trained
+        exec(block('adapter.save("adapter.pt")'), lines)
     prompt, output = lines["inputs"]["input_ids"], lines["output"]
     assert torch.equal(output[:, : prompt.shape[1]], prompt) and output.shape[1] > prompt.shape[1]
     assert lines["model"].image_lora.layers["0"].B.shape == (2, 8, 8)
@@ -271,102 +269,6 @@ def test_reentrant_checkpointing_changes_no_gradient(family):
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     close(slopes(model, loss_of(model, batch)), expected)
-
-
-@TWO_FAMILIES
-def test_two_examples_that_share_a_row_under_a_block_mask_are_adapted_as_each_alone(family):
-    model = tiny_hf_vlm(family)
-    batch = hf_prompt(family)
-    attach_trained(model)
-    B, T = batch["input_ids"].shape
-    packed = dict(batch)
-    for name in {"input_ids", "mm_token_type_ids"} & set(batch):
-        packed[name] = batch[name].reshape(1, B * T)
-    example_of_token = torch.arange(B).repeat_interleave(T)
-    visible = (example_of_token[:, None] == example_of_token).tril()  # [B * T, B * T]
-    packed["attention_mask"] = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo().min)[None, None]
-    packed["position_ids"] = torch.arange(T).repeat(B)[None]
-    if family == "Qwen2_5_VL":  # which gives the tokens of an image positions in three directions
-        names = {"input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"} & set(batch)
-        positions, _ = model.model.get_rope_index(**{name: batch[name] for name in names})
-        packed["position_ids"] = positions.reshape(3, 1, B * T)
-    close(logits_of(model, packed).view(B, T, -1), logits_of(model, batch))
-    close(slopes(model, loss_of(model, packed)), slopes(model, loss_of(model, batch)))
-
-
-@pytest.mark.parametrize("attach_first", [True, False])
-def test_accelerates_wrappers_may_come_before_or_after_and_go_again(attach_first):
-    accelerate = pytest.importorskip("accelerate")
-    half_precision = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare
-    dispatch = partial(accelerate.dispatch_model, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
-    other = tiny_vlm()
-    attach_trained(other)
-    for wrap in (half_precision, dispatch):
-        model = tiny_vlm()
-        for step in (attach_trained, wrap) if attach_first else (wrap, attach_trained):
-            step(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=wrap is half_precision):
-            torch.testing.assert_close(logits_of(model, EARLY), logits_of(other, EARLY))
-    accelerate.hooks.remove_hook_from_submodules(model)
-    assert torch.equal(logits_of(model, EARLY), logits_of(other, EARLY))
-
-
-ENGINES = [(family, engine) for family in ("Llava", "Qwen2_5_VL") for engine in ("DDP", "FSDP2")]
-
-
-def batches_of(family):
-    """A batch with images for one process, and one of text alone for the other."""
-    batch = hf_prompt(family)
-    text = batch["input_ids"].masked_fill(batch["input_ids"] == PICTURE, 5)
-    return batch, {"input_ids": text, "attention_mask": batch["attention_mask"]}
-
-
-def train_in_two_processes(rank, folder):
-    """A checkpointed step with each of ENGINES. It leaves gradients and logits, and adapters after a step."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    for family, engine in ENGINES:
-        model = tiny_hf_vlm(family)
-        adapter = attach_trained(model)
-        user = model
-        if engine == "DDP":
-            user = nn.parallel.DistributedDataParallel(model)
-        else:
-            for module in (*model.model.language_model.layers, model):
-                fully_shard(module, mesh=mesh)
-            assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
-        loss_of(user, batches_of(family)[rank]).backward()
-        gradients = [p.grad if engine == "DDP" else p.grad.full_tensor() for p in adapter.parameters()]
-        torch.optim.SGD(adapter.parameters(), lr=0.01).step()
-        logits = [logits_of(user, batch) for batch in batches_of(family)]
-        torch.save((gradients, *logits), folder / f"{family} {engine} {rank}.pt")
-        adapter.save(folder / f"{family} {engine} {rank} adapter.pt")
-    dist.barrier()  # so that neither leaves while the other still talks to it
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What two processes have left."""
-    pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("engines")
-    torch.multiprocessing.spawn(train_in_two_processes, (folder,), nprocs=2)
-    return folder
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("family, engine", ENGINES)
-def test_two_processes_train_as_one_and_text_stays_the_bases_bit_for_bit(family, engine, rank, folder):
-    gradients, logits, logits_of_text = torch.load(folder / f"{family} {engine} {rank}.pt")
-    batch, text = batches_of(family)
-    model = tiny_hf_vlm(family)
-    assert torch.equal(logits_of(model, text), logits_of_text)
-    adapter = attach_trained(model)
-    close(gradients, slopes(model, (loss_of(model, batch) + loss_of(model, text)) / 2))
-    load(adapter.detach(), folder / f"{family} {engine} {rank} adapter.pt")
-    close(logits_of(model, batch), logits)
 
 
 # 4. What is refused
