@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
+from data.base import find_device, load_base
 from data.baselines import LoRA, choose_heads, gate_scores
 from data.costs import run_costs
 from data.evaluate import (
@@ -36,7 +37,7 @@ from data.evaluate import (
     text_only_changes,
     text_only_logits,
 )
-from data.prompts import TrainingData, find_device, load_base, training_batch, training_data
+from data.prompts import TrainingData, training_batch, training_data
 from tiny_vlm import TinyVLM
 
 # Chosen on switch screens, for Image-LoRA in half of the heads and for LoRA on q, k, v and o (data/study/README.md).

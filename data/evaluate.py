@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.prompts import CHUNK, load_base, pack_sequences, prompt_batch, screens_and_features, turn
+from data.base import CHUNK, load_base, screens_and_features
+from data.prompts import pack_sequences, prompt_batch, turn
 from data.screens import (
     ICONS,
     LABELS,

@@ -5,9 +5,7 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
 """
 
-from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,17 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.screens import Box, Screen, draw_screen, random_samples
+from data.base import screens_and_features
+from data.screens import Box, Screen, random_samples
 from data.words import BOS, EOS, ID, IMAGE, PAD, encode, word_problem
-from tiny_vlm import TinyVLM
 
-ROOT = Path(__file__).parent.parent
 PROBE_BATCHES = 16  # of training data; each has its own random A, so more batches mean less noise
 TRAIN_SCREENS = 2048  # at most, which a run draws its batches from
 SCREENS_PER_STEP = 8  # sequences of a training step, a screen each
 QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
-CHUNK = 256  # screens or prompts that run at once where nothing is learned
 IGNORED = -100  # the label of a token that is not to be predicted
 
 Turn = list[tuple[int, int]]  # (id, label) of each token of an instruction and its answer
@@ -65,49 +61,6 @@ def prompt_batch(samples: list[dict], features: Tensor) -> dict:
     ids = pad(rows, ID[PAD], "left").to(features.device)
     mask = (ids != ID[PAD]).long()
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
-
-
-def find_device(name: str) -> str:
-    """The device of this name; "auto" is the accelerator if there is one."""
-    if name != "auto":
-        return name
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
-
-
-def base_path(base: str) -> Path:
-    """A base's path from the current directory or, if it exists only there, from the project's."""
-    if not Path(base).exists() and (ROOT / base).exists():
-        return ROOT / base
-    return Path(base)
-
-
-def load_base(base: str, device="cpu") -> TinyVLM:
-    """The model in this file, see `base_path`. ValueError if it holds none."""
-    return TinyVLM.from_pretrained(base_path(base)).to(device)
-
-
-def pixel_values(screens: list[Screen]) -> Tensor:
-    """The pictures of screens, [N, 3, side, side] in 0..1."""
-    images = torch.from_numpy(np.stack([screen.image for screen in screens]))
-    return images.permute(0, 3, 1, 2).float() / 255
-
-
-@torch.no_grad()
-def image_features(encoder, screens: list[Screen], device="cpu") -> Tensor:
-    """What a vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so it has to run only once."""
-    features = []
-    for start in range(0, len(screens), CHUNK):
-        pixels = pixel_values(screens[start : start + CHUNK])
-        features.append(encoder(pixels.to(device)))
-    return torch.cat(features)
-
-
-@lru_cache(16)  # large enough that runs on three bases, one after the other, find their screens again
-def screens_and_features(base: str, domain: str, split: str, count: int, device, erased=False):
-    """(The first screens of a split, what the base's frozen vision encoder makes of them [N, P, D])."""
-    screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
-    return screens, image_features(load_base(base, device).get_image_features, screens, device)
 
 
 class TrainingData(NamedTuple):

@@ -14,6 +14,7 @@ from PIL import Image
 
 import train
 from data import evaluate, prompts, screens, walk, words
+from data.base import image_features, load_base, screens_and_features
 from data.baselines import choose_heads
 from data.screens import DOMAINS, SPLITS, Element, Screen, draw_screen, is_hit
 from imagelora import load
@@ -64,9 +65,9 @@ def test_the_shipped_base_is_what_its_record_says():
     assert record["word_problem_after_image_acc"] >= 0.99
     assert record["switches"]["action_acc"] <= 0.02
 
-    model = prompts.load_base("data/tiny_vlm.pt")
+    model = load_base("data/tiny_vlm.pt")
     some_screens = [draw_screen("source", "test", i) for i in range(12)]
-    features = prompts.image_features(model.get_image_features, some_screens)
+    features = image_features(model.get_image_features, some_screens)
     for task, metric in (("referring", "name_acc"), ("relations", "relation_acc"), ("grounding", "action_acc")):
         metrics, _ = evaluate.evaluate(model, some_screens, features, task)
         assert metrics[metric] == pytest.approx(record["source"][metric], abs=0.12), metric
@@ -246,7 +247,7 @@ def directory(monkeypatch, tmp_path) -> Path:
     save(tiny_vlm(vocab_size=len(words.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
-    prompts.screens_and_features.cache_clear()  # it may hold those of another base.pt
+    screens_and_features.cache_clear()  # it may hold those of another base.pt
     return tmp_path
 
 
@@ -281,7 +282,7 @@ def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, cap
     out = Path("runs/switches")
     assert {path.name for path in out.iterdir()} == {"adapter.pt", "metrics.json", "predictions.png"}
     assert Image.open(out / "predictions.png").size[0] > 1000
-    assert load(prompts.load_base("base.pt"), out / "adapter.pt")
+    assert load(load_base("base.pt"), out / "adapter.pt")
     assert "erased_acc" in json.loads((out / "metrics.json").read_text())
 
     walk.walk(walk.WalkConfig(base="base.pt"))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from data import command, option
+from data.base import load_base, screens_and_features
 from data.evaluate import evaluate, generate_answers
-from data.prompts import load_base, prompt_batch, screens_and_features, training_batch, training_data
+from data.prompts import prompt_batch, training_batch, training_data
 from imagelora import ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM
 from train import Config

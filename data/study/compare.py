@@ -17,8 +17,8 @@ import numpy as np
 
 import train
 from data import command, option
+from data.base import ROOT, base_path, screens_and_features
 from data.evaluate import evaluate
-from data.prompts import ROOT, base_path, screens_and_features
 
 # {seed of pretraining: file}. A twin was never asked what is right of a name, so it lacks the skill.
 BASES = {seed: f"runs/bases/{seed}.pt" for seed in (1, 2, 3, 4, 5)} | {1: "data/tiny_vlm.pt"}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import train
-from data import command, costs, prompts, screens, walk
+from data import command, costs, screens, walk
+from data.base import load_base
 from data.study import compare, pretrain
 from data.words import parse_point
 
@@ -40,7 +41,7 @@ def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questi
     start = str(tmp_path / "new.grounded.pt")
     pretrain.pretrain(pretrain.PretrainConfig(**few, start=start, out=str(tmp_path / "again.pt")))
     pretrain.pretrain(pretrain.PretrainConfig(**few, start=start, unskilled=True, out=str(tmp_path / "twin.pt")))
-    new, again, twin = (prompts.load_base(tmp_path / name).state_dict() for name in ("new.pt", "again.pt", "twin.pt"))
+    new, again, twin = (load_base(tmp_path / name).state_dict() for name in ("new.pt", "again.pt", "twin.pt"))
     assert all(torch.equal(new[name], again[name]) for name in new)
     assert not all(torch.equal(new[name], twin[name]) for name in new)
     record = json.loads((tmp_path / "new.json").read_text())

@@ -1,0 +1,63 @@
+"""The base model: its file, the device that it computes on, and what its vision tower makes of screens.
+
+Shapes:  N screens · P visual tokens a screen · D hidden size
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.screens import Screen, draw_screen
+from tiny_vlm import TinyVLM
+
+ROOT = Path(__file__).parent.parent
+CHUNK = 256  # screens or prompts that run at once where nothing is learned
+
+
+def find_device(name: str) -> str:
+    """The device of this name; "auto" is the accelerator if there is one. ValueError if there is no such device."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    if name == "auto":
+        return devices[0]
+    if name not in devices:
+        raise ValueError(f"there is no device {name} here; expected auto or one of {', '.join(devices)}")
+    return name
+
+
+def base_path(base: str) -> Path:
+    """A base's path from the current directory or, if it exists only there, from the project's."""
+    if not Path(base).exists() and (ROOT / base).exists():
+        return ROOT / base
+    return Path(base)
+
+
+def load_base(base: str, device="cpu") -> TinyVLM:
+    """The model in this file, see `base_path`. ValueError if it holds none."""
+    return TinyVLM.from_pretrained(base_path(base)).to(device)
+
+
+def pixel_values(screens: list[Screen]) -> Tensor:
+    """The pictures of screens, [N, 3, side, side] in 0..1."""
+    images = torch.from_numpy(np.stack([screen.image for screen in screens]))
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def image_features(encoder, screens: list[Screen], device="cpu") -> Tensor:
+    """What a vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so it has to run only once."""
+    features = []
+    for start in range(0, len(screens), CHUNK):
+        pixels = pixel_values(screens[start : start + CHUNK])
+        features.append(encoder(pixels.to(device)))
+    return torch.cat(features)
+
+
+@lru_cache(16)  # large enough that runs on three bases, one after the other, find their screens again
+def screens_and_features(base: str, domain: str, split: str, count: int, device, erased=False):
+    """(The first screens of a split, what the base's frozen vision encoder makes of them [N, P, D])."""
+    screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+    return screens, image_features(load_base(base, device).get_image_features, screens, device)
