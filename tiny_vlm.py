@@ -202,10 +202,14 @@ class TinyVLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path) -> "TinyVLM":
-        """The model in a file of {"config", "state"}, float32, for evaluation."""
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        model = cls(TinyVLMConfig(**content["config"]))
-        model.load_state_dict(content["state"])
+        """The model in a file of {"config", "state"}, float32, for evaluation. ValueError if the file holds none."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            model = cls(TinyVLMConfig(**content["config"]))
+            model.load_state_dict(content["state"])
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"{path} is not a saved TinyVLM ({reason})") from error
         return model.eval()
 
     @property

@@ -9,14 +9,16 @@ python -m data.study.compare     every method on several base models, and the ta
 """
 
 import json
+import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import command, figures, option, prompts  # Before torch, because it sets how threads wait.
+from data import command, option, write_file  # Before torch, because it sets how threads wait.
 
 # isort: split
 import torch
@@ -24,11 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
+from data import figures, prompts
 from data.base import find_device, load_base
 from data.baselines import LoRA, choose_heads, gate_scores
 from data.costs import run_costs
 from data.evaluate import (
     Answer,
+    film_frame,
     hit_rate,
     measure,
     measure_controls,
@@ -43,6 +47,7 @@ from tiny_vlm import TinyVLM
 # Chosen on switch screens, for Image-LoRA in half of the heads and for LoRA on q, k, v and o (data/study/README.md).
 RATES = {"image_lora": 0.02, "lora": 0.0025, "none": 0.0}
 GAMMA_RATE = 0.1  # gamma's rate as a multiple of that of A and B
+FILES = ("adapter.pt", "predictions.png", "training.gif", "metrics.json")  # what a run can leave in OUT
 
 
 @dataclass(frozen=True)
@@ -52,24 +57,31 @@ class Config:
     method: str = option("image_lora", "none measures the frozen model", tuple(RATES))
     projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
     tokens: str = option("all", "which tokens lora adapts", ("all", "visual"))
+    task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
-        "as many in each layer; top: the most influential by the probe; bottom: the least; gate: the top ones by the "
-        "score of the authors' release; random: any",
-        ("top", "bottom", "gate", "random", "all"),
+        "top: the most influential of each layer by the probe; bottom: the least; gate: the top ones by the score of "
+        "the authors' release; matched: random, as many in each layer as top; random: any",
+        ("top", "bottom", "gate", "matched", "random", "all"),
     )
-    num_heads: int = option(12, "number of value heads to adapt")
-    r: int = option(8, "rank; alpha is 2 r")
-    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}")
-    steps: int = option(500, "training steps")
-    replay: int = option(0, "how many of a step's 8 sequences ask what the base was asked before")
-    test_screens: int = option(100, "screens that the accuracies are measured on")
-    seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe")
+    num_heads: int = option(12, "number of value heads to adapt", least=1)
+    r: int = option(8, "rank; alpha is 2 r", least=1)
+    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}", least=0)
+    steps: int = option(500, "training steps", least=1)
+    history: int = option(0, "word problems before each screen: longer text, same image", least=0)
+    replay: int = option(0, "how many of a step's 8 sequences ask what the base was asked before", least=0)
+    test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
+    seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
     out: str = option("runs/switches", "output directory")
+    film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")
 
     def __post_init__(self):
+        if self.film and (self.task != "grounding" or self.method == "none"):
+            raise ValueError("a film shows how clicks change, so it needs the task grounding and a method that trains")
+        if self.replay > prompts.SCREENS_PER_STEP:
+            raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
         if self.lr is None:
             object.__setattr__(self, "lr", RATES[self.method])
 
@@ -83,12 +95,19 @@ class Finetuned(NamedTuple):
     adapter: nn.Module | None
     base_answers: list[Answer]
     answers: list[Answer]
+    film: list[tuple[int, list[Answer]]]  # (step, a few answers)
+
+
+def run(cfg: Config) -> dict:
+    """One run that writes no file and prints nothing: the Config's fields and what was measured."""
+    return finetune(cfg).result
 
 
 def finetune(cfg: Config, verbose=False) -> Finetuned:
     """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
+    check_sizes(cfg, model)
     base_metrics, base_answers = measure(cfg, model)
     base_logits = text_only_logits(model)
     if verbose:
@@ -104,10 +123,16 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
             print_heads(scores, heads)
 
     adapter = attach_adapter(cfg, model, heads)
+    film = [(0, film_frame(cfg, model))] if cfg.film else []
     if adapter:
         bar = tqdm(train(cfg, model, adapter, data), "train", cfg.steps, disable=not verbose)
-        for loss, click_share in bar:  # each turn is a training step
-            bar.set_postfix_str(f"loss {loss:.2f}  training clicks, teacher-forced {click_share:.0%}", refresh=False)
+        for step, loss, click_share in bar:
+            status = f"loss {loss:.2f}"
+            if click_share is not None:
+                status += f", clicks {click_share:.0%}"
+            bar.set_postfix_str(status, refresh=False)
+            if cfg.film and figures.is_filmed(step, cfg.steps):
+                film.append((step, film_frame(cfg, model)))
 
     metrics, answers = measure(cfg, model)
     changes = text_only_changes(base_logits, text_only_logits(model))
@@ -116,7 +141,17 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     if verbose:
         print_tuned(result)
-    return Finetuned(result, model, adapter, base_answers, answers)
+    return Finetuned(result, model, adapter, base_answers, answers, film)
+
+
+def check_sizes(cfg: Config, model: TinyVLM) -> None:
+    """ValueError if the run needs more heads or a higher rank than this base model has; before anything long runs."""
+    config = model.config
+    num_heads = config.num_hidden_layers * config.num_key_value_heads
+    if cfg.method == "image_lora" and cfg.heads != "all" and cfg.num_heads > num_heads:
+        raise ValueError(f"num_heads must be at most {num_heads}, the value heads of {cfg.base}, got {cfg.num_heads}")
+    if cfg.r > config.hidden_size:
+        raise ValueError(f"r must be at most {config.hidden_size}, the hidden size of {cfg.base}, got {cfg.r}")
 
 
 def score_value_heads(cfg: Config, model: TinyVLM, batches: list[dict]) -> Tensor:
@@ -136,8 +171,13 @@ def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -
     return None
 
 
-def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -> Iterator[tuple[float, float]]:
-    """Train the adapter by AdamW. After each step yields the loss and the share of correct clicks in its batch."""
+def train(
+    cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData
+) -> Iterator[tuple[int, float, float | None]]:
+    """Train the adapter by AdamW. After each step yields (steps so far, loss, share of correct clicks).
+
+    The share is of the training batch, with teacher forcing; None if the task asks for no clicks.
+    Raises FloatingPointError if the loss is not finite."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
     groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
@@ -151,13 +191,17 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
-        # 8 screens with 5 questions each: input_ids and labels [B, T], image_features [B, P, D]. The vision tower is
-        # frozen, so it has run once over all screens and does not run here. The probe has used the first batches.
+        # 8 random screens, and five questions about each in one sequence (data/prompts.py, training_batch): input_ids
+        # and labels [B, T], image_features [B, P, D]. The vision tower is frozen, so it has run once over all screens
+        # and does not run here. The probe has used the first batches.
         batch = training_batch(cfg, data, prompts.PROBE_BATCHES + step)
 
         # The loss is the cross-entropy of the answers.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
             output = model(**batch.inputs)
+        loss = output.loss.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
 
         # Gradients flow down to the lowest adapter, but only the adapter's parameters receive them and change.
         optimizer.zero_grad()
@@ -165,26 +209,39 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
-        yield output.loss.item(), hit_rate(output.logits, batch.inputs["labels"], batch.boxes)
+        click_share = None
+        if cfg.task == "grounding":
+            click_share = hit_rate(output.logits, batch.inputs["labels"], batch.boxes)
+        yield step + 1, loss, click_share
 
 
 # ---- What is printed and saved ---------------------------------------------------------------------------------------
 
 
 def main(cfg: Config) -> None:
-    """One run, then the controls. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, a picture of clicks."""
+    """One run, then the controls. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, pictures of clicks."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # If we may not write here, it is better to fail now than after training.
     tuned = finetune(cfg, verbose=True)
-    result = tuned.result | measure_controls(cfg, tuned.model)
-    print_controls(result)
+    result = tuned.result
+    if cfg.task == "grounding":
+        result = result | measure_controls(cfg, tuned.model)
+        print_controls(result)
     if tuned.adapter:
         print_costs(result)
+
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)  # Those of an earlier run go, so that all files are of the same run.
     if cfg.method == "image_lora":
         tuned.adapter.save(out / "adapter.pt")
-    figures.predictions(tuned.base_answers, tuned.answers).save(out / "predictions.png")
-    (out / "metrics.json").write_text(json.dumps(result, indent=1))
-    print(f"saved    {' '.join(sorted(path.name for path in out.iterdir()))} in {out}/")
+    if cfg.task == "grounding":
+        figures.save([figures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
+    if tuned.film:
+        figures.save(figures.moving_picture(tuned.film), out / "training.gif")
+    write_file(out / "metrics.json", json.dumps(result, indent=1).encode())
+    saved = [name for name in FILES if (out / name).exists()]
+    print(f"saved    {' '.join(saved)} in {out}/")
 
 
 def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
@@ -228,9 +285,13 @@ def print_costs(result: dict) -> None:
     parameters = result["trainable_parameters"]
     share = parameters / result["lora_trainable_parameters"]
     flops = result["adapter_flops_per_screen"]
-    share_of_flops = flops / result["lora_flops_per_screen"]
+    share_of_lora = flops / result["lora_flops_per_screen"]
+    share_of_step = flops / result["step_flops_per_screen"]
     size = f"{parameters:,} parameters ({share:.0%} of LoRA's, rank 8)"
-    print(f"cost     {size} · adapter {flops / 1e6:.2f} MFLOP per screen ({share_of_flops:.0%} of LoRA's)")
+    cost = (
+        f"adapter {flops / 1e6:.2f} MFLOP per screen ({share_of_lora:.0%} of LoRA's, {share_of_step:.1%} of the step)"
+    )
+    print(f"cost     {size} · {cost}")
 
 
 if __name__ == "__main__":

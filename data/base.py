@@ -3,6 +3,8 @@
 Shapes:  N screens · P visual tokens a screen · D hidden size
 """
 
+import io
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import write_file
 from data.screens import Screen, draw_screen
 from tiny_vlm import TinyVLM
 
@@ -38,6 +41,14 @@ def base_path(base: str) -> Path:
 def load_base(base: str, device="cpu") -> TinyVLM:
     """The model in this file, see `base_path`. ValueError if it holds none."""
     return TinyVLM.from_pretrained(base_path(base)).to(device)
+
+
+def save_base(model: TinyVLM, path: Path) -> None:
+    """Writes a file of {"config", "state"}, in 16 bits."""
+    state = {name: tensor.half().cpu() for name, tensor in model.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({"config": asdict(model.config), "state": state}, buffer)
+    write_file(path, buffer.getbuffer())
 
 
 def pixel_values(screens: list[Screen]) -> Tensor:

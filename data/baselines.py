@@ -78,15 +78,26 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
-    """`count` of the value heads whose scores are [L, H], spread evenly over the layers; choice "all": every head.
+    """`count` of the value heads whose scores are [L, H]; choice "all": every head.
 
-    top, gate: those with the highest scores of each layer. bottom: those with the lowest. random: any."""
+    top, gate: those with the highest scores of each layer, spread evenly over the layers. bottom: those with the
+    lowest, spread likewise. matched: random ones, as many in each layer as top. random: any."""
+    heads_in_layer = scores.shape[1]
+    rng = np.random.default_rng(seed)
     if choice == "all":
         return select_heads(scores, scores.numel(), tau=0)
     if choice == "bottom":
         return select_heads(scores.max() - scores, count, tau=0)
-    highest = select_heads(scores, count, tau=0)
     if choice == "random":
-        rng = np.random.default_rng(seed)
-        return {layer: sorted(rng.permutation(scores.shape[1])[: len(k)].tolist()) for layer, k in highest.items()}
+        selected = {}
+        for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
+            layer, head = divmod(i, heads_in_layer)
+            selected.setdefault(layer, []).append(head)
+        return selected
+    highest = select_heads(scores, count, tau=0)
+    if choice == "matched":
+        selected = {}
+        for layer, best in highest.items():
+            selected[layer] = sorted(rng.permutation(heads_in_layer)[: len(best)].tolist())
+        return selected
     return highest

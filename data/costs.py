@@ -17,12 +17,12 @@ class Shape(NamedTuple):
     query_heads: int
     value_heads: int
     head_dim: int
-    mlp_size: int
+    mlp_weights: int  # in a layer
 
 
 MODELS = {
-    "Qwen2.5-VL-7B": Shape(28, 3584, 28, 4, 128, 18944),
-    "LLaVA-1.5-7B": Shape(32, 4096, 32, 32, 128, 11008),
+    "Qwen2.5-VL-7B": Shape(28, 3584, 28, 4, 128, 3 * 3584 * 18944),
+    "LLaVA-1.5-7B": Shape(32, 4096, 32, 32, 128, 3 * 4096 * 11008),
 }
 VISUAL_TOKENS = 576  # one image of LLaVA-1.5, 672 x 672 pixels of Qwen2.5-VL
 TOKENS = 720
@@ -72,7 +72,7 @@ def image_lora_costs(shape: Shape, num_visual_tokens: int, r: int, heads: Heads)
 def decoder_flops(shape: Shape, num_tokens: int) -> int:
     """FLOPs of a decoder's training step: its layers forward and back to their inputs, as its weights are frozen."""
     heads = 2 * shape.query_heads + 2 * shape.value_heads  # of q, o, k and v
-    weights = shape.hidden_size * (heads * shape.head_dim + 3 * shape.mlp_size)  # of a layer
+    weights = shape.hidden_size * heads * shape.head_dim + shape.mlp_weights  # of a layer
     linear = 2 * 2 * num_tokens * weights  # forward, and back to the input
     attention = 3 * 2 * 2 * num_tokens**2 * shape.query_heads * shape.head_dim  # QK^T and PV, each with two back
     return shape.num_layers * (linear + attention)
@@ -104,10 +104,13 @@ def print_costs(r=8) -> None:
 
 
 def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
-    """Parameters, and training FLOPs a screen, of a run's adapter and of LoRA of rank 8; ids [B, T] are of a batch."""
+    """Parameters, and training FLOPs a screen, of a run's adapter and of LoRA of rank 8; FLOPs of the whole step, too.
+
+    ids [B, T] are of a batch."""
     c = model.config
-    head_dim = c.hidden_size // c.num_attention_heads
-    shape = Shape(c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, head_dim, 0)
+    D = c.hidden_size
+    head_dim = D // c.num_attention_heads
+    shape = Shape(c.num_hidden_layers, D, c.num_attention_heads, c.num_key_value_heads, head_dim, 2 * D * 4 * D)
     num_visual = int((ids == c.image_token_id).sum())
     lora_parameters, of_lora = lora_costs(shape, ids.numel(), r=8)
     parameters = flops = 0
@@ -121,6 +124,7 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": flops / len(ids),
         "lora_flops_per_screen": of_lora / len(ids),
+        "step_flops_per_screen": decoder_flops(shape, ids.shape[1]) + flops / len(ids),
     }
 
 

@@ -49,12 +49,12 @@ def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict
 
 
 @torch.no_grad()
-def generate_answers(model, samples: list[dict], features: Tensor) -> list[str]:
-    """The model's greedy answers to samples, each after its image [B, P or 0, D]."""
+def generate_answers(model, samples: list[dict], features: Tensor, history=0) -> list[str]:
+    """The model's greedy answers to samples, each after `history` word problems and its image [B, P or 0, D]."""
     answers = []
     for start in range(0, len(samples), CHUNK):
         part = slice(start, start + CHUNK)
-        batch = prompt_batch(samples[part], features[part])
+        batch = prompt_batch(samples[part], features[part], history)
         ids = model.generate(**batch, max_new_tokens=3)
         new_ids = ids[:, batch["input_ids"].shape[1] :]
         answers += [decode(row) for row in new_ids.tolist()]
@@ -62,15 +62,16 @@ def generate_answers(model, samples: list[dict], features: Tensor) -> list[str]:
 
 
 def evaluate(
-    model, screens: list[Screen], features: Tensor, task="grounding", reword=None
+    model, screens: list[Screen], features: Tensor, task="grounding", history=0, reword=None
 ) -> tuple[dict, list[Answer]]:
     """Ask for all targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers).
 
-    features: of the screens, [N, P, D]. reword: a function that asks for a sample's target in other words."""
+    features: of the screens, [N, P, D]. history: word problems before each of them. reword: a function that asks for a
+    sample's target in other words."""
     numbers, samples = zip(*all_samples(screens, task))
     if reword:
         samples = [reword(sample) for sample in samples]
-    outputs = generate_answers(model, samples, features[list(numbers)])
+    outputs = generate_answers(model, samples, features[list(numbers)], history)
     if task == "grounding":
         outputs = [parse_point(text) for text in outputs]
         metrics = click_metrics(outputs, samples)
@@ -110,7 +111,7 @@ def measure(cfg, model) -> tuple[dict, list[Answer]]:
 
     Returns the metrics, and the answers of the task."""
     screens, features = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
-    metrics, answers = evaluate(model, screens, features)
+    metrics, answers = evaluate(model, screens, features, cfg.task, cfg.history)
     source = screens_and_features(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
     source_metrics, _ = evaluate(model, *source)
     metrics["source_acc"] = source_metrics["action_acc"]
@@ -120,7 +121,9 @@ def measure(cfg, model) -> tuple[dict, list[Answer]]:
 
 
 def score_line(metrics: dict) -> str:
-    """The clicks of `measure` in a sentence."""
+    """How well `measure` has found the model to do the task, in a sentence."""
+    if "name_acc" in metrics:
+        return f"correct names on switch screens {metrics['name_acc']:6.1%}"
     kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
     return f"click accuracy on switch screens {metrics['action_acc']:6.1%}  ({kinds})"
 
@@ -180,6 +183,17 @@ def hit_rate(logits: Tensor, labels: Tensor, boxes: list[Box | None]) -> float:
     return sum(hits) / max(len(hits), 1)
 
 
+def film_frame(cfg, model) -> list[Answer]:
+    """The answer to one question about each of the first six test screens."""
+    screens, features = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
+    _, answers = evaluate(model, screens[:6], features[:6], history=cfg.history)
+    frame = []
+    for i, screen in enumerate(screens[:6]):
+        about_screen = [answer for answer in answers if answer.screen is screen]
+        frame.append(about_screen[i % len(about_screen)])  # so that some are of text and some of icons
+    return frame
+
+
 # ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------
 
 
@@ -193,7 +207,7 @@ def measure_controls(cfg, model) -> dict:
     switches erased."""
     base = load_base(cfg.base, model.device)
     whole = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
-    reworded, _ = evaluate(base, *whole, reword=click_right_of)
+    reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
     erased = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device, erased=True)
-    metrics, _ = evaluate(model, *erased)
+    metrics, _ = evaluate(model, *erased, history=cfg.history)
     return {"reworded_acc": reworded["action_acc"], "erased_acc": metrics["action_acc"]}

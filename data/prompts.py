@@ -27,11 +27,13 @@ IGNORED = -100  # the label of a token that is not to be predicted
 Turn = list[tuple[int, int]]  # (id, label) of each token of an instruction and its answer
 
 
-def turn(sample: dict) -> Turn:
-    """An instruction and its answer, ended by <eos>. Only the answer has labels."""
+def turn(sample: dict, learn=True) -> Turn:
+    """An instruction and its answer, ended by <eos>. learn: whether the answer has labels."""
     instruction = encode(sample["instruction"])
     answer = encode(f"{sample['answer']} {EOS}")
-    return [(token, IGNORED) for token in instruction] + [(token, token) for token in answer]
+    tokens = [(token, IGNORED) for token in instruction]
+    tokens += [(token, token if learn else IGNORED) for token in answer]
+    return tokens
 
 
 def pad(rows: list, value: int, side="right") -> Tensor:
@@ -54,9 +56,12 @@ def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_pa
     return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
 
 
-def prompt_batch(samples: list[dict], features: Tensor) -> dict:
-    """The model's arguments for samples, each after its image: features [B, P or 0, D]."""
-    prefix = [ID[BOS]] + [ID[IMAGE]] * features.shape[1]
+def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
+    """The model's arguments for samples, each after `history` word problems and its image: features [B, P or 0, D]."""
+    prefix = [ID[BOS]]
+    for i in range(history):
+        prefix += [token for token, _ in turn(word_problem("validation", i))]
+    prefix += [ID[IMAGE]] * features.shape[1]
     rows = [prefix + encode(sample["instruction"]) for sample in samples]
     ids = pad(rows, ID[PAD], "left").to(features.device)
     mask = (ids != ID[PAD]).long()
@@ -94,7 +99,14 @@ def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
     features = data.features[picks]
-    samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, 0.0, distinct=True) for pick in picks]
+    refer = float(cfg.task == "referring")
+    samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+
+    # History: word problems before each screen, with their answers, which are not learned.
+    prefixes = []
+    for sequence in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):
+        problems = [word_problem("train", sequence * cfg.history + k) for k in range(cfg.history)]
+        prefixes.append([turn(problem, learn=False) for problem in problems])
 
     # Replay: what the base was asked before, in place of the new task. The probe's batches hold none, so the same
     # heads are selected with or without it.
@@ -106,7 +118,7 @@ def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
         for _ in range(REPLAYED_PROBLEMS):
             samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 
-    inputs = pack_sequences(samples, [[]] * len(samples), features.shape[1], features.device)
+    inputs = pack_sequences(samples, prefixes, features.shape[1], features.device)
     inputs["image_features"] = features
     boxes = [sample.get("bbox") for sample in chain(*samples)]
     return TrainingBatch(inputs, boxes)
