@@ -1,29 +1,37 @@
 """The evidence: tables of fine-tuning runs on several base models. The runs stand in runs.csv, one a line.
 
 python -m data.study.compare                         print the tables, at once
-python -m data.study.compare --runs runs/mine.csv    make all runs anew, or go on with them: some hours on two cores
+python -m data.study.compare --runs runs/mine.csv    make all runs anew, in some hours on two cores; if stopped, go on
 
-Base models that are not here are made by data.study.pretrain.
+The base models that the runs need are made by data.study.pretrain.
 """
 
 import csv
+import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 import train
-from data import command, option
-from data.base import ROOT, base_path, screens_and_features
-from data.evaluate import evaluate
+from data import command, option, write_file
+from data.base import base_path, screens_and_features
+from data.evaluate import click_right_of, evaluate
 
-# {seed of pretraining: file}. A twin was never asked what is right of a name, so it lacks the skill.
+# ---- Base models and methods -----------------------------------------------------------------------------------------
+
+# {seed of pretraining: file}. A twin was never asked what is right of a name, so it lacks the skill. Each base model is
+# fine-tuned with the seed that it was pretrained with.
 BASES = {seed: f"runs/bases/{seed}.pt" for seed in (1, 2, 3, 4, 5)} | {1: "data/tiny_vlm.pt"}
 TWINS = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
-SEARCH_SEEDS = (1, 2, 3)  # the base models that learning rates were chosen on
+SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were chosen on
 
 NOTHING = "nothing"
 LORA = "LoRA"
@@ -31,7 +39,8 @@ VISUAL = "LoRA at visual tokens"
 SMALL = "LoRA at visual tokens, rank 2"
 ALL = "Image-LoRA in all heads"
 HALF = "Image-LoRA in half of the heads"
-METHODS = {
+WITH_REPLAY = ", with replay"
+METHODS = {  # what is changed of train.Config
     NOTHING: {"method": "none"},
     LORA: {"method": "lora"},
     VISUAL: {"method": "lora", "tokens": "visual"},
@@ -39,159 +48,272 @@ METHODS = {
     ALL: {"heads": "all"},
     HALF: {},
 }
-GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
-# The rates on base models and on twins: the lowest whose validation accuracy is within one point of the best.
-RATES = {NOTHING: (0, 0), LORA: (0.0025, 0.005), VISUAL: (0.0025, 0.005), SMALL: (0.0025, 0.01)}
-RATES |= {ALL: (0.01, 0.08), HALF: (0.02, 0.04)}
+TUNED = [method for method in METHODS if method != NOTHING]
+METHODS |= {method + WITH_REPLAY: METHODS[method] | {"replay": 1} for method in TUNED}
 
-KEY = ("base", "seed", "method", "tokens", "heads", "num_heads", "r", "lr", "replay")
-MEASURES = ("action_acc", "validation_acc", "word_problem_acc", "word_problem_after_image_acc", "source_acc")
-MEASURES += ("word_problem_kl", "question_without_image_kl")
-MEASURES += ("trainable_parameters", "adapter_flops_per_screen", "lora_flops_per_screen")
+# The learning rates that were chosen: the lowest whose validation accuracy, in the mean over SEARCH_SEEDS, is within
+# one point of the best. On base models all of GRID was tried; on twins and in referring a part of it, whose runs stand
+# in runs.csv, too. With replay, after word problems and with other heads, a method keeps its rate.
+GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+RATES = {LORA: 0.0025, VISUAL: 0.0025, SMALL: 0.0025, ALL: 0.01, HALF: 0.02}
+TWIN_RATES = {LORA: 0.005, VISUAL: 0.005, SMALL: 0.01, ALL: 0.08, HALF: 0.04}
+REFERRING_RATES = {LORA: 0.00125, VISUAL: 0.00125, ALL: 0.00125}
+
+
+def chosen_rate(method: str, bases: dict, task: str = "grounding") -> float:
+    if method == NOTHING:
+        return 0.0
+    rates = TWIN_RATES if bases == TWINS else RATES
+    if task == "referring":
+        rates = REFERRING_RATES
+    return rates[method.removesuffix(WITH_REPLAY)]
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+SETTINGS = ("base", "seed", "method", "tokens", "heads", "num_heads", "r", "lr", "task", "history", "replay")
+MEASURES = (
+    "task_acc",  # clicks in their box, or correct names in referring
+    "validation_acc",  # the same on validation screens, by which learning rates are chosen
+    "word_problem_acc",
+    "word_problem_after_image_acc",
+    "source_acc",  # the old task
+    "word_problem_kl",
+    "question_without_image_kl",
+    "reworded_acc",  # the task asked in other words; measured only where nothing is fine-tuned
+)
+REWORDED_SCREENS = 400
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    runs: str = option("data/study/runs.csv", "file of runs; those found there are not made again")
-    workers: int = option(2, "processes, of one thread each")
+    runs: str = option("data/study/runs.csv", "file of runs; what is found there is not made again")
+    workers: int = option(2, "processes that make runs, of one thread each", least=1)
+    device: str = option("cpu", "where to compute: cpu, cuda, mps, or auto")
 
 
 class Runs:
-    """The rows of a file of runs; what is missing is run and added."""
+    """The rows of a file of runs, each a dict of texts. What is missing is run, and written at once."""
 
-    def __init__(self, path: Path, pool):
-        self.path, self.pool = path, pool
-        self.rows = {}
-        if path.exists():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    self.rows[tuple(row[name] for name in KEY)] = row
+    def __init__(self, cfg: CompareConfig):
+        self.cfg = cfg
+        self.path = Path(cfg.runs)
+        self.rows: dict[tuple[str, ...], dict[str, str]] = {}
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                if tuple(reader.fieldnames or ()) != SETTINGS + MEASURES:
+                    raise ValueError(f"{self.path} is no file of runs; name another one, or move it away to start anew")
+                for row in reader:
+                    self.add(row)
 
     def of(self, method: str, bases: dict, seeds=None, **changes) -> list[dict]:
-        """The rows of a method on these base models, one for each seed."""
-        settings = {"lr": RATES[method][bases is TWINS], "device": "cpu"} | METHODS[method] | changes
+        """The rows of a method on these base models, one for each seed; on all of them if there are no seeds."""
+        settings = {"lr": chosen_rate(method, bases, changes.get("task", "grounding")), "device": self.cfg.device}
+        settings |= METHODS[method] | changes
         wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in seeds or bases]
-        missing = [cfg for cfg in wanted if key(cfg) not in self.rows]
-        for cfg, row in zip(missing, self.pool.imap(run, missing)):
-            self.rows[key(cfg)] = row
+        missing = [cfg for cfg in wanted if key(vars(cfg)) not in self.rows]
+        if missing:
+            self.make(missing)
+        return [self.rows[key(vars(cfg))] for cfg in wanted]
+
+    def make(self, missing: list[train.Config]) -> None:
+        for cfg in missing:
+            if not base_path(cfg.base).exists():
+                command_line = f"python -m data.study.pretrain --seed {cfg.seed} --out {cfg.base}"
+                if cfg.base in TWINS.values():
+                    command_line += " --unskilled"
+                raise ValueError(f"there is no {cfg.base}; first make it by {command_line}")
+        self.write()  # before the first run, because it may be impossible
+        for row in tqdm(self.pool.imap(run, missing), "runs", len(missing)):
+            self.add(row)
             self.write()
-        return [self.rows[key(cfg)] for cfg in wanted]
+
+    @cached_property
+    def pool(self):
+        """The processes. They start with the first run that is missing."""
+        return get_context("spawn").Pool(self.cfg.workers, torch.set_num_threads, (1,))
+
+    def add(self, row: dict) -> None:
+        self.rows[key(row)] = {name: text(row.get(name)) for name in SETTINGS + MEASURES}
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, KEY + MEASURES, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows.values())
+        file = io.StringIO()
+        writer = csv.DictWriter(file, SETTINGS + MEASURES, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows.values())
+        write_file(self.path, file.getvalue().encode())
 
 
-def key(cfg: train.Config) -> tuple[str, ...]:
-    return tuple(f"{getattr(cfg, name):g}" if name == "lr" else str(getattr(cfg, name)) for name in KEY)
+def key(row: dict) -> tuple[str, ...]:
+    """What tells this run from all others."""
+    return tuple(text(row[name]) for name in SETTINGS)
+
+
+def text(value) -> str:
+    """As it stands in the file."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
 
 
 def run(cfg: train.Config) -> dict:
-    """A run, and what the tuned model clicks on validation screens, by which rates are chosen."""
-    if not base_path(cfg.base).exists():
-        raise ValueError(f"there is no {cfg.base}; make it by data.study.pretrain")
-    train.torch.set_num_threads(1)
+    """What `train.run` returns, and the measures that only the study needs."""
     tuned = train.finetune(cfg)
-    validation = screens_and_features(cfg.base, "switches", "validation", cfg.test_screens, "cpu")
-    metrics, _ = evaluate(tuned.model, *validation)
-    return tuned.result | {"lr": f"{cfg.lr:g}", "validation_acc": metrics["action_acc"]}
+    device = tuned.model.device
+    accuracy = "action_acc" if cfg.task == "grounding" else "name_acc"
+    screens, features = screens_and_features(cfg.base, "switches", "validation", cfg.test_screens, device)
+    validation, _ = evaluate(tuned.model, screens, features, task=cfg.task, history=cfg.history)
+    row = tuned.result | {"task_acc": tuned.result[accuracy], "validation_acc": validation[accuracy]}
+    if cfg.method == "none":
+        screens, features = screens_and_features(cfg.base, "switches", "test", REWORDED_SCREENS, device)
+        reword = click_right_of if cfg.task == "grounding" else name_at_the_left
+        reworded, _ = evaluate(tuned.model, screens, features, task=cfg.task, reword=reword)
+        row["reworded_acc"] = reworded[accuracy]
+    return row
+
+
+def name_at_the_left(sample: dict) -> dict:
+    """The question for the name at a place, asked about the left end of the same line, where the name stands."""
+    return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-WORDS, AFTER, OLD = "word_problem_acc", "word_problem_after_image_acc", "source_acc"
-LINES = {method: (method, {}) for method in METHODS}
-REPLAY = {f"{method}, with replay": (method, {"replay": 1}) for method in METHODS if method != NOTHING}
-MAIN = LINES | {line: REPLAY[line] for line in (f"{LORA}, with replay", f"{ALL}, with replay")}
+# What fine-tuning may damage.
+AFTER_IMAGE_AND_OLD_TASK = {
+    "word problems after an image, %": "word_problem_after_image_acc",
+    "old task, %": "source_acc",
+}
+OTHER_SKILLS = {"word problems without an image, %": "word_problem_acc"} | AFTER_IMAGE_AND_OLD_TASK
+TWIN_METHODS = [*TUNED, LORA + WITH_REPLAY, ALL + WITH_REPLAY]
+OTHER_TASKS = (  # name, what is changed of train.Config, methods
+    ("referring", {"task": "referring"}, (NOTHING, LORA, VISUAL, ALL)),
+    ("after nine word problems", {"history": 9}, (NOTHING, LORA, ALL)),
+)
 CHOICES = {
     "top, the most influential by the probe": "top",
     "gate, by the score of the authors' release": "gate",
-    "random but evenly spread": "random",
+    "matched, random but evenly spread": "matched",
     "bottom, the least influential by the probe": "bottom",
 }
 
 
-def mean(rows: list[dict], name: str) -> float:
-    return float(np.mean([float(row[name]) for row in rows]))
+def mean(rows: list[dict], measure: str) -> float:
+    return float(np.mean([float(row[measure]) for row in rows]))
 
 
-def percent(rows: list[dict], name="action_acc") -> str:
-    return f"{100 * mean(rows, name):.1f}"
+def percent(rows: list[dict], measure: str) -> str:
+    return f"{100 * mean(rows, measure):.1f}"
 
 
-def percent_of_each(rows: list[dict], name="action_acc") -> str:
-    """The mean and, in brackets, each base's own."""
-    return f"{percent(rows, name)} ({', '.join(percent([row], name) for row in rows)})"
+def percent_of_each(rows: list[dict], measure: str) -> str:
+    """The mean and, in brackets, each base model."""
+    each = [percent([row], measure) for row in rows]
+    if len(set(each)) == 1:
+        return f"{each[0]} on each"
+    return f"{percent(rows, measure)} ({', '.join(each)})"
 
 
-FRONT_PAGE_ACCURACIES = (
-    "switches clicked, %",
-    "the same on twins, %",
-    "word problems without an image, %",
-    "word problems after an image, %",
-    "old task, %",
-)
+def nats_of_each(rows: list[dict], measure: str) -> str:
+    return f"{mean(rows, measure):.2f} ({', '.join(f'{mean([row], measure):.2f}' for row in rows)})"
+
+
+def line(name: str, rows: list[dict], cell: Callable, *measures: str) -> tuple:
+    """A line of a table that ends with the learning rate. cell: percent or percent_of_each."""
+    return name, *(cell(rows, measure) for measure in measures), rows[0]["lr"]
 
 
 def front_page(runs: Runs) -> Iterator[tuple]:
-    yield "fine-tuned with", "trained parameters", "adapter's training FLOPs, % of LoRA's", *FRONT_PAGE_ACCURACIES
-    for line, (method, changes) in MAIN.items():
-        rows = runs.of(method, BASES, **changes)
-        flops = mean(rows, "adapter_flops_per_screen") / mean(rows, "lora_flops_per_screen")
-        costs = f"{mean(rows, 'trainable_parameters'):,.0f}", f"{100 * flops:.0f}"
-        twins = percent(runs.of(method, TWINS, **changes))
-        yield line, *costs, percent(rows), twins, *(percent(rows, name) for name in (WORDS, AFTER, OLD))
+    """Means alone."""
+    titles = "switches clicked, %", "the same without the skill, %", "word problems without an image, %", "old task, %"
+    yield "method", *titles
+    for method in (LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
+        rows = runs.of(method, BASES)
+        twins = runs.of(method, TWINS)
+        clicks = percent(rows, "task_acc"), percent(twins, "task_acc")
+        yield method, *clicks, percent(rows, "word_problem_acc"), percent(rows, "source_acc")
 
 
-def each_model(bases: dict, title: str, lines: dict) -> Callable:
-    def table(runs: Runs) -> Iterator[tuple]:
-        yield title, "switches clicked, %", "word problems after an image, %", "old task, %", "learning rate"
-        for line, (method, changes) in lines.items():
-            rows = runs.of(method, bases, **changes)
-            yield line, *(percent_of_each(rows, name) for name in ("action_acc", AFTER, OLD)), rows[0]["lr"]
+def base_models(runs: Runs) -> Iterator[tuple]:
+    yield from each_model(runs, "base models 1 to 5", BASES, [*TUNED, *(method + WITH_REPLAY for method in TUNED)])
 
-    return table
+
+def twins(runs: Runs) -> Iterator[tuple]:
+    yield from each_model(runs, "twins 1 to 8", TWINS, TWIN_METHODS)
+
+
+def each_model(runs: Runs, title: str, bases: dict, methods: list[str]) -> Iterator[tuple]:
+    yield title, "switches clicked, %", *OTHER_SKILLS, "learning rate"
+    other_skills = OTHER_SKILLS.values()
+    frozen = runs.of(NOTHING, bases)
+    yield line(NOTHING, frozen, percent_of_each, "task_acc", *other_skills)
+    yield line(f"{NOTHING}, asked to click right of the name", frozen, percent_of_each, "reworded_acc", *other_skills)
+    for method in methods:
+        yield line(method, runs.of(method, bases), percent_of_each, "task_acc", *other_skills)
+
+
+def without_an_image(runs: Runs) -> Iterator[tuple]:
+    """How far LoRA moves the predictions for prompts without an image. Methods at visual tokens do not move them."""
+    yield "divergence from the base, in nats a token", "word problems", "questions without an image"
+    for method in (LORA, LORA + WITH_REPLAY):
+        rows = runs.of(method, BASES)
+        yield method, nats_of_each(rows, "word_problem_kl"), nats_of_each(rows, "question_without_image_kl")
 
 
 def rates(runs: Runs) -> Iterator[tuple]:
+    """The chosen rate is bold."""
     yield "learning rate", *(f"{lr:g}" for lr in GRID)
-    for method in METHODS:
-        if method == NOTHING:
-            continue
-        for name, measure in (("clicks", "action_acc"), ("after an image", AFTER)):
-            tried = [percent(runs.of(method, BASES, SEARCH_SEEDS, lr=lr), measure) for lr in GRID]
-            bold = [f"**{text}**" if lr == RATES[method][0] else text for lr, text in zip(GRID, tried)]
-            yield f"{method}: {name}", *bold
+    for method, chosen in RATES.items():
+        measures = {"clicks": "task_acc", "after an image": "word_problem_after_image_acc"}
+        if method == LORA:  # at visual tokens it is 100 % at every rate
+            measures["without an image"] = "word_problem_acc"
+        for name, measure in measures.items():
+            cells = []
+            for lr in GRID:
+                cell = percent(runs.of(method, BASES, SEARCH_SEEDS, lr=lr), measure)
+                cells.append(f"**{cell}**" if lr == chosen else cell)
+            yield f"{method}: {name}", *cells
 
 
 def heads(runs: Runs) -> Iterator[tuple]:
-    yield "choice of heads", "4 of 24, %", "8 of 24, %"
-    for line, choice in CHOICES.items():
-        few, more = (runs.of(HALF, BASES, SEARCH_SEEDS, heads=choice, num_heads=count) for count in (4, 8))
-        yield line, percent_of_each(few), percent_of_each(more)
+    yield "choice of heads", "4 of 24 heads, %", "8 of 24 heads, %"
+    for name, choice in CHOICES.items():
+        cells = []
+        for num_heads in (4, 8):
+            rows = runs.of(HALF, BASES, SEARCH_SEEDS, heads=choice, num_heads=num_heads)
+            cells.append(percent_of_each(rows, "task_acc"))
+        yield name, *cells
 
 
-TABLES = (
-    front_page,
-    each_model(BASES, "base models 1 to 5", LINES | REPLAY),
-    each_model(TWINS, "twins 1 to 8", MAIN),
-    rates,
-    heads,
-)
+def other_tasks(runs: Runs) -> Iterator[tuple]:
+    """Means of the base models 1 to 3."""
+    yield "other tasks", "correct answers, %", *AFTER_IMAGE_AND_OLD_TASK, "learning rate"
+    other_skills = AFTER_IMAGE_AND_OLD_TASK.values()
+    frozen = runs.of(NOTHING, BASES, SEARCH_SEEDS, task="referring")
+    name = f"referring: {NOTHING}, asked about the left end of the line"
+    yield line(name, frozen, percent, "reworded_acc", *other_skills)
+    for task, changes, methods in OTHER_TASKS:
+        for method in methods:
+            rows = runs.of(method, BASES, SEARCH_SEEDS, **changes)
+            yield line(f"{task}: {method}", rows, percent, "task_acc", *other_skills)
+
+
+TABLES = (front_page, base_models, twins, without_an_image, rates, heads, other_tasks)
+
+
+def markdown(header: tuple, *lines: tuple) -> str:
+    rows = [header, ("---",) * len(header), *lines]
+    return "".join(f"|{'|'.join(row)}|\n" for row in rows)
 
 
 def compare(cfg: CompareConfig) -> None:
-    path = Path(cfg.runs)
-    with get_context("spawn").Pool(cfg.workers) as pool:
-        runs = Runs(path if path.exists() else ROOT / path if (ROOT / path).exists() else path, pool)
-        for table in TABLES:
-            header, *lines = table(runs)
-            for line in (header, ["---"] * len(header), *lines):
-                print(f"|{'|'.join(line)}|")
-            print()
+    runs = Runs(cfg)
+    for table in TABLES:
+        print(markdown(*table(runs)))
 
 
 if __name__ == "__main__":

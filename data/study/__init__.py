@@ -1,0 +1,1 @@
+"""The evidence: how the base was made, every table and its runs. The lesson needs none of it."""
