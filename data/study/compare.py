@@ -52,8 +52,9 @@ TUNED = [method for method in METHODS if method != NOTHING]
 METHODS |= {method + WITH_REPLAY: METHODS[method] | {"replay": 1} for method in TUNED}
 
 # The learning rates that were chosen: the lowest whose validation accuracy, in the mean over SEARCH_SEEDS, is within
-# one point of the best. On base models all of GRID was tried; on twins and in referring a part of it, whose runs stand
-# in runs.csv, too. With replay, after word problems and with other heads, a method keeps its rate.
+# one point of the best. On base models all of GRID was tried; on twins and in referring a part of it. The runs of that
+# search stand in runs.csv for the test of this rule, and are not made anew. With replay, after word problems and with
+# other heads, a method keeps its rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 RATES = {LORA: 0.0025, VISUAL: 0.0025, SMALL: 0.0025, ALL: 0.01, HALF: 0.02}
 TWIN_RATES = {LORA: 0.005, VISUAL: 0.005, SMALL: 0.01, ALL: 0.08, HALF: 0.04}
@@ -82,7 +83,7 @@ MEASURES = (
     "question_without_image_kl",
     "reworded_acc",  # the task asked in other words; measured only where nothing is fine-tuned
 )
-REWORDED_SCREENS = 400
+REWORDED_SCREENS = 400  # test screens of the last one
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,19 @@ class Runs:
                     self.add(row)
 
     def of(self, method: str, bases: dict, seeds=None, **changes) -> list[dict]:
-        """The rows of a method on these base models, one for each seed; on all of them if there are no seeds."""
+        """The rows of a method on the base models of these seeds, or on all of them. changes: of train.Config."""
         settings = {"lr": chosen_rate(method, bases, changes.get("task", "grounding")), "device": self.cfg.device}
         settings |= METHODS[method] | changes
-        wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in seeds or bases]
+        if seeds is None:
+            seeds = bases.keys()
+        wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in seeds]
         missing = [cfg for cfg in wanted if key(vars(cfg)) not in self.rows]
         if missing:
             self.make(missing)
         return [self.rows[key(vars(cfg))] for cfg in wanted]
 
     def make(self, missing: list[train.Config]) -> None:
+        """Run these, and write each row at once. ValueError, before anything runs, if a base model is not there."""
         for cfg in missing:
             if not base_path(cfg.base).exists():
                 command_line = f"python -m data.study.pretrain --seed {cfg.seed} --out {cfg.base}"
@@ -190,10 +194,6 @@ AFTER_IMAGE_AND_OLD_TASK = {
 }
 OTHER_SKILLS = {"word problems without an image, %": "word_problem_acc"} | AFTER_IMAGE_AND_OLD_TASK
 TWIN_METHODS = [*TUNED, LORA + WITH_REPLAY, ALL + WITH_REPLAY]
-OTHER_TASKS = (  # name, what is changed of train.Config, methods
-    ("referring", {"task": "referring"}, (NOTHING, LORA, VISUAL, ALL)),
-    ("after nine word problems", {"history": 9}, (NOTHING, LORA, ALL)),
-)
 CHOICES = {
     "top, the most influential by the probe": "top",
     "gate, by the score of the authors' release": "gate",
@@ -294,12 +294,15 @@ def other_tasks(runs: Runs) -> Iterator[tuple]:
     yield "other tasks", "correct answers, %", *AFTER_IMAGE_AND_OLD_TASK, "learning rate"
     other_skills = AFTER_IMAGE_AND_OLD_TASK.values()
     frozen = runs.of(NOTHING, BASES, SEARCH_SEEDS, task="referring")
-    name = f"referring: {NOTHING}, asked about the left end of the line"
-    yield line(name, frozen, percent, "reworded_acc", *other_skills)
-    for task, changes, methods in OTHER_TASKS:
-        for method in methods:
-            rows = runs.of(method, BASES, SEARCH_SEEDS, **changes)
-            yield line(f"{task}: {method}", rows, percent, "task_acc", *other_skills)
+    reworded = f"referring: {NOTHING}, asked about the left end of the line"
+    yield line(f"referring: {NOTHING}", frozen, percent, "task_acc", *other_skills)
+    yield line(reworded, frozen, percent, "reworded_acc", *other_skills)
+    for method in (LORA, VISUAL, ALL):
+        rows = runs.of(method, BASES, SEARCH_SEEDS, task="referring")
+        yield line(f"referring: {method}", rows, percent, "task_acc", *other_skills)
+    for method in (NOTHING, LORA, ALL):
+        rows = runs.of(method, BASES, SEARCH_SEEDS, history=9)
+        yield line(f"after nine word problems: {method}", rows, percent, "task_acc", *other_skills)
 
 
 TABLES = (front_page, base_models, twins, without_an_image, rates, heads, other_tasks)
