@@ -7,7 +7,6 @@ import io
 import math
 from pathlib import Path
 from textwrap import wrap
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,26 +29,18 @@ FRAMES = 32  # of the moving picture
 RULE = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
 
 
-class Example(NamedTuple):
-    """Where a head looks while one question is answered."""
-
-    base_answer: tuple  # (screen, sample, click) before and after fine-tuning
-    answer: tuple
-    base_weights: torch.Tensor  # the head's attention to the visual tokens, [P], before and after
-    weights: torch.Tensor
-    base_note: str  # what is written below the two
-    note: str
-
-
 class Page:
-    """A white page with a legend, and below it panels in columns."""
+    """A white page with a legend, and below it panels in rows and columns."""
 
-    def __init__(self, height: int, columns: int, tuned_label="after fine-tuning", headline=""):
-        self.image = Image.new("RGB", (WIDTH, height), "white")
-        self.draw = ImageDraw.Draw(self.image)
+    def __init__(self, rows: int, columns: int, titles=(), tuned_label="after fine-tuning", headline=""):
+        """titles: what stands above each row; none by default. headline: stands right of the legend."""
         self.side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP  # of a panel
+        self.title_height = LINE if titles else 0
+        self.row_height = self.title_height + self.side + CAPTION
+        self.image = Image.new("RGB", (WIDTH, HEADER + rows * self.row_height), "white")
+        self.draw = ImageDraw.Draw(self.image)
         y = MARGIN + 24  # middle of the legend
-        self.frame((MARGIN + 16, y - 24, MARGIN + 80, y + 24))
+        self.frame(MARGIN + 16, y - 24, MARGIN + 80, y + 24)
         self.write(172, y, "target")
         self.cross(438, y)
         self.write(492, y, "base model's click")
@@ -57,15 +48,16 @@ class Page:
         self.write(1124, y, tuned_label)
         self.write(WIDTH - MARGIN, y, headline, anchor="rm")
         self.write(MARGIN, y + LINE, RULE, GREY)
+        for row, title in enumerate(titles):
+            self.write(MARGIN, HEADER + row * self.row_height + 24, title)
 
     def write(self, x, y, text: str, fill=INK, anchor="lm"):
         self.draw.text((x, y), text, fill, FONT, anchor)
 
-    def frame(self, box):
+    def frame(self, left, top, right, bottom):
         """A black frame, with a white rim that shows on dark ground."""
-        left, top, right, bottom = box
         self.draw.rectangle((left - 4, top - 4, right + 4, bottom + 4), None, "white", 4)
-        self.draw.rectangle(box, None, "black", 6)
+        self.draw.rectangle((left, top, right, bottom), None, "black", 6)
 
     def cross(self, x, y):
         for radius, fill, width in ((22, "white", 18), (18, ORANGE, 9)):
@@ -73,73 +65,56 @@ class Page:
             self.draw.line((x - radius, y + radius, x + radius, y - radius), fill, width)
 
     def ring(self, x, y):
-        for radius, outline, width in ((30, "white", 18), (26, BLUE, 9)):
-            self.draw.circle((x, y), radius, None, outline, width)
-        for radius, fill in ((9, "white"), (6, BLUE)):
-            self.draw.circle((x, y), radius, fill)
+        """A ring around a dot."""
+        self.draw.circle((x, y), 30, None, "white", 18)
+        self.draw.circle((x, y), 26, None, BLUE, 9)
+        self.draw.circle((x, y), 9, "white")
+        self.draw.circle((x, y), 6, BLUE)
 
-    def x_of(self, column: int) -> int:
-        return MARGIN + column * (self.side + GAP)
-
-    def panel(self, column: int, y, picture: Image.Image, target: Box, caption: str, fill=INK):
-        """The picture of a screen with its target, and a caption below it."""
-        x, zoom = self.x_of(column), self.side / SIZE
+    def panel(self, row: int, column: int, picture: Image.Image, target: Box, caption: str, fill=INK, clicks=()):
+        """The picture of a screen, with its target and clicks (the base model's, the tuned model's), and a caption."""
+        x = MARGIN + column * (self.side + GAP)
+        y = HEADER + row * self.row_height + self.title_height
+        zoom = self.side / SIZE
         self.image.paste(picture.resize((self.side, self.side)), (x, y))
         left, top, right, bottom = target
-        self.frame((x + zoom * left, y + zoom * top, x + zoom * right, y + zoom * bottom))
+        self.frame(x + zoom * left, y + zoom * top, x + zoom * right, y + zoom * bottom)
+        for click, mark in zip(clicks, (self.cross, self.ring)):
+            if click is not None:
+                mark(x + zoom * click[0], y + zoom * click[1])
         for i, line in enumerate(wrap(caption, self.side // LETTER)):
             self.write(x, y + self.side + 48 + i * LINE, line, fill)
 
-    def clicks(self, column: int, y, base_answer: tuple, answer: tuple):
-        """A panel with the clicks of two answers (screen, sample, click) to one question, before and after."""
+    def answer(self, row: int, column: int, base_answer: tuple, answer: tuple):
+        """A panel of two answers (screen, sample, click) to one question, before and after fine-tuning."""
         screen, sample, click = answer
         _, _, base_click = base_answer
         judgement = verdict(answer)
+        caption = f"{sample['instruction']}: {judgement}"
         fill = INK if judgement == "correct" else RED
-        self.panel(
-            column, y, Image.fromarray(screen.image), sample["bbox"], f"{sample['instruction']}: {judgement}", fill
-        )
-        x, zoom = self.x_of(column), self.side / SIZE
-        if base_click:
-            self.cross(x + zoom * base_click[0], y + zoom * base_click[1])
-        if click:
-            self.ring(x + zoom * click[0], y + zoom * click[1])
-
-
-def things(answer: tuple) -> list[tuple[str, Box]]:
-    """What can be clicked on the screen of an answer: (what a caption calls it, its box)."""
-    screen, sample, _ = answer
-    names = []
-    for element in screen.targets():
-        if element.click == sample["bbox"]:
-            names += [("its name", element.bbox), ("its switch", element.click)]
-        else:
-            full_name = element.full_name()
-            names += [(f"the name {full_name}", element.bbox), (f"the switch of {full_name}", element.click)]
-    return names
+        picture = Image.fromarray(screen.image)
+        self.panel(row, column, picture, sample["bbox"], caption, fill, clicks=(base_click, click))
 
 
 def verdict(answer: tuple) -> str:
     """Whether a click is correct and, if not, what it has hit instead."""
-    _, sample, click = answer
+    screen, sample, click = answer
     if is_hit(click, sample["bbox"]):
         return "correct"
-    if click is None:
-        return "wrong, no point"
-    for name, box in things(answer):
-        if is_hit(click, box):
-            return f"wrong, {name}"
-    return "wrong, beside its switch"
+    for element in screen.targets():
+        if is_hit(click, element.click):
+            return f"wrong, the switch of {element.full_name()}"
+        if is_hit(click, element.bbox):
+            return f"wrong, the name {element.full_name()}"
+    return "wrong, outside its switch"
 
 
-def page_of_clicks(base_answers: list, answers: list, columns: int, **header) -> Page:
-    """A panel for each answer (screen, sample, click), with the click before and after."""
-    rows = math.ceil(len(answers) / columns)
-    side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP
-    page = Page(HEADER + rows * (side + CAPTION), columns, **header)
+def page_of_answers(base_answers: list, answers: list, columns: int, **header) -> Page:
+    """A panel for each question: its answers (screen, sample, click) before and after fine-tuning."""
+    page = Page(math.ceil(len(answers) / columns), columns, **header)
     for i, (base_answer, answer) in enumerate(zip(base_answers, answers)):
         row, column = divmod(i, columns)
-        page.clicks(column, HEADER + row * (side + CAPTION), base_answer, answer)
+        page.answer(row, column, base_answer, answer)
     return page
 
 
@@ -152,7 +127,7 @@ def predictions(base_answers: list, answers: list) -> Image.Image:
     headline = f"{sum(hits) / len(hits):.1%} of {len(hits):,} are correct"
     before = [base_answers[i] for i in chosen]
     after = [answers[i] for i in chosen]
-    return page_of_clicks(before, after, columns=4, headline=headline).image.reduce(2)
+    return page_of_answers(before, after, columns=4, headline=headline).image.reduce(2)
 
 
 def is_filmed(step: int, steps: int) -> bool:
@@ -168,28 +143,35 @@ def moving_picture(film: list) -> list[Image.Image]:
     for step, answers in film:
         hits = sum(verdict(answer) == "correct" for answer in answers)
         headline = f"step {step:,} of {last_step:,}:  {hits} of {len(answers)} clicks hit"
-        page = page_of_clicks(base_answers, answers, columns=3, tuned_label="click now", headline=headline)
+        page = page_of_answers(base_answers, answers, columns=3, tuned_label="click now", headline=headline)
         done = (WIDTH - 2 * MARGIN) * step / last_step
         page.draw.rectangle((MARGIN, HEADER - 32, MARGIN + done, HEADER - 16), BLUE)
         frames.append(page.image.reduce(2))
     return frames
 
 
-def attention_picture(examples: list[Example], lines: list[str]) -> Image.Image:
-    """Where a head looks, a column for each example. lines: what stands above the three rows of panels."""
-    side = (WIDTH - 2 * MARGIN + GAP) // len(examples) - GAP
-    row_height = LINE + side + CAPTION
-    page = Page(HEADER + 3 * row_height, len(examples))
-    for row, line in enumerate(lines):
-        page.write(MARGIN, HEADER + row * row_height + 24, line)
-    for column, example in enumerate(examples):
-        y = HEADER + LINE
-        screen, sample, _ = example.answer
-        for weights, note in ((example.base_weights, example.base_note), (example.weights, example.note)):
-            page.panel(column, y, darkened(screen.image, weights), sample["bbox"], note)
-            y += row_height
-        page.clicks(column, y, example.base_answer, example.answer)
+def attention_picture(columns: list[tuple], titles: list[str]) -> Image.Image:
+    """Where a head looks: columns of (base answer, answer, base weights, weights), its attention to visual tokens [P].
+
+    titles: of the rows, which are before fine-tuning, after it, and the clicks."""
+    page = Page(3, len(columns), titles)
+    for column, (base_answer, answer, base_weights, weights) in enumerate(columns):
+        screen, sample, _ = answer
+        target = sample["bbox"]
+        for row, head_weights in enumerate((base_weights, weights)):
+            caption = f"{sample['instruction']}: {share_on(target, head_weights):.0%} on target"
+            page.panel(row, column, darkened(screen.image, head_weights), target, caption)
+        page.answer(2, column, base_answer, answer)
     return page.image.reduce(2)
+
+
+def share_on(box: Box, weights: torch.Tensor) -> torch.Tensor:
+    """How much of attention weights [..., P] is on the patches that this box touches, [...]."""
+    side = round(weights.shape[-1] ** 0.5)  # patches in a row
+    size = SIZE // side  # of a patch, in pixels
+    left, top, right, bottom = box
+    grid = weights.unflatten(-1, (side, side))
+    return grid[..., top // size : (bottom - 1) // size + 1, left // size : (right - 1) // size + 1].sum((-2, -1))
 
 
 def darkened(image: np.ndarray, weights: torch.Tensor) -> Image.Image:

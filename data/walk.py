@@ -1,28 +1,35 @@
 """A guided walk: follows one question through every step of Image-LoRA, tensor by tensor.
 
-python -m data.walk          after `python train.py`, whose adapter it takes
+python -m data.walk          after `python train.py`, whose adapter it takes; if there is none, it trains one
+
+It writes OUT/look.png, too: where a head looks before and after fine-tuning.
 """
 
 import inspect
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import command, option
-from data.base import load_base, screens_and_features
-from data.evaluate import evaluate, generate_answers
+import train
+from data import command, figures, option
+from data.base import find_device, load_base, screens_and_features
+from data.evaluate import Answer, evaluate, generate_answers
 from data.prompts import prompt_batch, training_batch, training_data
-from imagelora import ValueAdapter, attach, load, visual_rows
-from tiny_vlm import TinyVLM
-from train import Config
+from data.screens import is_hit
+from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
+from tiny_vlm import TinyVLM, rotate
+
+NUM_QUESTIONS = 100  # that attention is averaged over
 
 
 @dataclass(frozen=True)
 class WalkConfig:
-    adapter: str = option("runs/switches/adapter.pt", "the adapter to walk with")
-    base: str = option("data/tiny_vlm.pt", "the model that it was trained on")
+    out: str = option("runs/switches", "directory of the run to walk with, and of the picture")
+    device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
 
 
 def station(title: str, text: str, code=None) -> None:
@@ -33,73 +40,176 @@ def station(title: str, text: str, code=None) -> None:
 
 def walk(cfg: WalkConfig) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
-    model = load_base(cfg.base)
-    screens, features = screens_and_features(cfg.base, "switches", "test", 1, "cpu")
-    _, base_answers = evaluate(model, screens, features)
+    device = find_device(cfg.device)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    run = saved_run(out)
+    if run:
+        print(f"walking with {out / 'adapter.pt'}\n")
+        model = load_base(run.base, device)
+        adapter = load(model, out / "adapter.pt")
+        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
+        _, answers = evaluate(model, screens, features)
+        with adapter.disabled():
+            _, base_answers = evaluate(model, screens, features)
+    else:
+        print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
+        run = train.Config(device=cfg.device)
+        _, model, adapter, base_answers, answers, _ = train.finetune(run, verbose=True)
+        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
+        print()
+
     _, sample, base_click = base_answers[0]
-    prompt = prompt_batch([sample], features)
-    base = queries_and_values(model, prompt)
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
     station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {base_click}")
+    show_start(run, load_base(run.base, device), adapter.heads)
+    show_update(model, adapter, prompt_batch([sample], features[:1]))
+    show_decoding(model, adapter, sample, features[:1])
+    station("7 answer", f"{base_click} before, {answers[0].output} after; a click in {sample['bbox']} is correct")
+    show_attention(model, adapter, base_answers, answers, dict(zip(screens, features)), out / "look.png")
 
-    adapter = load(model, cfg.adapter)
-    heads, r = adapter.heads, adapter.r
+
+def saved_run(out: Path) -> train.Config | None:
+    """The Config of the run that train.py has left in this directory; None unless it is an Image-LoRA that clicks."""
+    if not (out / "adapter.pt").exists() or not (out / "metrics.json").exists():
+        return None
+    result = json.loads((out / "metrics.json").read_text())
+    if result["task"] != "grounding":
+        return None
+    return train.Config(**{f.name: result[f.name] for f in fields(train.Config)})
+
+
+def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
+    """The first backward pass, on a fresh base."""
+    torch.manual_seed(run.seed)
+    adapter = attach(model, run.r, 2 * run.r, heads)
     lowest = min(heads)
-    tuned = queries_and_values(model, prompt)
-    counts = rows_adapted(model, adapter.layers[str(lowest)], sample, features)
-    _, answers = evaluate(model, screens, features)
-
-    values = attach(adapter.detach(), r, 2 * r, heads).layers[str(lowest)]
+    values = adapter.layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
-    data = training_data(Config(steps=1, base=cfg.base), "cpu")
-    model(**training_batch(Config(), data, 0).inputs).loss.backward()
+    data = training_data(replace(run, steps=1), model.device)  # few screens are enough for one batch
+    model(**training_batch(run, data, 0).inputs).loss.backward()
     norms = ", ".join(f"{name} {parameter.grad.norm():.2g}" for name, parameter in values.named_parameters())
     station("", f"first step, norms of the gradients: {norms}; while B = 0, those of A and gamma are zero")
 
-    _, base_values = base[lowest]  # X W_V [T, H, d_h]; X is the base's, because no layer below is adapted
-    _, tuned_values = tuned[lowest]
+
+def show_update(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> None:
+    """What the adapter adds to the values of a prompt in its lowest layer, and how far queries move above it."""
+    lowest = min(adapter.heads)
+    tuned = queries_keys_values(model, prompt)
+    with adapter.disabled():
+        base = queries_keys_values(model, prompt)
+    _, _, base_values = base[lowest]  # X W_V [H, T, d_h]; X is the base's, because no layer below is adapted
+    _, _, tuned_values = tuned[lowest]
     update = tuned_values - base_values
-    rows = update.abs().sum((1, 2)).nonzero().squeeze(1)
+    rows = update.abs().sum((0, 2)).nonzero().squeeze(1)
     station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
     station("4 update", f"layer {lowest}, norms over these rows by head:", ValueAdapter.forward)
-    station("", "X W_V(h) " + "  ".join(f"{norm:6.2f}" for norm in base_values[rows].norm(dim=(0, 2))))
-    station("", "update   " + "  ".join(f"{norm:6.2f}" for norm in update.norm(dim=(0, 2))))
+    station("", "X W_V(h) " + "  ".join(f"{norm:6.2f}" for norm in base_values[:, rows].norm(dim=(1, 2))))
+    station("", "update   " + "  ".join(f"{norm:6.2f}" for norm in update[:, rows].norm(dim=(1, 2))))
 
     moves = []
-    for layer, ((query, _), (base_query, _)) in enumerate(zip(tuned, base)):
-        moves.append(f"{(query - base_query).norm() / base_query.norm():.0%} in layer {layer}")
+    for layer, ((queries, _, _), (base_queries, _, _)) in enumerate(zip(tuned, base)):
+        move = (queries - base_queries).norm() / base_queries.norm()
+        moves.append(f"{move:.0%} in layer {layer}")
     station("5 looking", f"queries moved by {', '.join(moves)}:")
     station("", "the lowest adapted layer looks where it looked before")
-    station("6 decoding", f"rows adapted, by forward pass: {counts}", visual_rows)
-    station("7 answer", f"{base_click} before, {answers[0].output} after; a click in {sample['bbox']} is correct")
 
 
 @torch.no_grad()
-def queries_and_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tensor]]:
-    """Queries and values [T, H, d_h] of one sequence in every layer."""
-    outputs = []
-    hooks = []
-    for layer in model.language_model.layers:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj):
-            hooks.append(projection.register_forward_hook(lambda module, args, output: outputs.append(output)))
+def queries_keys_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries [H_q, T, d_h], keys and values [H, T, d_h] of one sequence in every layer, queries and keys rotated."""
+    layers = []
+
+    def keep(attention, arguments, output):
+        x, angles, *_ = arguments
+        _, (keys, values) = output
+        queries = rotate(attention.split_heads(attention.q_proj(x)), angles)
+        layers.append((queries[0], keys[0], values[0]))
+
+    hooks = [layer.self_attn.register_forward_hook(keep) for layer in model.language_model.layers]
     model(**prompt)
     for hook in hooks:
         hook.remove()
-    split = [output[0].unflatten(-1, (-1, layer.self_attn.head_dim)) for output in outputs]
-    return list(zip(split[::2], split[1::2]))
+    return layers
 
 
-def rows_adapted(model: TinyVLM, lowest: ValueAdapter, sample: dict, features: Tensor) -> list[int]:
+def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Tensor) -> None:
     """How many rows are adapted in each forward pass of an answer."""
     counts = []
-    hooks = [
-        model.register_forward_pre_hook(lambda module, args: counts.append(0)),
-        lowest.register_forward_pre_hook(lambda module, args: counts.append(counts.pop() + len(args[0]))),
-    ]
+
+    def begin_pass(module, inputs):
+        counts.append(0)
+
+    def count_rows(values, inputs):
+        (x_vis,) = inputs  # [N, D]
+        counts[-1] += len(x_vis)
+
+    lowest = adapter.layers[str(min(adapter.heads))]
+    hooks = [model.register_forward_pre_hook(begin_pass), lowest.register_forward_pre_hook(count_rows)]
     generate_answers(model, [sample], features)
     for hook in hooks:
         hook.remove()
-    return counts
+    station("6 decoding", f"rows adapted, by forward pass: {counts}", visual_rows)
+
+
+# ---- Where a head looks ----------------------------------------------------------------------------------------------
+
+
+def show_attention(
+    model: TinyVLM, adapter: ImageLoRA, base_answers: list[Answer], answers: list[Answer], features: dict, path: Path
+) -> None:
+    """Find the head that has turned to the targets the most, and draw where it looks for four of the answers.
+
+    features: of each screen, {screen: [P, D]}."""
+
+    def attention(answer: Answer) -> Tensor:
+        return attention_maps(model, prompt_batch([answer.sample], features[answer.screen][None]))
+
+    def mean_share() -> Tensor:
+        """The share of its attention that each head gives to the targets of the first questions, [L, H_q]."""
+        shares = [figures.share_on(answer.sample["bbox"], attention(answer)) for answer in answers[:NUM_QUESTIONS]]
+        return torch.stack(shares).mean(0)
+
+    shares = mean_share()
+    with adapter.disabled():
+        base_shares = mean_share()
+    layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
+    columns = []
+    for i in chosen_answers(answers):
+        weights = attention(answers[i])[layer, head]
+        with adapter.disabled():
+            base_weights = attention(answers[i])[layer, head]
+        columns.append((base_answers[i], answers[i], base_weights, weights))
+
+    name = f"head {head} of layer {layer}"
+    growth = f"from {base_shares[layer, head]:.0%} to {shares[layer, head]:.0%}"
+    titles = [
+        f"Before fine-tuning: where {name} looks from the last token of the question (bright)",
+        f"After it: of all {shares.numel()} heads, this one turned to the targets the most, {growth} of its attention",
+        "The clicks",
+    ]
+    figures.save([figures.attention_picture(columns, titles)], path)
+    station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
+    station("", f"their share of its attention went {growth}, the mean over {NUM_QUESTIONS} questions")
+
+
+def attention_maps(model: TinyVLM, prompt: dict) -> Tensor:
+    """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H_q, P]."""
+    maps = []
+    for queries, keys, _ in queries_keys_values(model, prompt):
+        keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)  # [H_q, T, d_h]
+        scores = queries[:, -1:] @ keys.mT / queries.shape[-1] ** 0.5  # [H_q, 1, T]
+        maps.append(scores.softmax(-1)[:, 0])
+    is_visual = prompt["input_ids"][0] == model.config.image_token_id  # [T]
+    return torch.stack(maps)[..., is_visual]
+
+
+def chosen_answers(answers: list[Answer]) -> list[int]:
+    """The first answer, two more, and the last that is wrong (or, if none is, the last)."""
+    count = len(answers)
+    wrong = [i for i, (_, sample, click) in enumerate(answers) if not is_hit(click, sample["bbox"])]
+    last = wrong[-1] if wrong else count - 1
+    return [0, count // 5, 2 * count // 5, last]
 
 
 if __name__ == "__main__":
