@@ -1,10 +1,11 @@
 """The demo: the model and its base, the tiny world, and what the commands print and write."""
 
+import ast
 import json
 import re
-import subprocess
-import sys
+import shlex
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 
 import train
-from data import evaluate, prompts, screens, walk, words
-from data.base import image_features, load_base, screens_and_features
+from data import command, evaluate, prompts, screens, walk, words, write_file
+from data.base import image_features, load_base, save_base, screens_and_features
 from data.baselines import choose_heads
 from data.screens import DOMAINS, SPLITS, Element, Screen, draw_screen, is_hit
 from imagelora import load
@@ -22,10 +23,6 @@ from test_imagelora import EARLY, TEXT, tiny_vlm
 from tiny_vlm import TinyVLM
 
 ROOT = Path(train.__file__).parent
-
-
-def save(model: TinyVLM, path: Path) -> None:
-    torch.save({"config": asdict(model.config), "state": model.state_dict()}, path)
 
 
 def read(ids: torch.Tensor) -> str:
@@ -53,6 +50,20 @@ def test_a_placeholder_is_never_an_answer():
     model.language_model.norm.weight.data.zero_()
     answer = model.generate(torch.tensor([TEXT]), max_new_tokens=3)[0, len(TEXT) :]
     assert answer.tolist() == [1, 1, 1]
+
+
+def test_a_file_that_holds_no_model_is_refused_in_one_sentence(tmp_path):
+    """Whether it is missing, cut, or of something else."""
+    path = tmp_path / "base.pt"
+    save_base(tiny_vlm(), path)
+    content = path.read_bytes()
+    for damaged in (None, b"", b"{}", content[: len(content) // 2]):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^.*base.pt is not a saved TinyVLM \(.*\)$"):
+            TinyVLM.from_pretrained(path)
+        path.touch()
 
 
 def test_the_shipped_base_is_what_its_record_says():
@@ -152,19 +163,25 @@ def test_word_problems_of_the_test_are_new_sentence_pairs_and_new_numbers():
     assert numbers["test"]
 
 
-@pytest.mark.parametrize("refer", [0.0, 1.0])
-def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(refer):
-    rng = np.random.default_rng(0)
-    some_screens = [draw_screen("source", "train", i) for i in range(8)]
-    samples = [screens.random_samples(screen, 5, rng, refer, distinct=True) for screen in some_screens]
-    batch = prompts.pack_sequences(samples, [[]] * 8, num_patches=16)
-    for ids, labels, five in zip(batch["input_ids"], batch["labels"], samples):
-        turns = [f"{sample['instruction']} {sample['answer']} <eos>" for sample in five]
-        assert read(ids).replace(" <pad>", "") == " ".join(["<bos>", *["<image>"] * 16, *turns])
-        assert read(labels[labels >= 0]) == " ".join(f"{sample['answer']} <eos>" for sample in five)
+@pytest.mark.parametrize("task", ["grounding", "referring"])
+@pytest.mark.parametrize("history", [0, 2])
+def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, history):
+    """Five questions about a screen share a sequence. Word problems before the screen have no labels."""
+    cfg = train.Config(steps=1, task=task, history=history)
+    batch = prompts.training_batch(cfg, prompts.training_data(cfg, "cpu"), 0)
+    question = r"what is at <x\d+> <y\d+>" if task == "referring" else r"(?:click|tap|press|select) \w+(?: \w+)?"
+    answer = r"((?:\w+ )?\w+ <eos>)" if task == "referring" else r"(<x\d+> <y\d+> <eos>)"
+    for ids, labels in zip(batch.inputs["input_ids"], batch.inputs["labels"]):
+        before, after = read(ids).replace(" <pad>", "").split(" <image>" * 64)
+        assert before.startswith("<bos>")
+        assert before.count("how many") == history
+        turns = re.fullmatch(rf"(?: {question} {answer}){{5}}", after)
+        assert turns, after
+        answers = re.findall(rf"{question} {answer}", after)
+        assert read(labels[labels >= 0]) == " ".join(answers)
         assert torch.equal(ids[labels >= 0], labels[labels >= 0])
-        asked_for = {sample["instruction" if refer else "bbox"] for sample in five}
-        assert len(asked_for) == len(five) == 5
+    asked_for = [box for box in batch.boxes[:5] if box]
+    assert len(asked_for) == (5 if task == "grounding" else 0)
 
 
 def test_replay_asks_for_clicks_on_source_screens_and_for_word_problems_but_not_in_the_probe():
@@ -226,82 +243,194 @@ def test_answers_without_an_image_are_compared_by_logits_and_by_kl_divergence():
 
 
 # 3. Other choices of heads
+CHOICES = ("top", "bottom", "gate", "matched", "random", "all")
+
+
 def test_the_other_choices_of_heads_are_what_they_are_called():
-    """All are spread evenly over the layers."""
+    """All but random ones are spread evenly over the layers."""
     scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0.2, 6, 0.1]])
-    assert choose_heads("top", scores, 6, 0) == choose_heads("gate", scores, 6, 0) == {0: [0, 1], 1: [0, 3], 2: [1, 2]}
-    assert choose_heads("bottom", scores, 6, 0) == {0: [2, 3], 1: [1, 2], 2: [0, 3]}
-    assert choose_heads("all", scores, 6, 0) == {layer: [0, 1, 2, 3] for layer in range(3)}
-    drawn = [choose_heads("random", scores, 6, seed) for seed in range(9)]
-    assert all({layer: len(heads) for layer, heads in each.items()} == {0: 2, 1: 2, 2: 2} for each in drawn)
-    assert len({str(each) for each in drawn}) > 1
+    chosen = {choice: choose_heads(choice, scores, 6, seed=0) for choice in CHOICES}
+    assert chosen["top"] == chosen["gate"] == {0: [0, 1], 1: [0, 3], 2: [1, 2]}
+    assert chosen["bottom"] == {0: [2, 3], 1: [1, 2], 2: [0, 3]}
+    assert chosen["all"] == {layer: [0, 1, 2, 3] for layer in range(3)}
+    assert chosen["matched"] != chosen["top"]
+    for seed in range(9):
+        matched = choose_heads("matched", scores, 6, seed)
+        assert {layer: len(heads) for layer, heads in matched.items()} == {0: 2, 1: 2, 2: 2}
+        assert sum(len(heads) for heads in choose_heads("random", scores, 6, seed).values()) == 6
+    assert {layer: len(heads) for layer, heads in chosen["random"].items()} != {0: 2, 1: 2, 2: 2}
 
 
 # 4. The commands
 SHORT = dict(steps=3, num_heads=3, r=2, test_screens=2, device="cpu", base="base.pt")
+OPTIONS = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items())
 
 
 @pytest.fixture
 def directory(monkeypatch, tmp_path) -> Path:
     """A directory of its own, the current one, with a small base in base.pt."""
-    save(tiny_vlm(vocab_size=len(words.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
+    save_base(tiny_vlm(vocab_size=len(words.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
     screens_and_features.cache_clear()  # it may hold those of another base.pt
     return tmp_path
 
 
-RUNS = [{"method": "none"}, {"replay": 2}, {"heads": "gate"}, {"heads": "all"}]
+@pytest.fixture
+def call(directory, capsys):
+    """A function that runs the main job with these options -> (its exit status, what it prints, its errors)."""
+
+    def call(options: str) -> tuple[int, str, str]:
+        try:
+            status = command(train.Config, train.main, "", shlex.split(options))
+        except SystemExit as stopped:  # argparse exits by itself
+            status = stopped.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring"}, {"task": "referring", "replay": 1}, {"history": 1}]
+RUNS += [{"heads": heads} for heads in CHOICES]
 RUNS += [{"method": "lora"} | changes for changes in ({}, {"tokens": "visual"}, {"projections": "v"})]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
-def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed(changes, directory):
+def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed(changes, directory, capsys):
+    """It prints nothing, writes no file, and returns the Config's fields and what was measured."""
     cfg = train.Config(**SHORT | changes)
     tuned = train.finetune(cfg)
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in directory.iterdir()] == ["base.pt"]
+
     result = tuned.result
     assert result | asdict(cfg) == result
     assert result["lr"] == train.RATES[cfg.method]
+    accuracy = "name_acc" if cfg.task == "referring" else "action_acc"
+    measured = {accuracy, "source_acc", "word_problem_acc", "word_problem_after_image_acc"}
+    assert measured <= result["before"].keys() <= result.keys()
+    num_selected = {"image_lora": 9 if cfg.heads == "all" else 3}.get(cfg.method, 0)
+    assert sum(len(heads) for heads in (result["selected"] or {}).values()) == num_selected
+
     all_tokens = cfg.method == "lora" and cfg.tokens == "all"
     for change in ("text_logits_max_abs_diff", "word_problem_kl", "question_without_image_kl"):
         assert (result[change] != 0) == all_tokens
     trained = sum(parameter.numel() for parameter in tuned.adapter.parameters()) if tuned.adapter else 0
     assert result["trainable_parameters"] == trained
-    assert (result["adapter_flops_per_screen"] > 0) == (cfg.method != "none")
+    flops = result["adapter_flops_per_screen"]
+    assert (0 < flops < result["step_flops_per_screen"]) == (cfg.method != "none")
     if all_tokens and cfg.projections == "qkvo":
-        assert 4 * result["adapter_flops_per_screen"] == result["lora_flops_per_screen"]  # LoRA's are told for rank 8
+        assert 4 * flops == result["lora_flops_per_screen"]  # LoRA's are told for rank 8
 
 
-def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, capsys):
-    train.main(train.Config(**SHORT))
-    printed = capsys.readouterr().out
+def test_the_demo_and_then_the_walk_print_and_write_what_they_say(call, capsys):
+    """It writes the result of `run`, which is the same to the last digit again, and the controls beside it."""
+    status, printed, error = call(f"{OPTIONS} --film")
+    assert status == 0, error
     starts = [line.split()[0] for line in printed.splitlines() if line[0] != " "]
     assert starts == "base before probe select after text controls cost saved".split()
     assert "identical" in printed
     out = Path("runs/switches")
-    assert {path.name for path in out.iterdir()} == {"adapter.pt", "metrics.json", "predictions.png"}
-    assert Image.open(out / "predictions.png").size[0] > 1000
+    assert {path.name for path in out.iterdir()} == {*train.FILES}
+    assert all(name in printed.splitlines()[-1] for name in train.FILES)
+    assert Image.open(out / "predictions.png").size[0] == 1660
+    assert Image.open(out / "training.gif").n_frames == 4
     assert load(load_base("base.pt"), out / "adapter.pt")
-    assert "erased_acc" in json.loads((out / "metrics.json").read_text())
 
-    walk.walk(walk.WalkConfig(base="base.pt"))
+    written = json.loads((out / "metrics.json").read_text())
+    result = json.loads(json.dumps(train.run(train.Config(**SHORT, film=True))))
+    assert {name for name in result if result[name] != written[name]} <= {"seconds"}
+    assert written.keys() - result.keys() == {"reworded_acc", "erased_acc"}
+
+    walk.walk(walk.WalkConfig())
     printed = capsys.readouterr().out
+    assert "walking with runs/switches/adapter.pt" in printed
     assert "rows adapted: 1 .. 16" in printed
     assert re.search(r"by forward pass: \[16(, 0)*\]", printed)
     assert re.search(r"moved by 0% in layer 0, [1-9]", printed)
+    assert Image.open(out / "look.png").size[0] == 1660
+
+    status, printed, error = call(f"{OPTIONS} --task=referring")
+    assert status == 0, error
+    assert "correct names on switch screens" in printed
+    assert {path.name for path in out.iterdir()} == {"adapter.pt", "metrics.json", "look.png"}
 
 
-def test_lora_prints_how_far_text_has_moved(directory, capsys):
-    train.main(train.Config(**SHORT | {"method": "lora"}))
+def test_the_walk_trains_where_there_is_no_adapter(directory, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Config", partial(train.Config, **SHORT | {"device": "auto"}))
+    walk.walk(walk.WalkConfig(out="out"))
     printed = capsys.readouterr().out
+    assert "train.py has left no Image-LoRA that clicks in out/" in printed
+    assert "7 answer" in printed
+    assert [path.name for path in Path("out").iterdir()] == ["look.png"]
+
+
+def test_lora_prints_how_far_text_has_moved(call):
+    status, printed, error = call(f"{OPTIONS} --method=lora")
+    assert status == 0, error
     assert "changed (max |difference|" in printed
     assert "mean KL divergence from the base" in printed
 
 
-@pytest.mark.parametrize("bad", ["--method=dora", "--steps=many", "--base=no.pt", "--num-heads=25"])
-def test_what_a_command_cannot_do_is_one_sentence(bad):
-    ran = subprocess.run([sys.executable, "train.py", "--steps=1", bad], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert "error: " in ran.stderr
-    assert "Traceback" not in ran.stderr
+BAD_OPTIONS = ["--method=dora", "--what=1", "extra", "--steps=many", "--steps=0", "--seed=-1", "--lr=nan", "--r=25"]
+BAD_OPTIONS += ["--num-heads=10", "--replay=9", "--film --task=referring", "--film --method=none", "--device=abacus"]
+BAD_OPTIONS += ["--base=no.pt", "--base=notes.txt", "--out=notes.txt", "--out=/dev/null/x"]
+
+
+@pytest.mark.parametrize("bad", BAD_OPTIONS)
+def test_what_the_demo_cannot_do_is_one_sentence_and_writes_nothing(bad, call, directory):
+    (directory / "notes.txt").write_text("not a model")
+    status, printed, error = call(f"{OPTIONS} {bad}")
+    assert status == 2
+    assert printed == ""  # nothing was measured before
+    assert re.search(r"error: [^\n]{10,300}\n$", error)
+    assert {path.name for path in directory.rglob("*") if path.is_file()} == {"base.pt", "notes.txt"}
+
+
+def test_a_loss_that_is_not_finite_ends_the_demo_with_status_1(call):
+    status, _, error = call(f"{OPTIONS} --lr=1e18 --steps=40")
+    assert status == 1
+    assert re.search(r"error: the loss is \w+ at step \d+; try a smaller --lr than 1e\+18\n$", error)
+
+
+def test_an_interrupted_command_says_so_and_returns_130(capsys):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    assert command(train.Config, interrupted, "", []) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
+    write_file(tmp_path / "file", b"old")
+    with pytest.raises(TypeError):
+        write_file(tmp_path / "file", "these are no bytes")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+LESSON = "data data.screens data.words data.base data.prompts data.evaluate data.baselines data.costs data.figures"
+LESSON = ["imagelora", "tiny_vlm", *LESSON.split(), "train", "data.walk"]
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of the project that this one imports."""
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    tree = ast.parse((path if path.exists() else path.with_suffix("") / "__init__.py").read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module for module in imported if module in LESSON or module.startswith("data.study")}
+
+
+def test_imports_go_one_way():
+    """Each file of the lesson imports only files that stand before it, so none imports the study, and making a base
+    does not import the demo. The method and the model import nothing of the project."""
+    for i, name in enumerate(LESSON):
+        assert imports_of(name) <= {*LESSON[:i]}, name
+    assert imports_of("imagelora") == imports_of("tiny_vlm") == set()
+    assert not imports_of("data.study.pretrain") & {"train", "data.walk", "data.figures"}
