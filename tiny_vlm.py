@@ -208,8 +208,7 @@ class TinyVLM(nn.Module):
             model = cls(TinyVLMConfig(**content["config"]))
             model.load_state_dict(content["state"])
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ValueError(f"{path} is not a saved TinyVLM ({reason})") from error
+            raise ValueError(f"{path} is missing, damaged or no saved TinyVLM ({type(error).__name__})") from error
         return model.eval()
 
     @property

@@ -11,14 +11,13 @@ python -m data.study.compare     every method on several base models, and the ta
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import command, option, write_file  # Before torch, because it sets how threads wait.
+from data import command, make_directory, option, write_file  # Before torch, because it sets how threads wait.
 
 # isort: split
 import torch
@@ -61,8 +60,9 @@ class Config:
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
-        "top: the most influential of each layer by the probe; bottom: the least; gate: the top ones by the score of "
-        "the authors' release; matched: random, as many in each layer as top; random: any",
+        "top: the most influential of each layer by the probe; bottom: the least;\n"
+        "gate: the top ones by the score of the authors' release;\n"
+        "matched: random, as many in each layer as top; random: any",
         ("top", "bottom", "gate", "matched", "random", "all"),
     )
     num_heads: int = option(12, "number of value heads to adapt", least=1)
@@ -221,8 +221,7 @@ def train(
 def main(cfg: Config) -> None:
     """One run, then the controls. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, pictures of clicks."""
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # If we may not write here, it is better to fail now than after training.
+    make_directory(out)
     tuned = finetune(cfg, verbose=True)
     result = tuned.result
     if cfg.task == "grounding":

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
@@ -57,6 +58,15 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def make_directory(path: Path) -> None:
+    """ValueError if it cannot be made or written to: it is better to fail now than after training."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"cannot write files into {path} ({error.strerror}); choose another directory") from error
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -27,7 +27,7 @@ def find_device(name: str) -> str:
     if name == "auto":
         return devices[0]
     if name not in devices:
-        raise ValueError(f"there is no device {name} here; expected auto or one of {', '.join(devices)}")
+        raise ValueError(f"there is no device {name} here; expected one of auto, {', '.join(devices)}")
     return name
 
 

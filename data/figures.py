@@ -103,9 +103,9 @@ def verdict(answer: tuple) -> str:
         return "correct"
     for element in screen.targets():
         if is_hit(click, element.click):
-            return f"wrong, the switch of {element.full_name()}"
+            return f"wrong, on the switch of {element.full_name()}"
         if is_hit(click, element.bbox):
-            return f"wrong, the name {element.full_name()}"
+            return f"wrong, on {element.full_name()}"
     return "wrong, outside its switch"
 
 

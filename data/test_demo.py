@@ -61,7 +61,7 @@ def test_a_file_that_holds_no_model_is_refused_in_one_sentence(tmp_path):
         path.unlink()
         if damaged is not None:
             path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"^.*base.pt is not a saved TinyVLM \(.*\)$"):
+        with pytest.raises(ValueError, match=r"^.*base.pt is missing, damaged or no saved TinyVLM \(\w+\)$"):
             TinyVLM.from_pretrained(path)
         path.touch()
 

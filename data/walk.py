@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import train
-from data import command, figures, option
+from data import command, figures, make_directory, option
 from data.base import find_device, load_base, screens_and_features
 from data.evaluate import Answer, evaluate, generate_answers
 from data.prompts import prompt_batch, training_batch, training_data
@@ -42,7 +42,7 @@ def walk(cfg: WalkConfig) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
     device = find_device(cfg.device)
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     run = saved_run(out)
     if run:
         print(f"walking with {out / 'adapter.pt'}\n")
