@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
     """Every target of every screen asked for once, or what is right of it: (number of the screen, sample)."""
     rng = np.random.default_rng(0)
-    numbered = []
+    numbers_and_samples = []
     for i, screen in enumerate(screens):
         if task == "relations":
             samples = relation_samples(screen)
@@ -44,8 +44,8 @@ def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict
             samples = [referring_sample(target) for target in screen.targets()]
         else:
             samples = [grounding_sample(screen, target, rng) for target in screen.targets()]
-        numbered += [(i, sample) for sample in samples]
-    return numbered
+        numbers_and_samples += [(i, sample) for sample in samples]
+    return numbers_and_samples
 
 
 @torch.no_grad()

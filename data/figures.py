@@ -171,7 +171,9 @@ def share_on(box: Box, weights: torch.Tensor) -> torch.Tensor:
     size = SIZE // side  # of a patch, in pixels
     left, top, right, bottom = box
     grid = weights.unflatten(-1, (side, side))
-    return grid[..., top // size : (bottom - 1) // size + 1, left // size : (right - 1) // size + 1].sum((-2, -1))
+    rows = slice(top // size, (bottom - 1) // size + 1)
+    columns = slice(left // size, (right - 1) // size + 1)
+    return grid[..., rows, columns].sum((-2, -1))
 
 
 def darkened(image: np.ndarray, weights: torch.Tensor) -> Image.Image:

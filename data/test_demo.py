@@ -139,7 +139,13 @@ def test_a_switch_is_right_of_its_name_and_erasing_it_changes_nothing_else():
 
 
 def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_height():
-    boxes = {"a": (0, 0, 9, 9), "b": (9, 4, 20, 30), "c": (21, 5, 30, 15), "d": (60, 0, 70, 9), "e": (8, 0, 12, 9)}
+    boxes = {
+        "a": (0, 0, 9, 9),
+        "b": (9, 4, 20, 30),
+        "c": (21, 5, 30, 15),
+        "d": (60, 0, 70, 9),
+        "e": (8, 0, 12, 9),
+    }
     elements = tuple(Element(name, "", box, box) for name, box in boxes.items())
     samples = screens.relation_samples(Screen(np.zeros(0), elements))
     assert [sample["instruction"] for sample in samples] == [f"what is right of {name}" for name in "abe"]
@@ -249,16 +255,17 @@ CHOICES = ("top", "bottom", "gate", "matched", "random", "all")
 def test_the_other_choices_of_heads_are_what_they_are_called():
     """All but random ones are spread evenly over the layers."""
     scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0.2, 6, 0.1]])
-    chosen = {choice: choose_heads(choice, scores, 6, seed=0) for choice in CHOICES}
-    assert chosen["top"] == chosen["gate"] == {0: [0, 1], 1: [0, 3], 2: [1, 2]}
-    assert chosen["bottom"] == {0: [2, 3], 1: [1, 2], 2: [0, 3]}
-    assert chosen["all"] == {layer: [0, 1, 2, 3] for layer in range(3)}
-    assert chosen["matched"] != chosen["top"]
-    for seed in range(9):
-        matched = choose_heads("matched", scores, 6, seed)
-        assert {layer: len(heads) for layer, heads in matched.items()} == {0: 2, 1: 2, 2: 2}
-        assert sum(len(heads) for heads in choose_heads("random", scores, 6, seed).values()) == 6
-    assert {layer: len(heads) for layer, heads in chosen["random"].items()} != {0: 2, 1: 2, 2: 2}
+    top = {0: [0, 1], 1: [0, 3], 2: [1, 2]}
+    assert choose_heads("top", scores, 6, seed=0) == top
+    assert choose_heads("gate", scores, 6, seed=0) == top
+    assert choose_heads("bottom", scores, 6, seed=0) == {0: [2, 3], 1: [1, 2], 2: [0, 3]}
+    assert choose_heads("all", scores, 6, seed=0) == {layer: [0, 1, 2, 3] for layer in range(3)}
+    matched = choose_heads("matched", scores, 6, seed=0)
+    assert [len(heads) for heads in matched.values()] == [2, 2, 2]
+    assert matched != top
+    random = choose_heads("random", scores, 6, seed=0)
+    assert sum(len(heads) for heads in random.values()) == 6
+    assert [len(heads) for heads in random.values()] != [2, 2, 2]
 
 
 # 4. The commands
