@@ -50,20 +50,20 @@ Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 class ValueAdapter(nn.Module):
     """The update of one layer: gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for its selected heads h."""
 
-    def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True, device=None):
+    def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True):
         super().__init__()
         self.num_kv_heads = num_kv_heads
         self.scaling = lora_alpha / r
         if normalize:
             self.scaling /= len(heads) ** 0.5
         # S, [|S|]. A buffer, so that a state_dict says which heads its B belongs to.
-        self.register_buffer("heads", torch.tensor(heads, device="cpu").to(device))
+        self.register_buffer("heads", torch.tensor(heads, device="cpu"))
         # A is uniform in +-1/sqrt(D), as in PEFT's LoRA. Drawn on the CPU, so that a seed gives the same A everywhere.
         A = torch.empty(hidden_size, r, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(A.T, a=5**0.5)
         # B starts at zero, so training starts at the base model.
-        B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device=device)
-        self.A = nn.Parameter(A.to(B.device))  # [D, r], shared by the selected heads: it reads a token once for all
+        B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device="cpu")
+        self.A = nn.Parameter(A)  # [D, r], shared by the selected heads: it reads a token once for all
         self.B = nn.Parameter(B)  # [|S|, r, d_h], one for each: it writes what this head passes on
         # Starts at 1, because a small gamma would shrink the effect of every step of B. FSDP cannot shard a scalar.
         self.gamma = nn.Parameter(B.new_ones(1))
@@ -94,12 +94,27 @@ class ValueAdapter(nn.Module):
         return by_head.index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
 
     def _apply(self, fn, recurse=True):
-        # .half() and .bfloat16() leave the adapter in float32, because in 16 bits small steps would round to nothing.
-        def at_least_float32(tensor):
+        def convert(tensor):
             new = fn(tensor)
-            return tensor.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
+            if not tensor.is_floating_point():  # the heads, which to_empty() and the meta device would forget
+                return tensor if new.is_meta else tensor.to(new.device)
+            # .half() leaves A, B and gamma in float32, because in 16 bits small steps would round to nothing.
+            return tensor.to(new.device) if new.element_size() < 4 else new
 
-        return super()._apply(at_least_float32, recurse)
+        return super()._apply(convert, recurse)
+
+    # accelerate puts a model on the meta device, and then takes each entry of its state_dict for a parameter to shard.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.A.is_meta:
+            del destination[f"{prefix}heads"]
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if self.A.is_meta:
+            state_dict.setdefault(f"{prefix}heads", self.heads)
+        if f"{prefix}heads" in state_dict:  # rounded, because an average of state_dicts can hold 2.9999998
+            state_dict[f"{prefix}heads"] = state_dict[f"{prefix}heads"].round()
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 # ------ The adapter of a model ----------------------------------------------------------------------------------------
@@ -113,45 +128,50 @@ class ImageLoRA(nn.Module):
     train_gamma: whether gamma is trained. With False it stays 1.
 
     `.parameters()` are A, B and gamma of the adapted layers, float32. The adapter becomes `model.image_lora`, so they
-    are in the model's state_dict, too. Raises ValueError, and leaves the model alone, if it cannot be adapted."""
+    are in the model's state_dict, too. Raises ValueError, and leaves the model alone, if it cannot be adapted.
+
+    If `model` is PEFT's wrapper, the base is frozen already, and what PEFT has added stays trainable. To train both,
+    give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
 
     def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True, train_gamma=True):
         super().__init__()
+        frozen_by_peft = hasattr(model, "get_base_model")
         model, decoder, image_token_ids = _checked_model(model)
         D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-        if type(r) is not int or not 1 <= r <= D or not 0 < lora_alpha < float("inf"):
-            raise ValueError(f"r must be an integer in 1..{D} and lora_alpha a positive number, got {r!r}, {lora_alpha!r}")
+        if type(r) is not int or not 1 <= r <= D:
+            raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
+        if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
         self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
-        self.r, self.lora_alpha, self.normalize = r, lora_alpha, normalize
+        self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
         self.model_name = getattr(model.config, "_name_or_path", type(model).__name__)
         self.layers = nn.ModuleDict()
         adapted = {}  # {decoder layer: its ValueAdapter}
         for layer, selected in _checked_heads(heads, self.head_counts).items():
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
-            # A quantized v_proj may have buffers alone.
-            device = next(t.device for t in (*attention.v_proj.parameters(), *attention.v_proj.buffers()))
-            adapter = ValueAdapter(*sizes, selected, r, lora_alpha, normalize, device)
+            adapter = ValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(_device(attention.v_proj))
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
             adapted[decoder[layer]] = adapter
         # Only now does the model change. When it is called, Calls finds the visual_rows, and adapters add_update.
         self._calls = Calls(model, image_token_ids, adapted)
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        model.requires_grad_(False)  # before the next line, which makes the adapter a part of the model
-        model.image_lora = self
+        if not frozen_by_peft:
+            model.requires_grad_(False)
+        model.image_lora = self  # after it was frozen, because this makes the adapter a part of the model
 
     @property
     def heads(self) -> Heads:
         return {int(layer): adapter.heads.tolist() for layer, adapter in self.layers.items()}
 
     def disabled(self):
-        """A context in which the model is the base model again."""
-        return self._calls.where(disabled=True)
+        """A context in which the model is the base model again, for this thread or coroutine."""
+        return self._calls.override(disabled=True)
 
     def visual_mask(self, mask: Tensor):
-        """A context in which calls with inputs_embeds take M from this bool mask [B, T], True where it is visual."""
-        return self._calls.where(mask=mask)
+        """A context in which calls without input_ids take M from this bool mask [B, T], True where it is visual."""
+        return self._calls.override(mask=mask)
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
@@ -159,6 +179,7 @@ class ImageLoRA(nn.Module):
         for hook in self._calls.hooks:
             hook.remove()
         del model.image_lora
+        del self._calls  # A detached adapter would neither disable anything nor let go of the model.
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         return model
@@ -167,11 +188,12 @@ class ImageLoRA(nn.Module):
         """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
         layers = {}
         for layer, adapter in self.layers.items():
-            layers[layer] = {name: _whole(parameter) for name, parameter in adapter.named_parameters()}
-            layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())
-            if not layers[layer]["B"].any():
-                why = "get_peft_model() after attach() freezes the adapter, and replacing a v_proj takes it away"
-                warnings.warn(f"B of layer {layer} is zero, so it has learned nothing; {why}", stacklevel=2)
+            tensors = adapter.state_dict()  # parameters() may be FSDP2's copies in 16 bits
+            A, B, gamma = (_whole(tensors[name]) for name in ("A", "B", "gamma"))
+            layers[layer] = {"A": A, "B": B, "gamma": gamma.reshape(())}
+        if not any(tensors["B"].any() for tensors in layers.values()):
+            why = "if that is a surprise, call get_peft_model() before attach(), because it freezes what it finds"
+            warnings.warn(f"B is zero in every layer, so the adapter has learned nothing; {why}", stacklevel=2)
         content = {
             "model_name": self.model_name,
             "r": self.r,
@@ -179,7 +201,7 @@ class ImageLoRA(nn.Module):
             "kv_indices": {str(layer): heads for layer, heads in self.heads.items()},
             "layers": layers,
             "normalize": self.normalize,  # this and the next are not in the authors' files
-            "train_gamma": next(iter(self.layers.values())).gamma.requires_grad,
+            "train_gamma": self.train_gamma,
         }
         # torch.save alone does not notice a full disk, and a killed write would leave half a file.
         buffer = io.BytesIO()
@@ -202,6 +224,8 @@ def load(model, path) -> ImageLoRA:
     """Attach the adapter of a file, ours or the authors'; A, B and gamma are trainable.
 
     Raises ValueError, and leaves the model as it was, if the file is damaged or does not fit the model."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give load() the file in it, such as {Path(path, 'adapter.pt')}")
     adapter = None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -212,6 +236,8 @@ def load(model, path) -> ImageLoRA:
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         options = content.get("normalize", True), content.get("train_gamma", True)
         adapter = attach(model, content["r"], content["alpha"], heads, *options)
+        if any(parameter.is_meta for parameter in adapter.parameters()):
+            raise ValueError("the model is on the meta device; give it its weights first")
         state = {}
         for layer, tensors in content["layers"].items():
             for name, tensor in tensors.items():
@@ -226,16 +252,6 @@ def load(model, path) -> ImageLoRA:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{path} is missing, damaged or does not fit this model ({reason})") from error
     return adapter
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """All of a parameter on the CPU, also if it is sharded."""
-    if hasattr(parameter, "full_tensor"):
-        parameter = parameter.full_tensor()  # under FSDP2, gathers the shards of all ranks
-    if parameter.numel() == 0:
-        gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
-        raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
-    return parameter.detach().cpu()
 
 
 # ------ Which heads ---------------------------------------------------------------------------------------------------
@@ -260,6 +276,9 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
     _, decoder, _ = _checked_model(model)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
     adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
+    model.requires_grad_(False)  # Gradients of what PEFT has added would stay behind.
+    for layer in adapter.layers.values():
+        layer.B.requires_grad_(True)
     generator = torch.Generator("cpu").manual_seed(seed)
     scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
     count = 0
@@ -268,9 +287,9 @@ def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
             for layer in adapter.layers.values():
                 A = scores.new_zeros(layer.A.shape)
                 A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
-                layer.A.requires_grad_(False).copy_(A)
+                layer.A.copy_(A)
             loss = loss_fn(model, batch)
-            if not loss.isfinite():
+            if loss is None or not loss.isfinite():
                 raise ValueError(f"the loss of probe batch {count} is {loss}; check that its labels hold an answer")
             adapter.zero_grad()
             loss.backward()
@@ -293,7 +312,8 @@ def select_heads(scores, num_heads, tau=0.5) -> Heads:
     tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
     if not 1 <= num_heads <= scores.numel():
         raise ValueError(f"num_heads must be in 1..{scores.numel()}, got {num_heads}")
-    influence, order = scores.double().sum(1).sort(descending=True, stable=True)  # of each layer, [L]; ties go to more
+    # Influence of each layer, [L]. The largest comes first, so that it wins a tie.
+    influence, order = scores.double().sum(1).sort(descending=True, stable=True)
     weights = (influence / influence.max()).pow(tau)
     budget = torch.zeros_like(weights, dtype=torch.long)  # k_l
     for _ in range(num_heads):
@@ -314,9 +334,9 @@ def visual_rows(input_ids: Tensor, image_token_ids) -> Tensor:
     return visual.flatten().nonzero().squeeze(1)
 
 
-# In this thread or coroutine, what a call begins with: {Calls: {"disabled": True, "mask": Tensor}}. It stands here and not
-# in Calls, because a ContextVar cannot be copied, and models are.
-OPTIONS = ContextVar("image_lora", default={})
+# What disabled() and visual_mask() ask for in this thread or coroutine: {Calls: {"disabled": True, "mask": Tensor}}. It
+# stands here and not in Calls, because a ContextVar cannot be copied, and models are.
+OVERRIDES = ContextVar("OVERRIDES")
 
 
 @dataclass
@@ -331,19 +351,24 @@ class Call:
 class Calls:
     """Tells each adapted layer which rows of its input X are visual, whenever the model is called.
 
-    The layers never see input_ids, so four hooks pass on what the model was called with:
+    The layers never see input_ids. The obvious way, a variable with the rows of the last call, breaks in training:
+    gradient checkpointing runs a layer a second time, in the backward pass. By then the model may have been called
+    with other images, or another thread runs the layer, and it would adapt the wrong rows without an error. So each
+    call of the model gets a Call of its own, and a layer finds it in one of two places:
 
-        before model(...)          begin_call   finds the visual rows, and keeps the Call for this thread
+        if a call runs in this thread    in `running`, until it ends; whether gradients are on does not matter
+        if none runs                     on the storage of the layer's input, where it was left in the first run
+
+    The input of the second run is another tensor, because detach() and autograd make new ones. But they share the
+    storage of the first, and an attribute of a storage lives as long as the storage does. Four hooks do the work:
+
+        before model(...)          begin_call   finds the visual rows, and puts the Call in `running`
         after a layer's norm       pass_on      leaves the Call on the storages of what the norm read and wrote
-        after the layer's v_proj   adapt        looks the Call up, and adds the update at its rows
-        after model(...)           end_call     forgets the Call
+        after the layer's v_proj   adapt        finds the Call, and adds the update at its rows
+        after model(...)           end_call     takes the Call out of `running`
 
-    Why on a storage? Gradient checkpointing runs a layer a second time, in the backward pass: after its call has
-    ended, perhaps in another thread, perhaps after other calls. But it runs on the same input, and so the Call is found
-    there. input.detach() and what autograd saves are new tensors, yet they share the storage of the input, and an
-    attribute of a storage lives as long as the storage does. Why at the norm? It reads the layer's input and writes
-    what v_proj will read. A hook of the layer itself would not do, because transformers 5 runs a layer again without
-    the layer's own hooks."""
+    Why at the norm? It reads the layer's input and writes what v_proj will read. A hook of the layer itself would not
+    do, because transformers 5 runs a layer again without the layer's own hooks."""
 
     def __init__(self, model, image_token_ids, adapted):
         """adapted: {decoder layer: its ValueAdapter}."""
@@ -365,15 +390,17 @@ class Calls:
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is not None:
-            # Cloned, because we leave the Call on this memory, and the caller may use it again with another mask.
+            # Cloned, because we leave the Call on this storage, and the caller may use it again with another mask.
             kwargs["inputs_embeds"] = embeddings.clone()
-        options = OPTIONS.get().get(self, {})
-        if options.get("disabled"):
+        overrides = OVERRIDES.get({}).get(self, {})
+        if "disabled" in overrides:
             call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
+        # input_ids win over a mask: generate() turns to them after a prompt of embeddings.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
-        elif "mask" in options and embeddings is not None:
-            call = Call(visual_rows(options["mask"], {True}), options["mask"].shape)
+        elif "mask" in overrides and embeddings is not None:
+            mask = overrides["mask"]
+            call = Call(mask.flatten().nonzero().squeeze(1), mask.shape)
         else:
             known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
             raise ValueError(f"the model was called without telling which tokens are visual; {known}")
@@ -381,20 +408,23 @@ class Calls:
         return args, kwargs
 
     def pass_on(self, norm, args, kwargs, output):
-        call = self.call_of(args[0] if args else next(iter(kwargs.values())))
+        x = args[0] if args else next(iter(kwargs.values()))
+        call = self.find_call(x)
         if call is not None:
+            x.untyped_storage().image_lora_call = call
             output.untyped_storage().image_lora_call = call  # this is what v_proj will read
 
     def adapt(self, adapter, v_proj, args, kwargs, value):
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
         x = args[0] if args else next(iter(kwargs.values()))
-        call = self.call_of(x)
+        call = self.find_call(x)
         if call is None:
             raise RuntimeError(
                 "no call of model(...) is known to which this v_proj belongs. Either model.forward(), a layer or "
                 "v_proj was called instead of model(...), or a gradient checkpoint holds several layers instead of "
                 "one, or the input of a checkpointed layer was copied or offloaded before the backward pass"
             )
+        x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
@@ -413,23 +443,21 @@ class Calls:
                 "patching the attention) must be done before attach()"
             )
 
-    def call_of(self, x: Tensor) -> Call | None:
-        """The call that runs in this thread, which is left on the tensor's memory; or else the one left there."""
-        running = self.running.get(get_ident())
-        if running is None:
-            return getattr(x.untyped_storage(), "image_lora_call", None)  # the layer runs again, in a backward pass
-        x.untyped_storage().image_lora_call = running
-        return running
+    def find_call(self, x: Tensor) -> Call | None:
+        """The Call that a layer's tensor x belongs to."""
+        if get_ident() in self.running:
+            return self.running[get_ident()]
+        return getattr(x.untyped_storage(), "image_lora_call", None)  # the layer runs again, in a backward pass
 
     @contextmanager
-    def where(self, **changes):
+    def override(self, **changes):
         """In this thread or coroutine, calls begin with these changes: disabled=True or mask=Tensor."""
-        options = OPTIONS.get()
-        token = OPTIONS.set(options | {self: options.get(self, {}) | changes})
+        overrides = OVERRIDES.get({})
+        token = OVERRIDES.set(overrides | {self: overrides.get(self, {}) | changes})
         try:
             yield
         finally:
-            OPTIONS.reset(token)
+            OVERRIDES.reset(token)
 
 
 def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
@@ -454,8 +482,9 @@ def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
     fields = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, field, None) for field in fields} - {None}
     if not ids:
-        hint = "attach to the whole VLM, unwrapped"
-        raise ValueError(f"model.config has no image_token_id to tell visual tokens by; {hint}")
+        raise ValueError(
+            "model.config has no image_token_id to find visual tokens by; attach to the whole VLM, unwrapped"
+        )
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     by_transformers = getattr(config, "distributed_config", None)  # whose Trainer averages the gradients itself
     if sharded and not by_transformers:
@@ -474,21 +503,39 @@ def _check_attention(where: str, attention: nn.Module) -> None:
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if later:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
-    if attention.v_proj.out_features % attention.head_dim != 0:
-        sizes = f"v_proj has {attention.v_proj.out_features} features and head_dim is {attention.head_dim}"
-        raise ValueError(f"the features of {where} are not whole heads: {sizes}")
 
 
 def _checked_heads(heads, head_counts: list[int]) -> Heads:
     """The selected heads without empty layers."""
     if heads is None:
         return {layer: list(range(count)) for layer, count in enumerate(head_counts)}
+    expected = "heads must be {layer: [value head, ...]}"
+    if not isinstance(heads, dict):
+        raise ValueError(f"{expected}, got {heads!r}")
     for layer, selected in heads.items():
         # Head H would be head 0 of the next token, and layer -1 the last one.
-        if type(layer) is not int or not 0 <= layer < len(head_counts):
-            raise ValueError(f"layer {layer!r} has no value heads; the layers are 0..{len(head_counts) - 1}")
-        if sorted(set(selected)) != sorted(selected) or not set(selected) <= set(range(head_counts[layer])):
-            raise ValueError(f"layer {layer} has no value heads {selected}; it has 0..{head_counts[layer] - 1}, each once")
+        count = head_counts[layer] if layer in range(len(head_counts)) else 0
+        if not isinstance(selected, (list, tuple, range)) or len(set(selected) & set(range(count))) < len(selected):
+            raise ValueError(f"{expected}, each once; layer {layer!r} has {count} heads, got {selected!r}")
     if not any(heads.values()):
         raise ValueError("no head is selected; name at least one")
     return {layer: list(heads[layer]) for layer in sorted(heads) if heads[layer]}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a parameter on the CPU, also if it is sharded."""
+    if hasattr(parameter, "full_tensor"):
+        parameter = parameter.full_tensor()  # under FSDP2, gathers the shards of all ranks
+    if parameter.numel() == 0:
+        gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
+        raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
+    return parameter.detach().cpu()
+
+
+def _device(v_proj) -> torch.device:
+    """The device that v_proj computes on. Under accelerate's offloading its weights lie elsewhere."""
+    device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        tensors = [*v_proj.parameters(), *v_proj.buffers()]  # a quantized v_proj may have buffers alone
+        device = tensors[0].device
+    return device

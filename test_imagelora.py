@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.baselines import LoRA
 from data.costs import image_lora_flops, lora_flops
-from imagelora import ImageLoRA, ValueAdapter, attach, load, score_heads, select_heads
+from imagelora import ImageLoRA, ValueAdapter, attach, score_heads, select_heads
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 torch.set_num_threads(1)  # two threads would wait for each other whenever another process runs
@@ -18,13 +19,77 @@ torch.set_num_threads(1)  # two threads would wait for each other whenever anoth
 D = 24  # hidden size
 D_H = 4  # size of a head
 H = 3  # value heads of a layer
-L = 3  # layers
-IMG = 3  # the id of the placeholder of an image
-P = 4  # visual tokens of an image
 
+
+# 1. The update of one layer
+def trained(adapter: nn.Module) -> nn.Module:
+    """The adapter as after training: B is not zero, and gamma is not 1."""
+    torch.manual_seed(2)
+    for name, parameter in adapter.named_parameters():
+        if name.endswith("B"):
+            nn.init.normal_(parameter)
+        if name.endswith("gamma"):
+            nn.init.constant_(parameter, 0.7)
+    return adapter
+
+
+def test_the_values_are_the_papers_formula():
+    """V~(h) = X W_V(h) + gamma (alpha / r) 1/sqrt|S| M X A B(h) for h in S, and X W_V(h) for the other heads."""
+    S = [2, 0]
+    adapter = trained(ValueAdapter(D, D_H, H, heads=S, r=2, lora_alpha=6))
+    A, B, gamma = adapter.parameters()
+    assert A.shape == (D, 2)
+    assert B.shape == (2, 2, D_H)  # [|S|, r, d_h]
+    assert gamma.shape == (1,)
+
+    X = torch.randn(5, D)
+    W_V = torch.randn(D, H * D_H)
+    visual = [1, 2, 4]  # of the five tokens
+    value = adapter.add_update(X[None], (X @ W_V)[None], torch.tensor(visual))[0]
+    for t in range(5):
+        for h in range(H):
+            columns = slice(h * D_H, (h + 1) * D_H)
+            expected = X[t] @ W_V[:, columns]
+            if t in visual and h in S:
+                expected = expected + gamma * (6 / 2) * (1 / math.sqrt(2)) * X[t] @ A @ B[S.index(h)]
+            torch.testing.assert_close(value[t, columns], expected)
+
+
+def test_in_all_heads_it_is_lora_on_v_proj_at_visual_tokens():
+    """Times gamma over the root of |S|. LoRA's B [r, H * d_h] holds the B(h) of all heads, side by side."""
+    adapter = trained(ValueAdapter(D, D_H, H, heads=[0, 1, 2], r=2, lora_alpha=6))
+    X = torch.randn(5, D)
+    XW_V = torch.randn(5, H * D_H)
+    visual = torch.tensor([1, 2, 4])
+    B = torch.cat([adapter.B[0], adapter.B[1], adapter.B[2]], dim=1)
+    lora = (6 / 2) * X @ adapter.A @ B
+    expected = XW_V.clone()
+    expected[visual] += adapter.gamma / math.sqrt(3) * lora[visual]
+    torch.testing.assert_close(adapter.add_update(X[None], XW_V[None], visual)[0], expected)
+
+
+def test_no_value_weight_reproduces_the_adapter_on_mixed_tokens():
+    """On visual tokens alone one W reproduces it; with text among them none does: what is added depends on the kind."""
+    adapter = trained(ValueAdapter(hidden_size=8, head_dim=2, num_kv_heads=3, heads=[0, 2], r=4, lora_alpha=8))
+    x = torch.randn(1, 40, 8)
+    value = torch.zeros(1, 40, 6)
+
+    def error_of_the_best_weight(visual):
+        update = adapter.add_update(x, value, visual)[0]  # [40, 6]
+        W = torch.linalg.lstsq(x[0], update).solution
+        return (x[0] @ W - update).norm() / update.norm()
+
+    assert error_of_the_best_weight(torch.arange(40)) < 1e-5  # all tokens are visual
+    assert error_of_the_best_weight(torch.arange(0, 40, 2)) > 0.3  # every other one
+
+
+# 2. A model with the update in its values
+L = 3  # layers
+P = 4  # visual tokens of an image
+IMG = 3  # the id of the placeholder of an image
+IMAGE = [IMG] * P
 TEXT = [1, 5, 6, 7, 8, 9]
 BEFORE = [1, 5, 6]
-IMAGE = [IMG] * P
 AFTER = [7, 8, 9, 10]
 
 
@@ -63,17 +128,7 @@ LATE = prompt(IMAGE[:1] + BEFORE + IMAGE[1:], labels=True)
 
 
 def attach_trained(model, **options) -> ImageLoRA:
-    """An adapter as after training: B is not zero, and gamma is not 1."""
-    adapter = attach(model, **options)
-    torch.manual_seed(2)
-    for layer in adapter.layers.values():
-        nn.init.normal_(layer.B)
-        nn.init.constant_(layer.gamma, 0.7)
-    return adapter
-
-
-def attention(model, layer: int) -> nn.Module:
-    return model.language_model.layers[layer].self_attn
+    return trained(attach(model, **options))
 
 
 @torch.no_grad()
@@ -81,16 +136,65 @@ def logits_of(model, batch: dict) -> torch.Tensor:
     return model(**batch).logits
 
 
-def loss_of(model, batch: dict) -> torch.Tensor:
-    """A loss that depends on every logit."""
-    return model(**batch).logits.logsumexp(-1).sum()
+def test_it_starts_as_the_base_model_and_the_first_gradient_reaches_b_only():
+    """B starts at zero, so the loss does not depend on A or gamma yet: A is uniform in +-1/sqrt(D), gamma is 1."""
+    model = tiny_vlm()
+    base = logits_of(model, EARLY)
+    adapter = attach(model, heads={0: [0, 2], 1: [1], 2: []})
+    assert list(adapter.layers) == ["0", "1"]  # none in a layer without selected heads
+    adapted = model(**EARLY)
+    assert torch.equal(adapted.logits, base)
+    adapted.loss.backward()
+    for layer in adapter.layers.values():
+        assert layer.A.shape == (D, 8)
+        assert 0.95 / math.sqrt(D) < layer.A.abs().max() <= 1 / math.sqrt(D)
+        assert layer.gamma.item() == 1
+        assert not layer.A.grad.any()
+        assert not layer.gamma.grad.any()
+        assert all(gradient.any() for gradient in layer.B.grad)  # one [r, d_h] for each head
 
 
-def slopes(model, *losses: torch.Tensor) -> list[torch.Tensor]:
-    """The gradients of the sum of these losses, one for each trainable parameter."""
-    model.zero_grad()
-    sum(losses).backward(retain_graph=True)
-    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+def text_stays_the_bases(adapt) -> bool:
+    """Whether adapt(model) leaves the logits and the answer of a prompt without an image as they were, to the bit."""
+    model = tiny_vlm()
+    text = prompt(TEXT)
+    base = logits_of(model, text)
+    base_answer = model.generate(**text, max_new_tokens=6)
+    adapt(model)
+    same_answer = torch.equal(model.generate(**text, max_new_tokens=6), base_answer)
+    return torch.equal(logits_of(model, text), base) and same_answer
+
+
+def test_text_with_no_image_before_it_is_the_base_models_bit_for_bit():
+    """Attention is causal, so only what comes after an image can read its values."""
+    assert text_stays_the_bases(attach_trained)
+    model = tiny_vlm()
+    mixed = prompt(TEXT + AFTER + [2], BEFORE + IMAGE + AFTER)
+    base = logits_of(model, mixed)
+    attach_trained(model)
+    changed = (logits_of(model, mixed) != base).any(-1)  # [2, T]
+    assert changed[0].tolist() == [False] * 11
+    assert changed[1].tolist() == [False] * len(BEFORE) + [True] * len(IMAGE + AFTER)
+
+
+def lora(model, visual_only=False) -> None:
+    """LoRA on queries, keys, values and outputs, as after training."""
+    for B in LoRA(model, r=8, lora_alpha=16, visual_only=visual_only).B:
+        nn.init.normal_(B)
+
+
+def lora_at_visual_tokens(model) -> None:
+    lora(model, visual_only=True)
+
+
+def test_the_mask_alone_gives_this_guarantee():
+    """LoRA on all projections passes the same test if it is restricted to visual tokens, and fails it if it is not."""
+    assert text_stays_the_bases(lora_at_visual_tokens)
+    assert not text_stays_the_bases(lora)
+
+
+def attention(model, layer: int) -> nn.Module:
+    return model.language_model.layers[layer].self_attn
 
 
 def watch(model, batch: dict, *modules: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -107,75 +211,7 @@ def watch(model, batch: dict, *modules: nn.Module) -> list[tuple[torch.Tensor, t
     return inputs_and_outputs
 
 
-def state_of(model) -> tuple:
-    """What must be as before once an adapter is gone: attributes, hooks, what is trainable, gradients."""
-    modules = []
-    for name, module in model.named_modules():
-        num_hooks = sum(len(value) for attribute, value in vars(module).items() if attribute.endswith("hooks"))
-        modules.append((name, sorted(vars(module)), num_hooks))
-    parameters = [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()]
-    return modules, parameters
-
-
-# 1. The update is made of the values of visual tokens in selected heads, and of nothing else
-def test_the_values_are_the_papers_formula():
-    """V~(h) = X W_V(h) + gamma (alpha / r) 1/sqrt|S| M X A B(h) for h in S. A layer without selected heads has none."""
-    model = tiny_vlm()
-    batch = prompt(BEFORE + IMAGE + AFTER)
-    adapter = attach_trained(model, r=2, lora_alpha=6, heads={0: [2, 0], 1: []})
-    A, B, gamma = adapter.parameters()  # of layer 0; there are no others
-    assert A.shape == (D, 2)
-    assert B.shape == (2, 2, D_H)  # [|S|, r, d_h]
-    assert gamma.shape == (1,)
-
-    v_proj = attention(model, 0).v_proj
-    ((X, value),) = watch(model, batch, v_proj)
-    W_V = v_proj.weight.T  # [D, H * d_h]
-    S = [2, 0]
-    for t, token in enumerate(batch["input_ids"][0]):
-        for h in range(H):
-            columns = slice(h * D_H, (h + 1) * D_H)
-            expected = X[0, t] @ W_V[:, columns]
-            if token == IMG and h in S:
-                expected = expected + gamma * (6 / 2) * (1 / math.sqrt(2)) * X[0, t] @ A @ B[S.index(h)]
-            torch.testing.assert_close(value[0, t, columns], expected)
-
-
-def test_it_starts_as_the_base_model_so_the_first_gradient_reaches_b_only():
-    """B starts at zero, so the loss does not depend on A or gamma yet: A is uniform in +-1/sqrt(D), gamma is 1."""
-    model = tiny_vlm()
-    base = logits_of(model, EARLY)
-    adapter = attach(model, heads={0: [0, 2], 1: [1]})
-    adapted = model(**EARLY)
-    assert torch.equal(adapted.logits, base)
-    adapted.loss.backward()
-    for layer in adapter.layers.values():
-        assert layer.A.shape == (D, 8)
-        assert 0.9 / math.sqrt(D) < layer.A.abs().max() <= 1 / math.sqrt(D)
-        assert layer.gamma.item() == 1
-        assert not layer.A.grad.any()
-        assert not layer.gamma.grad.any()
-        assert all(gradient.any() for gradient in layer.B.grad)  # one [r, d_h] for each head
-
-
-def test_text_with_no_image_before_it_is_the_base_models_bit_for_bit():
-    """Attention is causal, so only what comes after an image can read its values."""
-    model = tiny_vlm()
-    text = prompt(TEXT)
-    mixed = prompt(TEXT + AFTER + [2], BEFORE + IMAGE + AFTER)
-    base = logits_of(model, text)
-    base_mixed = logits_of(model, mixed)
-    base_answer = model.generate(**text, max_new_tokens=6)
-
-    attach_trained(model)
-    assert torch.equal(logits_of(model, text), base)
-    assert torch.equal(model.generate(**text, max_new_tokens=6), base_answer)
-    changed = (logits_of(model, mixed) != base_mixed).any(-1)  # [2, T]
-    assert changed[0].tolist() == [False] * 11
-    assert changed[1].tolist() == [False] * len(BEFORE) + [True] * len(IMAGE + AFTER)
-
-
-def test_where_the_first_adapted_layer_looks_does_not_change_only_what_it_reads():
+def test_the_first_adapted_layer_looks_where_it_looked_before_and_reads_something_else():
     """Queries and keys are untouched, to the bit, and so are the values of other tokens and of other heads."""
     model = tiny_vlm()
     batch = prompt(BEFORE + IMAGE + [5] + IMAGE + AFTER)
@@ -214,7 +250,7 @@ def test_normalization_makes_the_first_update_as_large_for_every_number_of_heads
     assert first_update([0, 1, 2], normalize=False) == pytest.approx(sum(alone), rel=1e-3)
 
 
-# 2. Which tokens are visual follows from input_ids, in every forward pass
+# 3. Which tokens are visual follows from input_ids, in every forward pass
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_equals_its_rows(side):
     """Images at different places, two images, none, padding: each row is adapted at its own visual tokens."""
@@ -245,7 +281,19 @@ def test_decoding_with_a_cache_equals_decoding_without():
     assert torch.equal(cached, model.generate(**batch, max_new_tokens=6, use_cache=False))
 
 
-# 3. Training moves A, B and gamma, and nothing else
+# 4. Training moves A, B and gamma, and nothing else
+def loss_of(model, batch: dict) -> torch.Tensor:
+    """A loss that depends on every logit."""
+    return model(**batch).logits.logsumexp(-1).sum()
+
+
+def slopes(model, *losses: torch.Tensor) -> list[torch.Tensor]:
+    """The gradients of the sum of these losses, one for each trainable parameter."""
+    model.zero_grad()
+    sum(losses).backward(retain_graph=True)
+    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
 def test_only_the_adapter_is_trained():
     """Every A, B and gamma has a gradient, and no other parameter of the model has one."""
     model = tiny_vlm()
@@ -259,20 +307,15 @@ def test_only_the_adapter_is_trained():
 
 
 def test_without_visual_tokens_the_gradient_is_zero_but_not_missing():
-    """Text teaches the adapter nothing, and neither does an image inside disabled(). Data-parallel training waits for
-    every gradient, so it has to be there."""
+    """Text teaches the adapter nothing. Data-parallel training waits for every gradient, so it has to be there."""
     model = tiny_vlm()
-    adapter = attach_trained(model)
-    of_text = slopes(model, loss_of(model, prompt(TEXT)))
-    assert len(of_text) == 3 * L
-    assert not any(gradient.any() for gradient in of_text)
-    with adapter.disabled():
-        of_image = slopes(model, loss_of(model, EARLY))
-    assert len(of_image) == 3 * L
-    assert not any(gradient.any() for gradient in of_image)
+    attach_trained(model)
+    gradients = slopes(model, loss_of(model, prompt(TEXT)))
+    assert len(gradients) == 3 * L
+    assert not any(gradient.any() for gradient in gradients)
 
 
-# 4. Which heads: the probe and the budget
+# 5. Which heads: the probe and the budget
 def exact_scores(model, batch: dict) -> torch.Tensor:
     """||dL/dW_V(h)||^2 of each layer and head, [L, H], where W_V is a constant at tokens that are not visual."""
     visual = (batch["input_ids"] == IMG)[..., None]  # [B, T, 1]
@@ -288,27 +331,30 @@ def exact_scores(model, batch: dict) -> torch.Tensor:
     return gradients.unflatten(1, (H, D_H)).square().sum((2, 3))
 
 
-@pytest.mark.parametrize("weights", [[1, 1], [1, 6]], ids=["equal", "one dominates"])
-def test_the_rank_1_probe_is_an_unbiased_sketch_whose_noise_is_bounded_by_the_batches_own_scores(weights):
-    """dL/dB = A^T X_vis^T G, a new A ~ N(0, I) each batch: its square has the exact score as its mean, and a relative
-    deviation of at most sqrt(2 sum_b s_b^2) / sum_b s_b, s_b being batch b's exact score. One visual token has it."""
+def test_the_exact_probe_is_the_squared_gradient_of_the_value_weights_over_visual_tokens():
+    """I(l, h) = ||X_vis^T G||^2, the mean over batches."""
+    model = tiny_vlm()
+    expected = (exact_scores(model, EARLY) + exact_scores(model, LATE)) / 2
+    torch.testing.assert_close(score_heads(model, [EARLY, LATE], probe="exact"), expected)
+
+
+@pytest.mark.parametrize("num_batches, noise", [(1, 1.41), (4, 0.71)])
+def test_the_rank_1_probe_is_unbiased_and_more_batches_make_it_less_noisy(num_batches, noise):
+    """With one visual token x, X_vis^T G is a product x g^T, and a random A ~ N(0, I) makes of it z^2 times the exact
+    score, where z = A^T x / ||x|| is a normal number. The mean of z^2 is 1, and its standard deviation is sqrt(2): one
+    batch is off by 141 %. Every batch has an A of its own, so the mean of n is off by sqrt(2 / n): 71 % with four."""
     model = tiny_vlm(image_size=16, num_hidden_layers=12)
     ids = torch.tensor([[1, IMG, 5, 6]])
     batch = {"input_ids": ids, "pixel_values": torch.rand(1, 3, 16, 16), "labels": ids.masked_fill(ids == IMG, -100)}
-
-    def weighted_loss(model, weight):
-        return weight * model(**batch).loss
-
-    exact = exact_scores(model, batch) * sum(weight**2 for weight in weights) / len(weights)
-    draws = [score_heads(model, weights, weighted_loss, seed=seed) for seed in range(25)]
+    exact = score_heads(model, [batch], probe="exact")
+    draws = [score_heads(model, [batch] * num_batches, seed=seed) for seed in range(25)]
     relative = torch.stack(draws) / exact
-    s = [weight**2 for weight in weights]  # s_b is in proportion to the squared weight of the batch
-    bound = math.sqrt(2 * sum(s_b**2 for s_b in s)) / sum(s)
     assert relative.mean() == pytest.approx(1, abs=0.1)
-    assert (relative - 1).square().mean().sqrt() == pytest.approx(bound, rel=0.15)
+    assert relative.std() == pytest.approx(noise, rel=0.15)
 
 
-def test_the_probe_finds_the_only_head_that_can_help_even_when_it_is_silent():
+@pytest.mark.parametrize("probe", ["rank1", "exact"])
+def test_the_probe_finds_the_only_head_that_can_help_even_when_it_is_silent(probe):
     """B has a gradient where the value is read, even if the base writes nothing there (a gate on it would score 0)."""
     model = tiny_vlm(num_key_value_heads=6)
     for layer in range(L):
@@ -316,33 +362,26 @@ def test_the_probe_finds_the_only_head_that_can_help_even_when_it_is_silent():
     columns = slice(2 * D_H, 3 * D_H)
     attention(model, 1).o_proj.weight.data[:, columns].normal_()  # ... but head 2 of layer 1,
     attention(model, 1).v_proj.weight.data[columns].zero_()  # whose base value is zero
-    scores = score_heads(model, [EARLY])
+    scores = score_heads(model, [EARLY], probe=probe)
     assert scores.nonzero().tolist() == [[1, 2]]
     assert select_heads(scores, 1) == {1: [2]}
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 3.0])
-@pytest.mark.parametrize("influence", ["uneven", "equal", "of one head a layer"])
-def test_selection_meets_every_budget_exactly(influence, tau):
-    """The budgets sum to K whatever the scores, and the heads of a layer are its most influential ones."""
+@pytest.mark.parametrize("num_heads", [1, 7, 13, 20])
+def test_as_many_heads_are_selected_as_were_asked_for_the_best_of_each_layer(num_heads):
     torch.manual_seed(0)
-    scores = {
-        "uneven": torch.rand(5, 4) ** 8,
-        "equal": torch.ones(5, 4),
-        "of one head a layer": torch.rand(5, 4) * torch.eye(5, 4),
-    }[influence]
-    for budget in range(1, 21):
-        heads = select_heads(scores, budget, tau)
-        assert sum(len(selected) for selected in heads.values()) == budget
-        for layer, selected in heads.items():
-            assert selected == sorted(set(selected))
-            best = scores[layer].sort(descending=True).values[: len(selected)]
-            assert torch.equal(scores[layer][selected].sort(descending=True).values, best)
+    scores = torch.rand(5, 4) ** 8
+    heads = select_heads(scores, num_heads)
+    assert sum(len(selected) for selected in heads.values()) == num_heads
+    for layer, selected in heads.items():
+        best = scores[layer].argsort(descending=True)[: len(selected)]
+        assert selected == sorted(best.tolist())
 
 
 SHARES = [  # influence of each layer, heads a layer, heads in all, tau, heads that each layer gets
     ([9, 1], 6, 4, 0.5, {0: 3, 1: 1}),  # by the roots of 9 and 1
     ([6, 2, 0], 8, 6, 0, {0: 2, 1: 2, 2: 2}),  # evenly
+    ([2, 6, 4], 8, 2, 0, {1: 1, 2: 1}),  # evenly, and where that is not possible to the layers with more influence
     ([6, 2, 0], 8, 8, 1, {0: 6, 1: 2}),  # in proportion
     ([6, 2, 0], 8, 10, 20, {0: 8, 1: 2}),  # the best layer is filled first
     ([0, 6, 2], 2, 5, 1, {0: 1, 1: 2, 2: 2}),  # a layer without influence comes last
@@ -350,16 +389,16 @@ SHARES = [  # influence of each layer, heads a layer, heads in all, tau, heads t
 ]
 
 
-@pytest.mark.parametrize("influence, heads_a_layer, budget, tau, expected", SHARES)
-def test_the_layers_share_the_budget_by_their_influence_to_the_power_of_tau(
-    influence, heads_a_layer, budget, tau, expected
+@pytest.mark.parametrize("influence, heads_a_layer, num_heads, tau, expected", SHARES)
+def test_the_layers_share_the_heads_by_their_influence_to_the_power_of_tau(
+    influence, heads_a_layer, num_heads, tau, expected
 ):
     scores = torch.tensor(influence)[:, None].float().expand(-1, heads_a_layer) / heads_a_layer
-    selected = select_heads(scores, budget, tau)
+    selected = select_heads(scores, num_heads, tau)
     assert {layer: len(heads) for layer, heads in selected.items()} == expected
 
 
-# 5. The cost, and why it cannot be merged
+# 6. The cost
 def counted_flops(run) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
@@ -398,73 +437,3 @@ def test_the_three_savings_multiply():
     ours = image_lora_flops(60, 64, 8, half_of_the_heads, r=8, input_grad=True)
     lora = 4 * 4 * linear  # four layers of q, k, v and o
     assert ours / lora == pytest.approx(0.6 * (1 / 4) * (3 / 4))
-
-
-def test_no_value_weight_reproduces_the_adapter_on_mixed_tokens():
-    """On visual tokens alone one W reproduces it; with text among them none does: what is added depends on the kind."""
-    torch.manual_seed(0)
-    adapter = ValueAdapter(hidden_size=8, head_dim=2, num_kv_heads=3, heads=[0, 2], r=4, lora_alpha=8)
-    nn.init.normal_(adapter.B)
-    x = torch.randn(1, 40, 8)
-    value = torch.zeros(1, 40, 6)
-
-    def error_of_the_best_weight(visual):
-        update = adapter.add_update(x, value, visual)[0]  # [40, 6]
-        W = torch.linalg.lstsq(x[0], update).solution
-        return (x[0] @ W - update).norm() / update.norm()
-
-    assert error_of_the_best_weight(torch.arange(40)) < 1e-5  # all tokens are visual
-    assert error_of_the_best_weight(torch.arange(0, 40, 2)) > 0.3  # every other one
-
-
-# 6. An adapter comes off, and travels
-def test_disabled_and_detach_restore_the_base_bit_for_bit():
-    """Inside disabled() the outputs are the base's. After detach() everything is as it was, down to the hooks."""
-    model = tiny_vlm()
-    model.vision_tower.requires_grad_(False)
-    before = state_of(model)
-    base = logits_of(model, EARLY)
-    adapter = attach_trained(model)
-    with adapter.disabled():
-        with adapter.disabled():
-            assert torch.equal(logits_of(model, EARLY), base)
-        assert torch.equal(logits_of(model, EARLY), base)
-    assert not torch.equal(logits_of(model, EARLY), base)
-    assert adapter.detach() is model
-    assert torch.equal(logits_of(model, EARLY), base)
-    assert state_of(model) == before
-
-
-def test_a_probe_leaves_the_model_as_it_was():
-    model = tiny_vlm()
-    model.vision_tower.requires_grad_(False)
-    before = state_of(model)
-    base = logits_of(model, EARLY)
-    score_heads(model, [EARLY])
-    assert torch.equal(logits_of(model, EARLY), base)
-    assert state_of(model) == before
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_a_saved_adapter_loads_as_it_was(tmp_path, normalize):
-    """save and load carry A, B, gamma, r, alpha and the heads; the file has the keys of the authors' layout."""
-    model = tiny_vlm()
-    path = tmp_path / "adapter.pt"
-    adapter = attach_trained(model, r=2, lora_alpha=3, heads={0: [2, 0], 2: [1]}, normalize=normalize)
-    expected = logits_of(model, EARLY)
-    adapter.detach()
-    adapter.save(path)  # detached, it still has its weights
-    loaded = load(model, path)
-    assert torch.equal(logits_of(model, EARLY), expected)
-    assert loaded.heads == {0: [2, 0], 2: [1]}
-    assert loaded.r == 2
-    assert loaded.lora_alpha == 3
-
-    content = torch.load(path, weights_only=True)
-    assert {"model_name", "r", "alpha", "kv_indices", "layers"} <= set(content)
-    assert content["model_name"] == "TinyVLM"
-    assert content["kv_indices"] == {"0": [2, 0], "2": [1]}
-    saved = content["layers"]["0"]
-    assert saved["A"].shape == (D, 2)
-    assert saved["B"].shape == (2, 2, D_H)
-    assert saved["gamma"].shape == ()
