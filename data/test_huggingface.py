@@ -194,12 +194,16 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
     with adapter.disabled():
         assert torch.equal(logits_of(user, batch), base)
 
+    def gradients():
+        slopes(user, loss_of(user, batch))
+        return [parameter.grad for parameter in adapter.parameters()]
+
     ours = logits_of(user, batch)
-    gradients = slopes(user, loss_of(user, batch))
+    stored = gradients()
     cached = user.generate(**batch, **GREEDY, use_cache=True).logits
     uncached = user.generate(**batch, **GREEDY, use_cache=False).logits
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    checkpointed = slopes(user, loss_of(user, batch))
+    checkpointed = gradients()
     model.eval().gradient_checkpointing_disable()
     assert adapter.detach() in (model, model.model)
     assert torch.equal(logits_of(model, batch), base)
@@ -208,7 +212,7 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
     expected = slopes(model, loss_of(model, batch))
     assert (ours - base).abs().max() > 1e-2
     close(ours, logits_of(model, batch))
-    close(gradients, expected)
+    close(stored, expected)
     close(checkpointed, expected)
     close(cached[0], ours[:, -1])
     if family != "PaliGemma":  # without a cache, transformers 4 lets its prompt see the answer
@@ -229,6 +233,42 @@ def test_on_visual_tokens_alone_it_is_pefts_lora_on_v_proj():
     for matrix, lora in zip(matrices, theirs_of, strict=True):
         lora.data.copy_(matrix.mT.flatten(0, -2))  # [r, D], [H * d_h, r]
     torch.testing.assert_close(logits_of(ours, batch), logits_of(theirs, batch))
+
+
+def test_a_lora_of_peft_that_was_there_before_is_trained_beside_it():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_hf_vlm(), peft.LoraConfig(target_modules=r".*language_model.*q_proj"))
+    loras = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    adapter = attach(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert set(trainable) == {*loras, *adapter.parameters()}
+    loss_of(model, hf_prompt()).backward()
+    torch.optim.SGD(trainable, lr=0.1).step()
+    assert all(parameter.any() for parameter in trainable)  # both B have left zero
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_accelerates_wrappers_may_come_before_or_after_and_go_again(attach_first):
+    accelerate = pytest.importorskip("accelerate")
+    expected = tiny_vlm()
+    attach_trained(expected)
+    model = tiny_vlm()
+    if attach_first:
+        attach_trained(model)
+    accelerate.dispatch_model(model, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
+    if not attach_first:
+        attach_trained(model)
+    assert torch.equal(logits_of(model, EARLY), logits_of(expected, EARLY))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(logits_of(model, EARLY), logits_of(expected, EARLY))
+
+
+def test_a_placeholder_in_a_text_counts_as_an_image_when_the_tokenizer_alone_is_used():
+    model = tiny_hf_vlm()
+    typed = {"input_ids": torch.tensor([processor_for("Llava").tokenizer("a <image> cat")["input_ids"]])}
+    base = logits_of(model, typed)
+    attach_trained(model)
+    assert not torch.equal(logits_of(model, typed), base)
 
 
 @TWO_FAMILIES
