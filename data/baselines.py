@@ -15,8 +15,7 @@ class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
     names: which projections: some of q, k, v, o, gate, up, down; a text is read as its letters. visual_only: only
-    visual tokens are adapted, as in Image-LoRA. A and B are float32; x and the update are cast where the model is not.
-    """
+    visual tokens are adapted, as in Image-LoRA. A and B are float32, and are rounded to the model's type when used."""
 
     def __init__(self, model, r: int, lora_alpha: float, names="qkvo", visual_only: bool = False):
         super().__init__()
@@ -28,7 +27,8 @@ class LoRA(nn.Module):
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
         model.requires_grad_(False)
-        model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
+        if visual_only:
+            model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
         suffixes = tuple(f"{name}_proj" for name in names)
         for layer in model.language_model.layers:
             for linear in [module for name, module in layer.named_modules() if name.endswith(suffixes)]:
@@ -39,18 +39,22 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """Which of the B * T rows are adapted; inside `disabled()` none."""
+        """Which of the B * T rows are visual."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        adapted = torch.full_like(ids, self.enabled, dtype=torch.bool)
-        if self.visual_only:
-            adapted &= ids == model.config.image_token_id
-        self.rows = adapted.flatten().nonzero().squeeze(1)
+        self.rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
 
     def _add_update(self, i: int, linear, inputs, y: Tensor) -> Tensor:
         """What projection number i computes, y [B, T, d_out], with the update in the adapted rows."""
-        x = inputs[0].flatten(0, -2)[self.rows]  # [rows, d_in]
-        update = self.scaling * (x.to(self.A[i].dtype) @ self.A[i]) @ self.B[i]
-        return y.flatten(0, -2).index_add(0, self.rows, update.to(y.dtype)).view_as(y)
+        if not self.enabled:
+            return y
+        (x,) = inputs  # [B, T, d_in]
+        A = self.A[i].to(y.dtype)
+        B = self.B[i].to(y.dtype)
+        if not self.visual_only:
+            return y + self.scaling * (x @ A) @ B
+        x_vis = x.flatten(0, -2)[self.rows]  # [rows, d_in]
+        update = self.scaling * (x_vis @ A) @ B
+        return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
 
     @contextmanager
     def disabled(self):
