@@ -329,3 +329,12 @@ def test_a_model_that_cannot_be_adapted_is_refused_in_one_sentence(architecture)
         model = model_class(model_class.config_class(**config))
     with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
         attach(model)
+
+
+def test_the_manual_quotes_what_imagelora_says():
+    manual = (ROOT / "data" / "study" / "HUGGINGFACE.md").read_text()
+    refused = re.search(r"^## What is refused\n(.*?)^Before it trains", manual, re.M | re.S).group(1)
+    sentences = re.findall(r"^\|[^|]*\|`([^|]*)`\|[^|]*\|$", refused, re.M)
+    assert len(sentences) == 12
+    source = Path(imagelora.__file__).read_text()
+    assert [sentence for sentence in sentences if sentence not in source] == []

@@ -20,6 +20,7 @@ from data import tune  # noqa: E402
 METHODS = ["image_lora", "lora", "lora_at_visual_tokens"]
 RUNS = list(product(["Llava", "Qwen2_5_VL"], METHODS))
 OPTIONS = "--learning_rate 0.02 --num_train_epochs 3 --per_device_train_batch_size 1 --gradient_accumulation_steps 2"
+PARTS = [{"type": "image"}, {"type": "text", "text": "a cat"}]  # where an image stands; or else images come first
 OPTIONS += " --logging_steps 4 --save_steps 6 --use_cpu true --disable_tqdm true"
 
 
@@ -32,7 +33,7 @@ def line(images, completion="cat", prompt="a cat", role="user"):
 def folders(tmp_path_factory):
     """For each family a folder with a base, images, and eight lines with one image, with two, or with none."""
     folders = {}
-    lines = [line(["a.png"], "7"), line(["a.png", "b.png"], "cat 3"), line(["b.png"], "cat"), line([], "a")]
+    lines = [line(["a.png"], "7"), line(["a.png", "b.png"], "cat 3"), line(["b.png"], prompt=PARTS), line([], "a")]
     for family in ("Llava", "Qwen2_5_VL"):
         folder = folders[family] = tmp_path_factory.mktemp(family)
         processor_for(family).save_pretrained(folder / "base")
@@ -156,7 +157,6 @@ def test_a_run_goes_on_only_with_the_method_the_rank_and_the_heads_that_it_began
     assert "has --num_heads None, not 2" in refusal(capsys, folder, method, "bad", *checkpoint, "--num_heads", "2")
 
 
-PARTS = [{"type": "image"}, {"type": "text", "text": "a cat"}]
 BAD_LINES = {
     "no JSON": ("{'images'", "JSONDecodeError"),
     "other keys": ('{"messages": []}', "KeyError: 'images'"),
