@@ -44,9 +44,6 @@ from torch import Tensor, nn
 Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 
 
-# ------ The update of one layer ---------------------------------------------------------------------------------------
-
-
 class ValueAdapter(nn.Module):
     """The update of one layer: gamma * (alpha / r) * 1/sqrt|S| * x A B(h) for its selected heads h."""
 
@@ -115,9 +112,6 @@ class ValueAdapter(nn.Module):
         if f"{prefix}heads" in state_dict:  # rounded, because an average of state_dicts can hold 2.9999998
             state_dict[f"{prefix}heads"] = state_dict[f"{prefix}heads"].round()
         super()._load_from_state_dict(state_dict, prefix, *others)
-
-
-# ------ The adapter of a model ----------------------------------------------------------------------------------------
 
 
 class ImageLoRA(nn.Module):
@@ -252,9 +246,6 @@ def load(model, path) -> ImageLoRA:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{path} is missing, damaged or does not fit this model ({reason})") from error
     return adapter
-
-
-# ------ Which heads ---------------------------------------------------------------------------------------------------
 
 
 def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:

@@ -147,7 +147,7 @@ def test_it_starts_as_the_base_model_and_the_first_gradient_reaches_b_only():
     adapted.loss.backward()
     for layer in adapter.layers.values():
         assert layer.A.shape == (D, 8)
-        assert 0.95 / math.sqrt(D) < layer.A.abs().max() <= 1 / math.sqrt(D)
+        assert 0.98 / math.sqrt(D) < layer.A.abs().max() <= 1 / math.sqrt(D)
         assert layer.gamma.item() == 1
         assert not layer.A.grad.any()
         assert not layer.gamma.grad.any()

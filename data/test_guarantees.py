@@ -196,6 +196,9 @@ def test_under_half_the_adapter_stays_in_float32():
     model.half()
     assert attention(model, 0).v_proj.weight.dtype == torch.half
     torch.testing.assert_close([*adapter.parameters()], before, rtol=0, atol=0)
+    x = torch.ones(1, 7, D, dtype=torch.half)
+    value = torch.zeros(1, 7, H * D_H, dtype=torch.half)
+    assert adapter.layers["0"].add_update(x, value, torch.tensor([3])).dtype == torch.half
 
 
 @pytest.fixture
