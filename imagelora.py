@@ -347,11 +347,12 @@ class Calls:
     with other images, or another thread runs the layer, and it would adapt the wrong rows without an error. So each
     call of the model gets a Call of its own, and a layer finds it in one of two places:
 
-        if a call runs in this thread    in `running`, until it ends; whether gradients are on does not matter
-        if none runs                     on the storage of the layer's input, where it was left in the first run
+        if a call runs in this thread    in `running`
+        if none runs                     on the storage of the layer's input, where the first run has left it
 
-    The input of the second run is another tensor, because detach() and autograd make new ones. But they share the
-    storage of the first, and an attribute of a storage lives as long as the storage does. Four hooks do the work:
+    Whether gradients are on does not matter. The input of the second run is another tensor, because detach() and
+    autograd make new ones. But it shares its storage with the first, and an attribute of a storage lives as long as
+    the storage does. Four hooks do the work:
 
         before model(...)          begin_call   finds the visual rows, and puts the Call in `running`
         after a layer's norm       pass_on      leaves the Call on the storages of what the norm read and wrote
@@ -384,9 +385,9 @@ class Calls:
             # Cloned, because we leave the Call on this storage, and the caller may use it again with another mask.
             kwargs["inputs_embeds"] = embeddings.clone()
         overrides = OVERRIDES.get({}).get(self, {})
-        if "disabled" in overrides:
+        if overrides.get("disabled"):
             call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
-        # input_ids win over a mask: generate() turns to them after a prompt of embeddings.
+        # input_ids win over a mask, because generate() goes on with them after a prompt of embeddings.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
         elif "mask" in overrides and embeddings is not None:
