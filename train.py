@@ -1,4 +1,4 @@
-"""Fine-tune the tiny VLM by Image-LoRA on a new kind of screen, and watch what the paper says happen.
+"""Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and check what the paper says.
 
 python train.py                  before, probe, select, train, after, cost: about a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import command, make_directory, option, write_file  # Before torch, because it sets how threads wait.
+from data import command, make_directory, option, write_file  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -70,7 +70,7 @@ class Config:
     lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}", least=0)
     steps: int = option(500, "training steps", least=1)
     history: int = option(0, "word problems before each screen: longer text, same image", least=0)
-    replay: int = option(0, "how many of a step's 8 sequences ask what the base was asked before", least=0)
+    replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
     test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
@@ -125,7 +125,8 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
     adapter = attach_adapter(cfg, model, heads)
     film = [(0, film_frame(cfg, model))] if cfg.film else []
     if adapter:
-        bar = tqdm(train(cfg, model, adapter, data), "train", cfg.steps, disable=not verbose)
+        training = train(cfg, model, adapter, data)  # a generator: each turn of this loop is a training step
+        bar = tqdm(training, "train", cfg.steps, disable=not verbose)
         for step, loss, click_share in bar:
             status = f"loss {loss:.2f}"
             if click_share is not None:
@@ -193,7 +194,7 @@ def train(
 
         # 8 random screens, and five questions about each in one sequence (data/prompts.py, training_batch): input_ids
         # and labels [B, T], image_features [B, P, D]. The vision tower is frozen, so it has run once over all screens
-        # and does not run here. The probe has used the first batches.
+        # and does not run here. The first PROBE_BATCHES batches were the probe's.
         batch = training_batch(cfg, data, prompts.PROBE_BATCHES + step)
 
         # The loss is the cross-entropy of the answers.

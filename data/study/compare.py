@@ -33,7 +33,7 @@ BASES = {seed: f"runs/bases/{seed}.pt" for seed in (1, 2, 3, 4, 5)} | {1: "data/
 TWINS = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
 SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were chosen on
 
-NOTHING = "nothing"
+NOTHING = "base model, not fine-tuned"
 LORA = "LoRA"
 VISUAL = "LoRA at visual tokens"
 SMALL = "LoRA at visual tokens, rank 2"
@@ -229,7 +229,7 @@ def line(name: str, rows: list[dict], cell: Callable, *measures: str) -> tuple:
 
 def front_page(runs: Runs) -> Iterator[tuple]:
     """Means alone."""
-    titles = "switches clicked, %", "the same without the skill, %", "word problems without an image, %", "old task, %"
+    titles = "switches clicked, %", "switches clicked without the skill, %", "word problems without an image, %", "old task, %"
     yield "method", *titles
     for method in (LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
         rows = runs.of(method, BASES)
@@ -251,7 +251,7 @@ def each_model(runs: Runs, title: str, bases: dict, methods: list[str]) -> Itera
     other_skills = OTHER_SKILLS.values()
     frozen = runs.of(NOTHING, bases)
     yield line(NOTHING, frozen, percent_of_each, "task_acc", *other_skills)
-    yield line(f"{NOTHING}, asked to click right of the name", frozen, percent_of_each, "reworded_acc", *other_skills)
+    yield line("base model, asked to click right of the name", frozen, percent_of_each, "reworded_acc", *other_skills)
     for method in methods:
         yield line(method, runs.of(method, bases), percent_of_each, "task_acc", *other_skills)
 
@@ -268,9 +268,9 @@ def rates(runs: Runs) -> Iterator[tuple]:
     """The chosen rate is bold."""
     yield "learning rate", *(f"{lr:g}" for lr in GRID)
     for method, chosen in RATES.items():
-        measures = {"clicks": "task_acc", "after an image": "word_problem_after_image_acc"}
+        measures = {"clicks": "task_acc", "word problems after an image": "word_problem_after_image_acc"}
         if method == LORA:  # at visual tokens it is 100 % at every rate
-            measures["without an image"] = "word_problem_acc"
+            measures["word problems without an image"] = "word_problem_acc"
         for name, measure in measures.items():
             cells = []
             for lr in GRID:
@@ -294,7 +294,7 @@ def other_tasks(runs: Runs) -> Iterator[tuple]:
     yield "other tasks", "correct answers, %", *AFTER_IMAGE_AND_OLD_TASK, "learning rate"
     other_skills = AFTER_IMAGE_AND_OLD_TASK.values()
     frozen = runs.of(NOTHING, BASES, SEARCH_SEEDS, task="referring")
-    reworded = f"referring: {NOTHING}, asked about the left end of the line"
+    reworded = "referring: base model, asked about the left end of the line"
     yield line(f"referring: {NOTHING}", frozen, percent, "task_acc", *other_skills)
     yield line(reworded, frozen, percent, "reworded_acc", *other_skills)
     for method in (LORA, VISUAL, ALL):
