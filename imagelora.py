@@ -173,7 +173,7 @@ class ImageLoRA(nn.Module):
         for hook in self._calls.hooks:
             hook.remove()
         del model.image_lora
-        del self._calls  # A detached adapter would neither disable anything nor let go of the model.
+        del self._calls  # so that disabled() fails from now on, and the adapter does not keep the model in memory
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         return model

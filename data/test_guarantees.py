@@ -524,7 +524,10 @@ def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_
     assert saved["B"].shape == (2, 2, D_H)
     assert saved["gamma"].shape == ()
     torch.save(content, path)
-    torch.testing.assert_close(load(tiny_vlm(), path).state_dict(), adapter.state_dict(), rtol=0, atol=0)
+    loaded = load(tiny_vlm(), path)
+    torch.testing.assert_close(loaded.state_dict(), adapter.state_dict(), rtol=0, atol=0)
+    assert loaded.normalize
+    assert loaded.train_gamma
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

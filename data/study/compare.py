@@ -229,7 +229,12 @@ def line(name: str, rows: list[dict], cell: Callable, *measures: str) -> tuple:
 
 def front_page(runs: Runs) -> Iterator[tuple]:
     """Means alone."""
-    titles = "switches clicked, %", "switches clicked without the skill, %", "word problems without an image, %", "old task, %"
+    titles = (
+        "switches clicked, %",
+        "switches clicked without the skill, %",
+        "word problems without an image, %",
+        "old task, %",
+    )
     yield "method", *titles
     for method in (LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
         rows = runs.of(method, BASES)
