@@ -98,6 +98,11 @@ def test_what_peft_has_added_before_stays_trainable_and_a_probe_leaves_it_alone(
     assert state_of(model) == before
 
 
+def test_a_probe_with_the_same_seed_gives_the_same_scores():
+    model = tiny_vlm()
+    assert torch.equal(score_heads(model, [EARLY], seed=1), score_heads(model, [EARLY], seed=1))
+
+
 # 2. The visual tokens of a call
 class FromEmbeddings(TinyVLM):
     """Hugging Face's other way to call a model: by inputs_embeds instead of input_ids."""
