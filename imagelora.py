@@ -402,9 +402,8 @@ class Calls:
     def pass_on(self, norm, args, kwargs, output):
         x = args[0] if args else next(iter(kwargs.values()))
         call = self.find_call(x)
-        if call is not None:
-            x.untyped_storage().image_lora_call = call
-            output.untyped_storage().image_lora_call = call  # this is what v_proj will read
+        x.untyped_storage().image_lora_call = call
+        output.untyped_storage().image_lora_call = call  # this is what v_proj will read
 
     def adapt(self, adapter, v_proj, args, kwargs, value):
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""

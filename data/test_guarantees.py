@@ -58,7 +58,7 @@ def test_disabled_and_detach_restore_the_base_bit_for_bit():
     base = logits_of(model, EARLY)
     adapter = attach_trained(model)
     with adapter.disabled():
-        with adapter.disabled():
+        with adapter.disabled(), attach(tiny_vlm()).disabled():
             assert torch.equal(logits_of(model, EARLY), base)
         assert torch.equal(logits_of(model, EARLY), base)
     assert not torch.equal(logits_of(model, EARLY), base)
@@ -128,9 +128,13 @@ def test_embeddings_are_refused_without_a_mask_and_adapted_with_one():
     with pytest.raises(ValueError, match="which tokens are visual"):
         model(inputs_embeds=x)
     with adapter.visual_mask(IDS == IMG):
+        with pytest.raises(ValueError, match="inputs_embeds by name"):
+            model(None, x)
         adapted = model(inputs_embeds=x)
         with adapter.disabled():
             assert torch.equal(model(inputs_embeds=x), base)
+    with adapter.disabled(), adapter.visual_mask(IDS == IMG):
+        assert torch.equal(model(inputs_embeds=x), base)
     assert torch.equal(adapted, model(input_ids=IDS))
     assert torch.autograd.grad(adapted.sum(), x)[0].any()
 
