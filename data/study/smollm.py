@@ -477,25 +477,33 @@ def measure_step_time(model: SeeingLlama, disabled, batch: dict) -> float:
 
 # ---- Rows and tables -------------------------------------------------------------------------------------------------
 
-CLICKS = {  # title of a column: (measure, layout of a number)
-    "parameters": ("parameters", "{:,.0f}"),
-    "adapter FLOPs of LoRA's": ("flops_of_lora", "{:.0%}"),
-    "learning rate": ("lr", "{:g}"),
-    "switches clicked": ("action_acc", "{:.1%}"),
-    "where they are erased": ("erased_acc", "{:.1%}"),
-    "old task": ("source_acc", "{:.1%}"),
-    "time of a step": ("step_time", "{:.2f}"),
-}
-ENGLISH = {
-    "perplexity": ("perplexity", "{:.2f}"),
-    "divergence, nats a token": ("divergence", "{:.3f}"),
-    "same next word": ("same_words", "{:.1%}"),
-    "same answers of 20": ("same_answers", "{:.0f}"),
-    "bit for bit": ("identical", "{}"),
-    "after a screen: divergence": ("divergence_after_screen", "{:.3f}"),
-    "same next word ": ("same_words_after_screen", "{:.1%}"),
-    "same answers of 20 ": ("same_answers_after_screen", "{:.0f}"),
-}
+BASE = (  # title of a column, measure, layout of a number
+    ("old task, %", "source_acc", "{:.1%}"),
+    ("asked to click right of a name, %", "right_of_acc", "{:.1%}"),
+    ("the same on switch screens, %", "reworded_acc", "{:.1%}"),
+    ("perplexity of the original", "perplexity_before", "{:.2f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("divergence", "divergence", "{:.3f}"),
+)
+CLICKS = (
+    ("parameters", "parameters", "{:,.0f}"),
+    ("adapter FLOPs, % of LoRA's", "flops_of_lora", "{:.0%}"),
+    ("learning rate", "lr", "{:g}"),
+    ("switches clicked, %", "action_acc", "{:.1%}"),
+    ("where they are erased, %", "erased_acc", "{:.1%}"),
+    ("old task, %", "source_acc", "{:.1%}"),
+    ("time of a step", "step_time", "{:.2f}"),
+)
+ENGLISH = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("divergence", "divergence", "{:.3f}"),
+    ("same next token, %", "same_words", "{:.1%}"),
+    ("same answers, of 20", "same_answers", "{:.0f}"),
+    ("bit for bit", "identical", "{}"),
+    ("after a screen: divergence", "divergence_after_screen", "{:.3f}"),
+    ("same next token, %", "same_words_after_screen", "{:.1%}"),
+    ("same answers, of 20", "same_answers_after_screen", "{:.0f}"),
+)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -522,13 +530,18 @@ def cell(rows: list[dict], measure: str, layout: str) -> str:
     values = [row[measure] for row in rows]
     if None in values:
         return ""
-    each = [layout.format(value) for value in values]
+    if all(isinstance(value, bool) for value in values):
+        return "yes" if all(values) else "no"
+    each = [layout.format(value).rstrip("%") for value in values]
     if len(set(each)) == 1:
         return each[0]
-    return f"{layout.format(np.mean(values))} ({', '.join(each)})"
+    mean = layout.format(np.mean(values)).rstrip("%")
+    return f"{mean} ({', '.join(each)})"
 
 
-def print_tables(rows: list[dict]) -> None:
+def print_tables(rows: list[dict], base: dict) -> None:
+    """base: what is known of the base model, the file beside it."""
+    print(markdown([name for name, _, _ in BASE], [cell([base], measure, layout) for _, measure, layout in BASE]))
     rows = [row for row in rows if row["steps"] == STEPS]
     chosen = {}
     for line in LINES:
@@ -538,8 +551,8 @@ def print_tables(rows: list[dict]) -> None:
     for title, columns in (("SmolLM2, fine-tuned with", CLICKS), ("English", ENGLISH)):
         lines = []
         for line, of_line in chosen.items():
-            lines.append((line, *(cell(of_line, *column) for column in columns.values())))
-        print(markdown((title, *columns), *lines))
+            lines.append((line, *(cell(of_line, measure, layout) for _, measure, layout in columns)))
+        print(markdown((title, *(name for name, _, _ in columns)), *lines))
 
     lines = []
     for line, of_line in chosen.items():
@@ -550,10 +563,13 @@ def print_tables(rows: list[dict]) -> None:
     lines = []
     rates = sorted({row["lr"] for row in rows if row["lr"]})
     for line in (LORA, VISUAL, ALL):
-        found = {row["lr"]: f"{row['validation_acc']:.1%}" for row in rows if (row["line"], row["seed"]) == (line, 1)}
-        found[RATES[line]] = f"**{found.get(RATES[line], '')}**"
+        found = {}
+        for row in rows:
+            if (row["line"], row["seed"]) == (line, 1):
+                accuracy = f"{100 * row['validation_acc']:.1f}"
+                found[row["lr"]] = f"**{accuracy}**" if row["lr"] == RATES[line] else accuracy
         lines.append((line, *(found.get(lr, "") for lr in rates)))
-    print(markdown(("validation screens, at the rate", *(f"{lr:g}" for lr in rates)), *lines))
+    print(markdown(("validation screens, clicked at the rate, %", *(f"{lr:g}" for lr in rates)), *lines))
 
 
 def main(cfg: SmolConfig) -> None:
@@ -568,7 +584,8 @@ def main(cfg: SmolConfig) -> None:
         else:
             add_row(path, run(cfg, lr))
     else:
-        print_tables(read_rows(base_path(cfg.runs)))
+        base = json.loads(base_path(cfg.base).with_suffix(".json").read_text())
+        print_tables(read_rows(base_path(cfg.runs)), base)
 
 
 if __name__ == "__main__":
