@@ -60,9 +60,10 @@ class ValueAdapter(nn.Module):
         nn.init.kaiming_uniform_(A.T, a=5**0.5)
         # B starts at zero, so training starts at the base model.
         B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device="cpu")
-        self.A = nn.Parameter(A)  # [D, r], shared by the selected heads: it reads a token once for all
+        self.A = nn.Parameter(A)  # [D, r], shared by the selected heads: it reads a token once for all of them
         self.B = nn.Parameter(B)  # [|S|, r, d_h], one for each: it writes what this head passes on
-        # Starts at 1, because a small gamma would shrink the effect of every step of B. FSDP cannot shard a scalar.
+        # Starts at 1, because a small gamma would shrink the effect of every step of B. Its shape is [1], because FSDP
+        # cannot shard a scalar.
         self.gamma = nn.Parameter(B.new_ones(1))
 
     def forward(self, x_vis: Tensor) -> Tensor:
@@ -148,7 +149,8 @@ class ImageLoRA(nn.Module):
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
             adapted[decoder[layer]] = adapter
-        # Only now does the model change. When it is called, Calls finds the visual_rows, and adapters add_update.
+        # The model changes only from here on. At each call of it, Calls finds the visual rows, and each adapter adds its
+        # update there.
         self._calls = Calls(model, image_token_ids, adapted)
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         if not frozen_by_peft:

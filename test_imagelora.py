@@ -1,6 +1,6 @@
-"""The paper's argument. The docstring of each test is a sentence of the method, and its body is the proof.
+"""The paper's argument, one statement a test: the docstring says it, and the body checks it.
 
-What engineering promises (threads, checkpointing, files, refusals) is tested in data/test_guarantees.py."""
+What holds under threads and checkpointing, with files and bad arguments is tested in data/test_guarantees.py."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_the_values_are_the_papers_formula():
 
 
 def test_in_all_heads_it_is_lora_on_v_proj_at_visual_tokens():
-    """Times gamma over the root of |S|. LoRA's B [r, H * d_h] holds the B(h) of all heads, side by side."""
+    """It equals that LoRA times gamma / sqrt|S|. LoRA's B [r, H * d_h] holds the B(h) of all heads, side by side."""
     adapter = trained(ValueAdapter(D, D_H, H, heads=[0, 1, 2], r=2, lora_alpha=6))
     X = torch.randn(5, D)
     XW_V = torch.randn(5, H * D_H)
@@ -69,7 +69,7 @@ def test_in_all_heads_it_is_lora_on_v_proj_at_visual_tokens():
 
 
 def test_no_value_weight_reproduces_the_adapter_on_mixed_tokens():
-    """On visual tokens alone one W reproduces it; with text among them none does: what is added depends on the kind."""
+    """If all tokens are visual, one W does. If some are text, none does: the update depends on the kind of a token."""
     adapter = trained(ValueAdapter(hidden_size=8, head_dim=2, num_kv_heads=3, heads=[0, 2], r=4, lora_alpha=8))
     x = torch.randn(1, 40, 8)
     value = torch.zeros(1, 40, 6)
@@ -165,7 +165,7 @@ def text_stays_the_bases(adapt) -> bool:
     return torch.equal(logits_of(model, text), base) and same_answer
 
 
-def test_text_with_no_image_before_it_is_the_base_models_bit_for_bit():
+def test_text_before_any_image_is_the_base_models_bit_for_bit():
     """Attention is causal, so only what comes after an image can read its values."""
     assert text_stays_the_bases(attach_trained)
     model = tiny_vlm()
@@ -187,7 +187,7 @@ def lora_at_visual_tokens(model) -> None:
     lora(model, visual_only=True)
 
 
-def test_the_mask_alone_gives_this_guarantee():
+def test_lora_at_visual_tokens_gives_the_same_guarantee():
     """LoRA on all projections passes the same test if it is restricted to visual tokens, and fails it if it is not."""
     assert text_stays_the_bases(lora_at_visual_tokens)
     assert not text_stays_the_bases(lora)
@@ -252,7 +252,7 @@ def test_normalization_makes_the_first_update_as_large_for_every_number_of_heads
 
 # 3. Which tokens are visual follows from input_ids, in every forward pass
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_equals_its_rows(side):
+def test_each_row_of_a_batch_is_adapted_as_if_it_were_alone(side):
     """Images at different places, two images, none, padding: each row is adapted at its own visual tokens."""
     model = tiny_vlm()
     attach_trained(model)
@@ -406,7 +406,7 @@ def counted_flops(run) -> int:
 
 
 @pytest.mark.parametrize("heads", [None, {0: [1]}, {1: [0, 2], 2: [1]}])
-def test_counted_flops_are_the_computed_ones(heads):
+def test_counted_flops_match_the_formula(heads):
     """Forward 2Nr(D + |S|d_h), backward dB, dz, dA, and dx in all adapted layers but the lowest; N visual tokens."""
     model = tiny_vlm()
     batch = prompt(BEFORE + IMAGE + AFTER, AFTER + IMAGE + BEFORE, labels=True)
@@ -422,8 +422,8 @@ def test_counted_flops_are_the_computed_ones(heads):
 
 
 def test_the_three_savings_multiply():
-    """LoRA on one Linear is z = xA, y = zB, and their gradients; dx where the input needs one. 60 visual tokens of 100,
-    values instead of q, k, v, o, and half of 8 heads make 0.6 x 1/4 x 3/4 of it: A is shared by a layer's heads."""
+    """60 visual tokens of 100, values instead of q, k, v, o, and half of 8 heads make 0.6 x 1/4 x 3/4 of LoRA's FLOPs.
+    Half of the heads leave 3/4, because A is shared by a layer's heads."""
     x = torch.randn(100, 64, requires_grad=True)
     A = torch.randn(64, 8, requires_grad=True)
     B = torch.randn(8, 64, requires_grad=True)
