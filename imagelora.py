@@ -149,8 +149,7 @@ class ImageLoRA(nn.Module):
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
             adapted[decoder[layer]] = adapter
-        # The model changes only from here on. At each call of it, Calls finds the visual rows, and each adapter adds its
-        # update there.
+        # The model changes only from here on. At each call, Calls finds the visual rows, and adapters add to them.
         self._calls = Calls(model, image_token_ids, adapted)
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         if not frozen_by_peft:
