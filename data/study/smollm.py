@@ -59,7 +59,7 @@ LINES = {name: METHODS[name] for name in (NOTHING, LORA, VISUAL, ALL, LORA + WIT
 LINES |= {HALF: {"heads": "top"}, f"{HALF}, at random": {"heads": "matched"}}
 # The rates tried are four-fold apart. Chosen is the lowest whose accuracy on validation screens is within one point of
 # the best. With replay and in half of the heads a method keeps its rate.
-RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 1e-3, ALL: 4e-3}
+RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 1e-3, ALL: 1.6e-2}
 RATES |= {LORA + WITH_REPLAY: RATES[LORA]} | {name: RATES[ALL] for name in LINES if name.startswith("Image-LoRA")}
 STEPS = 300
 
