@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
-from data import command, option, write_file
+from data import command, make_directory, option, write_file
 from data.base import base_path, image_features, load_base
 from data.baselines import LoRA, choose_heads
 from data.costs import run_costs
@@ -185,13 +185,18 @@ class SmolVLM:
 
 def load_smollm(cfg: SmolConfig) -> SmolVLM:
     """The base model in bfloat16. Its LoRA is merged before, in float32."""
-    content = torch.load(base_path(cfg.base), weights_only=True)
+    path = base_path(cfg.base)
+    try:
+        content = torch.load(path, weights_only=True)
+        projector, lora = content["projector"], content["lora"]
+    except Exception as error:
+        raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
     vlm = SmolVLM(cfg)
-    vlm.projector.load_state_dict(content["projector"])
+    vlm.projector.load_state_dict(projector)
     vlm.projector.requires_grad_(False)
     for name, linear in vlm.model.named_modules():
         if name.endswith("_proj"):
-            A, B = (content["lora"][f"{name}.{matrix}"].float() for matrix in "AB")
+            A, B = (lora[f"{name}.{matrix}"].float() for matrix in "AB")
             linear.weight += 2 * (A @ B).T
     vlm.model.bfloat16()
     return vlm
@@ -511,7 +516,10 @@ def read_rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{name: json.loads(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    if rows and "line" not in rows[0]:
+        raise ValueError(f"{path} is no file of runs; name another one, or move it away to start anew")
+    return [{name: json.loads(text) for name, text in row.items()} for row in rows]
 
 
 def add_row(path: Path, row: dict) -> None:
@@ -575,6 +583,7 @@ def print_tables(rows: list[dict], base: dict) -> None:
 def main(cfg: SmolConfig) -> None:
     path = Path(cfg.runs)
     if cfg.make_base:
+        make_directory(Path(cfg.base).parent)  # before an hour of work, because it may be impossible
         make_base(cfg)
     elif cfg.line:
         lr = RATES[cfg.line] if cfg.lr is None else cfg.lr
@@ -582,6 +591,7 @@ def main(cfg: SmolConfig) -> None:
         if (cfg.line, lr, cfg.seed, cfg.steps) in known:
             print(f"{path} holds this run already")
         else:
+            make_directory(path.parent)
             add_row(path, run(cfg, lr))
     else:
         base = json.loads(base_path(cfg.base).with_suffix(".json").read_text())
