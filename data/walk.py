@@ -89,7 +89,7 @@ def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
     data = training_data(replace(run, steps=1), model.device)  # few screens are enough for one batch
     model(**training_batch(run, data, 0).inputs).loss.backward()
     norms = ", ".join(f"{name} {parameter.grad.norm():.2g}" for name, parameter in values.named_parameters())
-    station("", f"first step, norms of the gradients: {norms}; while B = 0, those of A and gamma are zero")
+    station("", f"first step, norms of the gradients: {norms}")
 
 
 def show_update(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> None:

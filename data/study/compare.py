@@ -236,7 +236,7 @@ def front_page(runs: Runs) -> Iterator[tuple]:
         "old task, %",
     )
     yield "method", *titles
-    for method in (LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
+    for method in (LORA, VISUAL, SMALL, ALL, HALF, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
         rows = runs.of(method, BASES)
         twins = runs.of(method, TWINS)
         clicks = percent(rows, "task_acc"), percent(twins, "task_acc")

@@ -489,6 +489,7 @@ BASE = (  # title of a column, measure, layout of a number
     ("perplexity of the original", "perplexity_before", "{:.2f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("divergence", "divergence", "{:.3f}"),
+    ("same answers, of 20", "same_answers", "{:.0f}"),
 )
 CLICKS = (
     ("parameters", "parameters", "{:,.0f}"),
