@@ -59,7 +59,7 @@ LINES = {name: METHODS[name] for name in (NOTHING, LORA, VISUAL, ALL, LORA + WIT
 LINES |= {HALF: {"heads": "top"}, f"{HALF}, at random": {"heads": "matched"}}
 # The rates tried are four-fold apart. Chosen is the lowest whose accuracy on validation screens is within one point of
 # the best. With replay and in half of the heads a method keeps its rate.
-RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 1e-3, ALL: 1.6e-2}
+RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 4e-3, ALL: 1.6e-2}
 RATES |= {LORA + WITH_REPLAY: RATES[LORA]} | {name: RATES[ALL] for name in LINES if name.startswith("Image-LoRA")}
 STEPS = 300
 
@@ -571,14 +571,19 @@ def print_tables(rows: list[dict], base: dict) -> None:
 
     lines = []
     rates = sorted({row["lr"] for row in rows if row["lr"]})
-    for line in (LORA, VISUAL, ALL):
+    for line, name, measure, layout in (
+        (LORA, "LoRA: clicks, %", "validation_acc", "{:.1%}"),
+        (LORA, "LoRA: perplexity of English", "perplexity", "{:.2f}"),
+        (VISUAL, "LoRA at visual tokens: clicks, %", "validation_acc", "{:.1%}"),
+        (ALL, "Image-LoRA in all heads: clicks, %", "validation_acc", "{:.1%}"),
+    ):
         found = {}
         for row in rows:
             if (row["line"], row["seed"]) == (line, 1):
-                accuracy = f"{100 * row['validation_acc']:.1f}"
-                found[row["lr"]] = f"**{accuracy}**" if row["lr"] == RATES[line] else accuracy
-        lines.append((line, *(found.get(lr, "") for lr in rates)))
-    print(markdown(("validation screens, clicked at the rate, %", *(f"{lr:g}" for lr in rates)), *lines))
+                text = cell([row], measure, layout)
+                found[row["lr"]] = f"**{text}**" if row["lr"] == RATES[line] else text
+        lines.append((name, *(found.get(lr, "") for lr in rates)))
+    print(markdown(("validation screens, at the rate", *(f"{lr:g}" for lr in rates)), *lines))
 
 
 def main(cfg: SmolConfig) -> None:
