@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and check what the paper says.
 
-python train.py                  before, probe, select, train, after, cost: about a minute on two CPU cores
+python train.py                  before, probe, select, train, after, cost: less than a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 python -m data.walk              then a guided walk: one question through every step, tensor by tensor
