@@ -35,8 +35,7 @@ from data.evaluate import (
     hit_rate,
     measure,
     measure_controls,
-    other_skills_line,
-    score_line,
+    summary,
     text_only_changes,
     text_only_logits,
 )
@@ -117,7 +116,10 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
     probe_batches = [training_batch(cfg, data, i).inputs for i in range(prompts.PROBE_BATCHES)]
     heads = None
     if cfg.method == "image_lora":
-        scores = score_value_heads(cfg, model, probe_batches)
+        if cfg.heads == "gate":
+            scores = gate_scores(model, probe_batches)
+        else:
+            scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)
         heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
         if verbose:
             print_heads(scores, heads)
@@ -125,12 +127,8 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
     adapter = attach_adapter(cfg, model, heads)
     film = [(0, film_frame(cfg, model))] if cfg.film else []
     if adapter:
-        training = train(cfg, model, adapter, data)  # a generator: each turn of this loop is a training step
-        bar = tqdm(training, "train", cfg.steps, disable=not verbose)
-        for step, loss, click_share in bar:
-            status = f"loss {loss:.2f}"
-            if click_share is not None:
-                status += f", clicks {click_share:.0%}"
+        bar = tqdm(train(cfg, model, adapter, data), "train", cfg.steps, disable=not verbose)
+        for step, status in enumerate(bar, start=1):  # each turn of this loop is a training step
             bar.set_postfix_str(status, refresh=False)
             if cfg.film and figures.is_filmed(step, cfg.steps):
                 film.append((step, film_frame(cfg, model)))
@@ -146,20 +144,12 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
 
 
 def check_sizes(cfg: Config, model: TinyVLM) -> None:
-    """ValueError if the run needs more heads or a higher rank than this base model has; before anything long runs."""
-    config = model.config
-    num_heads = config.num_hidden_layers * config.num_key_value_heads
-    if cfg.method == "image_lora" and cfg.heads != "all" and cfg.num_heads > num_heads:
+    """ValueError, before anything long runs, if this base model has too few heads or too small a hidden size."""
+    num_heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    if cfg.num_heads > num_heads:
         raise ValueError(f"num_heads must be at most {num_heads}, the value heads of {cfg.base}, got {cfg.num_heads}")
-    if cfg.r > config.hidden_size:
-        raise ValueError(f"r must be at most {config.hidden_size}, the hidden size of {cfg.base}, got {cfg.r}")
-
-
-def score_value_heads(cfg: Config, model: TinyVLM, batches: list[dict]) -> Tensor:
-    """The score of each value head, [layers, heads]: its influence, or the score of the authors' release."""
-    if cfg.heads == "gate":
-        return gate_scores(model, batches)
-    return imagelora.score_heads(model, batches, seed=cfg.seed)
+    if cfg.r > model.config.hidden_size:
+        raise ValueError(f"r must be at most {model.config.hidden_size}, the hidden size of {cfg.base}, got {cfg.r}")
 
 
 def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
@@ -172,13 +162,9 @@ def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -
     return None
 
 
-def train(
-    cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData
-) -> Iterator[tuple[int, float, float | None]]:
-    """Train the adapter by AdamW. After each step yields (steps so far, loss, share of correct clicks).
-
-    The share is of the training batch, with teacher forcing; None if the task asks for no clicks.
-    Raises FloatingPointError if the loss is not finite."""
+def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -> Iterator[str]:
+    """Train the adapter by AdamW. After each step yields what to print: its loss and its share of correct clicks, with
+    teacher forcing. FloatingPointError if the loss is not finite."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
     groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
@@ -210,10 +196,10 @@ def train(
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
-        click_share = None
+        status = f"loss {loss:.2f}"
         if cfg.task == "grounding":
-            click_share = hit_rate(output.logits, batch.inputs["labels"], batch.boxes)
-        yield step + 1, loss, click_share
+            status += f", clicks {hit_rate(output.logits, batch.inputs['labels'], batch.boxes):.0%}"
+        yield status
 
 
 # ---- What is printed and saved ---------------------------------------------------------------------------------------
@@ -227,7 +213,8 @@ def main(cfg: Config) -> None:
     result = tuned.result
     if cfg.task == "grounding":
         result = result | measure_controls(cfg, tuned.model)
-        print_controls(result)
+        reworded = f"base, asked to click right of the name {result['reworded_acc']:.1%}"
+        print(f"controls {reworded} · tuned, switches erased {result['erased_acc']:.1%}")
     if tuned.adapter:
         print_costs(result)
 
@@ -246,12 +233,9 @@ def main(cfg: Config) -> None:
 
 def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{num_parameters / 1e6:.2f} M parameters"
-    print(
-        f"base     {Path(cfg.base).name} · {size} · {model.config.num_patches} visual tokens a screen · {model.device}"
-    )
-    print(f"before   {score_line(metrics)}")
-    print(f"         {other_skills_line(metrics)}")
+    size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
+    print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
+    print(f"before   {summary(metrics)}")
 
 
 def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
@@ -264,8 +248,7 @@ def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
 
 
 def print_tuned(result: dict) -> None:
-    print(f"after    {score_line(result)}")
-    print(f"         {other_skills_line(result)}")
+    print(f"after    {summary(result)}")
     difference = result["text_logits_max_abs_diff"]
     verdict = "changed" if difference else "identical"
     print(f"text     logits of 256 text-only prompts: {verdict} (max |difference| = {difference:.3g})")
@@ -275,23 +258,13 @@ def print_tuned(result: dict) -> None:
         print(f"         mean KL divergence from the base, in nats a token: {kinds}")
 
 
-def print_controls(result: dict) -> None:
-    """The base, asked in other words; and the tuned model, on screens with the switches erased."""
-    reworded, erased = result["reworded_acc"], result["erased_acc"]
-    print(f"controls base, asked to click right of the name {reworded:.1%} · tuned, switches erased {erased:.1%}")
-
-
 def print_costs(result: dict) -> None:
     parameters = result["trainable_parameters"]
-    share = parameters / result["lora_trainable_parameters"]
     flops = result["adapter_flops_per_screen"]
-    share_of_lora = flops / result["lora_flops_per_screen"]
-    share_of_step = flops / result["step_flops_per_screen"]
-    size = f"{parameters:,} parameters ({share:.0%} of LoRA's, rank 8)"
-    cost = (
-        f"adapter {flops / 1e6:.2f} MFLOP per screen ({share_of_lora:.0%} of LoRA's, {share_of_step:.1%} of the step)"
-    )
-    print(f"cost     {size} · {cost}")
+    size = f"{parameters:,} parameters ({parameters / result['lora_trainable_parameters']:.0%} of LoRA's, rank 8)"
+    share_of_lora = f"{flops / result['lora_flops_per_screen']:.0%} of LoRA's"
+    share_of_step = f"{flops / result['step_flops_per_screen']:.1%} of the step"
+    print(f"cost     {size} · adapter {flops / 1e6:.2f} MFLOP per screen ({share_of_lora}, {share_of_step})")
 
 
 if __name__ == "__main__":

@@ -120,19 +120,16 @@ def measure(cfg, model) -> tuple[dict, list[Answer]]:
     return metrics, answers
 
 
-def score_line(metrics: dict) -> str:
-    """How well `measure` has found the model to do the task, in a sentence."""
+def summary(metrics: dict) -> str:
+    """What `measure` has found, in two lines: the task; then clicks on source screens (the old task), word problems."""
     if "name_acc" in metrics:
-        return f"correct names on switch screens {metrics['name_acc']:6.1%}"
-    kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
-    return f"click accuracy on switch screens {metrics['action_acc']:6.1%}  ({kinds})"
-
-
-def other_skills_line(metrics: dict) -> str:
-    """What `measure` adds to the task: clicks on source screens, which is the old task, and word problems."""
-    alone, after_image = metrics["word_problem_acc"], metrics["word_problem_after_image_acc"]
+        task = f"correct names on switch screens {metrics['name_acc']:6.1%}"
+    else:
+        kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
+        task = f"click accuracy on switch screens {metrics['action_acc']:6.1%}  ({kinds})"
     old_task = f"old task, clicks on source screens {metrics['source_acc']:.1%}"
-    return f"{old_task} · word problems {alone:.1%}, after an image {after_image:.1%}"
+    alone, after_image = metrics["word_problem_acc"], metrics["word_problem_after_image_acc"]
+    return f"{task}\n         {old_task} · word problems {alone:.1%}, after an image {after_image:.1%}"
 
 
 # ---- Prompts without an image ----------------------------------------------------------------------------------------
@@ -184,14 +181,10 @@ def hit_rate(logits: Tensor, labels: Tensor, boxes: list[Box | None]) -> float:
 
 
 def film_frame(cfg, model) -> list[Answer]:
-    """The answer to one question about each of the first six test screens."""
+    """Every seventh answer about the first nine test screens: six, each about another screen, of words and icons."""
     screens, features = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
-    _, answers = evaluate(model, screens[:6], features[:6], history=cfg.history)
-    frame = []
-    for i, screen in enumerate(screens[:6]):
-        about_screen = [answer for answer in answers if answer.screen is screen]
-        frame.append(about_screen[i % len(about_screen)])  # so that some are of text and some of icons
-    return frame
+    _, answers = evaluate(model, screens[:9], features[:9], history=cfg.history)
+    return answers[::7]
 
 
 # ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------

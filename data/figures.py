@@ -6,7 +6,6 @@ A page is drawn at twice its size and halved at the end, which makes lines smoot
 import io
 import math
 from pathlib import Path
-from textwrap import wrap
 
 import numpy as np
 import torch
@@ -18,13 +17,12 @@ from data.screens import SIZE, Box, is_hit
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
 INK, GREY, RED = "#222222", "#667085", "#b42318"
 FONT = ImageFont.load_default(56)
-LETTER = 25  # mean width of a letter
 LINE = 72  # from one line of text to the next
 WIDTH = 3320  # of a page
 MARGIN = 52
 GAP = 48  # between panels
-HEADER = MARGIN + 2 * LINE + 52  # height of the legend and what is free below it
-CAPTION = 2 * LINE + 56  # height of the text below a panel
+HEADER = MARGIN + 2 * LINE + 36  # height of the legend and what is free below it
+CAPTION = LINE + 56  # height of the text below a panel
 FRAMES = 32  # of the moving picture
 RULE = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
 
@@ -32,7 +30,7 @@ RULE = "A click is correct if its point is inside the target, whose right and bo
 class Page:
     """A white page with a legend, and below it panels in rows and columns."""
 
-    def __init__(self, rows: int, columns: int, titles=(), tuned_label="after fine-tuning", headline=""):
+    def __init__(self, rows: int, columns: int, titles=(), headline=""):
         """titles: what stands above each row; none by default. headline: stands right of the legend."""
         self.side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP  # of a panel
         self.title_height = LINE if titles else 0
@@ -45,7 +43,7 @@ class Page:
         self.cross(438, y)
         self.write(492, y, "base model's click")
         self.ring(1070, y)
-        self.write(1124, y, tuned_label)
+        self.write(1124, y, "tuned model's click")
         self.write(WIDTH - MARGIN, y, headline, anchor="rm")
         self.write(MARGIN, y + LINE, RULE, GREY)
         for row, title in enumerate(titles):
@@ -82,52 +80,43 @@ class Page:
         for click, mark in zip(clicks, (self.cross, self.ring)):
             if click is not None:
                 mark(x + zoom * click[0], y + zoom * click[1])
-        for i, line in enumerate(wrap(caption, self.side // LETTER)):
-            self.write(x, y + self.side + 48 + i * LINE, line, fill)
+        self.write(x, y + self.side + 48, caption, fill)
 
     def answer(self, row: int, column: int, base_answer: tuple, answer: tuple):
         """A panel of two answers (screen, sample, click) to one question, before and after fine-tuning."""
         screen, sample, click = answer
         _, _, base_click = base_answer
-        judgement = verdict(answer)
-        caption = f"{sample['instruction']}: {judgement}"
-        fill = INK if judgement == "correct" else RED
-        picture = Image.fromarray(screen.image)
-        self.panel(row, column, picture, sample["bbox"], caption, fill, clicks=(base_click, click))
+        verdict = "correct" if is_correct(answer) else "wrong"
+        fill = INK if verdict == "correct" else RED
+        caption = f"{sample['instruction']}: {verdict}"
+        clicks = base_click, click
+        self.panel(row, column, Image.fromarray(screen.image), sample["bbox"], caption, fill, clicks)
 
 
-def verdict(answer: tuple) -> str:
-    """Whether a click is correct and, if not, what it has hit instead."""
-    screen, sample, click = answer
-    if is_hit(click, sample["bbox"]):
-        return "correct"
-    for element in screen.targets():
-        if is_hit(click, element.click):
-            return f"wrong, on the switch of {element.full_name()}"
-        if is_hit(click, element.bbox):
-            return f"wrong, on {element.full_name()}"
-    return "wrong, outside its switch"
+def is_correct(answer: tuple) -> bool:
+    """Whether the click of an answer (screen, sample, click) hits its target."""
+    _, sample, click = answer
+    return is_hit(click, sample["bbox"])
 
 
-def page_of_answers(base_answers: list, answers: list, columns: int, **header) -> Page:
+def page_of_answers(base_answers: list, answers: list, columns: int, headline: str) -> Image.Image:
     """A panel for each question: its answers (screen, sample, click) before and after fine-tuning."""
-    page = Page(math.ceil(len(answers) / columns), columns, **header)
+    page = Page(math.ceil(len(answers) / columns), columns, headline=headline)
     for i, (base_answer, answer) in enumerate(zip(base_answers, answers)):
         row, column = divmod(i, columns)
         page.answer(row, column, base_answer, answer)
-    return page
+    return page.image.reduce(2)
 
 
 def predictions(base_answers: list, answers: list) -> Image.Image:
-    """Twelve of the answers: as large a share of them is wrong as of all, but at least one."""
-    hits = [is_hit(click, sample["bbox"]) for _, sample, click in answers]
-    order = sorted(range(len(hits)), key=lambda i: hits[i])  # wrong ones first
-    middles = [(2 * twelfth + 1) * len(hits) // 24 for twelfth in range(1, 12)]
-    chosen = sorted({order[0], *(order[middle] for middle in middles)})
-    headline = f"{sum(hits) / len(hits):.1%} of {len(hits):,} are correct"
+    """Eleven of the answers, evenly chosen, and the first one that is wrong."""
+    wrong = [i for i, answer in enumerate(answers) if not is_correct(answer)]
+    evenly = [twelfth * len(answers) // 12 for twelfth in range(11)]
+    chosen = sorted({*evenly, *wrong[:1]})
+    headline = f"{1 - len(wrong) / len(answers):.1%} of {len(answers):,} are correct"
     before = [base_answers[i] for i in chosen]
     after = [answers[i] for i in chosen]
-    return page_of_answers(before, after, columns=4, headline=headline).image.reduce(2)
+    return page_of_answers(before, after, columns=4, headline=headline)
 
 
 def is_filmed(step: int, steps: int) -> bool:
@@ -141,25 +130,24 @@ def moving_picture(film: list) -> list[Image.Image]:
     last_step, _ = film[-1]
     frames = []
     for step, answers in film:
-        hits = sum(verdict(answer) == "correct" for answer in answers)
+        hits = sum(is_correct(answer) for answer in answers)
         headline = f"step {step:,} of {last_step:,}:  {hits} of {len(answers)} clicks hit"
-        page = page_of_answers(base_answers, answers, columns=3, tuned_label="click now", headline=headline)
-        done = (WIDTH - 2 * MARGIN) * step / last_step
-        page.draw.rectangle((MARGIN, HEADER - 32, MARGIN + done, HEADER - 16), BLUE)
-        frames.append(page.image.reduce(2))
+        frames.append(page_of_answers(base_answers, answers, columns=3, headline=headline))
     return frames
 
 
-def attention_picture(columns: list[tuple], titles: list[str]) -> Image.Image:
+def attention_picture(columns: list[tuple], head: str) -> Image.Image:
     """Where a head looks: columns of (base answer, answer, base weights, weights), its attention to visual tokens [P].
 
-    titles: of the rows, which are before fine-tuning, after it, and the clicks."""
+    head: its name."""
+    before = f"Before fine-tuning: where {head} looks (bright), and how much of its attention is on the target"
+    titles = before, "After fine-tuning", "The clicks"
     page = Page(3, len(columns), titles)
     for column, (base_answer, answer, base_weights, weights) in enumerate(columns):
         screen, sample, _ = answer
         target = sample["bbox"]
         for row, head_weights in enumerate((base_weights, weights)):
-            caption = f"{sample['instruction']}: {share_on(target, head_weights):.0%} on target"
+            caption = f"{sample['instruction']}: {share_on(target, head_weights):.0%}"
             page.panel(row, column, darkened(screen.image, head_weights), target, caption)
         page.answer(2, column, base_answer, answer)
     return page.image.reduce(2)
@@ -180,17 +168,16 @@ def darkened(image: np.ndarray, weights: torch.Tensor) -> Image.Image:
     """The picture of a screen, the darker the less a head looks there: weights [P]."""
     side = round(len(weights) ** 0.5)
     shade = 205 - 205 * (weights / weights.max()).sqrt()
-    mask = Image.fromarray(shade.byte().reshape(side, side).cpu().numpy()).resize(
-        (SIZE, SIZE), Image.Resampling.NEAREST
-    )
-    return Image.composite(Image.new("RGB", (SIZE, SIZE), "#101828"), Image.fromarray(image), mask)
+    mask = Image.fromarray(shade.byte().view(side, side).cpu().numpy())
+    mask = mask.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", mask.size, "#101828"), Image.fromarray(image), mask)
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
     """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
-    heights = 8 * scores / scores.max().clamp(min=1e-30)
+    heights = (8 * scores / scores.max()).ceil().int()
     layers = []
-    for layer, row in enumerate(heights.ceil().int().tolist()):
+    for layer, row in enumerate(heights.tolist()):
         marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
         for head in heads.get(layer, []):
             marks[head] = f"[{marks[head]}]"
@@ -202,10 +189,8 @@ def save(frames: list[Image.Image], path: Path) -> None:
     """Writes a picture; or several as an endless GIF, whose last frame stays for three seconds."""
     palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    options = {}
-    if others:
-        durations = [160] * len(others) + [3000]  # milliseconds
-        options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    durations = [160] * len(others) + [3000]  # milliseconds
+    film = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
     buffer = io.BytesIO()
-    first.save(buffer, path.suffix[1:], optimize=True, **options)
+    first.save(buffer, path.suffix[1:], optimize=True, **film)
     write_file(path, buffer.getbuffer())

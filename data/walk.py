@@ -19,7 +19,6 @@ from data import command, figures, make_directory, option
 from data.base import find_device, load_base, screens_and_features
 from data.evaluate import Answer, evaluate, generate_answers
 from data.prompts import prompt_batch, training_batch, training_data
-from data.screens import is_hit
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
@@ -48,23 +47,23 @@ def walk(cfg: WalkConfig) -> None:
         print(f"walking with {out / 'adapter.pt'}\n")
         model = load_base(run.base, device)
         adapter = load(model, out / "adapter.pt")
-        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
-        _, answers = evaluate(model, screens, features)
-        with adapter.disabled():
-            _, base_answers = evaluate(model, screens, features)
     else:
         print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
         run = train.Config(device=cfg.device)
-        _, model, adapter, base_answers, answers, _ = train.finetune(run, verbose=True)
-        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
+        tuned = train.finetune(run, verbose=True)
+        model, adapter = tuned.model, tuned.adapter
         print()
+    screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
+    _, answers = evaluate(model, screens, features)
+    with adapter.disabled():
+        _, base_answers = evaluate(model, screens, features)
 
     _, sample, base_click = base_answers[0]
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
     station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {base_click}")
     show_start(run, load_base(run.base, device), adapter.heads)
     show_update(model, adapter, prompt_batch([sample], features[:1]))
-    show_decoding(model, adapter, sample, features[:1])
+    show_decoding(model, sample, features[:1])
     station("7 answer", f"{base_click} before, {answers[0].output} after; a click in {sample['bbox']} is correct")
     show_attention(model, adapter, base_answers, answers, dict(zip(screens, features)), out / "look.png")
 
@@ -133,22 +132,17 @@ def queries_keys_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tens
     return layers
 
 
-def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Tensor) -> None:
-    """How many rows are adapted in each forward pass of an answer."""
+def show_decoding(model: TinyVLM, sample: dict, features: Tensor) -> None:
+    """How many rows M keeps in each forward pass of an answer."""
     counts = []
 
-    def begin_pass(module, inputs):
-        counts.append(0)
+    def count_rows(model, inputs):
+        (input_ids,) = inputs  # of the whole prompt in the first pass, then of one new token
+        counts.append(len(visual_rows(input_ids, [model.config.image_token_id])))
 
-    def count_rows(values, inputs):
-        (x_vis,) = inputs  # [N, D]
-        counts[-1] += len(x_vis)
-
-    lowest = adapter.layers[str(min(adapter.heads))]
-    hooks = [model.register_forward_pre_hook(begin_pass), lowest.register_forward_pre_hook(count_rows)]
+    hook = model.register_forward_pre_hook(count_rows)
     generate_answers(model, [sample], features)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     station("6 decoding", f"rows adapted, by forward pass: {counts}", visual_rows)
 
 
@@ -161,40 +155,38 @@ def show_attention(
     """Find the head that has turned to the targets the most, and draw where it looks for four of the answers.
 
     features: of each screen, {screen: [P, D]}."""
-
-    def attention(answer: Answer) -> Tensor:
-        return attention_maps(model, prompt_batch([answer.sample], features[answer.screen][None]))
-
-    def mean_share() -> Tensor:
-        """The share of its attention that each head gives to the targets of the first questions, [L, H_q]."""
-        shares = [figures.share_on(answer.sample["bbox"], attention(answer)) for answer in answers[:NUM_QUESTIONS]]
-        return torch.stack(shares).mean(0)
-
-    shares = mean_share()
+    shares = mean_share(model, answers[:NUM_QUESTIONS], features)
     with adapter.disabled():
-        base_shares = mean_share()
+        base_shares = mean_share(model, answers[:NUM_QUESTIONS], features)
     layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
+
+    wrong = [i for i, answer in enumerate(answers) if not figures.is_correct(answer)]
+    last = max(wrong, default=len(answers) - 1)
     columns = []
-    for i in chosen_answers(answers):
-        weights = attention(answers[i])[layer, head]
+    for i in (0, len(answers) // 5, 2 * len(answers) // 5, last):
+        weights = attention_maps(model, answers[i], features)[layer, head]
         with adapter.disabled():
-            base_weights = attention(answers[i])[layer, head]
+            base_weights = attention_maps(model, answers[i], features)[layer, head]
         columns.append((base_answers[i], answers[i], base_weights, weights))
 
     name = f"head {head} of layer {layer}"
-    growth = f"from {base_shares[layer, head]:.0%} to {shares[layer, head]:.0%}"
-    titles = [
-        f"Before fine-tuning: where {name} looks from the last token of the question (bright)",
-        f"After it: of all {shares.numel()} heads, this one turned to the targets the most, {growth} of its attention",
-        "The clicks",
-    ]
-    figures.save([figures.attention_picture(columns, titles)], path)
+    figures.save([figures.attention_picture(columns, name)], path)
     station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
+    growth = f"from {base_shares[layer, head]:.0%} to {shares[layer, head]:.0%}"
     station("", f"their share of its attention went {growth}, the mean over {NUM_QUESTIONS} questions")
 
 
-def attention_maps(model: TinyVLM, prompt: dict) -> Tensor:
-    """Where every head looks from the last token of one sequence: its weights on visual tokens [L, H_q, P]."""
+def mean_share(model: TinyVLM, answers: list[Answer], features: dict) -> Tensor:
+    """The share of its attention that each head gives to the targets, [L, H_q]; the mean over questions."""
+    shares = []
+    for answer in answers:
+        shares.append(figures.share_on(answer.sample["bbox"], attention_maps(model, answer, features)))
+    return torch.stack(shares).mean(0)
+
+
+def attention_maps(model: TinyVLM, answer: Answer, features: dict) -> Tensor:
+    """Where every head looks from the last token of a question: its weights on visual tokens [L, H_q, P]."""
+    prompt = prompt_batch([answer.sample], features[answer.screen][None])
     maps = []
     for queries, keys, _ in queries_keys_values(model, prompt):
         keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)  # [H_q, T, d_h]
@@ -202,14 +194,6 @@ def attention_maps(model: TinyVLM, prompt: dict) -> Tensor:
         maps.append(scores.softmax(-1)[:, 0])
     is_visual = prompt["input_ids"][0] == model.config.image_token_id  # [T]
     return torch.stack(maps)[..., is_visual]
-
-
-def chosen_answers(answers: list[Answer]) -> list[int]:
-    """The first answer, two more, and the last that is wrong (or, if none is, the last)."""
-    count = len(answers)
-    wrong = [i for i, (_, sample, click) in enumerate(answers) if not is_hit(click, sample["bbox"])]
-    last = wrong[-1] if wrong else count - 1
-    return [0, count // 5, 2 * count // 5, last]
 
 
 if __name__ == "__main__":
