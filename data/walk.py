@@ -47,16 +47,18 @@ def walk(cfg: WalkConfig) -> None:
         print(f"walking with {out / 'adapter.pt'}\n")
         model = load_base(run.base, device)
         adapter = load(model, out / "adapter.pt")
+        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
+        _, answers = evaluate(model, screens, features)
+        with adapter.disabled():
+            _, base_answers = evaluate(model, screens, features)
     else:
         print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
         run = train.Config(device=cfg.device)
         tuned = train.finetune(run, verbose=True)
         model, adapter = tuned.model, tuned.adapter
+        base_answers, answers = tuned.base_answers, tuned.answers
+        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
         print()
-    screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
-    _, answers = evaluate(model, screens, features)
-    with adapter.disabled():
-        _, base_answers = evaluate(model, screens, features)
 
     _, sample, base_click = base_answers[0]
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
