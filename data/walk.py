@@ -65,7 +65,7 @@ def walk(cfg: WalkConfig) -> None:
     station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {base_click}")
     show_start(run, load_base(run.base, device), adapter.heads)
     show_update(model, adapter, prompt_batch([sample], features[:1]))
-    show_decoding(model, sample, features[:1])
+    show_decoding(model, adapter, sample, features[:1])
     station("7 answer", f"{base_click} before, {answers[0].output} after; a click in {sample['bbox']} is correct")
     show_attention(model, adapter, base_answers, answers, dict(zip(screens, features)), out / "look.png")
 
@@ -134,17 +134,22 @@ def queries_keys_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tens
     return layers
 
 
-def show_decoding(model: TinyVLM, sample: dict, features: Tensor) -> None:
-    """How many rows M keeps in each forward pass of an answer."""
+def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Tensor) -> None:
+    """How many rows are adapted in each forward pass of an answer."""
     counts = []
 
-    def count_rows(model, inputs):
-        (input_ids,) = inputs  # of the whole prompt in the first pass, then of one new token
-        counts.append(len(visual_rows(input_ids, [model.config.image_token_id])))
+    def begin_pass(module, inputs):
+        counts.append(0)
 
-    hook = model.register_forward_pre_hook(count_rows)
+    def count_rows(values, inputs):
+        (x_vis,) = inputs  # [N, D]
+        counts[-1] += len(x_vis)
+
+    lowest = adapter.layers[str(min(adapter.heads))]
+    hooks = [model.register_forward_pre_hook(begin_pass), lowest.register_forward_pre_hook(count_rows)]
     generate_answers(model, [sample], features)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     station("6 decoding", f"rows adapted, by forward pass: {counts}", visual_rows)
 
 
