@@ -5,6 +5,7 @@ import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from imagelora import attach, load, score_heads, select_heads
 from test_imagelora import (
-    AFTER,
-    BEFORE,
     D_H,
     EARLY,
     IMAGE,
@@ -49,6 +48,14 @@ def state_of(model) -> tuple:
     return modules, parameters
 
 
+def check_refusal(sentence, function, model, *args, **kwargs):
+    """ValueError in one line, and the model stays as it was."""
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
+        function(model, *args, **kwargs)
+    assert state_of(model) == before
+
+
 # 1. An adapter comes off again
 def test_disabled_and_detach_restore_the_base_bit_for_bit():
     """Inside disabled() the outputs are the base's. After detach() everything is as it was, down to the hooks."""
@@ -61,7 +68,10 @@ def test_disabled_and_detach_restore_the_base_bit_for_bit():
         with adapter.disabled(), attach(tiny_vlm()).disabled():
             assert torch.equal(logits_of(model, EARLY), base)
         assert torch.equal(logits_of(model, EARLY), base)
-    assert not torch.equal(logits_of(model, EARLY), base)
+    with pytest.raises(ZeroDivisionError), adapter.disabled():
+        raise ZeroDivisionError
+    with attach(tiny_vlm()).disabled():
+        assert not torch.equal(logits_of(model, EARLY), base)
     assert adapter.detach() is model
     assert torch.equal(logits_of(model, EARLY), base)
     assert state_of(model) == before
@@ -70,30 +80,27 @@ def test_disabled_and_detach_restore_the_base_bit_for_bit():
 
 
 class PeftModel(nn.Module):
-    """As PEFT wraps a model whose base it has frozen. What it trains is, here, the q_proj of layer 0."""
+    """PEFT's wrapper."""
 
     def __init__(self, model):
         super().__init__()
-        self.model = model.requires_grad_(False)
-        attention(model, 0).q_proj.requires_grad_(True)
+        self.model = model
 
     def get_base_model(self):
         return self.model
 
-    def forward(self, **batch):
-        return self.model(**batch)
-
 
 def test_what_peft_has_added_before_stays_trainable_and_a_probe_leaves_it_alone():
-    model = tiny_vlm()
+    model = tiny_vlm().requires_grad_(False)
+    attention(model, 0).q_proj.requires_grad_(True)
     peft_model = PeftModel(model)
     before = state_of(model)
-    score_heads(peft_model, [EARLY])
+    score_heads(peft_model, [EARLY], loss_fn=lambda peft_model, batch: peft_model.model(**batch).loss)
     assert state_of(model) == before
     adapter = attach(peft_model)
     trainable = {parameter for parameter in peft_model.parameters() if parameter.requires_grad}
     assert trainable == {attention(model, 0).q_proj.weight, *adapter.parameters()}
-    check_refusal(model, "already has an Image-LoRA", attach, peft_model)
+    check_refusal("already has an Image-LoRA", attach, peft_model)
     adapter.detach()
     assert state_of(model) == before
 
@@ -162,39 +169,12 @@ def test_a_mask_has_the_shape_of_the_batch():
         model(inputs_embeds=beams)  # any shape will do where no token is visual
 
 
-def test_a_prompt_may_be_prefilled_in_two_parts():
-    """M is found anew for each of them: here for each of two images."""
-    model = tiny_vlm()
-    attach_trained(model)
-    batch = prompt(BEFORE + IMAGE + IMAGE + AFTER)
-    ids = batch["input_ids"]
-    pictures = batch["pixel_values"]
-    cut = len(BEFORE + IMAGE)
-    first = model(ids[:, :cut], pictures[:1])
-    second = model(ids[:, cut:], pictures[1:], past_key_values=first.past_key_values)
-    in_parts = torch.cat([first.logits, second.logits], dim=1)
-    torch.testing.assert_close(in_parts, logits_of(model, batch), rtol=1e-4, atol=1e-4)
-
-
 def test_a_context_belongs_to_its_thread():
     model = tiny_vlm()
     adapter = attach_trained(model)
     adapted = logits_of(model, EARLY)
     with adapter.disabled(), ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
-
-
-def test_under_autocast_text_is_the_base_models_bit_for_bit_and_every_gradient_is_finite():
-    model = tiny_vlm()
-    text = prompt(TEXT)
-    with torch.autocast(model.device.type, torch.bfloat16):
-        base = logits_of(model, text)
-        attach_trained(model)
-        assert torch.equal(logits_of(model, text), base)
-        gradients = slopes(model, loss_of(model, EARLY))
-    for gradient in gradients:
-        assert gradient.isfinite().all()
-        assert gradient.any()
 
 
 # 3. Types, devices, state dicts
@@ -236,17 +216,14 @@ def test_where_weights_are_offloaded_the_adapter_is_where_v_proj_computes():
 
 
 def test_a_state_dict_says_which_heads_its_tensors_belong_to():
-    """Also an average of two, in which head 7 may have become 6.9999995."""
-    sizes = {"num_attention_heads": 12, "num_key_value_heads": 12}
-    model = tiny_vlm(**sizes)
-    attach_trained(model, heads={0: [7], 2: [0, 11]})
-    average = {name: 0.1 * tensor + 0.9 * tensor for name, tensor in model.state_dict().items()}
-    for state in (model.state_dict(), average):
-        other = tiny_vlm(**sizes)
-        adapter = attach(other, heads={0: [2], 2: [1, 2]})
-        other.load_state_dict(state)
-        assert adapter.heads == {0: [7], 2: [0, 11]}
-        torch.testing.assert_close(logits_of(other, EARLY), logits_of(model, EARLY))
+    """Also an average of several, in which head 2 may have become 1.9999998."""
+    model = tiny_vlm()
+    attach_trained(model, heads={0: [2], 2: [1, 0]})
+    other = tiny_vlm()
+    adapter = attach(other, heads=SOME_HEADS)
+    other.load_state_dict({name: 0.9999999 * tensor for name, tensor in model.state_dict().items()})
+    assert adapter.heads == {0: [2], 2: [1, 0]}
+    torch.testing.assert_close(logits_of(other, EARLY), logits_of(model, EARLY))
 
 
 def test_the_meta_device_and_to_empty_do_not_forget_the_heads():
@@ -261,15 +238,6 @@ def test_the_meta_device_and_to_empty_do_not_forget_the_heads():
 
 
 # 4. Gradient checkpointing runs a layer again
-def checkpoint_module(module, use_reentrant=False):
-    forward = module.forward
-
-    def checkpointed(*args, **kwargs):
-        return checkpoint(forward, *args, use_reentrant=use_reentrant, **kwargs)
-
-    module.forward = checkpointed
-
-
 def require_gradient(module, args, output):
     return output.requires_grad_()
 
@@ -277,41 +245,20 @@ def require_gradient(module, args, output):
 def checkpoint_layers(model, use_reentrant=False):
     """Checkpoints each decoder layer, and does what enable_input_require_grads() does."""
     for layer in model.language_model.layers:
-        checkpoint_module(layer, use_reentrant)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
     model.language_model.embed_tokens.register_forward_hook(require_gradient)
 
 
-def after_other_steps(model):
-    loss = loss_of(model, EARLY)
-    for _ in range(20):
-        slopes(model, loss_of(model, LATE))
-    with model.image_lora.disabled():
-        slopes(model, loss_of(model, LATE))
-    return slopes(model, loss)
-
-
-def after_its_first_backward_pass(model):
+def after_other_calls(model):
+    """Its own backward pass, other steps, generate(), and a call that fails because its picture is missing."""
     loss = loss_of(model, EARLY)
     slopes(model, loss)
-    return slopes(model, loss)
-
-
-def after_generate(model):
-    loss = loss_of(model, EARLY)
+    slopes(model, loss_of(model, LATE))
+    with model.image_lora.disabled():
+        slopes(model, loss_of(model, LATE))
     model.generate(LATE["input_ids"], LATE["pixel_values"])
-    return slopes(model, loss)
-
-
-def fail(module, args):
-    raise ZeroDivisionError
-
-
-def after_a_call_that_failed(model):
-    loss = loss_of(model, EARLY)
-    hook = model.language_model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(ZeroDivisionError):
-        model(**LATE)
-    hook.remove()
+    with pytest.raises(ValueError, match="placeholder"):
+        model(LATE["input_ids"])
     return slopes(model, loss)
 
 
@@ -345,10 +292,7 @@ def of_a_checkpoint_that_holds_the_model(model):
 
 
 CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose gradients must come of it
-    (after_other_steps, [EARLY]),
-    (after_its_first_backward_pass, [EARLY]),
-    (after_generate, [EARLY]),
-    (after_a_call_that_failed, [EARLY]),
+    (after_other_calls, [EARLY]),
     (of_a_disabled_forward_pass, []),
     (of_two_losses, [EARLY, LATE]),
     (in_two_threads_at_once, [EARLY, LATE]),
@@ -368,15 +312,11 @@ def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batch
     torch.testing.assert_close(gradients(model), expected)
 
 
-def nothing(x):
-    return x
-
-
 def test_a_layer_that_is_run_again_needs_no_norm_before_its_attention():
     model = tiny_vlm()
     for layer in model.language_model.layers:
         del layer.input_layernorm
-        layer.input_layernorm = nothing
+        layer.input_layernorm = lambda x: x
     attach_trained(model)
     expected = slopes(model, loss_of(model, EARLY))
     checkpoint_layers(model)
@@ -414,21 +354,17 @@ def test_a_server_may_reuse_the_memory_of_a_layers_input():
 
 
 # 5. Copies
-def by_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
-def test_a_copy_is_a_model_of_its_own(copied):
+def test_a_copy_is_a_model_of_its_own():
     model = tiny_vlm()
     attach_trained(model, heads=SOME_HEADS)
     expected = slopes(model, loss_of(model, EARLY))
-    twin = copied(model)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for layer in model.image_lora.layers.values():
         layer.gamma.data.zero_()
-    torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
-    twin.image_lora.detach()
-    assert state_of(twin) == state_of(tiny_vlm())
+    for twin in copies:
+        torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
+        twin.image_lora.detach()
+        assert state_of(twin) == state_of(tiny_vlm())
     assert hasattr(model, "image_lora")
 
 
@@ -441,7 +377,7 @@ def train_a_step(user, adapter, *batches):
 
 
 def train_in_two_processes(rank: int, folder: Path):
-    """One of two processes. It leaves an adapter and logits of each engine, and what attach() says when it is late."""
+    """What one of two processes does, and what it must find; the second of them trains on text alone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -454,6 +390,17 @@ def train_in_two_processes(rank: int, folder: Path):
             fully_shard(module, mesh=mesh, **options)
         assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
+    def loaded_after_save(adapter):
+        path = folder / f"{rank}.pt"
+        adapter.save(path)
+        return [*load(tiny_vlm(), path).parameters()]
+
+    text = prompt(TEXT)
+    base_of_text = logits_of(tiny_vlm(), text)
+    expected = tiny_vlm()
+    expected_adapter = attach_trained(expected)
+    before = [parameter.detach().clone() for parameter in expected_adapter.parameters()]
+    train_a_step(expected, expected_adapter, EARLY, text)
     for engine in ("DDP", "FSDP2"):
         model = tiny_vlm()
         adapter = attach_trained(model)
@@ -462,18 +409,18 @@ def train_in_two_processes(rank: int, folder: Path):
             user = nn.parallel.DistributedDataParallel(model)
         else:
             shard(model)
-        train_a_step(user, adapter, EARLY if rank == 0 else prompt(TEXT))
-        adapter.save(folder / f"{engine}{rank}.pt")
-        logits = logits_of(user, EARLY), logits_of(user, prompt(TEXT))
-        torch.save(logits, folder / f"{engine}{rank}.logits.pt")
+        train_a_step(user, adapter, EARLY if rank == 0 else text)
+        torch.testing.assert_close(logits_of(user, EARLY), logits_of(expected, EARLY))
+        assert torch.equal(logits_of(user, text), base_of_text)
+        torch.testing.assert_close(loaded_after_save(adapter), [*expected_adapter.parameters()])
     with pytest.raises(ValueError, match="attach first, then shard"):
         attach(adapter.detach())
 
     model = tiny_vlm()
     adapter = attach_trained(model)
     shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    logits_of(model, prompt(TEXT))  # leaves copies in 16 bits in adapter.parameters()
-    adapter.save(folder / f"16bits{rank}.pt")
+    logits_of(model, text)  # leaves copies in 16 bits in adapter.parameters()
+    torch.testing.assert_close(loaded_after_save(adapter), before, rtol=0, atol=0)
     dist.barrier()  # so that neither leaves while the other still talks to it
     dist.destroy_process_group()
 
@@ -483,18 +430,6 @@ def test_two_processes_train_as_one_and_text_stays_the_bases_bit_for_bit(tmp_pat
     if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
         pytest.skip("this torch has no fully_shard")
     torch.multiprocessing.spawn(train_in_two_processes, (tmp_path,), nprocs=2)
-    model = tiny_vlm()
-    base_of_text = logits_of(model, prompt(TEXT))
-    adapter = attach_trained(model)
-    loaded = load(tiny_vlm(), tmp_path / "16bits0.pt")
-    torch.testing.assert_close([*loaded.parameters()], [*adapter.parameters()], rtol=0, atol=0)
-    train_a_step(model, adapter, EARLY, prompt(TEXT))
-    for saved in ("DDP0", "DDP1", "FSDP20", "FSDP21"):
-        logits, logits_of_text = torch.load(tmp_path / f"{saved}.logits.pt")
-        torch.testing.assert_close(logits, logits_of(model, EARLY))
-        assert torch.equal(logits_of_text, base_of_text)
-        loaded = load(tiny_vlm(), tmp_path / f"{saved}.pt")
-        torch.testing.assert_close([*loaded.parameters()], [*adapter.parameters()])
 
 
 # 7. Files
@@ -513,15 +448,16 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] a layer, r=2, lora_alpha=3" in repr(loaded)
 
 
-def saved_adapter(path: Path):
+def saved_adapter(folder: Path):
+    """An adapter, and the path of its file."""
     adapter = attach_trained(tiny_vlm(), r=2, heads=SOME_HEADS)
+    path = folder / "adapter.pt"
     adapter.save(path)
-    return adapter
+    return adapter, path
 
 
 def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_path):
-    path = tmp_path / "adapter.pt"
-    adapter = saved_adapter(path)
+    adapter, path = saved_adapter(tmp_path)
     content = torch.load(path, weights_only=True)
     del content["normalize"]
     del content["train_gamma"]
@@ -540,8 +476,7 @@ def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "adapter.pt"
-    adapter = saved_adapter(path)
+    adapter, path = saved_adapter(tmp_path)
     saved = path.read_bytes()
 
     def fill_the_disk(file, content):
@@ -563,12 +498,14 @@ def test_a_save_warns_if_nothing_was_learned(tmp_path):
         attach(tiny_vlm()).save(tmp_path / "untrained.pt")
 
 
-def check_refusal(model, sentence, function, *args, **kwargs):
-    """ValueError in one line, and the model stays as it was."""
-    before = state_of(model)
-    with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
-        function(*args, **kwargs)
-    assert state_of(model) == before
+def test_a_damaged_file_is_refused(tmp_path):
+    adapter, path = saved_adapter(tmp_path)
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[: len(content) // 2])
+    check_refusal("damaged or does not fit this model", load, tiny_vlm(), path)
+    content[content.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)  # torch.load alone would not notice a flipped bit
+    check_refusal("checksum", load, tiny_vlm(), path)
 
 
 class Exploit(str):
@@ -580,84 +517,44 @@ class Exploit(str):
 
 def test_what_is_no_saved_adapter_is_refused_and_runs_no_code(tmp_path):
     path = tmp_path / "adapter.pt"
-    saved_adapter(path)
-    half = path.read_bytes()[: path.stat().st_size // 2]
     made = tmp_path / "made"
     model = tiny_vlm()
-    for content in (half, b"", b"not a model\n", pickle.dumps(Exploit(made))):
-        path.write_bytes(content)
-        check_refusal(model, "damaged or does not fit this model", load, model, path)
     for content in ([1, 2], {"r": 2}, {"r": Exploit(made)}):
         torch.save(content, path)
-        check_refusal(model, "damaged or does not fit this model", load, model, path)
+        check_refusal("damaged or does not fit this model", load, model, path)
     assert not made.exists()
-    check_refusal(model, "missing.pt is missing", load, model, tmp_path / "missing.pt")
-    check_refusal(model, "is a folder; .*adapter.pt", load, model, tmp_path)
+    check_refusal("missing.pt is missing", load, model, tmp_path / "missing.pt")
+    check_refusal("is a folder; .*adapter.pt", load, model, tmp_path)
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
-    """torch.load alone would not notice it."""
-    path = tmp_path / "adapter.pt"
-    adapter = saved_adapter(path)
-    content = bytearray(path.read_bytes())
-    content[content.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
-    path.write_bytes(content)
-    model = tiny_vlm()
-    check_refusal(model, "checksum", load, model, path)
-
-
-MISFITS = [  # a key of the file, or of its layer 0, or a size of the model, and a value that does not fit
-    ("r", 3),
+ONE_IS_INFINITE = torch.ones(1, 2, D_H)
+ONE_IS_INFINITE[0, 1, 2] = math.inf
+MISFITS = [  # a key of the file, or of its layer 0, and a value that does not fit
     ("alpha", -16.0),
     ("layers", {}),
-    ("kv_indices", {"0": [3], "2": [0, 1]}),
-    ("kv_indices", {"0": ["1"], "2": [0, 1]}),
-    ("kv_indices", {"0": [1], "2": [0]}),
-    ("kv_indices", {"0": [1], "1": [0], "2": [0, 1]}),
     ("A", torch.ones(D, 2, dtype=torch.long)),
-    ("B", torch.full((1, 2, D_H), math.nan)),
-    ("hidden_size", 48),
-    ("num_hidden_layers", 2),
-    ("num_key_value_heads", 1),
+    ("B", ONE_IS_INFINITE),
 ]
 
 
 @pytest.mark.parametrize("key, value", MISFITS)
 def test_an_adapter_file_that_does_not_fit_leaves_the_model_as_it_was(key, value, tmp_path):
-    path = tmp_path / "adapter.pt"
-    saved_adapter(path)
+    _, path = saved_adapter(tmp_path)
     content = torch.load(path, weights_only=True)
-    model = tiny_vlm()
-    if hasattr(model.config, key):
-        model = tiny_vlm(**{key: value})
-    elif key in ("A", "B"):
-        content["layers"]["0"][key] = value
-    else:
-        content[key] = value
+    changed = content if key in content else content["layers"]["0"]
+    changed[key] = value
     torch.save(content, path)
-    check_refusal(model, "does not fit this model", load, model, path)
+    check_refusal("does not fit this model", load, tiny_vlm(), path)
 
 
-def test_a_file_is_not_loaded_into_a_model_without_weights(tmp_path):
-    saved_adapter(tmp_path / "adapter.pt")
-    model = tiny_vlm().to("meta")
-    check_refusal(model, "on the meta device", load, model, tmp_path / "adapter.pt")
+def test_an_adapter_of_another_model_is_refused_and_so_is_a_model_without_weights(tmp_path):
+    _, path = saved_adapter(tmp_path)
+    for model in (tiny_vlm(hidden_size=48), tiny_vlm(num_hidden_layers=2)):
+        check_refusal("does not fit this model", load, model, path)
+    check_refusal("on the meta device", load, tiny_vlm().to("meta"), path)
 
 
 # 8. What cannot be right is refused in one sentence
-X = torch.zeros(1, 7, D)
-
-
-@torch.no_grad()
-def v_proj_alone(model):
-    attention(model, 0).v_proj(X)
-
-
-def a_layer_after_a_call(model):
-    model(**EARLY)
-    model.language_model.layers[0](X)
-
-
 def the_models_forward(model):
     model.forward(**EARLY)
 
@@ -668,18 +565,13 @@ def a_layer_whose_input_was_offloaded(model):
         loss_of(model, EARLY).backward()
 
 
-def a_checkpoint_of_several_layers(model):
-    checkpoint_module(model.language_model)
-    model.language_model.embed_tokens.register_forward_hook(require_gradient)
-    loss_of(model, EARLY).backward()
-
-
 def another_v_proj(model):
     attention(model, 2).v_proj = nn.Linear(D, H * D_H)
     model(**EARLY)
 
 
 def heads_split_over_devices(model):
+    X = torch.zeros(1, 7, D)
     model.image_lora.layers["0"].add_update(X, X[..., :4], torch.tensor([0]))
 
 
@@ -692,11 +584,8 @@ def by_export(model):
 
 
 NOT_RIGHT = [
-    (v_proj_alone, "no call of model"),
-    (a_layer_after_a_call, "no call of model"),
     (the_models_forward, "no call of model"),
     (a_layer_whose_input_was_offloaded, "no call of model"),
-    (a_checkpoint_of_several_layers, "no call of model"),
     (another_v_proj, "was not called"),
     (heads_split_over_devices, "4 features instead of 3 heads of 4"),
     (by_jit_trace, "would fix which tokens are visual"),
@@ -731,8 +620,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options, sentence", OPTIONS, ids=str)
 def test_an_option_of_attach_that_cannot_be_is_refused(options, sentence):
-    model = tiny_vlm()
-    check_refusal(model, sentence, attach, model, **options)
+    check_refusal(sentence, attach, tiny_vlm(), **options)
 
 
 @pytest.mark.parametrize("num_heads", [0, 5])
@@ -743,7 +631,6 @@ def test_no_heads_or_more_than_there_are_cannot_be_selected(num_heads):
 
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 PROBES = [
-    ([], "rank1", "none of the 0 probe batches"),
     ([prompt(TEXT, labels=True)], "exact", "none of the 1 probe batches"),
     ([prompt(IMAGE)], "rank1", "loss of probe batch 0 is None"),
     ([EARLY, NO_LABELS], "rank1", "loss of probe batch 1 is nan"),
@@ -753,8 +640,7 @@ PROBES = [
 
 @pytest.mark.parametrize("batches, probe, sentence", PROBES)
 def test_a_probe_that_would_tell_nothing_is_refused(batches, probe, sentence):
-    model = tiny_vlm()
-    check_refusal(model, sentence, score_heads, model, batches, probe=probe)
+    check_refusal(sentence, score_heads, tiny_vlm(), batches, probe=probe)
 
 
 ATTENTION = "language_model.layers.1.self_attn"
@@ -770,4 +656,4 @@ MODELS = [  # a module of the model, its attribute, and a value with which it ca
 def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sentence):
     model = tiny_vlm()
     setattr(model.get_submodule(module), attribute, value)
-    check_refusal(model, sentence, attach, model)
+    check_refusal(sentence, attach, model)
