@@ -177,6 +177,19 @@ def test_a_context_belongs_to_its_thread():
         assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
 
 
+def test_under_autocast_text_is_the_base_models_bit_for_bit_and_every_gradient_is_finite():
+    model = tiny_vlm()
+    text = prompt(TEXT)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        base = logits_of(model, text)
+        attach_trained(model)
+        assert torch.equal(logits_of(model, text), base)
+        gradients = slopes(model, loss_of(model, EARLY))
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
 # 3. Types, devices, state dicts
 def test_under_half_the_adapter_stays_in_float32():
     model = tiny_vlm()
