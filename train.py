@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and check what the paper says.
 
-python train.py                  before, probe, select, train, after, cost: less than a minute on two CPU cores
+python train.py                  measure, probe, select, train, measure again: less than a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 python -m data.walk              then a guided walk: one question through every step, tensor by tensor
@@ -66,11 +66,11 @@ class Config:
     )
     num_heads: int = option(12, "number of value heads to adapt", least=1)
     r: int = option(8, "rank; alpha is 2 r", least=1)
-    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, of lora {RATES['lora']}", least=0)
+    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", least=0)
     steps: int = option(500, "training steps", least=1)
     history: int = option(0, "word problems before each screen: longer text, same image", least=0)
     replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
-    test_screens: int = option(100, "screens that the accuracies are measured on", least=1)
+    test_screens: int = option(100, "test screens of the task, and half as many of the old task", least=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
     out: str = option("runs/switches", "output directory")
@@ -82,7 +82,7 @@ class Config:
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
         if self.lr is None:
-            object.__setattr__(self, "lr", RATES[self.method])
+            object.__setattr__(self, "lr", RATES[self.method])  # because the dataclass is frozen
 
 
 # ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
@@ -219,7 +219,7 @@ def main(cfg: Config) -> None:
         print_costs(result)
 
     for name in FILES:
-        (out / name).unlink(missing_ok=True)  # Those of an earlier run go, so that all files are of the same run.
+        (out / name).unlink(missing_ok=True)  # Those of an earlier run go, so that all of them are of the same run.
     if cfg.method == "image_lora":
         tuned.adapter.save(out / "adapter.pt")
     if cfg.task == "grounding":

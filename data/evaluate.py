@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
-from data.prompts import pack_sequences, prompt_batch, turn
+from data.prompts import pack_sequences, prompt_batch
 from data.screens import (
     ICONS,
     LABELS,
@@ -29,7 +29,7 @@ class Answer(NamedTuple):
     """What a model answered to a sample about a screen."""
 
     screen: Screen
-    sample: dict  # {"instruction", "answer", of a click "bbox", "name", "data_type", too}
+    sample: dict  # {"instruction", "answer"}; of a click also "bbox", "name" and "data_type"
     output: Point | str | None  # a click; or a name; None where a click was asked for and the answer is no point
 
 
@@ -97,19 +97,20 @@ def click_metrics(clicks: list[Point | None], samples: list[dict]) -> dict:
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
-    """Share of test word problems whose final number is correct, each asked after one image of features [N, P, D]."""
+    """Share of test word problems whose final number is correct, each asked after one image of features [N, P, D], or
+    without an image if P is 0."""
     problems = [word_problem("test", i) for i in range(count)]
     answers = generate_answers(model, problems, features[torch.arange(count) % len(features)])
     correct = 0
     for answer, problem in zip(answers, problems):
-        correct += answer.split()[-1:] == problem["answer"].split()[-1:]
+        final_number = answer.split()[-1:]  # [] if the answer is empty
+        correct += final_number == problem["answer"].split()[-1:]
     return correct / count
 
 
 def measure(cfg, model) -> tuple[dict, list[Answer]]:
-    """What the model can do: the task, clicks on source screens, word problems without and after an image.
-
-    Returns the metrics, and the answers of the task."""
+    """What the model can do: the task, word problems without and after an image, and clicks on source screens, which
+    have more targets, so half as many are enough. Returns the metrics, and the answers of the task."""
     screens, features = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
     metrics, answers = evaluate(model, screens, features, cfg.task, cfg.history)
     source = screens_and_features(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
@@ -139,8 +140,8 @@ def summary(metrics: dict) -> str:
 def text_only_prompts() -> dict[str, Tensor]:
     """input_ids [B, T] of two kinds of prompts: 256 test word problems with their answers, padded on the right; and
     questions for a click on each name, with each verb, but without a screen."""
-    problems = [[turn(word_problem("test", i))] for i in range(256)]
-    packed = pack_sequences([[]] * len(problems), problems, num_patches=0)
+    problems = [[word_problem("test", i)] for i in range(256)]
+    packed = pack_sequences(problems, [[]] * len(problems), num_patches=0)
     questions = [[ID[word] for word in (BOS, verb, name)] for verb in VERBS for name in LABELS + ICONS]
     return {"word_problem": packed["input_ids"], "question_without_image": torch.tensor(questions)}
 
@@ -152,7 +153,7 @@ def text_only_logits(model) -> dict[str, Tensor]:
 
 
 def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict:
-    """How far fine-tuning has moved answers without an image, from the logits of the base and the tuned model.
+    """How far fine-tuning has moved the predictions for prompts without an image, by the base's and the tuned logits.
 
     text_logits_max_abs_diff: the largest change of a logit, of word problems. word_problem_kl and
     question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats a
@@ -160,11 +161,16 @@ def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict
     difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
     changes = {"text_logits_max_abs_diff": difference}
     for kind, ids in text_only_prompts().items():
-        base_log_probs = base[kind].cpu().double().log_softmax(-1)  # [B, T, V]
-        tuned_log_probs = tuned[kind].cpu().double().log_softmax(-1)
-        divergences = (base_log_probs.exp() * (base_log_probs - tuned_log_probs)).sum(-1)  # [B, T]
+        divergences = divergence(base[kind].cpu().double(), tuned[kind].cpu().double())  # [B, T]
         changes[f"{kind}_kl"] = divergences[ids != ID[PAD]].mean().item()
     return changes
+
+
+def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    """The KL divergence of the distribution of the next token, base || other: [..., V] -> [...], in nats."""
+    base_log_probs = base_logits.log_softmax(-1)
+    log_probs = logits.log_softmax(-1)
+    return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)
 
 
 # ---- While training --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import write_file
+from data.evaluate import Answer
 from data.screens import SIZE, Box, is_hit
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
@@ -23,7 +24,7 @@ MARGIN = 52
 GAP = 48  # between panels
 HEADER = MARGIN + 2 * LINE + 36  # height of the legend and what is free below it
 CAPTION = LINE + 56  # height of the text below a panel
-FRAMES = 32  # of the moving picture
+FRAMES = 32  # of the moving picture, about
 RULE = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
 
 
@@ -78,29 +79,27 @@ class Page:
         left, top, right, bottom = target
         self.frame(x + zoom * left, y + zoom * top, x + zoom * right, y + zoom * bottom)
         for click, mark in zip(clicks, (self.cross, self.ring)):
-            if click is not None:
+            if click is not None:  # otherwise the answer is no point
                 mark(x + zoom * click[0], y + zoom * click[1])
         self.write(x, y + self.side + 48, caption, fill)
 
-    def answer(self, row: int, column: int, base_answer: tuple, answer: tuple):
-        """A panel of two answers (screen, sample, click) to one question, before and after fine-tuning."""
-        screen, sample, click = answer
-        _, _, base_click = base_answer
-        verdict = "correct" if is_correct(answer) else "wrong"
-        fill = INK if verdict == "correct" else RED
-        caption = f"{sample['instruction']}: {verdict}"
-        clicks = base_click, click
-        self.panel(row, column, Image.fromarray(screen.image), sample["bbox"], caption, fill, clicks)
+    def answer(self, row: int, column: int, base_answer: Answer, answer: Answer):
+        """A panel of two answers to one question, before and after fine-tuning."""
+        picture = Image.fromarray(answer.screen.image)
+        target = answer.sample["bbox"]
+        caption, fill = f"{answer.sample['instruction']}: correct", INK
+        if not is_correct(answer):
+            caption, fill = f"{answer.sample['instruction']}: wrong", RED
+        self.panel(row, column, picture, target, caption, fill, clicks=(base_answer.output, answer.output))
 
 
-def is_correct(answer: tuple) -> bool:
-    """Whether the click of an answer (screen, sample, click) hits its target."""
-    _, sample, click = answer
-    return is_hit(click, sample["bbox"])
+def is_correct(answer: Answer) -> bool:
+    """Whether a click hits its target."""
+    return is_hit(answer.output, answer.sample["bbox"])
 
 
-def page_of_answers(base_answers: list, answers: list, columns: int, headline: str) -> Image.Image:
-    """A panel for each question: its answers (screen, sample, click) before and after fine-tuning."""
+def page_of_answers(base_answers: list[Answer], answers: list[Answer], columns: int, headline: str) -> Image.Image:
+    """A panel for each question, with the clicks before and after fine-tuning."""
     page = Page(math.ceil(len(answers) / columns), columns, headline=headline)
     for i, (base_answer, answer) in enumerate(zip(base_answers, answers)):
         row, column = divmod(i, columns)
@@ -108,8 +107,8 @@ def page_of_answers(base_answers: list, answers: list, columns: int, headline: s
     return page.image.reduce(2)
 
 
-def predictions(base_answers: list, answers: list) -> Image.Image:
-    """Eleven of the answers, evenly chosen, and the first one that is wrong."""
+def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Image:
+    """Eleven of the answers, evenly chosen, and the first one that is wrong, if any is."""
     wrong = [i for i, answer in enumerate(answers) if not is_correct(answer)]
     evenly = [twelfth * len(answers) // 12 for twelfth in range(11)]
     chosen = sorted({*evenly, *wrong[:1]})
@@ -144,11 +143,10 @@ def attention_picture(columns: list[tuple], head: str) -> Image.Image:
     titles = before, "After fine-tuning", "The clicks"
     page = Page(3, len(columns), titles)
     for column, (base_answer, answer, base_weights, weights) in enumerate(columns):
-        screen, sample, _ = answer
-        target = sample["bbox"]
+        target = answer.sample["bbox"]
         for row, head_weights in enumerate((base_weights, weights)):
-            caption = f"{sample['instruction']}: {share_on(target, head_weights):.0%}"
-            page.panel(row, column, darkened(screen.image, head_weights), target, caption)
+            caption = f"{answer.sample['instruction']}: {share_on(target, head_weights):.0%}"
+            page.panel(row, column, darken(answer.screen.image, head_weights), target, caption)
         page.answer(2, column, base_answer, answer)
     return page.image.reduce(2)
 
@@ -164,7 +162,7 @@ def share_on(box: Box, weights: torch.Tensor) -> torch.Tensor:
     return grid[..., rows, columns].sum((-2, -1))
 
 
-def darkened(image: np.ndarray, weights: torch.Tensor) -> Image.Image:
+def darken(image: np.ndarray, weights: torch.Tensor) -> Image.Image:
     """The picture of a screen, the darker the less a head looks there: weights [P]."""
     side = round(len(weights) ** 0.5)
     shade = 205 - 205 * (weights / weights.max()).sqrt()
@@ -178,7 +176,7 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
     heights = (8 * scores / scores.max()).ceil().int()
     layers = []
     for layer, row in enumerate(heights.tolist()):
-        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]
+        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]  # even a head without influence gets a bar
         for head in heads.get(layer, []):
             marks[head] = f"[{marks[head]}]"
         layers.append("".join(marks))
@@ -190,7 +188,7 @@ def save(frames: list[Image.Image], path: Path) -> None:
     palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [160] * len(others) + [3000]  # milliseconds
-    film = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
+    options = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
     buffer = io.BytesIO()
-    first.save(buffer, path.suffix[1:], optimize=True, **film)
+    first.save(buffer, path.suffix[1:], optimize=True, **options)
     write_file(path, buffer.getbuffer())

@@ -1,8 +1,8 @@
 """A guided walk: follows one question through every step of Image-LoRA, tensor by tensor.
 
-python -m data.walk          after `python train.py`, whose adapter it takes; if there is none, it trains one
+python -m data.walk          takes the adapter that `python train.py` has saved, and trains one if there is none
 
-It writes OUT/look.png, too: where a head looks before and after fine-tuning.
+It also draws look.png, where a head looks before and after fine-tuning, into the directory of the run.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from data.prompts import prompt_batch, training_batch, training_data
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
-NUM_QUESTIONS = 100  # that attention is averaged over
+NUM_QUESTIONS = 100  # that attention is averaged over, at most
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,21 @@ def walk(cfg: WalkConfig) -> None:
     device = find_device(cfg.device)
     out = Path(cfg.out)
     make_directory(out)
-    run = saved_run(out)
-    if run:
+    saved = saved_run(out)
+    run = saved or train.Config(device=cfg.device)
+    screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, device)
+    if saved:
         print(f"walking with {out / 'adapter.pt'}\n")
         model = load_base(run.base, device)
         adapter = load(model, out / "adapter.pt")
-        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
         _, answers = evaluate(model, screens, features)
         with adapter.disabled():
             _, base_answers = evaluate(model, screens, features)
     else:
         print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
-        run = train.Config(device=cfg.device)
         tuned = train.finetune(run, verbose=True)
         model, adapter = tuned.model, tuned.adapter
         base_answers, answers = tuned.base_answers, tuned.answers
-        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
         print()
 
     _, sample, base_click = base_answers[0]
@@ -71,11 +70,11 @@ def walk(cfg: WalkConfig) -> None:
 
 
 def saved_run(out: Path) -> train.Config | None:
-    """The Config of the run that train.py has left in this directory; None unless it is an Image-LoRA that clicks."""
+    """The Config of the run that train.py has left; None unless it is an Image-LoRA that clicks, and has no history."""
     if not (out / "adapter.pt").exists() or not (out / "metrics.json").exists():
         return None
     result = json.loads((out / "metrics.json").read_text())
-    if result["task"] != "grounding":
+    if result["task"] != "grounding" or result["history"] > 0:
         return None
     return train.Config(**{f.name: result[f.name] for f in fields(train.Config)})
 
@@ -90,7 +89,7 @@ def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
     data = training_data(replace(run, steps=1), model.device)  # few screens are enough for one batch
     model(**training_batch(run, data, 0).inputs).loss.backward()
     norms = ", ".join(f"{name} {parameter.grad.norm():.2g}" for name, parameter in values.named_parameters())
-    station("", f"first step, norms of the gradients: {norms}")
+    station("", f"first backward pass, norms of the gradients: {norms}")
 
 
 def show_update(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> None:
@@ -109,7 +108,9 @@ def show_update(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> None:
     station("", "update   " + "  ".join(f"{norm:6.2f}" for norm in update[:, rows].norm(dim=(1, 2))))
 
     moves = []
-    for layer, ((queries, _, _), (base_queries, _, _)) in enumerate(zip(tuned, base)):
+    for layer in range(len(base)):
+        queries, _, _ = tuned[layer]
+        base_queries, _, _ = base[layer]
         move = (queries - base_queries).norm() / base_queries.norm()
         moves.append(f"{move:.0%} in layer {layer}")
     station("5 looking", f"queries moved by {', '.join(moves)}:")
@@ -141,7 +142,7 @@ def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Te
     def begin_pass(module, inputs):
         counts.append(0)
 
-    def count_rows(values, inputs):
+    def count_rows(layer_adapter, inputs):
         (x_vis,) = inputs  # [N, D]
         counts[-1] += len(x_vis)
 
@@ -162,9 +163,10 @@ def show_attention(
     """Find the head that has turned to the targets the most, and draw where it looks for four of the answers.
 
     features: of each screen, {screen: [P, D]}."""
-    shares = mean_share(model, answers[:NUM_QUESTIONS], features)
+    questions = answers[:NUM_QUESTIONS]
+    shares = mean_share(model, questions, features)
     with adapter.disabled():
-        base_shares = mean_share(model, answers[:NUM_QUESTIONS], features)
+        base_shares = mean_share(model, questions, features)
     layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
 
     wrong = [i for i, answer in enumerate(answers) if not figures.is_correct(answer)]
@@ -180,7 +182,7 @@ def show_attention(
     figures.save([figures.attention_picture(columns, name)], path)
     station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
     growth = f"from {base_shares[layer, head]:.0%} to {shares[layer, head]:.0%}"
-    station("", f"their share of its attention went {growth}, the mean over {NUM_QUESTIONS} questions")
+    station("", f"their share of its attention went {growth}, the mean over {len(questions)} questions")
 
 
 def mean_share(model: TinyVLM, answers: list[Answer], features: dict) -> Tensor:
