@@ -1,7 +1,7 @@
 """The evidence: tables of fine-tuning runs on several base models. The runs stand in runs.csv, one a line.
 
 python -m data.study.compare                         print the tables, at once
-python -m data.study.compare --runs runs/mine.csv    make all runs anew, in some hours on two cores; if stopped, go on
+python -m data.study.compare --runs runs/mine.csv    make their runs anew, in some hours on two cores; if stopped, go on
 
 The base models that the runs need are made by data.study.pretrain.
 """
@@ -20,13 +20,13 @@ import train
 from data import command, make_directory, option
 from data.base import base_path, screens_and_features
 from data.evaluate import click_right_of, evaluate
-from data.study.tables import markdown, mean, mean_and_each, read_rows, table, write_rows
+from data.study.tables import markdown, mean, mean_and_each, read_runs, table, write_runs
 
 # ---- Base models and methods -----------------------------------------------------------------------------------------
 
 # {seed of pretraining: file}. A twin was never asked what is right of a name, so it lacks the skill. Each base model is
 # fine-tuned with the seed that it was pretrained with.
-BASES = {seed: f"runs/bases/{seed}.pt" for seed in (1, 2, 3, 4, 5)} | {1: "data/tiny_vlm.pt"}
+BASES = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
 TWINS = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
 SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were chosen on
 
@@ -37,21 +37,21 @@ SMALL = "LoRA at visual tokens, rank 2"
 ALL = "Image-LoRA in all heads"
 HALF = "Image-LoRA in half of the heads"
 WITH_REPLAY = ", with replay"
-METHODS = {  # what is changed of train.Config
+METHODS = {  # the fields of train.Config in which a method differs from its defaults
     NOTHING: {"method": "none"},
     LORA: {"method": "lora"},
     VISUAL: {"method": "lora", "tokens": "visual"},
     SMALL: {"method": "lora", "tokens": "visual", "r": 2},
     ALL: {"heads": "all"},
-    HALF: {},
+    HALF: {"heads": "top", "num_heads": 12},
 }
 TUNED = [method for method in METHODS if method != NOTHING]
 METHODS |= {method + WITH_REPLAY: METHODS[method] | {"replay": 1} for method in TUNED}
 
 # The learning rates that were chosen: the lowest whose validation accuracy, in the mean over SEARCH_SEEDS, is within
-# one point of the best. On base models all of GRID was tried; on twins and in referring a part of it. The runs of that
-# search stand in runs.csv for the test of this rule, and are not made anew. With replay, after word problems and with
-# other heads, a method keeps its rate.
+# one point of the best. On base models all of GRID was tried; on twins and in referring a part of it. No table shows
+# that part, so its runs are not made anew; they stand in runs.csv for the test of this rule. With replay, after word
+# problems and with other heads, a method keeps its rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 RATES = {LORA: 0.0025, VISUAL: 0.0025, SMALL: 0.0025, ALL: 0.01, HALF: 0.02}
 TWIN_RATES = {LORA: 0.005, VISUAL: 0.005, SMALL: 0.01, ALL: 0.08, HALF: 0.04}
@@ -96,7 +96,7 @@ class Runs:
     def __init__(self, cfg: CompareConfig):
         self.cfg = cfg
         self.path = Path(cfg.runs)
-        self.rows = {key(row): row for row in read_rows(self.path, SETTINGS)}
+        self.rows = {key(row): row for row in read_runs(self.path, SETTINGS)}
 
     def of(self, method: str, bases: dict, seeds=None, **changes) -> list[dict]:
         """The rows of a method on the base models of these seeds, or on all of them. changes: of train.Config."""
@@ -116,9 +116,9 @@ class Runs:
             if not base_path(cfg.base).exists():
                 raise ValueError(f"there is no {cfg.base}; first make it by data.study.pretrain, as its page says")
         make_directory(self.path.parent)
-        for row in tqdm(self.pool.imap(run, missing), "runs", len(missing)):
+        for row in tqdm(self.pool.imap_unordered(run, missing), "runs", len(missing)):
             self.rows[key(row)] = {name: row.get(name, "") for name in SETTINGS + MEASURES}
-            write_rows(self.path, [*self.rows.values()])
+            write_runs(self.path, [*self.rows.values()])
 
     @cached_property
     def pool(self):
@@ -142,7 +142,7 @@ def run(cfg: train.Config) -> dict:
     if cfg.method == "none":
         screens, features = screens_and_features(cfg.base, "switches", "test", REWORDED_SCREENS, device)
         reword = click_right_of if cfg.task == "grounding" else name_at_the_left
-        reworded, _ = evaluate(tuned.model, screens, features, task=cfg.task, reword=reword)
+        reworded, _ = evaluate(tuned.model, screens, features, task=cfg.task, history=cfg.history, reword=reword)
         row["reworded_acc"] = reworded[accuracy]
     return row
 
@@ -174,8 +174,8 @@ def front_page(runs: Runs) -> str:
         rows = runs.of(method, BASES)
         clicks = [mean(rows, "task_acc"), mean(runs.of(method, TWINS), "task_acc")]
         lines.append((method, *clicks, mean(rows, "word_problem_acc"), mean(rows, "source_acc")))
-    clicks = "switches clicked with the skill, %", "the same without the skill, %"
-    return markdown(("method", *clicks, WITHOUT_IMAGE[0], OLD_TASK[0]), *lines)
+    titles = "switches clicked with the skill, %", "the same without the skill, %", WITHOUT_IMAGE[0], OLD_TASK[0]
+    return markdown(("method", *titles), *lines)
 
 
 def base_models(runs: Runs) -> str:
@@ -194,14 +194,16 @@ def each_model(runs: Runs, title: str, bases: dict, methods: list[str]) -> str:
 
 
 def reworded(rows: list[dict]) -> list[dict]:
-    """The frozen models, where they are asked in words that they know."""
+    """The same runs, with their accuracy on the reworded questions in place of the task's."""
     return [row | {"task_acc": row["reworded_acc"]} for row in rows]
 
 
 def without_an_image(runs: Runs) -> str:
     """How far LoRA moves the predictions for prompts without an image. Methods at visual tokens do not move them."""
-    columns = [("word problems", "word_problem_kl", "{:.2f}")]
-    columns += [("questions without an image", "question_without_image_kl", "{:.2f}")]
+    columns = [
+        ("word problems", "word_problem_kl", "{:.2f}"),
+        ("questions without an image", "question_without_image_kl", "{:.2f}"),
+    ]
     lines = [(method, runs.of(method, BASES)) for method in (LORA, LORA + WITH_REPLAY)]
     return table("divergence from the base, in nats a token", columns, lines)
 

