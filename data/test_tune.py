@@ -175,7 +175,7 @@ def test_a_bad_line_is_named_before_training_begins(name, folder, capsys):
 BAD_OPTIONS = {
     "--train_file {}/text.jsonl": "text.jsonl has an image, and image_lora learns from images alone",
     "--train_file {}/text.jsonl --method lora_at_visual_tokens": "lora_at_visual_tokens learns from images alone",
-    "--resume_from_checkpoint no": "No such file or directory: 'no/trainer_state.json'",
+    "--resume_from_checkpoint no": "no is no complete checkpoint",
     "--num_heads 5": "num_heads must be in 1..4, got 5",
     "--max_length 2": "train.jsonl, line 1: ValueError: no token of the completion is left to learn",
 }
