@@ -246,7 +246,8 @@ def write_texts(vlm: SmolVLM, count: int, length=96) -> Tensor:
         first = torch.full((count // 2, 1), vlm.tokenizer.convert_tokens_to_ids(start))
         options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
         texts.append(vlm.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
-    return torch.cat(texts)
+    texts = torch.cat(texts)
+    return texts.where(texts != vlm.model.config.image_token_id, vlm.tokenizer.eos_token_id)  # a text has no image
 
 
 def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss_of) -> None:
