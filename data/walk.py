@@ -42,21 +42,22 @@ def walk(cfg: WalkConfig) -> None:
     device = find_device(cfg.device)
     out = Path(cfg.out)
     make_directory(out)
-    saved = saved_run(out)
-    run = saved or train.Config(device=cfg.device)
-    screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, device)
-    if saved:
+    run = saved_run(out)
+    if run:
         print(f"walking with {out / 'adapter.pt'}\n")
         model = load_base(run.base, device)
         adapter = load(model, out / "adapter.pt")
+        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
         _, answers = evaluate(model, screens, features)
         with adapter.disabled():
             _, base_answers = evaluate(model, screens, features)
     else:
         print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
+        run = train.Config(device=cfg.device)
         tuned = train.finetune(run, verbose=True)
         model, adapter = tuned.model, tuned.adapter
         base_answers, answers = tuned.base_answers, tuned.answers
+        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
         print()
 
     _, sample, base_click = base_answers[0]
