@@ -84,11 +84,11 @@ class ValueAdapter(nn.Module):
         _check_width(value, H, d_h)
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D], M X without its zero rows
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
-        # V~(h) = X W_V(h) + delta(h). Seen as vectors of d_h numbers, the values have one for each token n and head h,
-        # number n * H + h. (index_put would take n and h as they are, but on a GPU it sorts them first.)
+        # V~(h) = X W_V(h) + delta(h). The values hold a vector of size d_h for each token n and head h. It is row
+        # n * H + h of [B * T * H, d_h]. (index_put would take n and h as they are, but on a GPU it sorts them.)
         vectors = value.reshape(-1, d_h)  # [B * T * H, d_h]
-        numbers = rows[:, None] * H + self.heads  # [N, |S|], of the vectors that get an update
-        return vectors.index_add(0, numbers.flatten(), delta.view(-1, d_h)).view_as(value)
+        targets = rows[:, None] * H + self.heads  # [N, |S|]
+        return vectors.index_add(0, targets.flatten(), delta.view(-1, d_h)).view_as(value)
 
 
 class ImageLoRA(nn.Module):
@@ -163,7 +163,7 @@ class ImageLoRA(nn.Module):
         _write_adapter(self, Path(path))
 
     def extra_repr(self) -> str:
-        return f"heads {self.heads} of {self.head_counts} a layer, r={self.r}, lora_alpha={self.lora_alpha}"
+        return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
 attach = ImageLoRA  # adapter = attach(model, ...)
@@ -178,7 +178,7 @@ def score_heads(
     dL/dB = A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
     probe="rank1": r = 1 and A ~ N(0, I), new for each batch. The score's mean over A is the exact one: E[A A^T] = I.
     probe="exact": r = D and A = I: the squared gradient of the whole W_V(h) over visual tokens. It has no noise and
-    takes little longer, but more memory: a float32 [D, D] for A and two float32 W_V for B in each layer.
+    takes little longer, but it needs memory for a few float32 matrices [D, D] in each layer.
 
     batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
     `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
@@ -279,16 +279,16 @@ class CallTracker:
         after model(...)      end_call takes it out of `running`     (is not run)
 
     "On a tensor" means: as an attribute of its storage, which lives as long as the storage does. A checkpoint keeps the
-    layer's input alone. In the second run that is another tensor, because detach() and autograd make new ones, but it
+    layer's input only. In the second run that is another tensor, because detach() and autograd make new ones, but it
     shares its storage with the first. Whatever the layer computes from it is new and has no Call yet.
 
     `running` holds the Call of each thread. It comes first, because a storage that is used again may still have the
-    Call of an earlier use. Whether gradients are on does not matter.
+    Call of an earlier use. Whether gradients are on does not matter: a re-entrant checkpoint's first run has none.
 
     Why at the norm? It reads the layer's input and writes what v_proj will read. A hook of the layer itself would not
     do, because transformers 5 runs a layer again without the layer's own hooks. If there is no norm before attention,
     v_proj reads the layer's input itself, so adapt leaves the Call there, too. A layer's other norms also run pass_on.
-    What they leave (in the second run it is None) does no harm, because no v_proj reads their tensors.
+    What they leave (in the second run it may be None) does no harm, because no v_proj reads their tensors.
 
     Why is inputs_embeds cloned? It may be the first layer's input, and the caller may use the same tensor for two calls
     with different masks. The second Call would replace the first on its storage."""

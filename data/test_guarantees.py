@@ -491,7 +491,7 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     loaded = load(model, tmp_path / "adapter.pt")
     assert torch.equal(logits_of(model, EARLY), expected)
     assert [parameter.requires_grad for parameter in loaded.parameters()] == trainable
-    assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] a layer, r=2, lora_alpha=3" in repr(loaded)
+    assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] per layer, r=2, lora_alpha=3" in repr(loaded)
 
 
 def saved_adapter(folder: Path):
@@ -784,10 +784,10 @@ def test_a_tiny_model_generates_from_prompts_that_are_padded_on_the_left_only():
     assert model.generate(ids, attention_mask=mask.flip(1)).shape[0] == 2
 
 
-def test_what_is_no_saved_tiny_model_is_refused(tmp_path):
+def test_what_is_not_a_saved_tiny_model_is_refused(tmp_path):
     path = tmp_path / "model.pt"
-    with pytest.raises(ValueError, match="model.pt is missing, damaged or no saved TinyVLM"):
+    with pytest.raises(ValueError, match="model.pt is missing, damaged or not a saved TinyVLM"):
         TinyVLM.from_pretrained(path)
     torch.save({"config": {}, "state": tiny_vlm().state_dict()}, path)  # of other sizes
-    with pytest.raises(ValueError, match="model.pt is missing, damaged or no saved TinyVLM"):
+    with pytest.raises(ValueError, match="model.pt is missing, damaged or not a saved TinyVLM"):
         TinyVLM.from_pretrained(path)
