@@ -276,14 +276,16 @@ class CallTracker:
                               on the norm's output                   which is a new tensor
         after v_proj          adapt finds it in `running`, and       adapt finds it on v_proj's input, which is that new
                               adds the update at its rows            tensor, and adds the update at its rows
-        after model(...)      end_call takes it out of `running`     (is not run)
+        after model(...)      end_call takes it out of `running`,    (is not run)
+                              and raises if an update is missing
 
     "On a tensor" means: as an attribute of its storage, which lives as long as the storage does. A checkpoint keeps the
     layer's input only. In the second run that is another tensor, because detach() and autograd make new ones, but it
     shares its storage with the first. Whatever the layer computes from it is new and has no Call yet.
 
     `running` holds the Call of each thread. It comes first, because a storage that is used again may still have the
-    Call of an earlier use. Whether gradients are on does not matter: a re-entrant checkpoint's first run has none.
+    Call of an earlier use. Whether gradients are on does not matter: a re-entrant checkpoint's first run has none. A
+    checkpoint that holds the whole model calls it again, and that is a first run.
 
     Why at the norm? It reads the layer's input and writes what v_proj will read. A hook of the layer itself would not
     do, because transformers 5 runs a layer again without the layer's own hooks. If there is no norm before attention,
@@ -291,7 +293,7 @@ class CallTracker:
     What they leave (in the second run it may be None) does no harm, because no v_proj reads their tensors.
 
     Why is inputs_embeds cloned? It may be the first layer's input, and the caller may use the same tensor for two calls
-    with different masks. The second Call would replace the first on its storage."""
+    with different masks. The second Call would then replace the first, whose backward pass is still to come."""
 
     def __init__(self, model: nn.Module, image_token_ids: set[int], adapted: dict[nn.Module, ValueAdapter]):
         self.model = model
