@@ -501,7 +501,7 @@ def _whole(parameter: Tensor) -> Tensor:
     if parameter.numel() == 0:
         gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
         raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
-    return parameter.detach().cpu()
+    return parameter.cpu()
 
 
 def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:

@@ -154,6 +154,15 @@ def test_embeddings_are_refused_without_a_mask_and_adapted_with_one():
     assert torch.autograd.grad(adapted.sum(), x)[0].any()
 
 
+@pytest.mark.parametrize("field", ["image_token_id", "image_token_index", "video_token_id", "video_token_index"])
+def test_a_config_may_name_visual_tokens_in_any_of_four_ways(field):
+    model, x = model_and_embeddings()
+    model.config = SimpleNamespace(**{field: IMG})
+    adapter = attach_trained(model)
+    with adapter.visual_mask(IDS == IMG):
+        assert torch.equal(model(input_ids=IDS), model(inputs_embeds=x))
+
+
 def test_input_ids_win_over_a_mask():
     model, x = model_and_embeddings()
     adapter = attach_trained(model)
@@ -234,6 +243,10 @@ def test_under_half_the_adapter_stays_in_float32():
     x = torch.ones(1, 7, D, dtype=torch.half)
     value = torch.zeros(1, 7, H * D_H, dtype=torch.half)
     assert adapter.layers["0"].add_update(x, value, torch.tensor([3])).dtype == torch.half
+    model.to("meta", torch.half)  # both at once, as in model.to("cuda", torch.half)
+    for parameter in adapter.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.is_meta
 
 
 @pytest.fixture
