@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import command, make_directory, option, write_file  # before torch: it sets how torch's threads wait
+from data.command import command, make_directory, option, write_file  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -27,7 +27,6 @@ from tqdm import tqdm
 import imagelora
 from data import figures, prompts
 from data.base import find_device, load_base
-from data.baselines import LoRA, choose_heads, gate_scores
 from data.costs import run_costs
 from data.evaluate import (
     Answer,
@@ -39,6 +38,7 @@ from data.evaluate import (
     text_only_changes,
     text_only_logits,
 )
+from data.methods import Method, attach_adapter, choose_heads, gate_scores
 from data.prompts import TrainingData, training_batch, training_data
 from tiny_vlm import TinyVLM
 
@@ -48,28 +48,15 @@ GAMMA_RATE = 0.1  # gamma's rate as a multiple of that of A and B
 FILES = ("adapter.pt", "predictions.png", "training.gif", "metrics.json")  # what a run can leave in OUT
 
 
-@dataclass(frozen=True)
-class Config:
-    """One fine-tuning run; each field is an option of the command line, too."""
+@dataclass
+class Config(Method):
+    """One fine-tuning run: a method (data/methods.py), and these. Each field is an option of the command line, too."""
 
-    method: str = option("image_lora", "none measures the frozen model", tuple(RATES))
-    projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
-    tokens: str = option("all", "which tokens lora adapts", ("all", "visual"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
-    heads: str = option(
-        "top",
-        "top: the most influential of each layer by the probe; bottom: the least;\n"
-        "gate: the top ones by the score of the authors' release;\n"
-        "matched: random, as many in each layer as top; random: any",
-        ("top", "bottom", "gate", "matched", "random", "all"),
-    )
-    num_heads: int = option(12, "number of value heads to adapt", least=1)
-    r: int = option(8, "rank; alpha is 2 r", least=1)
     lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", least=0)
     steps: int = option(500, "training steps", least=1)
     history: int = option(0, "word problems before each screen: longer text, same image", least=0)
-    replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
     test_screens: int = option(100, "test screens of the task, and half as many of the old task", least=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
@@ -82,7 +69,7 @@ class Config:
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
         if self.lr is None:
-            object.__setattr__(self, "lr", RATES[self.method])  # because the dataclass is frozen
+            self.lr = RATES[self.method]
 
 
 # ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
@@ -124,7 +111,7 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
         if verbose:
             print_heads(scores, heads)
 
-    adapter = attach_adapter(cfg, model, heads)
+    adapter = attach_adapter(cfg, model, heads, cfg.seed)
     film = [(0, film_frame(cfg, model))] if cfg.film else []
     if adapter:
         bar = tqdm(train(cfg, model, adapter, data), "train", cfg.steps, disable=not verbose)
@@ -150,16 +137,6 @@ def check_sizes(cfg: Config, model: TinyVLM) -> None:
         raise ValueError(f"num_heads must be at most {num_heads}, the value heads of {cfg.base}, got {cfg.num_heads}")
     if cfg.r > model.config.hidden_size:
         raise ValueError(f"r must be at most {model.config.hidden_size}, the hidden size of {cfg.base}, got {cfg.r}")
-
-
-def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
-    """Freeze the model and add what is trained; None if the method is none."""
-    torch.manual_seed(cfg.seed)  # here, so that A does not depend on the random numbers that the probe has drawn
-    if cfg.method == "image_lora":
-        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
-    if cfg.method == "lora":
-        return LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
-    return None
 
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -> Iterator[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import write_file
+from data.command import write_file
 from data.screens import Screen, draw_screen
 from tiny_vlm import TinyVLM
 

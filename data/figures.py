@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import write_file
+from data.command import write_file
 from data.evaluate import Answer
 from data.screens import SIZE, Box, is_hit
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import train
-from data import command, evaluate, prompts, screens, walk, words, write_file
+from data import evaluate, prompts, screens, walk, words
 from data.base import image_features, load_base, save_base, screens_and_features
-from data.baselines import choose_heads
+from data.command import command, write_file
+from data.methods import choose_heads
 from data.screens import DOMAINS, SPLITS, Element, Screen, draw_screen, is_hit
 from imagelora import load
 from test_imagelora import EARLY, TEXT, tiny_vlm

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import train
-from data import command, figures, make_directory, option
+from data import figures
 from data.base import find_device, load_base, screens_and_features
+from data.command import command, make_directory, option
 from data.evaluate import Answer, evaluate, generate_answers
 from data.prompts import prompt_batch, training_batch, training_data
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows

@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import command, make_directory, option
 from data.base import base_path, screens_and_features
+from data.command import command, make_directory, option
 from data.evaluate import click_right_of, evaluate
+from data.methods import ALL, HALF, LORA, METHODS, NOTHING, SMALL, VISUAL, WITH_REPLAY
 from data.study.tables import markdown, mean, mean_and_each, read_runs, table, write_runs
 
 # ---- Base models and methods -----------------------------------------------------------------------------------------
@@ -30,23 +31,7 @@ BASES = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2,
 TWINS = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
 SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were chosen on
 
-NOTHING = "base model, not fine-tuned"
-LORA = "LoRA"
-VISUAL = "LoRA at visual tokens"
-SMALL = "LoRA at visual tokens, rank 2"
-ALL = "Image-LoRA in all heads"
-HALF = "Image-LoRA in half of the heads"
-WITH_REPLAY = ", with replay"
-METHODS = {  # the fields of train.Config in which a method differs from its defaults
-    NOTHING: {"method": "none"},
-    LORA: {"method": "lora"},
-    VISUAL: {"method": "lora", "tokens": "visual"},
-    SMALL: {"method": "lora", "tokens": "visual", "r": 2},
-    ALL: {"heads": "all"},
-    HALF: {"heads": "top", "num_heads": 12},
-}
-TUNED = [method for method in METHODS if method != NOTHING]
-METHODS |= {method + WITH_REPLAY: METHODS[method] | {"replay": 1} for method in TUNED}
+TUNED = (LORA, VISUAL, SMALL, ALL, HALF)
 
 # The learning rates that were chosen: the lowest whose validation accuracy, in the mean over SEARCH_SEEDS, is within
 # one point of the best. On base models all of GRID was tried; on twins and in referring a part of it. No table shows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import write_file
+from data.command import write_file
 
 
 def read_runs(path: Path, columns: tuple[str, ...]) -> list[dict]:
@@ -68,3 +68,11 @@ def table(title: str, columns: list[tuple], rows: list[tuple[str, list[dict]]], 
 def markdown(header: tuple, *rows: tuple) -> str:
     lines = [header, ("---",) * len(header), *rows]
     return "".join(f"|{'|'.join(line)}|\n" for line in lines)
+
+
+def choose_rate(accuracies: dict[float, float]) -> float:
+    """The lowest learning rate whose accuracy is within one point of the best: one run cannot tell a point from noise.
+
+    accuracies: {rate: accuracy on validation screens}."""
+    best = max(accuracies.values())
+    return min(rate for rate in accuracies if accuracies[rate] >= best - 0.01)
