@@ -9,20 +9,9 @@ from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import pack_sequences, prompt_batch
-from data.screens import (
-    ICONS,
-    LABELS,
-    VERBS,
-    Box,
-    Screen,
-    grounding_sample,
-    is_hit,
-    referring_sample,
-    relation_samples,
-)
-from data.words import BOS, ID, PAD, decode, parse_point, word_problem
-
-Point = tuple[float, float]  # x, y in pixels
+from data.questions import VERBS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
+from data.screens import ICONS, LABELS, Box, Screen
+from data.tokens import BOS, ID, PAD, decode
 
 
 class Answer(NamedTuple):
@@ -31,21 +20,6 @@ class Answer(NamedTuple):
     screen: Screen
     sample: dict  # {"instruction", "answer"}; of a click also "bbox", "name" and "data_type"
     output: Point | str | None  # a click; or a name; None where a click was asked for and the answer is no point
-
-
-def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked for once, or what is right of it: (number of the screen, sample)."""
-    rng = np.random.default_rng(0)
-    numbers_and_samples = []
-    for i, screen in enumerate(screens):
-        if task == "relations":
-            samples = relation_samples(screen)
-        elif task == "referring":
-            samples = [referring_sample(target) for target in screen.targets()]
-        else:
-            samples = [grounding_sample(screen, target, rng) for target in screen.targets()]
-        numbers_and_samples += [(i, sample) for sample in samples]
-    return numbers_and_samples
 
 
 @torch.no_grad()
@@ -194,11 +168,6 @@ def film_frame(cfg, model) -> list[Answer]:
 
 
 # ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------
-
-
-def click_right_of(sample: dict) -> dict:
-    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
-    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
 def measure_controls(cfg, model) -> dict:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.base import screens_and_features
-from data.screens import Box, Screen, random_samples
-from data.words import BOS, EOS, ID, IMAGE, PAD, encode, word_problem
+from data.questions import random_samples, word_problem
+from data.screens import Box, Screen
+from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
 
 PROBE_BATCHES = 16  # of training data; each has its own random A, so more batches mean less noise
 TRAIN_SCREENS = 2048  # at most, which a run draws its batches from
@@ -24,16 +25,16 @@ QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
 IGNORED = -100  # the label of a token that is not to be predicted
 
-Turn = list[tuple[int, int]]  # (id, label) of each token of an instruction and its answer
+Turn = tuple[list[int], list[int]]  # ids and labels of an instruction and its answer
 
 
 def turn(sample: dict, learn=True) -> Turn:
     """An instruction and its answer, ended by <eos>. learn: whether the answer has labels."""
     instruction = encode(sample["instruction"])
     answer = encode(f"{sample['answer']} {EOS}")
-    tokens = [(token, IGNORED) for token in instruction]
-    tokens += [(token, token if learn else IGNORED) for token in answer]
-    return tokens
+    labels = [IGNORED] * len(instruction)
+    labels += answer if learn else [IGNORED] * len(answer)
+    return instruction + answer, labels
 
 
 def pad(rows: list, value: int, side="right") -> Tensor:
@@ -44,23 +45,27 @@ def pad(rows: list, value: int, side="right") -> Tensor:
 
 def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_patches: int, device="cpu") -> dict:
     """{input_ids, labels} [B, T], a sequence a screen: the turns of its prefix, its image, and its samples as turns."""
-    rows = []
+    image = [ID[IMAGE]] * num_patches, [IGNORED] * num_patches
+    rows_of_ids, rows_of_labels = [], []
     for samples_of_screen, prefix in zip(samples, prefixes):
-        row = [(ID[BOS], IGNORED)]
-        row += chain(*prefix)
-        row += [(ID[IMAGE], IGNORED)] * num_patches
-        for sample in samples_of_screen:
-            row += turn(sample)
-        rows.append(row)
-    ids, labels = pad(rows, IGNORED).to(device).unbind(-1)
-    return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
+        ids, labels = [ID[BOS]], [IGNORED]
+        for part_ids, part_labels in (*prefix, image, *map(turn, samples_of_screen)):
+            ids += part_ids
+            labels += part_labels
+        rows_of_ids.append(ids)
+        rows_of_labels.append(labels)
+    return {
+        "input_ids": pad(rows_of_ids, ID[PAD]).to(device),
+        "labels": pad(rows_of_labels, IGNORED).to(device),
+    }
 
 
 def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
     """The model's arguments for samples, each after `history` word problems and its image: features [B, P or 0, D]."""
     prefix = [ID[BOS]]
     for i in range(history):
-        prefix += [token for token, _ in turn(word_problem("validation", i))]
+        ids, _ = turn(word_problem("validation", i))
+        prefix += ids
     prefix += [ID[IMAGE]] * features.shape[1]
     rows = [prefix + encode(sample["instruction"]) for sample in samples]
     ids = pad(rows, ID[PAD], "left").to(features.device)

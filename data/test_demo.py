@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 import train
-from data import evaluate, prompts, screens, walk, words
+from data import evaluate, prompts, questions, screens, tokens, walk
 from data.base import image_features, load_base, save_base, screens_and_features
 from data.command import command, write_file
 from data.methods import choose_heads
-from data.screens import DOMAINS, SPLITS, Element, Screen, draw_screen, is_hit
+from data.questions import is_hit
+from data.screens import DOMAINS, SPLITS, Element, Screen, draw_screen
 from imagelora import load
 from test_imagelora import EARLY, TEXT, tiny_vlm
 
@@ -25,7 +26,7 @@ ROOT = Path(train.__file__).parent
 
 def read(ids: torch.Tensor) -> str:
     """The words of token ids."""
-    return " ".join(words.VOCABULARY[token] for token in ids)
+    return " ".join(tokens.VOCABULARY[token] for token in ids)
 
 
 # 1. The model
@@ -82,15 +83,15 @@ def test_every_instruction_names_exactly_one_element_and_its_answer_is_a_hit(dom
         screen = draw_screen(domain, "train", index)
         targets = screen.targets()
         for target in targets:
-            instruction = screens.referring_sample(target)["instruction"]
-            point = words.parse_point(instruction.removeprefix("what is at "))
+            instruction = questions.referring_sample(target)["instruction"]
+            point = questions.parse_point(instruction.removeprefix("what is at "))
             assert [other for other in targets if is_hit(point, other.click)] == [target]
             for by_colour in (False, True):
-                sample = screens.grounding_sample(screen, target, rng, by_colour)
+                sample = questions.grounding_sample(screen, target, rng, by_colour)
                 _, *named = sample["instruction"].split()
                 assert [other for other in targets if {*named} <= {other.name, other.colour}] == [target]
                 assert sample["bbox"] == target.click
-                assert is_hit(words.parse_point(sample["answer"]), target.click)
+                assert is_hit(questions.parse_point(sample["answer"]), target.click)
 
 
 def test_right_and_bottom_edges_of_a_box_are_outside():
@@ -126,7 +127,7 @@ def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_hei
         "e": (8, 0, 12, 9),
     }
     elements = tuple(Element(name, "", box, box) for name, box in boxes.items())
-    samples = screens.relation_samples(Screen(np.zeros(0), elements))
+    samples = questions.relation_samples(Screen(np.zeros(0), elements))
     assert [sample["instruction"] for sample in samples] == [f"what is right of {name}" for name in "abe"]
     assert [sample["answer"] for sample in samples] == ["b", "c", "d"]
 
@@ -136,7 +137,7 @@ def test_word_problems_of_the_test_are_new_sentence_pairs_and_new_numbers():
     sentences = {}
     numbers = {}
     for split in SPLITS:
-        stories = [words.word_problem(split, i)["instruction"].partition(" has ")[2] for i in range(600)]
+        stories = [questions.word_problem(split, i)["instruction"].partition(" has ")[2] for i in range(600)]
         sentences[split] = {re.sub(r"\d+", "", story.partition(" then ")[2]) for story in stories}
         triples = [tuple(re.findall(r"\d+", story)) for story in stories]
         numbers[split] = {triple for triple in triples if len(triple) == 3}  # one that doubles has two
@@ -194,9 +195,9 @@ def test_replay_asks_for_clicks_on_source_screens_and_for_word_problems_but_not_
 
 def test_the_hit_rate_of_a_batch_is_the_share_of_its_clicks_and_leaves_word_problems_out():
     click = {"instruction": "click wifi", "answer": "<x3> <y5>"}  # in pixels 28, 44
-    batch = prompts.pack_sequences([[click, words.word_problem("train", 0), click]], [[]], num_patches=1)
+    batch = prompts.pack_sequences([[click, questions.word_problem("train", 0), click]], [[]], num_patches=1)
     ids = batch["input_ids"]
-    logits = torch.nn.functional.one_hot(ids.roll(-1, 1), len(words.VOCABULARY)).float()  # each predicts the next
+    logits = torch.nn.functional.one_hot(ids.roll(-1, 1), len(tokens.VOCABULARY)).float()  # each predicts the next
     inside, outside = (24, 40, 32, 48), (0, 0, 28, 48)
     assert evaluate.hit_rate(logits, batch["labels"], [inside, None, inside]) == 1
     assert evaluate.hit_rate(logits, batch["labels"], [inside, None, outside]) == 0.5
@@ -210,7 +211,7 @@ def test_answers_without_an_image_are_compared_by_logits_and_by_kl_divergence():
 
     tuned = {kind: logits.clone() for kind, logits in base.items()}
     tuned["question_without_image"][..., 0] = np.log(3)  # now 3/4 and 1/4
-    is_padding = evaluate.text_only_prompts()["word_problem"] == words.ID[words.PAD]
+    is_padding = evaluate.text_only_prompts()["word_problem"] == tokens.ID[tokens.PAD]
     tuned["word_problem"][is_padding] = torch.tensor([9.0, 0.0])
     changes = evaluate.text_only_changes(base, tuned)
     assert is_padding.any()
@@ -244,7 +245,7 @@ OPTIONS = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SHOR
 @pytest.fixture
 def directory(monkeypatch, tmp_path) -> Path:
     """A directory of its own, the current one, with a small base in base.pt."""
-    save_base(tiny_vlm(vocab_size=len(words.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
+    save_base(tiny_vlm(vocab_size=len(tokens.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
     screens_and_features.cache_clear()  # it may hold those of another base.pt

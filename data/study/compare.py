@@ -6,7 +6,6 @@ python -m data.study.compare --runs runs/mine.csv    make their runs anew, in so
 The base models that the runs need are made by data.study.pretrain.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,9 @@ from tqdm import tqdm
 import train
 from data.base import base_path, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import click_right_of, evaluate
+from data.evaluate import evaluate
 from data.methods import ALL, HALF, LORA, METHODS, NOTHING, SMALL, VISUAL, WITH_REPLAY
+from data.questions import at_the_left, click_right_of
 from data.study.tables import markdown, mean, mean_and_each, read_runs, table, write_runs
 
 # ---- Base models and methods -----------------------------------------------------------------------------------------
@@ -126,15 +126,10 @@ def run(cfg: train.Config) -> dict:
     row = tuned.result | {"task_acc": tuned.result[accuracy], "validation_acc": validation[accuracy]}
     if cfg.method == "none":
         screens, features = screens_and_features(cfg.base, "switches", "test", REWORDED_SCREENS, device)
-        reword = click_right_of if cfg.task == "grounding" else name_at_the_left
+        reword = click_right_of if cfg.task == "grounding" else at_the_left
         reworded, _ = evaluate(tuned.model, screens, features, task=cfg.task, history=cfg.history, reword=reword)
         row["reworded_acc"] = reworded[accuracy]
     return row
-
-
-def name_at_the_left(sample: dict) -> dict:
-    """The question for the name at a place, asked about the left end of the same line, where the name stands."""
-    return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------

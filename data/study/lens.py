@@ -7,7 +7,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.screens import BIN, BINS, COLOURS, ICONS, LABELS, SIZE, Screen, centre_bins
+from data.questions import BIN, BINS, centre_bins
+from data.screens import COLOURS, ICONS, LABELS, SIZE, Screen
 
 # What a patch should decode to: what it shows, its colour, and the x and y of the element's centre.
 LENS = [

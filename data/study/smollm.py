@@ -38,14 +38,13 @@ import train
 from data.base import base_path, image_features, load_base
 from data.command import command, make_directory, option, write_file
 from data.costs import run_costs
-from data.evaluate import all_samples, click_metrics, click_right_of, divergence
+from data.evaluate import click_metrics, divergence
 from data.methods import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY, LoRA, attach_adapter, choose_heads
 from data.prompts import IGNORED, pad
-from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen, random_samples
+from data.questions import all_samples, click_right_of, neighbour_samples, parse_point, random_samples
+from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
-from data.study.pretrain import neighbour_samples
 from data.study.tables import markdown, mean, read_runs, table, write_runs
-from data.words import parse_point
 from imagelora import score_heads
 
 try:

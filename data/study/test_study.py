@@ -12,10 +12,10 @@ import train
 from data import costs, screens, walk
 from data.base import load_base
 from data.command import command
+from data.questions import neighbour_samples, parse_point
 from data.study import compare, pretrain
 from data.study.muon import muon
 from data.study.tables import choose_rate
-from data.words import parse_point
 
 torch.set_num_threads(1)
 ROOT = Path(train.__file__).parent
@@ -74,7 +74,7 @@ def test_pretraining_asks_what_is_right_of_a_name_and_where_that_is():
     rng = np.random.default_rng(0)
     samples = []
     for i in range(9):
-        samples += pretrain.neighbour_samples(screens.draw_screen("source", "pretrain", i), rng)
+        samples += neighbour_samples(screens.draw_screen("source", "pretrain", i), rng)
     assert all("right of" in sample["instruction"] for sample in samples)
     names = [sample for sample in samples if sample["instruction"].startswith("what is")]
     places = [sample for sample in samples if parse_point(sample["answer"])]
