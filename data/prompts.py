@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.base import screens_and_features
 from data.questions import random_samples, word_problem
 from data.screens import Box, Screen
 from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
@@ -74,12 +73,12 @@ def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
 
 
 class TrainingData(NamedTuple):
-    """The screens that a run draws its batches from, and their features."""
+    """The screens that a run draws its batches from, and what the frozen vision tower makes of them."""
 
     screens: list[Screen]
     features: Tensor  # [N, P, D]
-    source_screens: list[Screen]  # for replay; [] without it
-    source_features: Tensor | None
+    source_screens: list[Screen] | None = None  # for replay
+    source_features: Tensor | None = None
 
 
 class TrainingBatch(NamedTuple):
@@ -87,20 +86,8 @@ class TrainingBatch(NamedTuple):
     boxes: list[Box | None]  # the target of each question; None where it does not ask for a click
 
 
-def training_data(cfg, device) -> TrainingData:
-    """The training screens with switches and, if there is replay, as many source screens."""
-    count = min((PROBE_BATCHES + cfg.steps) * SCREENS_PER_STEP, TRAIN_SCREENS)
-    screens, features = screens_and_features(cfg.base, "switches", "train", count, device)
-    source_screens, source_features = [], None
-    if cfg.replay:
-        source_screens, source_features = screens_and_features(cfg.base, "source", "train", count, device)
-    return TrainingData(screens, features, source_screens, source_features)
-
-
 def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
-    """Batch number `index` of a run; the probe takes the first ones.
-
-    It holds no pixels: image_features are what the frozen vision encoder has made of its screens, once for all."""
+    """Batch number `index` of a run; the probe takes the first ones. It holds no pixels but image features."""
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
     features = data.features[picks]

@@ -119,16 +119,14 @@ def key(row: dict) -> tuple:
 def run(cfg: train.Config) -> dict:
     """What `train.run` returns, and the measures that only the study needs."""
     tuned = train.finetune(cfg)
-    device = tuned.model.device
-    accuracy = "action_acc" if cfg.task == "grounding" else "name_acc"
-    screens, features = screens_and_features(cfg.base, "switches", "validation", cfg.test_screens, device)
-    validation, _ = evaluate(tuned.model, screens, features, task=cfg.task, history=cfg.history)
-    row = tuned.result | {"task_acc": tuned.result[accuracy], "validation_acc": validation[accuracy]}
+    validation_screens = screens_and_features(tuned.model, "switches", "validation", cfg.test_screens)
+    validation, _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
+    row = tuned.result | {"validation_acc": validation["task_acc"]}
     if cfg.method == "none":
-        screens, features = screens_and_features(cfg.base, "switches", "test", REWORDED_SCREENS, device)
         reword = click_right_of if cfg.task == "grounding" else at_the_left
-        reworded, _ = evaluate(tuned.model, screens, features, task=cfg.task, history=cfg.history, reword=reword)
-        row["reworded_acc"] = reworded[accuracy]
+        test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
+        reworded, _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, reword)
+        row["reworded_acc"] = reworded["task_acc"]
     return row
 
 

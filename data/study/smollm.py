@@ -382,7 +382,7 @@ def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbers_and_samples: lis
     numbers, samples = zip(*numbers_and_samples)
     prompts = [vlm.screen_ids + vlm.ids(f"{sample['instruction']}:") for sample in samples]
     answers = vlm.generate(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
-    return click_metrics([parse_letters(answer) for answer in answers], samples)["action_acc"]
+    return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
 
 
 def parse_letters(answer: str) -> tuple[float, float] | None:

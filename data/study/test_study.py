@@ -66,8 +66,8 @@ def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questi
     assert all(torch.equal(new[name], again[name]) for name in new)
     assert not all(torch.equal(new[name], twin[name]) for name in new)
     record = json.loads((tmp_path / "new.json").read_text())
-    assert {"relation_acc", "name_acc", "action_acc"} < record["source"].keys()
-    assert "reworded_acc" in record["switches"]
+    shipped = json.loads((ROOT / "data/tiny_vlm.json").read_text())
+    assert record.keys() == shipped.keys()
 
 
 def test_pretraining_asks_what_is_right_of_a_name_and_where_that_is():
