@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_adapted_is_refused_in_one_sentence(architecture)
 
 
 def test_the_manual_quotes_what_imagelora_says():
-    manual = (ROOT / "data" / "study" / "HUGGINGFACE.md").read_text()
+    manual = (ROOT / "data" / "huggingface" / "README.md").read_text()
     refused = re.search(r"^## What is refused\n(.*?)^Before it trains", manual, re.M | re.S).group(1)
     sentences = re.findall(r"^\|[^|]*\|`([^|]*)`\|[^|]*\|$", refused, re.M)
     assert len(sentences) == 12

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import imagelora
-from data.test_huggingface import PICTURE, TEXT, TWO_FAMILIES, hf_prompt, processor_for, tiny_hf_vlm
+from data.huggingface.test_huggingface import PICTURE, TEXT, TWO_FAMILIES, hf_prompt, processor_for, tiny_hf_vlm
 from test_imagelora import logits_of
 
 transformers = pytest.importorskip("transformers", minversion="5")
 peft, _, _ = map(pytest.importorskip, ("peft", "trl", "datasets"))
-from data import tune  # noqa: E402
+from data.huggingface import tune  # noqa: E402
 
 METHODS = ["image_lora", "lora", "lora_at_visual_tokens"]
 OPTIONS = "--learning_rate 0.02 --num_train_epochs 3 --per_device_train_batch_size 1 --gradient_accumulation_steps 2"
@@ -191,4 +191,4 @@ def test_without_the_packages_it_says_what_to_install():
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
-    assert 'pip install . "trl>=1.16" peft datasets torchvision' in process.stderr
+    assert 'pip install ".[tune]"' in process.stderr
