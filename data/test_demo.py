@@ -1,4 +1,4 @@
-"""The demo: the model and its base, the tiny world, and what the commands print and write."""
+"""The demo: the model and its base, batches and measures, the methods, and what the commands print and write."""
 
 import json
 import re
@@ -15,11 +15,10 @@ import train
 from data import evaluate, figures, prompts, questions, screens, tokens, walk
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
-from data.methods import choose_heads
-from data.questions import is_hit
-from data.screens import DOMAINS, SPLITS, Element, Screen, draw_screen
+from data.costs import run_costs
+from data.methods import METHODS, LoRA, Method, attach_adapter, choose_heads
 from imagelora import load
-from test_imagelora import EARLY, TEXT, tiny_vlm
+from test_imagelora import EARLY, TEXT, logits_of, prompt, tiny_vlm
 
 ROOT = Path(train.__file__).parent
 
@@ -69,89 +68,7 @@ def test_the_shipped_base_is_what_its_record_says():
     assert evaluate.evaluate_word_problems(model, features, count=32) > 0.95
 
 
-# 2. The world: screens, words, prompts
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_a_screen_is_a_function_of_domain_split_index_and_seed(domain):
-    """So no two splits share one."""
-    places = [(domain, split, index, seed) for split in SPLITS for index in range(6) for seed in range(2)]
-    images = {draw_screen(*place).image.tobytes() for place in places}
-    assert len(images) == len(places)
-    assert draw_screen(*places[7]).image.tobytes() in images
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_every_instruction_names_exactly_one_element_and_its_answer_is_a_hit(domain):
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        screen = draw_screen(domain, "train", index)
-        targets = screen.targets()
-        for target in targets:
-            instruction = questions.referring_sample(target)["instruction"]
-            point = questions.parse_point(instruction.removeprefix("what is at "))
-            assert [other for other in targets if is_hit(point, other.click)] == [target]
-            for by_colour in (False, True):
-                sample = questions.grounding_sample(screen, target, rng, by_colour)
-                _, *named = sample["instruction"].split()
-                assert [other for other in targets if {*named} <= {other.name, other.colour}] == [target]
-                assert sample["bbox"] == target.click
-                assert is_hit(questions.parse_point(sample["answer"]), target.click)
-
-
-def test_right_and_bottom_edges_of_a_box_are_outside():
-    box = (2, 3, 5, 7)
-    assert is_hit((2, 3), box)
-    assert not is_hit((5, 3), box)
-    assert not is_hit((2, 7), box)
-    assert not is_hit(None, box)
-
-
-def test_a_switch_is_right_of_its_name_and_erasing_it_changes_nothing_else():
-    """So what the erased screens show is due to the switch."""
-    for index in range(20):
-        screen = draw_screen("switches", "test", index)
-        erased = draw_screen("switches", "test", index, erased=True)
-        assert erased.targets() == screen.targets() == list(erased.elements)
-        changed = (screen.image != erased.image).any(-1)
-        for element in screen.elements:
-            left, top, right, bottom = element.bbox
-            assert changed[top:bottom, left:right].any() == (element.name == "switch")
-            if element.name != "switch":
-                assert element.click[0] - right >= screens.GAP
-            changed[top:bottom, left:right] = False
-        assert not changed.any()
-
-
-def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_height():
-    boxes = {
-        "a": (0, 0, 9, 9),
-        "b": (9, 4, 20, 30),
-        "c": (21, 5, 30, 15),
-        "d": (60, 0, 70, 9),
-        "e": (8, 0, 12, 9),
-    }
-    elements = tuple(Element(name, "", box, box) for name, box in boxes.items())
-    samples = questions.relation_samples(Screen(np.zeros(0), elements))
-    assert [sample["instruction"] for sample in samples] == [f"what is right of {name}" for name in "abe"]
-    assert [sample["answer"] for sample in samples] == ["b", "c", "d"]
-
-
-def test_word_problems_of_the_test_are_new_sentence_pairs_and_new_numbers():
-    """So nobody can answer them from memory."""
-    sentences = {}
-    numbers = {}
-    for split in SPLITS:
-        stories = [questions.word_problem(split, i)["instruction"].partition(" has ")[2] for i in range(600)]
-        sentences[split] = {re.sub(r"\d+", "", story.partition(" then ")[2]) for story in stories}
-        triples = [tuple(re.findall(r"\d+", story)) for story in stories]
-        numbers[split] = {triple for triple in triples if len(triple) == 3}  # one that doubles has two
-    for split in SPLITS:
-        if split != "test":
-            assert not sentences["test"] & sentences[split]
-            assert not numbers["test"] & numbers[split]
-    assert sentences["test"]
-    assert numbers["test"]
-
-
+# 2. Batches and measures
 @pytest.mark.parametrize("task", ["grounding", "referring"])
 @pytest.mark.parametrize("history", [0, 2])
 def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, history):
@@ -223,7 +140,36 @@ def test_answers_without_an_image_are_compared_by_logits_and_by_kl_divergence():
     assert changes["question_without_image_kl"] == pytest.approx(0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25))
 
 
-# 3. Other choices of heads
+# 3. Methods
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_name_is_enough_to_attach_it(name):
+    """What is trained is what it costs, and what prompts without an image notice is what its tokens say."""
+    method = Method(**METHODS[name])
+    model = tiny_vlm()
+    base = logits_of(model, prompt(TEXT))
+    heads = choose_heads(method.heads, torch.rand(3, 3), 4, seed=0)
+    adapter = attach_adapter(method, model, heads, seed=0)
+    parameters = list(adapter.parameters()) if adapter else []
+    costs = run_costs(method, model, EARLY["input_ids"], heads)
+    assert costs["trainable_parameters"] == sum(parameter.numel() for parameter in parameters)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter)  # as after training
+    text_stays = torch.equal(logits_of(model, prompt(TEXT)), base)
+    assert text_stays == (method.method != "lora" or method.tokens == "visual")
+
+
+def test_loras_update_is_computed_in_float32_if_the_model_has_16_bits():
+    model = tiny_vlm().bfloat16()
+    lora = LoRA(model, r=2, lora_alpha=4)
+    torch.nn.init.normal_(lora.B[0])
+    q_proj = model.language_model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 5, q_proj.in_features).bfloat16()
+    with lora.disabled():
+        y = q_proj(x)
+    update = 2 * (x.float() @ lora.A[0]) @ lora.B[0]
+    assert torch.equal(q_proj(x), y + update.bfloat16())
+
+
 def test_the_other_choices_of_heads_are_what_they_are_called():
     """All but random ones are spread evenly over the layers."""
     scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0.2, 6, 0.1]])
@@ -397,8 +343,8 @@ def import_lines(path: Path) -> str:
 
 
 def test_imports_go_one_way():
-    """The method and the model import nothing of the project, the lesson nothing of the study, the world no model, and
-    making a base nothing of the demo. Besides the study, only the walk and the figures import the demo."""
+    """The method and the model import nothing of the project, the lesson nothing of the study, and making a base
+    nothing of the demo. Besides the study, only the walk and the figures import the demo."""
     for name in ("imagelora.py", "tiny_vlm.py"):
         assert not re.search(r"\b(data|train|imagelora|tiny_vlm)\b", import_lines(ROOT / name))
     assert "data.study" not in import_lines(ROOT / "train.py")
@@ -406,7 +352,4 @@ def test_imports_go_one_way():
         if not path.name.startswith("test_"):
             assert "data.study" not in import_lines(path), path
             assert bool(re.search(r"\btrain\b", import_lines(path))) == (path.name in ("walk.py", "figures.py")), path
-    for name in ("screens", "questions", "tokens", "prompts"):
-        models = r"\b(tiny_vlm|imagelora|train|base|methods|evaluate)\b"
-        assert not re.search(models, import_lines(ROOT / f"data/{name}.py")), name
     assert not re.search(r"\b(train|walk|figures|pictures)\b", import_lines(ROOT / "data/study/pretrain.py"))
