@@ -30,7 +30,7 @@ import imagelora
 from data import pictures, prompts
 from data.base import find_device, load_base, screens_and_features
 from data.costs import run_costs
-from data.evaluate import Answer, hit_rate, measure, measure_controls, summary, text_only_changes, text_only_logits
+from data.evaluate import Answer, measure, measure_controls, summary, text_only_changes, text_only_logits
 from data.methods import Method, attach_adapter, choose_heads, gate_scores
 from data.prompts import TrainingData, training_batch
 from tiny_vlm import TinyVLM
@@ -93,7 +93,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         print_base(cfg, model, base_metrics)
 
     data = training_data(cfg, model)
-    probe_batches = [training_batch(cfg, data, i).inputs for i in range(prompts.PROBE_BATCHES)]
+    probe_batches = [training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
     heads = None
     if cfg.method == "image_lora":
         if cfg.heads == "gate":
@@ -148,8 +148,7 @@ def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, verbose=False, after_step=None) -> None:
     """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
 
-    verbose: whether to show a bar, with the loss and the share of a batch's clicks that are correct, with teacher
-    forcing. after_step: as in `finetune`."""
+    verbose: whether to show a bar with the loss. after_step: as in `finetune`."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
     groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
@@ -171,7 +170,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
 
         # The loss is the cross-entropy of the answers.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
-            output = model(**batch.inputs)
+            output = model(**batch)
         loss = output.loss.item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
@@ -182,10 +181,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
-        status = f"loss {loss:.2f}"
-        if cfg.task == "grounding":
-            status += f", clicks {hit_rate(output.logits, batch.inputs['labels'], batch.boxes):.0%}"
-        bar.set_postfix_str(status, refresh=False)
+        bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
         if after_step is not None:
             after_step(step + 1, model)
 

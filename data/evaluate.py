@@ -10,7 +10,7 @@ from torch import Tensor
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import pack_sequences, prompt_batch
 from data.questions import VERBS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
-from data.screens import ICONS, LABELS, Box, Screen
+from data.screens import ICONS, LABELS, Screen
 from data.tokens import BOS, ID, PAD, decode
 
 
@@ -144,19 +144,6 @@ def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     base_log_probs = base_logits.log_softmax(-1)
     log_probs = logits.log_softmax(-1)
     return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)
-
-
-# ---- While training --------------------------------------------------------------------------------------------------
-
-
-def hit_rate(logits: Tensor, labels: Tensor, boxes: list[Box | None]) -> float:
-    """Share of a training batch's clicks that hit their box, with teacher forcing. Word problems have box None.
-
-    logits [B, T, V] and labels [B, T] are of the task grounding, in which each answer has two tokens and <eos>."""
-    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # of a click: x, y, <eos>
-    points = [parse_point(decode(ids)) for ids in answers[:, :2].tolist()]
-    hits = [is_hit(point, box) for point, box in zip(points, boxes) if box]
-    return sum(hits) / max(len(hits), 1)
 
 
 # ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------

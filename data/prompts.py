@@ -5,7 +5,6 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
 """
 
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.questions import random_samples, word_problem
-from data.screens import Box, Screen
+from data.screens import Screen
 from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
 
 PROBE_BATCHES = 16  # of training data; each has its own random A, so more batches mean less noise
@@ -81,13 +80,10 @@ class TrainingData(NamedTuple):
     source_features: Tensor | None = None
 
 
-class TrainingBatch(NamedTuple):
-    inputs: dict  # the model's arguments: input_ids, labels [B, T], image_features [B, P, D]
-    boxes: list[Box | None]  # the target of each question; None where it does not ask for a click
+def training_batch(cfg, data: TrainingData, index: int) -> dict:
+    """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
-
-def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
-    """Batch number `index` of a run; the probe takes the first ones. It holds no pixels but image features."""
+    The probe takes the first ones."""
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
     features = data.features[picks]
@@ -110,7 +106,5 @@ def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
         for _ in range(REPLAYED_PROBLEMS):
             samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 
-    inputs = pack_sequences(samples, prefixes, features.shape[1], features.device)
-    inputs["image_features"] = features
-    boxes = [sample.get("bbox") for sample in chain(*samples)]
-    return TrainingBatch(inputs, boxes)
+    batch = pack_sequences(samples, prefixes, features.shape[1], features.device)
+    return batch | {"image_features": features}

@@ -114,14 +114,13 @@ def relation_samples(screen: Screen) -> list[dict]:
     return samples
 
 
-def neighbour_samples(screen: Screen, rng: np.random.Generator) -> list[dict]:
-    """What is right of each target that has a neighbour there, and where that neighbour is; in random order."""
+def neighbour_samples(screen: Screen, rng) -> list[dict]:
+    """The same, and where each of these neighbours is; in random order."""
     samples = relation_samples(screen)
     for target in screen.targets():
         neighbour = right_neighbour(screen, target)
         if neighbour:
-            verb = VERBS[rng.integers(len(VERBS))]
-            instruction = f"{verb} right of {description(screen, target)}"
+            instruction = f"{VERBS[rng.integers(len(VERBS))]} right of {description(screen, target)}"
             samples.append(grounding_sample(screen, neighbour, rng) | {"instruction": instruction})
     return rng.permutation(samples).tolist()
 

@@ -127,56 +127,41 @@ def _outlines() -> dict[str, np.ndarray]:
     return outlines
 
 
-def _blank(width: int, height: int) -> Image.Image:
-    """A transparent picture, SCALE times as large as it will be on the screen."""
-    return Image.new("RGBA", (width * SCALE, height * SCALE))
-
-
-def _shrink(sprite: Image.Image) -> Image.Image:
-    return sprite.resize((sprite.width // SCALE, sprite.height // SCALE), Image.Resampling.BOX)
-
-
 @cache
 def _button(label: str, font_size: int, domain_name: str) -> Image.Image:
     """The RGBA picture of a text button."""
     domain = DOMAINS[domain_name]
     font = ImageFont.load_default(font_size * SCALE)
-    sprite = _blank(round(font.getlength(label) / SCALE) + 8, font_size + 5)
+    width, height = round(font.getlength(label) / SCALE) + 8, font_size + 5
+    sprite = Image.new("RGBA", (width * SCALE, height * SCALE))
     draw = ImageDraw.Draw(sprite)
     corners = (0, 0, sprite.width - 1, sprite.height - 1)
     draw.rounded_rectangle(corners, 3 * SCALE, domain.button, domain.button, SCALE)
     draw.text((sprite.width / 2, sprite.height / 2), label, fill=domain.text, font=font, anchor="mm")
-    return _shrink(sprite)
+    return sprite.resize((width, height), Image.Resampling.BOX)
 
 
 @cache
 def _icon(shape: str, colour: str, side: int, domain_name: str) -> Image.Image:
     """The RGBA picture of an icon."""
     fill = DOMAINS[domain_name].icons[colour]
-    sprite = _blank(side, side)
+    sprite = Image.new("RGBA", (side * SCALE, side * SCALE))
     corners = _outlines()[shape] * (sprite.width - 1, sprite.height - 1)
     ImageDraw.Draw(sprite).polygon(corners.flatten().tolist(), fill, fill, width=6)
-    return _shrink(sprite)
+    return sprite.resize((side, side), Image.Resampling.BOX)
 
 
 @cache
 def _switch(is_on: bool) -> Image.Image:
     """The RGBA picture of a switch, whose knob is at the right if it is on."""
     width, height = SWITCH
-    sprite = _blank(width, height)
+    sprite = Image.new("RGBA", (width * SCALE, height * SCALE))
     draw = ImageDraw.Draw(sprite)
     track = "#3c4657" if is_on else "#b4bac4"
     draw.rounded_rectangle((0, 0, sprite.width - 1, sprite.height - 1), sprite.height // 2, fill=track)
     x = sprite.width - sprite.height if is_on else 0
     draw.ellipse((x + SCALE, SCALE, x + sprite.height - SCALE, sprite.height - SCALE), fill="#ffffff")
-    return _shrink(sprite)
-
-
-def _sprite(name: str, colour: str, size: int, domain_name: str) -> Image.Image:
-    """size: of a text's font or an icon's side, in pixels."""
-    if colour:
-        return _icon(name, colour, size, domain_name)
-    return _button(name, size, domain_name)
+    return sprite.resize((width, height), Image.Resampling.BOX)
 
 
 def _random_items(rng, count: int) -> list[tuple]:
@@ -203,7 +188,10 @@ def draw_screen(domain_name: str, split: str, index: int, seed=0, erased=False) 
     boxes = None
     while boxes is None:
         items = _random_items(rng, int(rng.integers(*domain.num_names, endpoint=True)))
-        sprites = [_sprite(*item, domain_name) for item in items]
+        sprites = []
+        for name, colour, size in items:
+            sprite = _icon(name, colour, size, domain_name) if colour else _button(name, size, domain_name)
+            sprites.append(sprite)
         boxes = domain.layout(rng, [(sprite.width + switch_width, sprite.height) for sprite in sprites])
 
     image = Image.new("RGB", (SIZE, SIZE), domain.background)
@@ -213,7 +201,7 @@ def draw_screen(domain_name: str, split: str, index: int, seed=0, erased=False) 
         box = (left, top, left + sprite.width, bottom)
         click = box
         if domain.switches:
-            switch = _switch(is_on=bool(rng.integers(2) == 0))
+            switch = _switch(is_on=rng.integers(2) == 0)
             x = right - SWITCH[0]
             y = (top + bottom - SWITCH[1]) // 2
             click = (x, y, right, y + SWITCH[1])

@@ -89,7 +89,7 @@ def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
     values = adapter.layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
     data = train.training_data(replace(run, steps=1), model)  # few screens are enough for one batch
-    model(**training_batch(run, data, 0).inputs).loss.backward()
+    model(**training_batch(run, data, 0)).loss.backward()
     norms = ", ".join(f"{name} {parameter.grad.norm():.2g}" for name, parameter in values.named_parameters())
     station("", f"first backward pass, norms of the gradients: {norms}")
 
