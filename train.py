@@ -43,7 +43,9 @@ FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leav
 
 @dataclass
 class Config(Method):
-    """One fine-tuning run: a method (data/methods.py), and these. Each field is an option of the command line, too."""
+    """One fine-tuning run. Each field is an option of the command line, too.
+
+    method, projections, tokens, heads, num_heads, r and replay are those of Method, in data/methods.py."""
 
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
@@ -74,7 +76,7 @@ class Finetuned(NamedTuple):
 
 
 def run(cfg: Config) -> dict:
-    """One run that writes no file and prints nothing: the Config's fields and what was measured."""
+    """One run that writes no file and prints nothing. Returns the Config's fields and what was measured."""
     return finetune(cfg).result
 
 
@@ -237,7 +239,7 @@ def print_tuned(result: dict) -> None:
     if difference:
         word_problems, questions = result["word_problem_kl"], result["question_without_image_kl"]
         kinds = f"word problems {word_problems:.2g}, questions without an image {questions:.2g}"
-        print(f"         mean KL divergence from the base, in nats a token: {kinds}")
+        print(f"         mean KL divergence from the base, in nats per token: {kinds}")
 
 
 def print_costs(result: dict) -> None:

@@ -1,6 +1,6 @@
 """The base model: its file, the device that it computes on, and what its vision tower makes of screens.
 
-Shapes:  N screens · P visual tokens a screen · D hidden size
+Shapes:  N screens · P visual tokens of each · D hidden size
 """
 
 import io

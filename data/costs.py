@@ -111,7 +111,7 @@ def print_costs() -> None:
 
 
 def run_costs(cfg: Method, model, ids, heads: Heads | None) -> dict:
-    """Parameters, and training FLOPs a screen, of a run's adapter and of LoRA of rank 8; FLOPs of the whole step, too.
+    """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
     ids [B, T] are of a batch."""
     c = model.config

@@ -18,7 +18,7 @@ class Answer(NamedTuple):
     """What a model answered to a sample about a screen."""
 
     screen: Screen
-    sample: dict  # {"instruction", "answer"}; of a click also "bbox", "name" and "data_type"
+    sample: dict  # {"instruction", "answer"}; of a click also "bbox" and "data_type"
     output: Point | str | None  # a click; or a name; None where a click was asked for and the answer is no point
 
 
@@ -129,7 +129,7 @@ def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict
     """How far fine-tuning has moved the predictions for prompts without an image, by the base's and the tuned logits.
 
     text_logits_max_abs_diff: the largest change of a logit, of word problems. word_problem_kl and
-    question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats a
+    question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats per
     token. All are exactly 0 if only visual tokens are adapted."""
     difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
     changes = {"text_logits_max_abs_diff": difference}

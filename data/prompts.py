@@ -2,7 +2,7 @@
 
     <bos> [word problems] <image> x P, then questions with their answers; the loss is on answers only
 
-Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
+Shapes:  B sequences · T tokens · N screens · P visual tokens of each · D hidden size
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
 
 PROBE_BATCHES = 16  # of training data; each has its own random A, so more batches mean less noise
 TRAIN_SCREENS = 2048  # at most, which a run draws its batches from
-SCREENS_PER_STEP = 8  # sequences of a training step, a screen each
+SCREENS_PER_STEP = 8  # sequences of a training step, one for each screen
 QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
 IGNORED = -100  # the label of a token that is not to be predicted
@@ -42,7 +42,7 @@ def pad(rows: list, value: int, side="right") -> Tensor:
 
 
 def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_patches: int, device="cpu") -> dict:
-    """{input_ids, labels} [B, T], a sequence a screen: the turns of its prefix, its image, and its samples as turns."""
+    """{input_ids, labels} [B, T]: for each screen the turns of its prefix, its image, and its samples as turns."""
     image = [ID[IMAGE]] * num_patches, [IGNORED] * num_patches
     rows_of_ids, rows_of_labels = [], []
     for samples_of_screen, prefix in zip(samples, prefixes):

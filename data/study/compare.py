@@ -1,4 +1,4 @@
-"""The evidence: tables of fine-tuning runs on several base models. The runs stand in runs.csv, one a line.
+"""The evidence: tables of fine-tuning runs on several base models. The runs are in runs.csv, one per line.
 
 python -m data.study.compare                         print the tables, at once
 python -m data.study.compare --runs runs/mine.csv    make their runs anew, in some hours on two cores; if stopped, go on

@@ -1,4 +1,4 @@
-"""Files of runs, one a line, and the tables that show them."""
+"""Files of runs, one per line, and the tables that show them."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ def parse(text: str):
 
 
 def write_runs(path: Path, runs: list[dict]) -> None:
-    """Writes a file of runs, one a line: what `parse` reads."""
+    """Writes a file of runs, one per line, which `read_runs` reads."""
     file = io.StringIO()
     writer = csv.DictWriter(file, runs[0].keys(), lineterminator="\n")
     writer.writeheader()
