@@ -215,6 +215,8 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     assert result["lr"] == train.RATES[cfg.method]
     measured = {"task_acc", "source_acc", "word_problem_acc", "word_problem_after_image_acc"}
     assert measured <= result["before"].keys() <= result.keys()
+    assert {"adapter_flops_per_screen", "lora_trainable_parameters", "lora_flops_per_screen"} <= result.keys()
+    assert {"seconds", "device", "torch"} <= result.keys()
     num_selected = {"image_lora": 9 if cfg.heads == "all" else 3}.get(cfg.method, 0)
     assert sum(len(heads) for heads in (result["selected"] or {}).values()) == num_selected
 
