@@ -19,6 +19,7 @@ from data import pictures
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import Answer, evaluate, generate_answers
+from data.methods import attach_adapter
 from data.prompts import prompt_batch, training_batch
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
@@ -83,8 +84,7 @@ def saved_run(out: Path) -> train.Config | None:
 
 def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
     """The first backward pass, on a fresh base."""
-    torch.manual_seed(run.seed)
-    adapter = attach(model, run.r, 2 * run.r, heads)
+    adapter = attach_adapter(run, model, heads, run.seed)
     lowest = min(heads)
     values = adapter.layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
