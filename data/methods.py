@@ -1,4 +1,6 @@
-"""The methods that are compared: their names and settings, what attaches them, LoRA, and other choices of heads."""
+"""The methods that are compared with each other: their names and settings, and what attaches their adapters.
+
+LoRA, the rival, is here, and so are the choices of heads that do not come from the probe."""
 
 import math
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from imagelora import Heads, select_heads
 
 @dataclass
 class Method:
-    """What is trained, in what and on what; each field is an option of train.py, too."""
+    """How a model is fine-tuned. Each field is an option of train.py, too."""
 
     method: str = option("image_lora", "none measures the frozen model", ("image_lora", "lora", "none"))
     projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
@@ -58,9 +60,9 @@ METHODS |= {name + WITH_REPLAY: METHODS[name] | {"replay": 1} for name in METHOD
 
 
 def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> nn.Module | None:
-    """Freeze the model and add what this method trains, in these heads if it is Image-LoRA; None if it trains nothing.
+    """Freeze the model and add the adapter of this method; None if it trains nothing. heads: those of Image-LoRA.
 
-    seed: of the adapter's initial A, so that A does not depend on the random numbers that were drawn before."""
+    seed: for the initial A, which so does not depend on the random numbers that were drawn before."""
     torch.manual_seed(seed)
     if settings.method == "image_lora":
         return imagelora.attach(model, settings.r, 2 * settings.r, heads)
