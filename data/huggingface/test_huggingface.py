@@ -163,7 +163,9 @@ def processor_for(family):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     options = {"pad_token": "<pad>", "eos_token": "</s>", "additional_special_tokens": list(marks)}
     options["model_input_names"] = ["input_ids", "attention_mask"]
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    is_old = transformers.__version__ < "5"  # where Qwen's processor takes only Qwen's tokenizer
+    tokenizer_class = transformers.Qwen2TokenizerFast if qwen and is_old else transformers.PreTrainedTokenizerFast
+    tokenizer = tokenizer_class(tokenizer_object=tokenizer, **options)
     said = "{% for part in m['content'] %}{{ part['text'] or 'a " + list(marks)[0] + " a' }} {% endfor %}"
     template = "{% for m in messages %}" + said + "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     if qwen:
