@@ -391,7 +391,6 @@ BAD_LINES = {
         + ', "completion": [{"role": "assistant", "content": "a"}]}',
         "write all turns as parts",
     ),
-    "an unknown role": (line(["a.png"], role="human"), "Invalid role in message: human"),
 }
 
 
