@@ -1,1 +1,0 @@
-"""With Hugging Face models: a manual, a script that fine-tunes one, and their tests."""
