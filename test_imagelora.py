@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.baselines import LoRA
 from data.costs import image_lora_flops, lora_flops
+from data.methods import LoRA
 from imagelora import ImageLoRA, ValueAdapter, attach, score_heads, select_heads
 from tiny_vlm import TinyVLM, TinyVLMConfig
 

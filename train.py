@@ -3,6 +3,8 @@
 python train.py                  measure, probe, select, train, measure again: less than a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
+Image-LoRA is imagelora.py. LoRA is in data/methods.py, with the names and settings of all methods that are compared.
+
 python -m data.walk              then a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
 python -m data.study.compare     every method on several base models, and the tables of the pages
@@ -12,12 +14,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import command, make_directory, option, write_file  # before torch: it sets how torch's threads wait
+from data.command import command, make_directory, option, write_file  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -25,64 +27,41 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
-from data import figures, prompts
-from data.base import find_device, load_base
-from data.baselines import LoRA, choose_heads, gate_scores
+from data import pictures, prompts
+from data.base import find_device, load_base, screens_and_features
 from data.costs import run_costs
-from data.evaluate import (
-    Answer,
-    film_frame,
-    hit_rate,
-    measure,
-    measure_controls,
-    summary,
-    text_only_changes,
-    text_only_logits,
-)
-from data.prompts import TrainingData, training_batch, training_data
+from data.evaluate import Answer, measure, measure_controls, summary, text_only_changes, text_only_logits
+from data.methods import Method, attach_adapter, choose_heads, gate_scores
+from data.prompts import TrainingData, training_batch
 from tiny_vlm import TinyVLM
 
 # Chosen on switch screens, for Image-LoRA in half of the heads and for LoRA on q, k, v and o (data/study/README.md).
 RATES = {"image_lora": 0.02, "lora": 0.0025, "none": 0.0}
 GAMMA_RATE = 0.1  # gamma's rate as a multiple of that of A and B
-FILES = ("adapter.pt", "predictions.png", "training.gif", "metrics.json")  # what a run can leave in OUT
+FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
 
-@dataclass(frozen=True)
-class Config:
-    """One fine-tuning run; each field is an option of the command line, too."""
+@dataclass
+class Config(Method):
+    """One fine-tuning run. Each field is an option of the command line, too.
 
-    method: str = option("image_lora", "none measures the frozen model", tuple(RATES))
-    projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
-    tokens: str = option("all", "which tokens lora adapts", ("all", "visual"))
+    method, projections, tokens, heads, num_heads, r and replay are those of Method, in data/methods.py."""
+
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
-    heads: str = option(
-        "top",
-        "top: the most influential of each layer by the probe; bottom: the least;\n"
-        "gate: the top ones by the score of the authors' release;\n"
-        "matched: random, as many in each layer as top; random: any",
-        ("top", "bottom", "gate", "matched", "random", "all"),
-    )
-    num_heads: int = option(12, "number of value heads to adapt", least=1)
-    r: int = option(8, "rank; alpha is 2 r", least=1)
     lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", least=0)
     steps: int = option(500, "training steps", least=1)
     history: int = option(0, "word problems before each screen: longer text, same image", least=0)
-    replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
     test_screens: int = option(100, "test screens of the task, and half as many of the old task", least=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
     out: str = option("runs/switches", "output directory")
-    film: bool = option(False, "write OUT/training.gif too, a moving picture of the clicks")
 
     def __post_init__(self):
-        if self.film and (self.task != "grounding" or self.method == "none"):
-            raise ValueError("a film shows how clicks change, so it needs the task grounding and a method that trains")
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
         if self.lr is None:
-            object.__setattr__(self, "lr", RATES[self.method])  # because the dataclass is frozen
+            self.lr = RATES[self.method]
 
 
 # ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
@@ -94,26 +73,29 @@ class Finetuned(NamedTuple):
     adapter: nn.Module | None
     base_answers: list[Answer]
     answers: list[Answer]
-    film: list[tuple[int, list[Answer]]]  # (step, a few answers)
 
 
 def run(cfg: Config) -> dict:
-    """One run that writes no file and prints nothing: the Config's fields and what was measured."""
+    """One run that writes no file and prints nothing. Returns the Config's fields and what was measured."""
     return finetune(cfg).result
 
 
-def finetune(cfg: Config, verbose=False) -> Finetuned:
-    """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file."""
+def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> Finetuned:
+    """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file.
+
+    after_step: is called as after_step(step, model) after each training step, for whoever wants to look."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
     check_sizes(cfg, model)
-    base_metrics, base_answers = measure(cfg, model)
+    test = screens_and_features(model, "switches", "test", cfg.test_screens)
+    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)  # they have more targets
+    base_metrics, base_answers = measure(cfg, model, test, source_test)
     base_logits = text_only_logits(model)
     if verbose:
         print_base(cfg, model, base_metrics)
 
-    data = training_data(cfg, model.device)
-    probe_batches = [training_batch(cfg, data, i).inputs for i in range(prompts.PROBE_BATCHES)]
+    data = training_data(cfg, model)
+    probe_batches = [training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
     heads = None
     if cfg.method == "image_lora":
         if cfg.heads == "gate":
@@ -124,23 +106,25 @@ def finetune(cfg: Config, verbose=False) -> Finetuned:
         if verbose:
             print_heads(scores, heads)
 
-    adapter = attach_adapter(cfg, model, heads)
-    film = [(0, film_frame(cfg, model))] if cfg.film else []
+    adapter = attach_adapter(cfg, model, heads, cfg.seed)
     if adapter:
-        bar = tqdm(train(cfg, model, adapter, data), "train", cfg.steps, disable=not verbose)
-        for step, status in enumerate(bar, start=1):  # each turn of this loop is a training step
-            bar.set_postfix_str(status, refresh=False)
-            if cfg.film and figures.is_filmed(step, cfg.steps):
-                film.append((step, film_frame(cfg, model)))
+        train(cfg, model, adapter, data, verbose, after_step)
 
-    metrics, answers = measure(cfg, model)
-    changes = text_only_changes(base_logits, text_only_logits(model))
-    result = asdict(cfg) | {"selected": heads, "before": base_metrics} | metrics | changes
-    result |= run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
-    result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
+    metrics, answers = measure(cfg, model, test, source_test)
+    result = {
+        **asdict(cfg),
+        "selected": heads,
+        "before": base_metrics,
+        **metrics,
+        **text_only_changes(base_logits, text_only_logits(model)),
+        **run_costs(cfg, model, probe_batches[0]["input_ids"], heads),
+        "seconds": round(time.time() - start, 1),
+        "device": model.device.type,
+        "torch": torch.__version__,
+    }
     if verbose:
         print_tuned(result)
-    return Finetuned(result, model, adapter, base_answers, answers, film)
+    return Finetuned(result, model, adapter, base_answers, answers)
 
 
 def check_sizes(cfg: Config, model: TinyVLM) -> None:
@@ -152,19 +136,21 @@ def check_sizes(cfg: Config, model: TinyVLM) -> None:
         raise ValueError(f"r must be at most {model.config.hidden_size}, the hidden size of {cfg.base}, got {cfg.r}")
 
 
-def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
-    """Freeze the model and add what is trained; None if the method is none."""
-    torch.manual_seed(cfg.seed)  # here, so that A does not depend on the random numbers that the probe has drawn
-    if cfg.method == "image_lora":
-        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
-    if cfg.method == "lora":
-        return LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only=cfg.tokens == "visual")
-    return None
+def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
+    """The training screens with switches and, if there is replay, as many source screens.
+
+    The vision tower is frozen, so it runs here, once over each screen, and not in training."""
+    count = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
+    screens, features = screens_and_features(model, "switches", "train", count)
+    if not cfg.replay:
+        return TrainingData(screens, features)
+    return TrainingData(screens, features, *screens_and_features(model, "source", "train", count))
 
 
-def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -> Iterator[str]:
-    """Train the adapter by AdamW. After each step yields what to print: its loss and its share of correct clicks, with
-    teacher forcing. FloatingPointError if the loss is not finite."""
+def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, verbose=False, after_step=None) -> None:
+    """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
+
+    verbose: whether to show a bar with the loss. after_step: as in `finetune`."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
     groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
@@ -172,20 +158,21 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -
     warm_up_steps = max(cfg.steps // 20, 1)
     on_gpu = model.device.type == "cuda"
 
-    for step in range(cfg.steps):
+    bar = tqdm(range(cfg.steps), "train", disable=not verbose)
+    for step in bar:
         # The rate warms up over a twentieth of the steps, then decays to zero.
         lr = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
         # 8 random screens, and five questions about each in one sequence (data/prompts.py, training_batch): input_ids
-        # and labels [B, T], image_features [B, P, D]. The vision tower is frozen, so it has run once over all screens
-        # and does not run here. The first PROBE_BATCHES batches were the probe's.
+        # and labels [B, T], and image_features [B, P, D], what the vision tower has made of the screens. The first
+        # PROBE_BATCHES batches were the probe's.
         batch = training_batch(cfg, data, prompts.PROBE_BATCHES + step)
 
         # The loss is the cross-entropy of the answers.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
-            output = model(**batch.inputs)
+            output = model(**batch)
         loss = output.loss.item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
@@ -196,10 +183,9 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData) -
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
 
-        status = f"loss {loss:.2f}"
-        if cfg.task == "grounding":
-            status += f", clicks {hit_rate(output.logits, batch.inputs['labels'], batch.boxes):.0%}"
-        yield status
+        bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+        if after_step is not None:
+            after_step(step + 1, model)
 
 
 # ---- What is printed and saved ---------------------------------------------------------------------------------------
@@ -219,13 +205,11 @@ def main(cfg: Config) -> None:
         print_costs(result)
 
     for name in FILES:
-        (out / name).unlink(missing_ok=True)  # Those of an earlier run go, so that all of them are of the same run.
+        (out / name).unlink(missing_ok=True)  # Delete those of an earlier run, so that all of them are of the same run.
     if cfg.method == "image_lora":
         tuned.adapter.save(out / "adapter.pt")
     if cfg.task == "grounding":
-        figures.save([figures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
-    if tuned.film:
-        figures.save(figures.moving_picture(tuned.film), out / "training.gif")
+        pictures.save([pictures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
     write_file(out / "metrics.json", json.dumps(result, indent=1).encode())
     saved = [name for name in FILES if (out / name).exists()]
     print(f"saved    {' '.join(saved)} in {out}/")
@@ -235,27 +219,27 @@ def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
     print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
-    print(f"before   {summary(metrics)}")
+    print(f"before   {summary(cfg.task, metrics)}")
 
 
 def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
     """A bar for the score of each head, then the selected heads of each layer."""
     num_selected = sum(len(selected) for selected in heads.values())
     layers = [f"layer {layer}: {' '.join(map(str, selected))}" for layer, selected in heads.items()]
-    bars = figures.bars(scores, heads)
+    bars = pictures.bars(scores, heads)
     print(f"probe    influence of {scores.numel()} heads, {prompts.PROBE_BATCHES} batches:  {bars}")
     print(f"select   {num_selected} of {scores.numel()} heads: {' · '.join(layers)}")
 
 
 def print_tuned(result: dict) -> None:
-    print(f"after    {summary(result)}")
+    print(f"after    {summary(result['task'], result)}")
     difference = result["text_logits_max_abs_diff"]
     verdict = "changed" if difference else "identical"
     print(f"text     logits of 256 text-only prompts: {verdict} (max |difference| = {difference:.3g})")
     if difference:
         word_problems, questions = result["word_problem_kl"], result["question_without_image_kl"]
         kinds = f"word problems {word_problems:.2g}, questions without an image {questions:.2g}"
-        print(f"         mean KL divergence from the base, in nats a token: {kinds}")
+        print(f"         mean KL divergence from the base, in nats per token: {kinds}")
 
 
 def print_costs(result: dict) -> None:

@@ -1,18 +1,17 @@
 """The base model: its file, the device that it computes on, and what its vision tower makes of screens.
 
-Shapes:  N screens · P visual tokens a screen · D hidden size
+Shapes:  N screens · P visual tokens of each · D hidden size
 """
 
 import io
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import write_file
+from data.command import write_file
 from data.screens import Screen, draw_screen
 from tiny_vlm import TinyVLM
 
@@ -59,7 +58,7 @@ def pixel_values(screens: list[Screen]) -> Tensor:
 
 @torch.no_grad()
 def image_features(encoder, screens: list[Screen], device="cpu") -> Tensor:
-    """What a vision encoder makes of screens, [N, P, D]. It is frozen in fine-tuning, so it has to run only once."""
+    """What a vision encoder makes of screens, [N, P, D]."""
     features = []
     for start in range(0, len(screens), CHUNK):
         pixels = pixel_values(screens[start : start + CHUNK])
@@ -67,8 +66,7 @@ def image_features(encoder, screens: list[Screen], device="cpu") -> Tensor:
     return torch.cat(features)
 
 
-@lru_cache(16)  # large enough that runs on three bases, one after the other, find their screens again
-def screens_and_features(base: str, domain: str, split: str, count: int, device, erased=False):
-    """(The first screens of a split, what the base's frozen vision encoder makes of them [N, P, D])."""
+def screens_and_features(model: TinyVLM, domain: str, split: str, count: int, erased=False) -> tuple[list, Tensor]:
+    """(The first screens of a split, what the model's vision tower and projector make of them [N, P, D])."""
     screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
-    return screens, image_features(load_base(base, device).get_image_features, screens, device)
+    return screens, image_features(model.get_image_features, screens, model.device)

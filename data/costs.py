@@ -6,6 +6,7 @@ of them for 28 query heads, which makes values cheap. LLaVA-1.5-7B has 32 for 32
 
 from typing import NamedTuple
 
+from data.methods import ALL, HALF, LORA, METHODS, SMALL, VALUES, VISUAL, Method
 from imagelora import Heads
 
 
@@ -78,33 +79,39 @@ def decoder_flops(shape: Shape, num_tokens: int) -> int:
     return shape.num_layers * (linear + attention)
 
 
-def print_costs(r=8) -> None:
+def method_costs(settings: Method, shape: Shape, num_tokens: int, num_visual: int, heads: Heads) -> tuple[int, int]:
+    """(Parameters, training FLOPs) of a method on a batch of so many tokens; heads: those of Image-LoRA."""
+    if settings.method == "image_lora":
+        return image_lora_costs(shape, num_visual, settings.r, heads)
+    if settings.method == "lora":
+        num_adapted = num_visual if settings.tokens == "visual" else num_tokens
+        return lora_costs(shape, num_adapted, settings.r, settings.projections)
+    return 0, 0
+
+
+def print_costs() -> None:
     """For each model a table of parameters, adapter FLOPs and their share of the step; then the three factors."""
-    print(f"a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens, r = {r}")
+    print(f"a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens, r = 8")
     for name, shape in MODELS.items():
-        all_heads = {layer: range(shape.value_heads) for layer in range(shape.num_layers)}
-        half = {layer: range(shape.value_heads // 2) for layer in range(shape.num_layers)}
-        methods = {
-            "LoRA on q, k, v, o": lora_costs(shape, TOKENS, r),
-            "LoRA at visual tokens": lora_costs(shape, VISUAL_TOKENS, r),
-            "LoRA at visual tokens, rank 2": lora_costs(shape, VISUAL_TOKENS, 2),
-            "Image-LoRA in all heads": image_lora_costs(shape, VISUAL_TOKENS, r, all_heads),
-            "Image-LoRA in half of the heads": image_lora_costs(shape, VISUAL_TOKENS, r, half),
-        }
         print(f"\n{name:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
         step = decoder_flops(shape, TOKENS)
-        _, lora = methods["LoRA on q, k, v, o"]
-        for method, (parameters, flops) in methods.items():
-            print(f"{method:32}{parameters:12,}{flops / 1e9:16.2f}{flops / lora:9.3f}{flops / (step + flops):13.3%}")
-        _, at_visual_tokens = methods["LoRA at visual tokens"]
-        _, of_values = lora_costs(shape, VISUAL_TOKENS, r, "v")
-        _, of_half = methods["Image-LoRA in half of the heads"]
-        factors = f"visual tokens only {at_visual_tokens / lora:.3f} x values only {of_values / at_visual_tokens:.3f}"
-        print(f"{factors} x half of the heads {of_half / of_values:.3f} = {of_half / lora:.3f}")
+        flops_of = {}
+        for method in (LORA, VISUAL, SMALL, VALUES, ALL, HALF):
+            heads_of_layer = range(shape.value_heads // 2 if method == HALF else shape.value_heads)
+            heads = {layer: heads_of_layer for layer in range(shape.num_layers)}
+            parameters, flops = method_costs(Method(**METHODS[method]), shape, TOKENS, VISUAL_TOKENS, heads)
+            flops_of[method] = flops
+            share_of_step = flops / (step + flops)
+            print(f"{method:32}{parameters:12,}{flops / 1e9:16.2f}{flops / flops_of[LORA]:9.3f}{share_of_step:13.3%}")
+        visual_only = flops_of[VISUAL] / flops_of[LORA]
+        values_only = flops_of[VALUES] / flops_of[VISUAL]
+        half = flops_of[HALF] / flops_of[VALUES]
+        factors = f"visual tokens only {visual_only:.3f} x values only {values_only:.3f} x half of the heads {half:.3f}"
+        print(f"{factors} = {flops_of[HALF] / flops_of[LORA]:.3f}")
 
 
-def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
-    """Parameters, and training FLOPs a screen, of a run's adapter and of LoRA of rank 8; FLOPs of the whole step, too.
+def run_costs(cfg: Method, model, ids, heads: Heads | None) -> dict:
+    """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
     ids [B, T] are of a batch."""
     c = model.config
@@ -112,18 +119,13 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     head_dim = D // c.num_attention_heads
     shape = Shape(c.num_hidden_layers, D, c.num_attention_heads, c.num_key_value_heads, head_dim, 2 * D * 4 * D)
     num_visual = int((ids == c.image_token_id).sum())
-    lora_parameters, of_lora = lora_costs(shape, ids.numel(), r=8)
-    parameters = flops = 0
-    if cfg.method == "image_lora":
-        parameters, flops = image_lora_costs(shape, num_visual, cfg.r, heads)
-    if cfg.method == "lora":
-        num_tokens = ids.numel() if cfg.tokens == "all" else num_visual
-        parameters, flops = lora_costs(shape, num_tokens, cfg.r, cfg.projections)
+    parameters, flops = method_costs(cfg, shape, ids.numel(), num_visual, heads)
+    lora_parameters, flops_of_lora = method_costs(Method(**METHODS[LORA]), shape, ids.numel(), num_visual, heads)
     return {
         "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": flops / len(ids),
-        "lora_flops_per_screen": of_lora / len(ids),
+        "lora_flops_per_screen": flops_of_lora / len(ids),
         "step_flops_per_screen": decoder_flops(shape, ids.shape[1]) + flops / len(ids),
     }
 

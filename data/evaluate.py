@@ -9,43 +9,17 @@ from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import pack_sequences, prompt_batch
-from data.screens import (
-    ICONS,
-    LABELS,
-    VERBS,
-    Box,
-    Screen,
-    grounding_sample,
-    is_hit,
-    referring_sample,
-    relation_samples,
-)
-from data.words import BOS, ID, PAD, decode, parse_point, word_problem
-
-Point = tuple[float, float]  # x, y in pixels
+from data.questions import VERBS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
+from data.screens import ICONS, LABELS, Screen
+from data.tokens import BOS, ID, PAD, decode
 
 
 class Answer(NamedTuple):
     """What a model answered to a sample about a screen."""
 
     screen: Screen
-    sample: dict  # {"instruction", "answer"}; of a click also "bbox", "name" and "data_type"
+    sample: dict  # {"instruction", "answer"}; of a click also "bbox" and "data_type"
     output: Point | str | None  # a click; or a name; None where a click was asked for and the answer is no point
-
-
-def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked for once, or what is right of it: (number of the screen, sample)."""
-    rng = np.random.default_rng(0)
-    numbers_and_samples = []
-    for i, screen in enumerate(screens):
-        if task == "relations":
-            samples = relation_samples(screen)
-        elif task == "referring":
-            samples = [referring_sample(target) for target in screen.targets()]
-        else:
-            samples = [grounding_sample(screen, target, rng) for target in screen.targets()]
-        numbers_and_samples += [(i, sample) for sample in samples]
-    return numbers_and_samples
 
 
 @torch.no_grad()
@@ -64,7 +38,7 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 def evaluate(
     model, screens: list[Screen], features: Tensor, task="grounding", history=0, reword=None
 ) -> tuple[dict, list[Answer]]:
-    """Ask for all targets of these screens -> (ScreenSpot's metrics, or name_acc or relation_acc; the answers).
+    """Ask for all targets of these screens -> (task_acc, and of clicks the accuracies by kind; the answers).
 
     features: of the screens, [N, P, D]. history: word problems before each of them. reword: a function that asks for a
     sample's target in other words."""
@@ -76,23 +50,21 @@ def evaluate(
         outputs = [parse_point(text) for text in outputs]
         metrics = click_metrics(outputs, samples)
     else:
-        accuracy = float(np.mean([output == sample["answer"] for output, sample in zip(outputs, samples)]))
-        metrics = {"name_acc" if task == "referring" else "relation_acc": accuracy}
-    metrics["num_total"] = len(samples)
+        is_correct = [output == sample["answer"] for output, sample in zip(outputs, samples)]
+        metrics = {"task_acc": float(np.mean(is_correct))}
     answers = [Answer(screens[i], sample, output) for i, sample, output in zip(numbers, samples, outputs)]
     return metrics, answers
 
 
 def click_metrics(clicks: list[Point | None], samples: list[dict]) -> dict:
-    """ScreenSpot's metrics: the accuracy on all targets, on text and on icons; how many answers are no point."""
+    """ScreenSpot's metrics: the accuracy on all targets, on text and on icons."""
     hits = {"text": [], "icon": []}
     for click, sample in zip(clicks, samples):
         hits[sample["data_type"]].append(is_hit(click, sample["bbox"]))
     return {
-        "action_acc": float(np.mean(hits["text"] + hits["icon"])),
+        "task_acc": float(np.mean(hits["text"] + hits["icon"])),
         "text_acc": float(np.mean(hits["text"])),
         "icon_acc": float(np.mean(hits["icon"])),
-        "wrong_format_num": clicks.count(None),
     }
 
 
@@ -108,29 +80,30 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     return correct / count
 
 
-def measure(cfg, model) -> tuple[dict, list[Answer]]:
-    """What the model can do: the task, word problems without and after an image, and clicks on source screens, which
-    have more targets, so half as many are enough. Returns the metrics, and the answers of the task."""
-    screens, features = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
-    metrics, answers = evaluate(model, screens, features, cfg.task, cfg.history)
-    source = screens_and_features(cfg.base, "source", "test", cfg.test_screens // 2 + 1, model.device)
-    source_metrics, _ = evaluate(model, *source)
-    metrics["source_acc"] = source_metrics["action_acc"]
+def measure(cfg, model, test: tuple, source_test: tuple) -> tuple[dict, list[Answer]]:
+    """What the model can do: the task, clicks on source screens (the old task), word problems without and after an
+    image. Returns the metrics, and the answers of the task.
+
+    test, source_test: (screens, features) of each kind."""
+    metrics, answers = evaluate(model, *test, cfg.task, cfg.history)
+    source_metrics, _ = evaluate(model, *source_test)
+    _, features = test
+    metrics["source_acc"] = source_metrics["task_acc"]
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
     return metrics, answers
 
 
-def summary(metrics: dict) -> str:
-    """What `measure` has found, in two lines: the task; then clicks on source screens (the old task), word problems."""
-    if "name_acc" in metrics:
-        task = f"correct names on switch screens {metrics['name_acc']:6.1%}"
+def summary(task: str, metrics: dict) -> str:
+    """What `measure` has found, in two lines: the task; then the old task and word problems."""
+    if task == "referring":
+        line = f"correct names on switch screens {metrics['task_acc']:6.1%}"
     else:
         kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
-        task = f"click accuracy on switch screens {metrics['action_acc']:6.1%}  ({kinds})"
+        line = f"click accuracy on switch screens {metrics['task_acc']:6.1%}  ({kinds})"
     old_task = f"old task, clicks on source screens {metrics['source_acc']:.1%}"
     alone, after_image = metrics["word_problem_acc"], metrics["word_problem_after_image_acc"]
-    return f"{task}\n         {old_task} · word problems {alone:.1%}, after an image {after_image:.1%}"
+    return f"{line}\n         {old_task} · word problems {alone:.1%}, after an image {after_image:.1%}"
 
 
 # ---- Prompts without an image ----------------------------------------------------------------------------------------
@@ -156,7 +129,7 @@ def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict
     """How far fine-tuning has moved the predictions for prompts without an image, by the base's and the tuned logits.
 
     text_logits_max_abs_diff: the largest change of a logit, of word problems. word_problem_kl and
-    question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats a
+    question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats per
     token. All are exactly 0 if only visual tokens are adapted."""
     difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
     changes = {"text_logits_max_abs_diff": difference}
@@ -173,40 +146,15 @@ def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)
 
 
-# ---- While training --------------------------------------------------------------------------------------------------
-
-
-def hit_rate(logits: Tensor, labels: Tensor, boxes: list[Box | None]) -> float:
-    """Share of a training batch's clicks that hit their box, with teacher forcing. Word problems have box None.
-
-    logits [B, T, V] and labels [B, T] are of the task grounding, in which each answer has two tokens and <eos>."""
-    answers = logits[:, :-1][labels[:, 1:] >= 0].argmax(-1).view(-1, 3)  # of a click: x, y, <eos>
-    points = [parse_point(decode(ids)) for ids in answers[:, :2].tolist()]
-    hits = [is_hit(point, box) for point, box in zip(points, boxes) if box]
-    return sum(hits) / max(len(hits), 1)
-
-
-def film_frame(cfg, model) -> list[Answer]:
-    """Every seventh answer about the first nine test screens: six, each about another screen, of words and icons."""
-    screens, features = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
-    _, answers = evaluate(model, screens[:9], features[:9], history=cfg.history)
-    return answers[::7]
-
-
 # ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------
-
-
-def click_right_of(sample: dict) -> dict:
-    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
-    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
 def measure_controls(cfg, model) -> dict:
     """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
     switches erased."""
     base = load_base(cfg.base, model.device)
-    whole = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device)
+    whole = screens_and_features(base, "switches", "test", cfg.test_screens)
     reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
-    erased = screens_and_features(cfg.base, "switches", "test", cfg.test_screens, model.device, erased=True)
+    erased = screens_and_features(base, "switches", "test", cfg.test_screens, erased=True)
     metrics, _ = evaluate(model, *erased, history=cfg.history)
-    return {"reworded_acc": reworded["action_acc"], "erased_acc": metrics["action_acc"]}
+    return {"reworded_acc": reworded["task_acc"], "erased_acc": metrics["task_acc"]}

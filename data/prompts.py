@@ -2,10 +2,9 @@
 
     <bos> [word problems] <image> x P, then questions with their answers; the loss is on answers only
 
-Shapes:  B sequences · T tokens · N screens · P visual tokens a screen · D hidden size
+Shapes:  B sequences · T tokens · N screens · P visual tokens of each · D hidden size
 """
 
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -13,27 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.base import screens_and_features
-from data.screens import Box, Screen, random_samples
-from data.words import BOS, EOS, ID, IMAGE, PAD, encode, word_problem
+from data.questions import random_samples, word_problem
+from data.screens import Screen
+from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
 
 PROBE_BATCHES = 16  # of training data; each has its own random A, so more batches mean less noise
 TRAIN_SCREENS = 2048  # at most, which a run draws its batches from
-SCREENS_PER_STEP = 8  # sequences of a training step, a screen each
+SCREENS_PER_STEP = 8  # sequences of a training step, one for each screen
 QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
 IGNORED = -100  # the label of a token that is not to be predicted
 
-Turn = list[tuple[int, int]]  # (id, label) of each token of an instruction and its answer
+Turn = tuple[list[int], list[int]]  # ids and labels of an instruction and its answer
 
 
 def turn(sample: dict, learn=True) -> Turn:
     """An instruction and its answer, ended by <eos>. learn: whether the answer has labels."""
     instruction = encode(sample["instruction"])
     answer = encode(f"{sample['answer']} {EOS}")
-    tokens = [(token, IGNORED) for token in instruction]
-    tokens += [(token, token if learn else IGNORED) for token in answer]
-    return tokens
+    labels = [IGNORED] * len(instruction)
+    labels += answer if learn else [IGNORED] * len(answer)
+    return instruction + answer, labels
 
 
 def pad(rows: list, value: int, side="right") -> Tensor:
@@ -43,24 +42,28 @@ def pad(rows: list, value: int, side="right") -> Tensor:
 
 
 def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_patches: int, device="cpu") -> dict:
-    """{input_ids, labels} [B, T], a sequence a screen: the turns of its prefix, its image, and its samples as turns."""
-    rows = []
+    """{input_ids, labels} [B, T]: for each screen the turns of its prefix, its image, and its samples as turns."""
+    image = [ID[IMAGE]] * num_patches, [IGNORED] * num_patches
+    rows_of_ids, rows_of_labels = [], []
     for samples_of_screen, prefix in zip(samples, prefixes):
-        row = [(ID[BOS], IGNORED)]
-        row += chain(*prefix)
-        row += [(ID[IMAGE], IGNORED)] * num_patches
-        for sample in samples_of_screen:
-            row += turn(sample)
-        rows.append(row)
-    ids, labels = pad(rows, IGNORED).to(device).unbind(-1)
-    return {"input_ids": ids.where(ids >= 0, ID[PAD]), "labels": labels}
+        ids, labels = [ID[BOS]], [IGNORED]
+        for part_ids, part_labels in (*prefix, image, *map(turn, samples_of_screen)):
+            ids += part_ids
+            labels += part_labels
+        rows_of_ids.append(ids)
+        rows_of_labels.append(labels)
+    return {
+        "input_ids": pad(rows_of_ids, ID[PAD]).to(device),
+        "labels": pad(rows_of_labels, IGNORED).to(device),
+    }
 
 
 def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
     """The model's arguments for samples, each after `history` word problems and its image: features [B, P or 0, D]."""
     prefix = [ID[BOS]]
     for i in range(history):
-        prefix += [token for token, _ in turn(word_problem("validation", i))]
+        ids, _ = turn(word_problem("validation", i))
+        prefix += ids
     prefix += [ID[IMAGE]] * features.shape[1]
     rows = [prefix + encode(sample["instruction"]) for sample in samples]
     ids = pad(rows, ID[PAD], "left").to(features.device)
@@ -69,33 +72,18 @@ def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
 
 
 class TrainingData(NamedTuple):
-    """The screens that a run draws its batches from, and their features."""
+    """The screens that a run draws its batches from, and what the frozen vision tower makes of them."""
 
     screens: list[Screen]
     features: Tensor  # [N, P, D]
-    source_screens: list[Screen]  # for replay; [] without it
-    source_features: Tensor | None
+    source_screens: list[Screen] | None = None  # for replay
+    source_features: Tensor | None = None
 
 
-class TrainingBatch(NamedTuple):
-    inputs: dict  # the model's arguments: input_ids, labels [B, T], image_features [B, P, D]
-    boxes: list[Box | None]  # the target of each question; None where it does not ask for a click
+def training_batch(cfg, data: TrainingData, index: int) -> dict:
+    """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
-
-def training_data(cfg, device) -> TrainingData:
-    """The training screens with switches and, if there is replay, as many source screens."""
-    count = min((PROBE_BATCHES + cfg.steps) * SCREENS_PER_STEP, TRAIN_SCREENS)
-    screens, features = screens_and_features(cfg.base, "switches", "train", count, device)
-    source_screens, source_features = [], None
-    if cfg.replay:
-        source_screens, source_features = screens_and_features(cfg.base, "source", "train", count, device)
-    return TrainingData(screens, features, source_screens, source_features)
-
-
-def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
-    """Batch number `index` of a run; the probe takes the first ones.
-
-    It holds no pixels: image_features are what the frozen vision encoder has made of its screens, once for all."""
+    The probe takes the first ones."""
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
     features = data.features[picks]
@@ -118,7 +106,5 @@ def training_batch(cfg, data: TrainingData, index: int) -> TrainingBatch:
         for _ in range(REPLAYED_PROBLEMS):
             samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 
-    inputs = pack_sequences(samples, prefixes, features.shape[1], features.device)
-    inputs["image_features"] = features
-    boxes = [sample.get("bbox") for sample in chain(*samples)]
-    return TrainingBatch(inputs, boxes)
+    batch = pack_sequences(samples, prefixes, features.shape[1], features.device)
+    return batch | {"image_features": features}

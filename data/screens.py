@@ -16,11 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 # Keep the order: the position of a split is part of the random seed of its samples.
 SPLITS = ("train", "validation", "test", "pretrain")
 SIZE = 128  # pixels, width and height of a screen
-BINS = 16  # coordinate tokens per axis
-BIN = SIZE // BINS  # pixels per coordinate token
 LABELS = "wifi sound light sync lock mail maps news photo clock files music games notes home help".split()
 ICONS = "circle square triangle star heart plus moon arrow".split()
-VERBS = "click tap press select".split()
 COLOURS = "red yellow green blue purple brown".split()
 LIGHT = dict(zip(COLOURS, "#dc2828 #e6b40a #28a046 #2864e6 #9637c8 #8c5528".split()))
 DARK = dict(zip(COLOURS, "#ff6e64 #ffe16e #78e68c #78aaff #d28cff #c8966e".split()))
@@ -131,33 +128,39 @@ def _outlines() -> dict[str, np.ndarray]:
 
 
 @cache
-def _sprite(name: str, colour: str, size: int, domain_name: str) -> Image.Image:
-    """The RGBA picture of an element: a text, an icon of this colour, or a switch, whose name is "on" or "off".
-
-    size: of a text's font or an icon's side, in pixels."""
+def _button(label: str, font_size: int, domain_name: str) -> Image.Image:
+    """The RGBA picture of a text button."""
     domain = DOMAINS[domain_name]
-    if name in LABELS:
-        font = ImageFont.load_default(size * SCALE)
-        width, height = round(font.getlength(name) / SCALE) + 8, size + 5
-    elif colour:
-        width, height = size, size
-    else:
-        width, height = SWITCH
+    font = ImageFont.load_default(font_size * SCALE)
+    width, height = round(font.getlength(label) / SCALE) + 8, font_size + 5
     sprite = Image.new("RGBA", (width * SCALE, height * SCALE))
     draw = ImageDraw.Draw(sprite)
-    right, bottom = width * SCALE - 1, height * SCALE - 1
-    if name in LABELS:
-        draw.rounded_rectangle((0, 0, right, bottom), 3 * SCALE, domain.button, domain.button, SCALE)
-        draw.text((width * SCALE / 2, height * SCALE / 2), name, fill=domain.text, font=font, anchor="mm")
-    elif colour:
-        fill = domain.icons[colour]
-        corners = _outlines()[name] * (right, bottom)
-        draw.polygon(corners.flatten().tolist(), fill, fill, width=6)
-    else:
-        track = "#3c4657" if name == "on" else "#b4bac4"
-        x = (width - height) * SCALE if name == "on" else 0  # the knob is at the right or at the left
-        draw.rounded_rectangle((0, 0, right, bottom), height * SCALE // 2, fill=track)
-        draw.ellipse((x + SCALE, SCALE, x + (height - 1) * SCALE, (height - 1) * SCALE), fill="#ffffff")
+    corners = (0, 0, sprite.width - 1, sprite.height - 1)
+    draw.rounded_rectangle(corners, 3 * SCALE, domain.button, domain.button, SCALE)
+    draw.text((sprite.width / 2, sprite.height / 2), label, fill=domain.text, font=font, anchor="mm")
+    return sprite.resize((width, height), Image.Resampling.BOX)
+
+
+@cache
+def _icon(shape: str, colour: str, side: int, domain_name: str) -> Image.Image:
+    """The RGBA picture of an icon."""
+    fill = DOMAINS[domain_name].icons[colour]
+    sprite = Image.new("RGBA", (side * SCALE, side * SCALE))
+    corners = _outlines()[shape] * (sprite.width - 1, sprite.height - 1)
+    ImageDraw.Draw(sprite).polygon(corners.flatten().tolist(), fill, fill, width=6)
+    return sprite.resize((side, side), Image.Resampling.BOX)
+
+
+@cache
+def _switch(is_on: bool) -> Image.Image:
+    """The RGBA picture of a switch, whose knob is at the right if it is on."""
+    width, height = SWITCH
+    sprite = Image.new("RGBA", (width * SCALE, height * SCALE))
+    draw = ImageDraw.Draw(sprite)
+    track = "#3c4657" if is_on else "#b4bac4"
+    draw.rounded_rectangle((0, 0, sprite.width - 1, sprite.height - 1), sprite.height // 2, fill=track)
+    x = sprite.width - sprite.height if is_on else 0
+    draw.ellipse((x + SCALE, SCALE, x + sprite.height - SCALE, sprite.height - SCALE), fill="#ffffff")
     return sprite.resize((width, height), Image.Resampling.BOX)
 
 
@@ -185,7 +188,10 @@ def draw_screen(domain_name: str, split: str, index: int, seed=0, erased=False) 
     boxes = None
     while boxes is None:
         items = _random_items(rng, int(rng.integers(*domain.num_names, endpoint=True)))
-        sprites = [_sprite(*item, domain_name) for item in items]
+        sprites = []
+        for name, colour, size in items:
+            sprite = _icon(name, colour, size, domain_name) if colour else _button(name, size, domain_name)
+            sprites.append(sprite)
         boxes = domain.layout(rng, [(sprite.width + switch_width, sprite.height) for sprite in sprites])
 
     image = Image.new("RGB", (SIZE, SIZE), domain.background)
@@ -195,7 +201,7 @@ def draw_screen(domain_name: str, split: str, index: int, seed=0, erased=False) 
         box = (left, top, left + sprite.width, bottom)
         click = box
         if domain.switches:
-            switch = _sprite(("on", "off")[rng.integers(2)], "", 0, domain_name)
+            switch = _switch(is_on=rng.integers(2) == 0)
             x = right - SWITCH[0]
             y = (top + bottom - SWITCH[1]) // 2
             click = (x, y, right, y + SWITCH[1])
@@ -204,88 +210,3 @@ def draw_screen(domain_name: str, split: str, index: int, seed=0, erased=False) 
                 elements.append(Element("switch", "", click, None))
         elements.append(Element(name, colour, box, click))
     return Screen(np.asarray(image), tuple(elements))
-
-
-def centre_bins(bbox: Box) -> tuple[int, int]:
-    """The (x, y) coordinate bins of a box's centre."""
-    left, top, right, bottom = bbox
-    return (left + right) // (2 * BIN), (top + bottom) // (2 * BIN)
-
-
-def description(screen: Screen, element: Element, by_colour=False) -> str:
-    """What a question calls an element: its name, and its colour, too, if another target has the same name.
-
-    by_colour: the colour alone, if no other target has it."""
-    names = [target.name for target in screen.targets()]
-    colours = [target.colour for target in screen.targets()]
-    if by_colour and element.colour and colours.count(element.colour) == 1:
-        return element.colour
-    return element.name if names.count(element.name) == 1 else element.full_name()
-
-
-def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> dict:
-    """Asks for a click: a sample with ScreenSpot's fields (bbox, instruction, data_type) and the `answer` to train on.
-
-    by_colour: as in `description`."""
-    name = description(screen, element, by_colour)
-    x, y = centre_bins(element.click)
-    return {
-        "bbox": element.click,
-        "name": element.name,
-        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
-        "data_type": "icon" if element.colour else "text",
-        "answer": f"<x{x}> <y{y}>",
-    }
-
-
-def referring_sample(element: Element) -> dict:
-    """The question the other way round: it gives a point, and asks for the name of what a click there acts on."""
-    x, y = centre_bins(element.click)
-    return {"instruction": f"what is at <x{x}> <y{y}>", "answer": element.full_name()}
-
-
-def right_neighbour(screen: Screen, element: Element) -> Element | None:
-    """The nearest element that begins right of this one and shares half the height of the lower of the two."""
-    _, top, right, bottom = element.bbox
-    candidates = []
-    for other in screen.elements:
-        other_left, other_top, _, other_bottom = other.bbox
-        overlap = min(bottom, other_bottom) - max(top, other_top)
-        if other_left >= right and 2 * overlap >= min(bottom - top, other_bottom - other_top):
-            candidates.append(other)
-    return min(candidates, key=lambda other: other.bbox[0], default=None)
-
-
-def relation_samples(screen: Screen) -> list[dict]:
-    """Ask what is right of each target that has a neighbour there. Neither question nor answer is a place."""
-    samples = []
-    for target in screen.targets():
-        neighbour = right_neighbour(screen, target)
-        if neighbour:
-            instruction = f"what is right of {description(screen, target)}"
-            samples.append({"instruction": instruction, "answer": neighbour.full_name()})
-    return samples
-
-
-def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False) -> list[dict]:
-    """`count` random questions about a screen, with their answers.
-
-    refer: share of them that give a point and ask for the name. by_colour: share of the others that may name an icon by
-    its colour alone. distinct: each target is asked for once before one is asked for again."""
-    targets = screen.targets()
-    samples = []
-    if distinct:
-        order = rng.permutation(len(targets))
-    for i in range(count):
-        target = targets[order[i % len(targets)] if distinct else rng.integers(len(targets))]
-        if rng.random() < refer:
-            samples.append(referring_sample(target))
-        else:
-            samples.append(grounding_sample(screen, target, rng, rng.random() < by_colour))
-    return samples
-
-
-def is_hit(point: tuple[float, float] | None, bbox: Box) -> bool:
-    """ScreenSpot's rule: a point inside the target box, right and bottom edges excluded; None is a miss."""
-    left, top, right, bottom = bbox
-    return point is not None and left <= point[0] < right and top <= point[1] < bottom

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 import train
-from data import command, figures, make_directory, option
-from data.base import find_device, load_base, screens_and_features
+from data import pictures
+from data.base import find_device, image_features, load_base, screens_and_features
+from data.command import command, make_directory, option
 from data.evaluate import Answer, evaluate, generate_answers
-from data.prompts import prompt_batch, training_batch, training_data
+from data.methods import attach_adapter
+from data.prompts import prompt_batch, training_batch
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
@@ -47,27 +49,27 @@ def walk(cfg: WalkConfig) -> None:
         print(f"walking with {out / 'adapter.pt'}\n")
         model = load_base(run.base, device)
         adapter = load(model, out / "adapter.pt")
-        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
-        _, answers = evaluate(model, screens, features)
+        test = screens_and_features(model, "switches", "test", run.test_screens)
+        _, answers = evaluate(model, *test)
         with adapter.disabled():
-            _, base_answers = evaluate(model, screens, features)
+            _, base_answers = evaluate(model, *test)
     else:
         print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
         run = train.Config(device=cfg.device)
         tuned = train.finetune(run, verbose=True)
         model, adapter = tuned.model, tuned.adapter
         base_answers, answers = tuned.base_answers, tuned.answers
-        screens, features = screens_and_features(run.base, "switches", "test", run.test_screens, model.device)
         print()
 
-    _, sample, base_click = base_answers[0]
+    screen, sample, base_click = base_answers[0]
+    features = image_features(model.get_image_features, [screen], model.device)
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
     station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {base_click}")
     show_start(run, load_base(run.base, device), adapter.heads)
-    show_update(model, adapter, prompt_batch([sample], features[:1]))
-    show_decoding(model, adapter, sample, features[:1])
+    show_update(model, adapter, prompt_batch([sample], features))
+    show_decoding(model, adapter, sample, features)
     station("7 answer", f"{base_click} before, {answers[0].output} after; a click in {sample['bbox']} is correct")
-    show_attention(model, adapter, base_answers, answers, dict(zip(screens, features)), out / "look.png")
+    show_attention(model, adapter, base_answers, answers, out / "look.png")
 
 
 def saved_run(out: Path) -> train.Config | None:
@@ -82,13 +84,12 @@ def saved_run(out: Path) -> train.Config | None:
 
 def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
     """The first backward pass, on a fresh base."""
-    torch.manual_seed(run.seed)
-    adapter = attach(model, run.r, 2 * run.r, heads)
+    adapter = attach_adapter(run, model, heads, run.seed)
     lowest = min(heads)
     values = adapter.layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
-    data = training_data(replace(run, steps=1), model.device)  # few screens are enough for one batch
-    model(**training_batch(run, data, 0).inputs).loss.backward()
+    data = train.training_data(replace(run, steps=1), model)  # few screens are enough for one batch
+    model(**training_batch(run, data, 0)).loss.backward()
     norms = ", ".join(f"{name} {parameter.grad.norm():.2g}" for name, parameter in values.named_parameters())
     station("", f"first backward pass, norms of the gradients: {norms}")
 
@@ -159,44 +160,43 @@ def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Te
 
 
 def show_attention(
-    model: TinyVLM, adapter: ImageLoRA, base_answers: list[Answer], answers: list[Answer], features: dict, path: Path
+    model: TinyVLM, adapter: ImageLoRA, base_answers: list[Answer], answers: list[Answer], path: Path
 ) -> None:
-    """Find the head that has turned to the targets the most, and draw where it looks for four of the answers.
-
-    features: of each screen, {screen: [P, D]}."""
+    """Find the head that has turned to the targets the most, and draw where it looks for four of the answers."""
     questions = answers[:NUM_QUESTIONS]
-    shares = mean_share(model, questions, features)
+    shares = mean_share(model, questions)
     with adapter.disabled():
-        base_shares = mean_share(model, questions, features)
+        base_shares = mean_share(model, questions)
     layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
 
-    wrong = [i for i, answer in enumerate(answers) if not figures.is_correct(answer)]
+    wrong = [i for i, answer in enumerate(answers) if not pictures.is_correct(answer)]
     last = max(wrong, default=len(answers) - 1)
     columns = []
     for i in (0, len(answers) // 5, 2 * len(answers) // 5, last):
-        weights = attention_maps(model, answers[i], features)[layer, head]
+        weights = attention_maps(model, answers[i])[layer, head]
         with adapter.disabled():
-            base_weights = attention_maps(model, answers[i], features)[layer, head]
+            base_weights = attention_maps(model, answers[i])[layer, head]
         columns.append((base_answers[i], answers[i], base_weights, weights))
 
     name = f"head {head} of layer {layer}"
-    figures.save([figures.attention_picture(columns, name)], path)
+    pictures.save([pictures.attention_picture(columns, name)], path)
     station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
     growth = f"from {base_shares[layer, head]:.0%} to {shares[layer, head]:.0%}"
     station("", f"their share of its attention went {growth}, the mean over {len(questions)} questions")
 
 
-def mean_share(model: TinyVLM, answers: list[Answer], features: dict) -> Tensor:
+def mean_share(model: TinyVLM, answers: list[Answer]) -> Tensor:
     """The share of its attention that each head gives to the targets, [L, H_q]; the mean over questions."""
     shares = []
     for answer in answers:
-        shares.append(figures.share_on(answer.sample["bbox"], attention_maps(model, answer, features)))
+        shares.append(pictures.share_on(answer.sample["bbox"], attention_maps(model, answer)))
     return torch.stack(shares).mean(0)
 
 
-def attention_maps(model: TinyVLM, answer: Answer, features: dict) -> Tensor:
+def attention_maps(model: TinyVLM, answer: Answer) -> Tensor:
     """Where every head looks from the last token of a question: its weights on visual tokens [L, H_q, P]."""
-    prompt = prompt_batch([answer.sample], features[answer.screen][None])
+    features = image_features(model.get_image_features, [answer.screen], model.device)  # [1, P, D]
+    prompt = prompt_batch([answer.sample], features)
     maps = []
     for queries, keys, _ in queries_keys_values(model, prompt):
         keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)  # [H_q, T, d_h]

@@ -1,4 +1,4 @@
-"""The evidence: tables of fine-tuning runs on several base models. The runs stand in runs.csv, one a line.
+"""The evidence: tables of fine-tuning runs on several base models. The runs are in runs.csv, one per line.
 
 python -m data.study.compare                         print the tables, at once
 python -m data.study.compare --runs runs/mine.csv    make their runs anew, in some hours on two cores; if stopped, go on
@@ -6,7 +6,6 @@ python -m data.study.compare --runs runs/mine.csv    make their runs anew, in so
 The base models that the runs need are made by data.study.pretrain.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +16,11 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import command, make_directory, option
 from data.base import base_path, screens_and_features
-from data.evaluate import click_right_of, evaluate
+from data.command import command, make_directory, option
+from data.evaluate import evaluate
+from data.methods import ALL, HALF, LORA, METHODS, NOTHING, SMALL, VISUAL, WITH_REPLAY
+from data.questions import at_the_left, click_right_of
 from data.study.tables import markdown, mean, mean_and_each, read_runs, table, write_runs
 
 # ---- Base models and methods -----------------------------------------------------------------------------------------
@@ -30,23 +31,7 @@ BASES = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2,
 TWINS = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
 SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were chosen on
 
-NOTHING = "base model, not fine-tuned"
-LORA = "LoRA"
-VISUAL = "LoRA at visual tokens"
-SMALL = "LoRA at visual tokens, rank 2"
-ALL = "Image-LoRA in all heads"
-HALF = "Image-LoRA in half of the heads"
-WITH_REPLAY = ", with replay"
-METHODS = {  # the fields of train.Config in which a method differs from its defaults
-    NOTHING: {"method": "none"},
-    LORA: {"method": "lora"},
-    VISUAL: {"method": "lora", "tokens": "visual"},
-    SMALL: {"method": "lora", "tokens": "visual", "r": 2},
-    ALL: {"heads": "all"},
-    HALF: {"heads": "top", "num_heads": 12},
-}
-TUNED = [method for method in METHODS if method != NOTHING]
-METHODS |= {method + WITH_REPLAY: METHODS[method] | {"replay": 1} for method in TUNED}
+TUNED = (LORA, VISUAL, SMALL, ALL, HALF)
 
 # The learning rates that were chosen: the lowest whose validation accuracy, in the mean over SEARCH_SEEDS, is within
 # one point of the best. On base models all of GRID was tried; on twins and in referring a part of it. No table shows
@@ -134,22 +119,15 @@ def key(row: dict) -> tuple:
 def run(cfg: train.Config) -> dict:
     """What `train.run` returns, and the measures that only the study needs."""
     tuned = train.finetune(cfg)
-    device = tuned.model.device
-    accuracy = "action_acc" if cfg.task == "grounding" else "name_acc"
-    screens, features = screens_and_features(cfg.base, "switches", "validation", cfg.test_screens, device)
-    validation, _ = evaluate(tuned.model, screens, features, task=cfg.task, history=cfg.history)
-    row = tuned.result | {"task_acc": tuned.result[accuracy], "validation_acc": validation[accuracy]}
+    validation_screens = screens_and_features(tuned.model, "switches", "validation", cfg.test_screens)
+    validation, _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
+    row = tuned.result | {"validation_acc": validation["task_acc"]}
     if cfg.method == "none":
-        screens, features = screens_and_features(cfg.base, "switches", "test", REWORDED_SCREENS, device)
-        reword = click_right_of if cfg.task == "grounding" else name_at_the_left
-        reworded, _ = evaluate(tuned.model, screens, features, task=cfg.task, history=cfg.history, reword=reword)
-        row["reworded_acc"] = reworded[accuracy]
+        reword = click_right_of if cfg.task == "grounding" else at_the_left
+        test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
+        reworded, _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, reword)
+        row["reworded_acc"] = reworded["task_acc"]
     return row
-
-
-def name_at_the_left(sample: dict) -> dict:
-    """The question for the name at a place, asked about the left end of the same line, where the name stands."""
-    return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------

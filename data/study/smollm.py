@@ -35,17 +35,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
-from data import command, make_directory, option, write_file
 from data.base import base_path, image_features, load_base
-from data.baselines import LoRA, choose_heads
+from data.command import command, make_directory, option, write_file
 from data.costs import run_costs
-from data.evaluate import all_samples, click_metrics, click_right_of, divergence
+from data.evaluate import click_metrics, divergence
+from data.methods import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY, LoRA, attach_adapter, choose_heads
 from data.prompts import IGNORED, pad
-from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen, random_samples
-from data.study.compare import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY
-from data.study.pretrain import lens_loss, neighbour_samples, patch_targets
+from data.questions import all_samples, click_right_of, neighbour_samples, parse_point, random_samples
+from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
+from data.study.lens import lens_loss, patch_targets
 from data.study.tables import markdown, mean, read_runs, table, write_runs
-from data.words import parse_point
 from imagelora import score_heads
 
 try:
@@ -347,7 +346,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     if settings.method == "image_lora" and settings.heads != "all":
         scores = score_heads(vlm.model, probe_batches, probe="exact")
         heads = choose_heads(settings.heads, scores, scores.numel() // 2, cfg.seed)
-    adapter = train.attach_adapter(settings, vlm.model, heads)
+    adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
     disabled = nullcontext
     trained = []
     step_time = ""  # not measured
@@ -383,7 +382,7 @@ def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbers_and_samples: lis
     numbers, samples = zip(*numbers_and_samples)
     prompts = [vlm.screen_ids + vlm.ids(f"{sample['instruction']}:") for sample in samples]
     answers = vlm.generate(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
-    return click_metrics([parse_letters(answer) for answer in answers], samples)["action_acc"]
+    return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
 
 
 def parse_letters(answer: str) -> tuple[float, float] | None:

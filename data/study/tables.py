@@ -1,4 +1,4 @@
-"""Files of runs, one a line, and the tables that show them."""
+"""Files of runs, one per line, and the tables that show them."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import write_file
+from data.command import write_file
 
 
 def read_runs(path: Path, columns: tuple[str, ...]) -> list[dict]:
@@ -32,7 +32,7 @@ def parse(text: str):
 
 
 def write_runs(path: Path, runs: list[dict]) -> None:
-    """Writes a file of runs, one a line: what `parse` reads."""
+    """Writes a file of runs, one per line, which `read_runs` reads."""
     file = io.StringIO()
     writer = csv.DictWriter(file, runs[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -68,3 +68,11 @@ def table(title: str, columns: list[tuple], rows: list[tuple[str, list[dict]]], 
 def markdown(header: tuple, *rows: tuple) -> str:
     lines = [header, ("---",) * len(header), *rows]
     return "".join(f"|{'|'.join(line)}|\n" for line in lines)
+
+
+def choose_rate(accuracies: dict[float, float]) -> float:
+    """The lowest learning rate whose accuracy is within one point of the best: one run cannot tell a point from noise.
+
+    accuracies: {rate: accuracy on validation screens}."""
+    best = max(accuracies.values())
+    return min(rate for rate in accuracies if accuracies[rate] >= best - 0.01)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.methods import ALL, HALF, LORA, VISUAL
 from data.screens import draw_screen
 from data.study import smollm
-from data.study.compare import ALL, HALF, LORA, VISUAL
-from data.study.tables import read_runs
+from data.study.tables import choose_rate, read_runs
 from imagelora import attach
 
 STUDY = Path(__file__).parent
@@ -70,8 +70,7 @@ def test_the_chosen_rates_follow_from_the_runs():
         for run in read_runs(STUDY / "smollm.csv", smollm.SETTINGS):
             if (run["method"], run["seed"]) == (method, 1):
                 accuracies[run["lr"]] = run["validation_acc"]
-        best = max(accuracies.values())
-        assert smollm.RATES[method] == min(lr for lr in accuracies if accuracies[lr] >= best - 0.01)
+        assert smollm.RATES[method] == choose_rate(accuracies)
 
 
 def test_the_tables_of_the_page_are_those_of_the_runs(capsys):

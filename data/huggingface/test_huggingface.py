@@ -1,4 +1,4 @@
-"""On Hugging Face's models: README's code, tiny random models of every family, and what trains or wraps them."""
+"""On Hugging Face's models: the pages' code, tiny random models of every family, and what trains or wraps them."""
 
 import re
 from functools import partial
@@ -16,11 +16,14 @@ ROOT = Path(imagelora.__file__).parent
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
 
-# 1. README's code
+# 1. The pages' code
+PAGES = ("README.md", "data/README.md", "data/huggingface/README.md")
+
+
 def block(text: str) -> str:
-    """README's block that holds this text."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    (found,) = (block for block in blocks if text in block)
+    """The pages' block that holds this text. If several pages have one, it is the same."""
+    pages = "\n".join((ROOT / page).read_text() for page in PAGES)
+    (found,) = {block for block in re.findall(r"^```\w*\n(.*?)^```", pages, re.M | re.S) if text in block}
     return found
 
 
@@ -47,7 +50,7 @@ def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_the_lines_of_the_readme_run_on_a_tiny_llava(tmp_path, monkeypatch):
+def test_the_example_of_the_manual_runs_on_a_tiny_llava(tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     for saved in (tiny_hf_vlm("Llava"), processor_for("Llava")):
         saved.save_pretrained(tmp_path / "llava-hf" / "llava-1.5-7b-hf")
@@ -157,12 +160,15 @@ def processor_for(family):
     qwen = family == "Qwen2_5_VL"
     marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO} if qwen else {"<image>": PICTURE}
     words = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", *map(str, range(60))]
+    words += ["null", "true", '"cat"', "[412,", "88]"]
     vocabulary = {word: i for i, word in enumerate(words)} | marks
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     options = {"pad_token": "<pad>", "eos_token": "</s>", "additional_special_tokens": list(marks)}
     options["model_input_names"] = ["input_ids", "attention_mask"]
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    is_old = transformers.__version__ < "5"  # where Qwen's processor takes only Qwen's tokenizer
+    tokenizer_class = transformers.Qwen2TokenizerFast if qwen and is_old else transformers.PreTrainedTokenizerFast
+    tokenizer = tokenizer_class(tokenizer_object=tokenizer, **options)
     said = "{% for part in m['content'] %}{{ part['text'] or 'a " + list(marks)[0] + " a' }} {% endfor %}"
     template = "{% for m in messages %}" + said + "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     if qwen:
@@ -239,6 +245,23 @@ def test_accelerates_wrappers_may_come_before_or_after_and_go_again(attach_first
     assert torch.equal(logits_of(model, EARLY), logits_of(expected, EARLY))
 
 
+def test_an_average_of_the_layers_copies_no_base_and_can_take_their_place():
+    model = tiny_vlm()
+    adapter = attach_trained(model)
+    average = torch.optim.swa_utils.AveragedModel(adapter.layers)
+    average.update_parameters(adapter.layers)
+    first = {name: value.clone() for name, value in adapter.layers.state_dict().items()}
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(1)
+    average.update_parameters(adapter.layers)
+    assert len(list(average.parameters())) == len(list(adapter.parameters()))
+    adapter.layers.load_state_dict(average.module.state_dict())
+    for layer in adapter.layers:
+        torch.testing.assert_close(adapter.layers[layer].B, first[f"{layer}.B"] + 0.5)
+    logits_of(model, EARLY)
+
+
 def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_a_plain_loop(tmp_path):
     """Its text stays the quantized base's."""
     transformers = pytest.importorskip("transformers")
@@ -298,10 +321,15 @@ def test_a_model_that_cannot_be_adapted_is_refused_in_one_sentence(architecture)
         attach(model)
 
 
-def test_the_manual_quotes_what_imagelora_says():
-    manual = (ROOT / "data" / "study" / "HUGGINGFACE.md").read_text()
-    refused = re.search(r"^## What is refused\n(.*?)^Before it trains", manual, re.M | re.S).group(1)
-    sentences = re.findall(r"^\|[^|]*\|`([^|]*)`\|[^|]*\|$", refused, re.M)
-    assert len(sentences) == 12
-    source = Path(imagelora.__file__).read_text()
-    assert [sentence for sentence in sentences if sentence not in source] == []
+def test_the_manual_quotes_what_the_code_says():
+    """The first table imagelora.py, and the second the scripts, besides what other libraries say."""
+    folder = ROOT / "data" / "huggingface"
+    refused = re.search(r"^## What is refused\n(.*?)^## ", (folder / "README.md").read_text(), re.M | re.S).group(1)
+    first, second = refused.split("\n`tune.py` stops with")
+    scripts = ("tune.py", "training_file.py", "lora_at_visual_tokens.py")
+    sources = [Path(imagelora.__file__).read_text(), "".join((folder / name).read_text() for name in scripts)]
+    for table, source, count in zip((first, second), sources, (12, 23)):
+        rows = re.findall(r"^\|([^|]*)\|(`[^|]*`)\|[^|]*\|$", table, re.M)
+        quotes = [quote for what, quote in rows if "sentence)" not in what]
+        assert len(quotes) == count
+        assert [quote for quote in re.findall(r"`([^`]*)`", " ".join(quotes)) if quote not in source] == []

@@ -1,27 +1,89 @@
-"""What Image-LoRA is compared with: standard LoRA, the authors' gate, and heads that no probe has chosen."""
+"""The methods that are compared with each other: their names and settings, and what attaches their adapters.
+
+LoRA, the rival, is here, and so are the choices of heads that do not come from the probe."""
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import imagelora
+from data.command import option
 from imagelora import Heads, select_heads
+
+# ---- Methods by their names ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Method:
+    """How a model is fine-tuned. Each field is an option of train.py, too."""
+
+    method: str = option("image_lora", "none measures the frozen model", ("image_lora", "lora", "none"))
+    projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
+    tokens: str = option("all", "which tokens lora adapts", ("all", "visual"))
+    heads: str = option(
+        "top",
+        "top: the most influential of each layer by the probe; bottom: the least;\n"
+        "gate: the top ones by the score of the authors' release;\n"
+        "matched: random, as many in each layer as top; random: any",
+        ("top", "bottom", "gate", "matched", "random", "all"),
+    )
+    num_heads: int = option(12, "number of value heads to adapt", least=1)
+    r: int = option(8, "rank; alpha is 2 r", least=1)
+    replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
+
+
+NOTHING = "base model, not fine-tuned"
+LORA = "LoRA"
+VISUAL = "LoRA at visual tokens"
+SMALL = "LoRA at visual tokens, rank 2"
+VALUES = "LoRA on values at visual tokens"
+ALL = "Image-LoRA in all heads"
+HALF = "Image-LoRA in half of the heads"
+SPREAD = "Image-LoRA in half of the heads, at random"
+WITH_REPLAY = ", with replay"
+METHODS = {  # the fields of Method in which each differs from the defaults
+    NOTHING: {"method": "none"},
+    LORA: {"method": "lora"},
+    VISUAL: {"method": "lora", "tokens": "visual"},
+    SMALL: {"method": "lora", "tokens": "visual", "r": 2},
+    VALUES: {"method": "lora", "tokens": "visual", "projections": "v"},
+    ALL: {"heads": "all"},
+    HALF: {"heads": "top", "num_heads": 12},
+    SPREAD: {"heads": "matched", "num_heads": 12},
+}
+METHODS |= {name + WITH_REPLAY: METHODS[name] | {"replay": 1} for name in METHODS if name != NOTHING}
+
+
+def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> nn.Module | None:
+    """Freeze the model and add the adapter of this method; None if it trains nothing. heads: those of Image-LoRA.
+
+    seed: for the initial A, which so does not depend on the random numbers that were drawn before."""
+    torch.manual_seed(seed)
+    if settings.method == "image_lora":
+        return imagelora.attach(model, settings.r, 2 * settings.r, heads)
+    if settings.method == "lora":
+        visual_only = settings.tokens == "visual"
+        return LoRA(model, settings.r, 2 * settings.r, settings.projections, visual_only)
+    return None
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
-    names: which projections: some of q, k, v, o, gate, up, down; a text is read as its letters. visual_only: only
-    visual tokens are adapted, as in Image-LoRA. A and B are float32, and are rounded to the model's type when used."""
+    projections: some of q, k, v, o, gate, up and down; a text is read as its letters. visual_only: only visual tokens
+    are adapted. As in Image-LoRA, A and B are float32, and the update is computed in float32."""
 
-    def __init__(self, model, r: int, lora_alpha: float, names="qkvo", visual_only: bool = False):
+    def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", visual_only: bool = False):
         super().__init__()
-        self.r = r
         self.scaling = lora_alpha / r
-        self.names = names
         self.visual_only = visual_only
         self.enabled = True
         self.A = nn.ParameterList()
@@ -29,7 +91,7 @@ class LoRA(nn.Module):
         model.requires_grad_(False)
         if visual_only:
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
-        suffixes = tuple(f"{name}_proj" for name in names)
+        suffixes = tuple(f"{name}_proj" for name in projections)
         for layer in model.language_model.layers:
             for linear in [module for name, module in layer.named_modules() if name.endswith(suffixes)]:
                 linear.register_forward_hook(partial(self._add_update, len(self.A)))
@@ -48,13 +110,15 @@ class LoRA(nn.Module):
         if not self.enabled:
             return y
         (x,) = inputs  # [B, T, d_in]
-        A = self.A[i].to(y.dtype)
-        B = self.B[i].to(y.dtype)
-        if not self.visual_only:
-            return y + self.scaling * (x @ A) @ B
-        x_vis = x.flatten(0, -2)[self.rows]  # [rows, d_in]
-        update = self.scaling * (x_vis @ A) @ B
-        return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
+        A = self.A[i]  # [d_in, r]
+        B = self.B[i]  # [r, d_out]
+        if self.visual_only:
+            x = x.flatten(0, -2)[self.rows]  # [visual rows, d_in]
+        update = self.scaling * (x.to(A.dtype) @ A) @ B
+        update = update.to(y.dtype)
+        if self.visual_only:
+            return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
+        return y + update
 
     @contextmanager
     def disabled(self):
@@ -64,6 +128,9 @@ class LoRA(nn.Module):
             yield
         finally:
             self.enabled = True
+
+
+# ---- Heads -----------------------------------------------------------------------------------------------------------
 
 
 def gate_scores(model, batches: list[dict]) -> Tensor:

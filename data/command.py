@@ -1,0 +1,75 @@
+"""What all commands share: a dataclass becomes a command line, and files are written as a whole or not at all."""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import field, fields
+from pathlib import Path
+
+
+def option(default, help: str, choices: tuple[str, ...] | None = None, least: float | None = None):
+    """A field of a dataclass that is an option of the command line, too; `least` is its smallest value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+def command(settings_class, job: Callable, description: str, arguments: list[str] | None = None) -> int:
+    """Runs job(settings), with a command-line option for each field of the dataclass, and returns the exit status.
+
+    The status is 0; 1 if the loss was not finite, 2 for bad options, 130 if it was interrupted."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]  (--help lists them)",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+    )
+    for f in fields(settings_class):
+        help_text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
+        if f.default is False:
+            kind = {"action": "store_true"}
+        else:
+            kind = {"type": float if f.default is None else type(f.default), "choices": f.metadata["choices"]}
+        parser.add_argument(_flag(f.name), default=f.default, help=help_text, **kind)
+    options = parser.parse_args(arguments)
+    for f in fields(settings_class):
+        value, least = getattr(options, f.name), f.metadata["least"]
+        if value is None or least is None:
+            continue
+        if not least <= value < 2**63:
+            parser.error(f"argument {_flag(f.name)}: must be finite and at least {least}, got {value}")
+    try:
+        job(settings_class(**vars(options)))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def make_directory(path: Path) -> None:
+    """ValueError if it cannot be made or written to: it is better to fail now than after training."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"cannot write files into {path} ({error.strerror}); choose another directory") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes beside `path` and then moves it there, so that a killed run leaves no half file."""
+    beside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

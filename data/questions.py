@@ -1,0 +1,209 @@
+"""Asks about screens and reads the answers; and word problems, the stand-in for GSM8K.
+
+grounding      click wifi                  <x3> <y5>      where is a name?
+referring      what is at <x3> <y5>        wifi           the other way round
+relations      what is right of wifi       red moon       and where is that: click right of wifi
+word problems  nina has 7 apples then finds 5 then eats 3 how many     12 9
+
+A question with its answer is a *sample*, {"instruction", "answer"}; a click has ScreenSpot's fields, too.
+"""
+
+import re
+from functools import lru_cache
+from operator import add, sub
+
+import numpy as np
+
+from data.screens import SIZE, SPLITS, Box, Element, Screen
+
+BINS = 16  # coordinate tokens per axis
+BIN = SIZE // BINS  # pixels per coordinate token
+VERBS = "click tap press select".split()
+Point = tuple[float, float]  # x, y in pixels
+
+# ---- Places ----------------------------------------------------------------------------------------------------------
+
+
+def centre_bins(bbox: Box) -> tuple[int, int]:
+    """The (x, y) coordinate bins of a box's centre."""
+    left, top, right, bottom = bbox
+    return (left + right) // (2 * BIN), (top + bottom) // (2 * BIN)
+
+
+def place(box: Box) -> str:
+    """The bins of a box's centre, as in a question or an answer: '<x3> <y5>'."""
+    x, y = centre_bins(box)
+    return f"<x{x}> <y{y}>"
+
+
+def parse_point(answer: str) -> Point | None:
+    """'<x3> <y5>' -> that point in pixels, the centre of its bins; None if the answer is not a point."""
+    bins = re.fullmatch(r"<x(\d+)> <y(\d+)>", answer)
+    if not bins:
+        return None
+    x, y = (int(i) for i in bins.groups())
+    return (x + 0.5) * BIN, (y + 0.5) * BIN
+
+
+def is_hit(point: Point | None, bbox: Box) -> bool:
+    """ScreenSpot's rule: a point inside the target box, right and bottom edges excluded; None is a miss."""
+    left, top, right, bottom = bbox
+    return point is not None and left <= point[0] < right and top <= point[1] < bottom
+
+
+# ---- Where is a name, what is at a place? ----------------------------------------------------------------------------
+
+
+def description(screen: Screen, element: Element, by_colour=False) -> str:
+    """What a question calls an element: its name, and its colour, too, if another target has the same name.
+
+    by_colour: the colour alone, if no other target has it."""
+    names = [target.name for target in screen.targets()]
+    colours = [target.colour for target in screen.targets()]
+    if by_colour and element.colour and colours.count(element.colour) == 1:
+        return element.colour
+    return element.name if names.count(element.name) == 1 else element.full_name()
+
+
+def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> dict:
+    """Asks for a click: a sample with ScreenSpot's fields (bbox, instruction, data_type) and the `answer` to train on.
+
+    by_colour: as in `description`."""
+    name = description(screen, element, by_colour)
+    return {
+        "bbox": element.click,
+        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
+        "data_type": "icon" if element.colour else "text",
+        "answer": place(element.click),
+    }
+
+
+def referring_sample(element: Element) -> dict:
+    """The question the other way round: it gives a point, and asks for the name of what a click there acts on."""
+    return {"instruction": f"what is at {place(element.click)}", "answer": element.full_name()}
+
+
+def at_the_left(sample: dict) -> dict:
+    """The question for the name at a place, asked about the left end of the same line, where the name stands."""
+    return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
+
+
+# ---- What is right of a name, and where? -----------------------------------------------------------------------------
+
+
+def right_neighbour(screen: Screen, element: Element) -> Element | None:
+    """The nearest element that begins right of this one and shares half the height of the lower of the two."""
+    _, top, right, bottom = element.bbox
+    candidates = []
+    for other in screen.elements:
+        other_left, other_top, _, other_bottom = other.bbox
+        overlap = min(bottom, other_bottom) - max(top, other_top)
+        if other_left >= right and 2 * overlap >= min(bottom - top, other_bottom - other_top):
+            candidates.append(other)
+    return min(candidates, key=lambda other: other.bbox[0], default=None)
+
+
+def relation_samples(screen: Screen) -> list[dict]:
+    """Ask what is right of each target that has a neighbour there. Neither question nor answer is a place."""
+    samples = []
+    for target in screen.targets():
+        neighbour = right_neighbour(screen, target)
+        if neighbour:
+            instruction = f"what is right of {description(screen, target)}"
+            samples.append({"instruction": instruction, "answer": neighbour.full_name()})
+    return samples
+
+
+def neighbour_samples(screen: Screen, rng) -> list[dict]:
+    """The same, and where each of these neighbours is; in random order."""
+    samples = relation_samples(screen)
+    for target in screen.targets():
+        neighbour = right_neighbour(screen, target)
+        if neighbour:
+            instruction = f"{VERBS[rng.integers(len(VERBS))]} right of {description(screen, target)}"
+            samples.append(grounding_sample(screen, neighbour, rng) | {"instruction": instruction})
+    return rng.permutation(samples).tolist()
+
+
+def click_right_of(sample: dict) -> dict:
+    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
+    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
+
+
+# ---- Questions about a screen ----------------------------------------------------------------------------------------
+
+
+def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False) -> list[dict]:
+    """`count` random questions about a screen, with their answers.
+
+    refer: share of them that give a point and ask for the name. by_colour: share of the others that may name an icon by
+    its colour alone. distinct: each target is asked for once before one is asked for again."""
+    targets = screen.targets()
+    samples = []
+    if distinct:
+        order = rng.permutation(len(targets))
+    for i in range(count):
+        target = targets[order[i % len(targets)] if distinct else rng.integers(len(targets))]
+        if rng.random() < refer:
+            samples.append(referring_sample(target))
+        else:
+            samples.append(grounding_sample(screen, target, rng, rng.random() < by_colour))
+    return samples
+
+
+def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
+    """Every target of every screen asked for once, or what is right of it: (number of the screen, sample)."""
+    rng = np.random.default_rng(0)
+    numbers_and_samples = []
+    for i, screen in enumerate(screens):
+        if task == "relations":
+            samples = relation_samples(screen)
+        elif task == "referring":
+            samples = [referring_sample(target) for target in screen.targets()]
+        else:
+            samples = [grounding_sample(screen, target, rng) for target in screen.targets()]
+        numbers_and_samples += [(i, sample) for sample in samples]
+    return numbers_and_samples
+
+
+# ---- Word problems ---------------------------------------------------------------------------------------------------
+
+PEOPLE = "tom nina ali rosa liam mei".split()
+THINGS = "apples books coins cards pens shells".split()
+ACTIONS = [  # (its sentence, the number after it as a function of the number before it and the sentence's own)
+    ("gets {} more", add),
+    ("finds {}", add),
+    ("buys {}", add),
+    ("loses {}", sub),
+    ("eats {}", sub),
+    ("sells {}", sub),
+    ("doubles them", lambda number, _: 2 * number),
+]
+MAX_MIDDLE = 20  # the largest intermediate result
+MAX_NUMBER = 2 * MAX_MIDDLE  # no number in any problem is larger
+
+
+@lru_cache(4096)  # an evaluation asks for the same problems each time
+def word_problem(split: str, index: int) -> dict:
+    """Problem number `index` of a split; the same arguments give the same problem.
+
+    Test problems use pairs of sentences and triples of numbers that no training problem uses."""
+    rng = np.random.default_rng([SPLITS.index(split), 1000, index])
+    while True:
+        i, j = rng.integers(len(ACTIONS), size=2).tolist()
+        a, b, c = rng.integers(1, (13, 10, 10)).tolist()
+        # One pair of sentences in 7 and one triple of numbers in 5 are the test split's.
+        test_pair = (i - j) % len(ACTIONS) == 2
+        test_triple = (a + 2 * b + 3 * c) % 5 == 0
+        if test_pair != (split == "test") or test_triple != (split == "test"):
+            continue
+        first_sentence, first_action = ACTIONS[i]
+        second_sentence, second_action = ACTIONS[j]
+        middle = first_action(a, b)
+        result = second_action(middle, c)
+        if 0 <= middle <= MAX_MIDDLE and 0 <= result:
+            break
+    person = PEOPLE[rng.integers(len(PEOPLE))]
+    thing = THINGS[rng.integers(len(THINGS))]
+    story = f"{person} has {a} {thing} then {first_sentence.format(b)} then {second_sentence.format(c)}"
+    return {"instruction": f"{story} how many", "answer": f"{middle} {result}"}
