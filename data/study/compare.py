@@ -139,14 +139,14 @@ OLD_TASK = ("old task, %", "source_acc")
 RATE = ("learning rate", "lr", "{:g}")
 CHOICES = {
     "top, the most influential by the probe": "top",
-    "gate, by the score of the authors' release": "gate",
+    "gate, by the head score of the authors' released code": "gate",
     "matched, random but evenly spread": "matched",
     "bottom, the least influential by the probe": "bottom",
 }
 
 
-def front_page(runs: Runs) -> str:
-    """Means alone. The second column is of the twins, the others are of the base models."""
+def overview(runs: Runs) -> str:
+    """Means alone. The second column of numbers is of the twins, the others are of the base models."""
     lines = []
     for method in (LORA, VISUAL, SMALL, ALL, HALF, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
         rows = runs.of(method, BASES)
@@ -183,7 +183,7 @@ def without_an_image(runs: Runs) -> str:
         ("questions without an image", "question_without_image_kl", "{:.2f}"),
     ]
     lines = [(method, runs.of(method, BASES)) for method in (LORA, LORA + WITH_REPLAY)]
-    return table("divergence from the base, in nats a token", columns, lines)
+    return table("divergence from the base model, in nats per token", columns, lines)
 
 
 def rates(runs: Runs) -> str:
@@ -223,7 +223,7 @@ def other_tasks(runs: Runs) -> str:
     return table("other tasks", columns, lines, mean)
 
 
-TABLES = (front_page, base_models, twins, without_an_image, rates, heads, other_tasks)
+TABLES = (overview, base_models, twins, without_an_image, rates, heads, other_tasks)
 
 
 def compare(cfg: CompareConfig) -> None:
