@@ -33,10 +33,10 @@ SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were
 
 TUNED = (LORA, VISUAL, SMALL, ALL, HALF)
 
-# The learning rates that were chosen: the lowest whose validation accuracy, in the mean over SEARCH_SEEDS, is within
-# one point of the best. On base models all of GRID was tried; on twins and in referring a part of it. No table shows
-# that part, so its runs are not made anew; they stand in runs.csv for the test of this rule. With replay, after word
-# problems and with other heads, a method keeps its rate.
+# The learning rates that `choose_rate` chose, by the mean validation accuracy over SEARCH_SEEDS. On base models all of
+# GRID was tried; on twins and in referring a part of it. No table shows that part, so its runs are not made anew; they
+# stand in runs.csv for the test of this rule. With replay, after word problems and with other heads, a method keeps its
+# rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 RATES = {LORA: 0.0025, VISUAL: 0.0025, SMALL: 0.0025, ALL: 0.01, HALF: 0.02}
 TWIN_RATES = {LORA: 0.005, VISUAL: 0.005, SMALL: 0.01, ALL: 0.08, HALF: 0.04}
