@@ -86,7 +86,6 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     after_step: is called as after_step(step, model) after each training step, for whoever wants to look."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
-    check_sizes(cfg, model)
     test = screens_and_features(model, "switches", "test", cfg.test_screens)
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)  # they have more targets
     base_metrics, base_answers = measure(cfg, model, test, source_test)
@@ -125,15 +124,6 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     if verbose:
         print_tuned(result)
     return Finetuned(result, model, adapter, base_answers, answers)
-
-
-def check_sizes(cfg: Config, model: TinyVLM) -> None:
-    """ValueError, before anything long runs, if this base model has too few heads or too small a hidden size."""
-    num_heads = model.config.num_hidden_layers * model.config.num_key_value_heads
-    if cfg.num_heads > num_heads:
-        raise ValueError(f"num_heads must be at most {num_heads}, the value heads of {cfg.base}, got {cfg.num_heads}")
-    if cfg.r > model.config.hidden_size:
-        raise ValueError(f"r must be at most {model.config.hidden_size}, the hidden size of {cfg.base}, got {cfg.r}")
 
 
 def training_data(cfg: Config, model: TinyVLM) -> TrainingData:

@@ -159,13 +159,13 @@ def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
         return select_heads(scores, scores.numel(), tau=0)
     if choice == "bottom":
         return select_heads(scores.max() - scores, count, tau=0)
+    highest = select_heads(scores, count, tau=0)
     if choice == "random":
         selected = {}
         for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
             layer, head = divmod(i, heads_in_layer)
             selected.setdefault(layer, []).append(head)
         return selected
-    highest = select_heads(scores, count, tau=0)
     if choice == "matched":
         selected = {}
         for layer, best in highest.items():
