@@ -226,10 +226,6 @@ def print_tuned(result: dict) -> None:
     difference = result["text_logits_max_abs_diff"]
     verdict = "changed" if difference else "identical"
     print(f"text     logits of 256 text-only prompts: {verdict} (max |difference| = {difference:.3g})")
-    if difference:
-        word_problems, questions = result["word_problem_kl"], result["question_without_image_kl"]
-        kinds = f"word problems {word_problems:.2g}, questions without an image {questions:.2g}"
-        print(f"         mean KL divergence from the base, in nats per token: {kinds}")
 
 
 def print_costs(result: dict) -> None:

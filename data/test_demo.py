@@ -284,9 +284,7 @@ def test_the_pictures_of_the_pages_are_those_of_the_demos_run(directory, capsys,
 
 def test_lora_prints_how_far_text_has_moved(directory, capsys):
     assert demo("--method=lora") == 0
-    printed = capsys.readouterr().out
-    assert "changed (max |difference|" in printed
-    assert "mean KL divergence from the base" in printed
+    assert "changed (max |difference|" in capsys.readouterr().out
 
 
 BAD_OPTIONS = ["--method=dora", "--what=1", "extra", "--steps=many", "--steps=0", "--seed=-1", "--lr=nan", "--r=25"]
