@@ -57,12 +57,9 @@ def _flag(name: str) -> str:
 
 
 def make_directory(path: Path) -> None:
-    """ValueError if it cannot be made or written to: it is better to fail now than after training."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ValueError(f"cannot write files into {path} ({error.strerror}); choose another directory") from error
+    """OSError if it cannot be made or written to: it is better to fail now than after training."""
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
 
 
 def write_file(path: Path, content: bytes) -> None:
