@@ -64,7 +64,6 @@ def walk(cfg: WalkConfig) -> None:
     screen, sample, base_click = base_answers[0]
     features = image_features(model.get_image_features, [screen], model.device)
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
-    station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {base_click}")
     show_start(run, load_base(run.base, device), adapter.heads)
     show_update(model, adapter, prompt_batch([sample], features))
     show_decoding(model, adapter, sample, features)
@@ -138,22 +137,17 @@ def queries_keys_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tens
 
 
 def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Tensor) -> None:
-    """How many rows are adapted in each forward pass of an answer."""
+    """How many rows are adapted while the model answers."""
     counts = []
-
-    def begin_pass(module, inputs):
-        counts.append(0)
 
     def count_rows(layer_adapter, inputs):
         (x_vis,) = inputs  # [N, D]
-        counts[-1] += len(x_vis)
+        counts.append(len(x_vis))
 
-    lowest = adapter.layers[str(min(adapter.heads))]
-    hooks = [model.register_forward_pre_hook(begin_pass), lowest.register_forward_pre_hook(count_rows)]
+    hook = adapter.layers[str(min(adapter.heads))].register_forward_pre_hook(count_rows)
     generate_answers(model, [sample], features)
-    for hook in hooks:
-        hook.remove()
-    station("6 decoding", f"rows adapted, by forward pass: {counts}", visual_rows)
+    hook.remove()
+    station("6 decoding", f"rows adapted as the model answers: {counts} (a generated token would add 1)", visual_rows)
 
 
 # ---- Where a head looks ----------------------------------------------------------------------------------------------
