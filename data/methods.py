@@ -149,10 +149,7 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
-    """`count` of the value heads whose scores are [L, H]; choice "all": every head.
-
-    top, gate: those with the highest scores of each layer, spread evenly over the layers. bottom: those with the
-    lowest, spread likewise. matched: random ones, as many in each layer as top. random: any."""
+    """`count` of the value heads whose scores are [L, H]; the choices are those of Method.heads."""
     heads_in_layer = scores.shape[1]
     rng = np.random.default_rng(seed)
     if choice == "all":
