@@ -1,6 +1,5 @@
 """Answers and their score: the task, what else the model can do, and the controls that a score is compared with."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +108,6 @@ def summary(task: str, metrics: dict) -> str:
 # ---- Prompts without an image ----------------------------------------------------------------------------------------
 
 
-@lru_cache
 def text_only_prompts() -> dict[str, Tensor]:
     """input_ids [B, T] of two kinds of prompts: 256 test word problems with their answers, padded on the right; and
     questions for a click on each name, with each verb, but without a screen."""
