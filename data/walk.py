@@ -181,9 +181,7 @@ def show_attention(
 
 def mean_share(model: TinyVLM, answers: list[Answer]) -> Tensor:
     """The share of its attention that each head gives to the targets, [L, H_q]; the mean over questions."""
-    shares = []
-    for answer in answers:
-        shares.append(pictures.share_on(answer.sample["bbox"], attention_maps(model, answer)))
+    shares = [pictures.share_on(answer.sample["bbox"], attention_maps(model, answer)) for answer in answers]
     return torch.stack(shares).mean(0)
 
 
