@@ -15,8 +15,6 @@ import imagelora
 from data.command import option
 from imagelora import Heads, select_heads
 
-# ---- Methods by their names ------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Method:
@@ -72,9 +70,6 @@ def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> n
     return None
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
-
-
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
@@ -128,9 +123,6 @@ class LoRA(nn.Module):
             yield
         finally:
             self.enabled = True
-
-
-# ---- Heads -----------------------------------------------------------------------------------------------------------
 
 
 def gate_scores(model, batches: list[dict]) -> Tensor:

@@ -150,9 +150,6 @@ def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Te
     station("6 decoding", f"rows adapted as the model answers: {counts} (a generated token would add 1)", visual_rows)
 
 
-# ---- Where a head looks ----------------------------------------------------------------------------------------------
-
-
 def show_attention(
     model: TinyVLM, adapter: ImageLoRA, base_answers: list[Answer], answers: list[Answer], path: Path
 ) -> None:
