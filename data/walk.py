@@ -24,8 +24,6 @@ from data.prompts import prompt_batch, training_batch
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
-NUM_QUESTIONS = 100  # that attention is averaged over, at most
-
 
 @dataclass(frozen=True)
 class WalkConfig:
@@ -154,7 +152,7 @@ def show_attention(
     model: TinyVLM, adapter: ImageLoRA, base_answers: list[Answer], answers: list[Answer], path: Path
 ) -> None:
     """Find the head that has turned to the targets the most, and draw where it looks for four of the answers."""
-    questions = answers[:NUM_QUESTIONS]
+    questions = answers[:100]  # enough for a mean
     shares = mean_share(model, questions)
     with adapter.disabled():
         base_shares = mean_share(model, questions)
