@@ -138,9 +138,7 @@ def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
 
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, verbose=False, after_step=None) -> None:
-    """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
-
-    verbose: whether to show a bar with the loss. after_step: as in `finetune`."""
+    """Train the adapter with AdamW. FloatingPointError if the loss is not finite."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
     groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
