@@ -86,7 +86,6 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     after_step: is called as after_step(step, model) after each training step, for whoever wants to look."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
-    check_sizes(cfg, model)
     test = screens_and_features(model, "switches", "test", cfg.test_screens)
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)  # they have more targets
     base_metrics, base_answers = measure(cfg, model, test, source_test)
@@ -127,15 +126,6 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     return Finetuned(result, model, adapter, base_answers, answers)
 
 
-def check_sizes(cfg: Config, model: TinyVLM) -> None:
-    """ValueError, before anything long runs, if this base model has too few heads or too small a hidden size."""
-    num_heads = model.config.num_hidden_layers * model.config.num_key_value_heads
-    if cfg.num_heads > num_heads:
-        raise ValueError(f"num_heads must be at most {num_heads}, the value heads of {cfg.base}, got {cfg.num_heads}")
-    if cfg.r > model.config.hidden_size:
-        raise ValueError(f"r must be at most {model.config.hidden_size}, the hidden size of {cfg.base}, got {cfg.r}")
-
-
 def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
     """The training screens with switches and, if there is replay, as many source screens.
 
@@ -148,9 +138,7 @@ def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
 
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, verbose=False, after_step=None) -> None:
-    """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
-
-    verbose: whether to show a bar with the loss. after_step: as in `finetune`."""
+    """Train the adapter with AdamW. FloatingPointError if the loss is not finite."""
     gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
     others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
     groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
@@ -236,10 +224,6 @@ def print_tuned(result: dict) -> None:
     difference = result["text_logits_max_abs_diff"]
     verdict = "changed" if difference else "identical"
     print(f"text     logits of 256 text-only prompts: {verdict} (max |difference| = {difference:.3g})")
-    if difference:
-        word_problems, questions = result["word_problem_kl"], result["question_without_image_kl"]
-        kinds = f"word problems {word_problems:.2g}, questions without an image {questions:.2g}"
-        print(f"         mean KL divergence from the base, in nats per token: {kinds}")
 
 
 def print_costs(result: dict) -> None:

@@ -30,14 +30,14 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
             kind = {"action": "store_true"}
         else:
             kind = {"type": float if f.default is None else type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument(_flag(f.name), default=f.default, help=help_text, **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help_text, **kind)
     options = parser.parse_args(arguments)
     for f in fields(settings_class):
         value, least = getattr(options, f.name), f.metadata["least"]
         if value is None or least is None:
             continue
         if not least <= value < 2**63:
-            parser.error(f"argument {_flag(f.name)}: must be finite and at least {least}, got {value}")
+            parser.error(f"{f.name} must be finite and at least {least}, got {value}")
     try:
         job(settings_class(**vars(options)))
     except KeyboardInterrupt:
@@ -52,17 +52,10 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
     return 0
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def make_directory(path: Path) -> None:
-    """ValueError if it cannot be made or written to: it is better to fail now than after training."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ValueError(f"cannot write files into {path} ({error.strerror}); choose another directory") from error
+    """OSError if it cannot be made or written to: it is better to fail now than after training."""
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -49,27 +49,6 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
     return flops
 
 
-def lora_costs(shape: Shape, num_tokens: int, r: int, projections: str = "qkvo") -> tuple[int, int]:
-    """(Parameters, training FLOPs over so many tokens) of LoRA on these projections of every layer."""
-    D = shape.hidden_size
-    q, kv = shape.query_heads * shape.head_dim, shape.value_heads * shape.head_dim
-    sizes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
-    parameters = flops = 0
-    for layer in range(shape.num_layers):
-        for projection in projections:
-            parameters += r * sum(sizes[projection])
-            input_grad = layer > 0 or projection == "o"  # the lowest q, k and v read frozen embeddings
-            flops += lora_flops(num_tokens, *sizes[projection], r, input_grad)
-    return parameters, flops
-
-
-def image_lora_costs(shape: Shape, num_visual_tokens: int, r: int, heads: Heads) -> tuple[int, int]:
-    """(Parameters, training FLOPs over so many visual tokens) of Image-LoRA in these heads."""
-    num_heads = sum(len(selected) for selected in heads.values())
-    parameters = len(heads) * (shape.hidden_size * r + 1) + num_heads * r * shape.head_dim
-    return parameters, image_lora_flops(num_visual_tokens, shape.hidden_size, shape.head_dim, heads, r)
-
-
 def decoder_flops(shape: Shape, num_tokens: int) -> int:
     """FLOPs of a decoder's training step: its layers forward and back to their inputs, as its weights are frozen."""
     heads = 2 * shape.query_heads + 2 * shape.value_heads  # of q, o, k and v
@@ -81,12 +60,22 @@ def decoder_flops(shape: Shape, num_tokens: int) -> int:
 
 def method_costs(settings: Method, shape: Shape, num_tokens: int, num_visual: int, heads: Heads) -> tuple[int, int]:
     """(Parameters, training FLOPs) of a method on a batch of so many tokens; heads: those of Image-LoRA."""
+    D = shape.hidden_size
+    parameters = flops = 0
     if settings.method == "image_lora":
-        return image_lora_costs(shape, num_visual, settings.r, heads)
+        num_heads = sum(len(selected) for selected in heads.values())
+        parameters = len(heads) * (D * settings.r + 1) + num_heads * settings.r * shape.head_dim
+        flops = image_lora_flops(num_visual, D, shape.head_dim, heads, settings.r)
     if settings.method == "lora":
+        q, kv = shape.query_heads * shape.head_dim, shape.value_heads * shape.head_dim
+        sizes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
         num_adapted = num_visual if settings.tokens == "visual" else num_tokens
-        return lora_costs(shape, num_adapted, settings.r, settings.projections)
-    return 0, 0
+        for layer in range(shape.num_layers):
+            for projection in settings.projections:
+                parameters += settings.r * sum(sizes[projection])
+                input_grad = layer > 0 or projection == "o"  # the lowest q, k and v read frozen embeddings
+                flops += lora_flops(num_adapted, *sizes[projection], settings.r, input_grad)
+    return parameters, flops
 
 
 def print_costs() -> None:

@@ -1,6 +1,5 @@
 """Answers and their score: the task, what else the model can do, and the controls that a score is compared with."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +93,17 @@ def measure(cfg, model, test: tuple, source_test: tuple) -> tuple[dict, list[Ans
     return metrics, answers
 
 
+def measure_controls(cfg, model) -> dict:
+    """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
+    switches erased."""
+    base = load_base(cfg.base, model.device)
+    whole = screens_and_features(base, "switches", "test", cfg.test_screens)
+    reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
+    erased = screens_and_features(base, "switches", "test", cfg.test_screens, erased=True)
+    metrics, _ = evaluate(model, *erased, history=cfg.history)
+    return {"reworded_acc": reworded["task_acc"], "erased_acc": metrics["task_acc"]}
+
+
 def summary(task: str, metrics: dict) -> str:
     """What `measure` has found, in two lines: the task; then the old task and word problems."""
     if task == "referring":
@@ -109,7 +119,6 @@ def summary(task: str, metrics: dict) -> str:
 # ---- Prompts without an image ----------------------------------------------------------------------------------------
 
 
-@lru_cache
 def text_only_prompts() -> dict[str, Tensor]:
     """input_ids [B, T] of two kinds of prompts: 256 test word problems with their answers, padded on the right; and
     questions for a click on each name, with each verb, but without a screen."""
@@ -144,17 +153,3 @@ def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     base_log_probs = base_logits.log_softmax(-1)
     log_probs = logits.log_softmax(-1)
     return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)
-
-
-# ---- Controls: what a click gets from the frozen base, and without its switch ----------------------------------------
-
-
-def measure_controls(cfg, model) -> dict:
-    """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
-    switches erased."""
-    base = load_base(cfg.base, model.device)
-    whole = screens_and_features(base, "switches", "test", cfg.test_screens)
-    reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
-    erased = screens_and_features(base, "switches", "test", cfg.test_screens, erased=True)
-    metrics, _ = evaluate(model, *erased, history=cfg.history)
-    return {"reworded_acc": reworded["task_acc"], "erased_acc": metrics["task_acc"]}

@@ -15,8 +15,6 @@ import imagelora
 from data.command import option
 from imagelora import Heads, select_heads
 
-# ---- Methods by their names ------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Method:
@@ -70,9 +68,6 @@ def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> n
         visual_only = settings.tokens == "visual"
         return LoRA(model, settings.r, 2 * settings.r, settings.projections, visual_only)
     return None
-
-
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
 class LoRA(nn.Module):
@@ -130,9 +125,6 @@ class LoRA(nn.Module):
             self.enabled = True
 
 
-# ---- Heads -----------------------------------------------------------------------------------------------------------
-
-
 def gate_scores(model, batches: list[dict]) -> Tensor:
     """The score of the authors' release: the squared gradient of a gate on a head's values, [L, H].
 
@@ -149,23 +141,20 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
-    """`count` of the value heads whose scores are [L, H]; choice "all": every head.
-
-    top, gate: those with the highest scores of each layer, spread evenly over the layers. bottom: those with the
-    lowest, spread likewise. matched: random ones, as many in each layer as top. random: any."""
+    """`count` of the value heads whose scores are [L, H]; the choices are those of Method.heads."""
     heads_in_layer = scores.shape[1]
     rng = np.random.default_rng(seed)
     if choice == "all":
         return select_heads(scores, scores.numel(), tau=0)
     if choice == "bottom":
         return select_heads(scores.max() - scores, count, tau=0)
+    highest = select_heads(scores, count, tau=0)
     if choice == "random":
         selected = {}
         for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
             layer, head = divmod(i, heads_in_layer)
             selected.setdefault(layer, []).append(head)
         return selected
-    highest = select_heads(scores, count, tau=0)
     if choice == "matched":
         selected = {}
         for layer, best in highest.items():

@@ -130,11 +130,9 @@ def moving_picture(film: list) -> list[Image.Image]:
     return frames
 
 
-def attention_picture(columns: list[tuple], head: str) -> Image.Image:
-    """Where a head looks: columns of (base answer, answer, base weights, weights), its attention to visual tokens [P].
-
-    head: its name."""
-    before = f"Before fine-tuning: where {head} looks (bright), and how much of its attention is on the target"
+def attention_picture(columns: list[tuple], head_name: str) -> Image.Image:
+    """Where a head looks. columns: (base answer, answer, base weights, weights), its attention to visual tokens [P]."""
+    before = f"Before fine-tuning: where {head_name} looks (bright), and how much of its attention is on the target"
     titles = before, "After fine-tuning", "The clicks"
     page = Page(3, len(columns), titles)
     for column, (base_answer, answer, base_weights, weights) in enumerate(columns):

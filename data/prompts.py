@@ -81,9 +81,7 @@ class TrainingData(NamedTuple):
 
 
 def training_batch(cfg, data: TrainingData, index: int) -> dict:
-    """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
-
-    The probe takes the first ones."""
+    """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D]."""
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
     features = data.features[picks]

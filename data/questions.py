@@ -66,9 +66,7 @@ def description(screen: Screen, element: Element, by_colour=False) -> str:
 
 
 def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> dict:
-    """Asks for a click: a sample with ScreenSpot's fields (bbox, instruction, data_type) and the `answer` to train on.
-
-    by_colour: as in `description`."""
+    """Asks for a click: a sample with ScreenSpot's fields (bbox, instruction, data_type) and an `answer`."""
     name = description(screen, element, by_colour)
     return {
         "bbox": element.click,

@@ -24,8 +24,6 @@ from data.prompts import prompt_batch, training_batch
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
-NUM_QUESTIONS = 100  # that attention is averaged over, at most
-
 
 @dataclass(frozen=True)
 class WalkConfig:
@@ -64,7 +62,6 @@ def walk(cfg: WalkConfig) -> None:
     screen, sample, base_click = base_answers[0]
     features = image_features(model.get_image_features, [screen], model.device)
     station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
-    station("", f"a click in the box {sample['bbox']} is correct; the base model clicks {base_click}")
     show_start(run, load_base(run.base, device), adapter.heads)
     show_update(model, adapter, prompt_batch([sample], features))
     show_decoding(model, adapter, sample, features)
@@ -138,32 +135,24 @@ def queries_keys_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tens
 
 
 def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Tensor) -> None:
-    """How many rows are adapted in each forward pass of an answer."""
+    """How many rows are adapted while the model answers."""
     counts = []
-
-    def begin_pass(module, inputs):
-        counts.append(0)
 
     def count_rows(layer_adapter, inputs):
         (x_vis,) = inputs  # [N, D]
-        counts[-1] += len(x_vis)
+        counts.append(len(x_vis))
 
-    lowest = adapter.layers[str(min(adapter.heads))]
-    hooks = [model.register_forward_pre_hook(begin_pass), lowest.register_forward_pre_hook(count_rows)]
+    hook = adapter.layers[str(min(adapter.heads))].register_forward_pre_hook(count_rows)
     generate_answers(model, [sample], features)
-    for hook in hooks:
-        hook.remove()
-    station("6 decoding", f"rows adapted, by forward pass: {counts}", visual_rows)
-
-
-# ---- Where a head looks ----------------------------------------------------------------------------------------------
+    hook.remove()
+    station("6 decoding", f"rows adapted as the model answers: {counts} (a generated token would add 1)", visual_rows)
 
 
 def show_attention(
     model: TinyVLM, adapter: ImageLoRA, base_answers: list[Answer], answers: list[Answer], path: Path
 ) -> None:
     """Find the head that has turned to the targets the most, and draw where it looks for four of the answers."""
-    questions = answers[:NUM_QUESTIONS]
+    questions = answers[:100]  # enough for a mean
     shares = mean_share(model, questions)
     with adapter.disabled():
         base_shares = mean_share(model, questions)
@@ -187,9 +176,7 @@ def show_attention(
 
 def mean_share(model: TinyVLM, answers: list[Answer]) -> Tensor:
     """The share of its attention that each head gives to the targets, [L, H_q]; the mean over questions."""
-    shares = []
-    for answer in answers:
-        shares.append(pictures.share_on(answer.sample["bbox"], attention_maps(model, answer)))
+    shares = [pictures.share_on(answer.sample["bbox"], attention_maps(model, answer)) for answer in answers]
     return torch.stack(shares).mean(0)
 
 

@@ -8,7 +8,6 @@ The base models that the runs need are made by data.study.pretrain.
 
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -101,14 +100,10 @@ class Runs:
             if not base_path(cfg.base).exists():
                 raise ValueError(f"there is no {cfg.base}; first make it by data.study.pretrain, as its page says")
         make_directory(self.path.parent)
-        for row in tqdm(self.pool.imap_unordered(run, missing), "runs", len(missing)):
-            self.rows[key(row)] = {name: row.get(name, "") for name in SETTINGS + MEASURES}
-            write_runs(self.path, [*self.rows.values()])
-
-    @cached_property
-    def pool(self):
-        """The processes. They start with the first run that is missing."""
-        return get_context("spawn").Pool(self.cfg.workers, torch.set_num_threads, (1,))
+        with get_context("spawn").Pool(self.cfg.workers, torch.set_num_threads, (1,)) as pool:
+            for row in tqdm(pool.imap_unordered(run, missing), "runs", len(missing)):
+                self.rows[key(row)] = {name: row.get(name, "") for name in SETTINGS + MEASURES}
+                write_runs(self.path, [*self.rows.values()])
 
 
 def key(row: dict) -> tuple:

@@ -71,8 +71,6 @@ def markdown(header: tuple, *rows: tuple) -> str:
 
 
 def choose_rate(accuracies: dict[float, float]) -> float:
-    """The lowest learning rate whose accuracy is within one point of the best: one run cannot tell a point from noise.
-
-    accuracies: {rate: accuracy on validation screens}."""
+    """The lowest rate whose accuracy is within one point of the best: one run cannot tell a point from noise."""
     best = max(accuracies.values())
     return min(rate for rate in accuracies if accuracies[rate] >= best - 0.01)

@@ -1,6 +1,7 @@
 """The evidence: how the base is made, that runs are kept, and that the pages show what the comparison prints."""
 
 import json
+import multiprocessing.dummy
 import re
 import shlex
 from pathlib import Path
@@ -32,12 +33,6 @@ COMMANDS = {  # those that have options
     "-m data.study.pretrain": pretrain.PretrainConfig,
     "-m data.study.smollm": smollm.SmolConfig,
 }
-
-
-class SerialPool:
-    """A pool that runs everything in this process."""
-
-    imap_unordered = map
 
 
 @pytest.fixture
@@ -107,14 +102,12 @@ def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkey
     monkeypatch.setattr(compare, "REWORDED_SCREENS", 2)
     cfg = compare.CompareConfig(runs=str(tmp_path / "new" / "runs.csv"))
     shipped = {1: "data/tiny_vlm.pt"}
-    runs = compare.Runs(cfg)
-    runs.pool = SerialPool()
-    made = runs.of(NOTHING, shipped, task="referring", steps=1, test_screens=2)
+    monkeypatch.setattr(compare, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
+    made = compare.Runs(cfg).of(NOTHING, shipped, task="referring", steps=1, test_screens=2)
     assert made[0]["task"] == "referring"
     assert made[0]["task_acc"] < 0.5 < made[0]["reworded_acc"]
-    found = compare.Runs(cfg)
-    found.pool = None  # nothing can run
-    assert found.of(NOTHING, shipped, task="referring") == made
+    monkeypatch.setattr(compare, "run", None)  # nothing can run
+    assert compare.Runs(cfg).of(NOTHING, shipped, task="referring") == made
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["runs.csv"]
 
 
