@@ -53,9 +53,12 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
 
 
 def make_directory(path: Path) -> None:
-    """OSError if it cannot be made or written to: it is better to fail now than after training."""
-    path.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
+    """ValueError if it cannot be made or written to: it is better to fail now than after training."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"cannot write files into {path} ({error.strerror}); choose another directory") from error
 
 
 def write_file(path: Path, content: bytes) -> None:
