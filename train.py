@@ -5,7 +5,7 @@ python train.py --method lora    the same with standard LoRA (q, k, v, o, all to
 
 Image-LoRA is imagelora.py. LoRA is in data/methods.py, with the names and settings of all methods that are compared.
 
-python -m data.walk              then a guided walk: one question through every step, tensor by tensor
+python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
 python -m data.study.compare     every method on several base models, and the tables of the pages
 """
@@ -52,7 +52,7 @@ class Config(Method):
     lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", least=0)
     steps: int = option(500, "training steps", least=1)
     history: int = option(0, "word problems before each screen: longer text, same image", least=0)
-    test_screens: int = option(100, "test screens of the task, and half as many of the old task", least=1)
+    test_screens: int = option(100, "test screens of the task, and about half as many of the old task", least=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
     out: str = option("runs/switches", "output directory")
@@ -87,7 +87,9 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
     test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)  # they have more targets
+    source_test = screens_and_features(
+        model, "source", "test", cfg.test_screens // 2 + 1
+    )  # a source screen has more targets
     base_metrics, base_answers = measure(cfg, model, test, source_test)
     base_logits = text_only_logits(model)
     if verbose:
@@ -154,8 +156,8 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
             group["lr"] = lr * group["scale"]
 
         # 8 random screens, and five questions about each in one sequence (data/prompts.py, training_batch): input_ids
-        # and labels [B, T], and image_features [B, P, D], what the vision tower has made of the screens. The first
-        # PROBE_BATCHES batches were the probe's.
+        # and labels [B, T], and image_features [B, P, D], what the vision tower has made of the screens. Training
+        # begins after the PROBE_BATCHES that the probe has seen.
         batch = training_batch(cfg, data, prompts.PROBE_BATCHES + step)
 
         # The loss is the cross-entropy of the answers.
@@ -165,7 +167,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr than {cfg.lr}")
 
-        # Gradients flow down to the lowest adapter, but only the adapter's parameters receive them and change.
+        # Gradients flow down to the lowest adapted layer, but only the adapter's parameters keep them and change.
         optimizer.zero_grad()
         output.loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)

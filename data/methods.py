@@ -60,7 +60,7 @@ METHODS |= {name + WITH_REPLAY: METHODS[name] | {"replay": 1} for name in METHOD
 def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> nn.Module | None:
     """Freeze the model and add the adapter of this method; None if it trains nothing. heads: those of Image-LoRA.
 
-    seed: for the initial A, which so does not depend on the random numbers that were drawn before."""
+    seed: for the initial A, so that A does not depend on the random numbers that were drawn before."""
     torch.manual_seed(seed)
     if settings.method == "image_lora":
         return imagelora.attach(model, settings.r, 2 * settings.r, heads)
@@ -74,7 +74,7 @@ class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
     projections: some of q, k, v, o, gate, up and down; a text is read as its letters. visual_only: only visual tokens
-    are adapted. As in Image-LoRA, A and B are float32, and the update is computed in float32."""
+    are adapted. As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on."""
 
     def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", visual_only: bool = False):
         super().__init__()
@@ -128,7 +128,7 @@ class LoRA(nn.Module):
 def gate_scores(model, batches: list[dict]) -> Tensor:
     """The score of the authors' release: the squared gradient of a gate on a head's values, [L, H].
 
-    The mean over batches, arguments of the model with labels."""
+    The mean over batches; each holds the model's arguments, with labels."""
     # With a gate g, g V(h) in place of V(h), dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h) at g = 1.
     layers = model.language_model.layers
     weights = [layer.self_attn.v_proj.weight for layer in layers]  # of [H * d_h, D]
@@ -141,7 +141,9 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
-    """`count` of the value heads whose scores are [L, H]; the choices are those of Method.heads."""
+    """Chooses `count` value heads by their scores [L, H]; the choices are those of Method.heads.
+
+    With tau = 0 they are spread evenly over the layers."""
     heads_in_layer = scores.shape[1]
     rng = np.random.default_rng(seed)
     if choice == "all":

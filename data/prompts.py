@@ -16,8 +16,8 @@ from data.questions import random_samples, word_problem
 from data.screens import Screen
 from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
 
-PROBE_BATCHES = 16  # of training data; each has its own random A, so more batches mean less noise
-TRAIN_SCREENS = 2048  # at most, which a run draws its batches from
+PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
+TRAIN_SCREENS = 2048  # a run draws its batches from at most this many
 SCREENS_PER_STEP = 8  # sequences of a training step, one for each screen
 QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
@@ -88,14 +88,14 @@ def training_batch(cfg, data: TrainingData, index: int) -> dict:
     refer = float(cfg.task == "referring")
     samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
 
-    # History: word problems before each screen, with their answers, which are not learned.
+    # History: word problems before each screen, with their answers, which have no labels.
     prefixes = []
-    for sequence in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):
-        problems = [word_problem("train", sequence * cfg.history + k) for k in range(cfg.history)]
+    for number in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):  # of the sequence in the run
+        problems = [word_problem("train", number * cfg.history + k) for k in range(cfg.history)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
 
-    # Replay: what the base was asked before, in place of the new task. The probe's batches hold none, so the same
-    # heads are selected with or without it.
+    # Replay: the first sequences hold what the base was asked before, in place of the new task. The probe's batches
+    # hold none, so the same heads are selected with or without it.
     num_replayed = cfg.replay if index >= PROBE_BATCHES else 0
     for sequence in range(num_replayed):
         pick = rng.integers(len(data.source_screens))

@@ -82,7 +82,7 @@ def referring_sample(element: Element) -> dict:
 
 
 def at_the_left(sample: dict) -> dict:
-    """The question for the name at a place, asked about the left end of the same line, where the name stands."""
+    """The same question about the left end of the line: the name is there, and the switch is not."""
     return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
 
 
@@ -90,7 +90,7 @@ def at_the_left(sample: dict) -> dict:
 
 
 def right_neighbour(screen: Screen, element: Element) -> Element | None:
-    """The nearest element that begins right of this one and shares half the height of the lower of the two."""
+    """The nearest element that begins right of this one, and overlaps it by half the height of the less tall one."""
     _, top, right, bottom = element.bbox
     candidates = []
     for other in screen.elements:
@@ -113,7 +113,7 @@ def relation_samples(screen: Screen) -> list[dict]:
 
 
 def neighbour_samples(screen: Screen, rng) -> list[dict]:
-    """The same, and where each of these neighbours is; in random order."""
+    """Those of `relation_samples`, and clicks on the same neighbours, in random order."""
     samples = relation_samples(screen)
     for target in screen.targets():
         neighbour = right_neighbour(screen, target)
@@ -150,7 +150,8 @@ def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0,
 
 
 def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked for once, or what is right of it: (number of the screen, sample)."""
+    """Every target of every screen asked for once, as pairs (number of the screen, sample). In the task relations, the
+    question is what is right of the target."""
     rng = np.random.default_rng(0)
     numbers_and_samples = []
     for i, screen in enumerate(screens):
@@ -168,7 +169,7 @@ def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict
 
 PEOPLE = "tom nina ali rosa liam mei".split()
 THINGS = "apples books coins cards pens shells".split()
-ACTIONS = [  # (its sentence, the number after it as a function of the number before it and the sentence's own)
+ACTIONS = [  # (sentence, f): f(the number so far, the number in the sentence) is the new number
     ("gets {} more", add),
     ("finds {}", add),
     ("buys {}", add),
