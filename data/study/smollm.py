@@ -408,8 +408,8 @@ BASE = [  # title of a column, measure, and the layout of a number where it is n
 FRONT_PAGE = [
     ("parameters", "parameters", "{:,.0f}"),
     ("switches clicked, %", "task_acc"),
-    ("perplexity of English without an image", "perplexity", "{:.1f}"),
-    ("perplexity of English after an image", "perplexity_after_screen", "{:.1f}"),
+    ("divergence of English without an image", "divergence", "{:.2f}"),
+    ("divergence of English after an image", "divergence_after_screen", "{:.2f}"),
     ("old task, %", "source_acc"),
 ]
 CLICKS = [
@@ -448,7 +448,11 @@ def print_tables(runs: list[dict], base: dict) -> None:
         of_method = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
         if of_method:
             rows.append((method, of_method))
-    print(table("SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] not in (HALF, SPREAD)], mean))
+    print(
+        table(
+            "SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] not in (NOTHING, HALF, SPREAD)], mean
+        )
+    )
     print(table("before fine-tuning", BASE, [("base model", [base])]))
     print(table("SmolLM2, fine-tuned with", CLICKS, rows))
     print(table("English", ENGLISH, rows))

