@@ -1,8 +1,8 @@
 """Image-LoRA: low-rank updates of the attention values of visual tokens, in selected heads (arXiv 2512.19219).
 
-    V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for each selected head h of a layer (section 3)
+    V~(h) = X W_V(h) + gamma * (alpha / r) * 1/sqrt|S| * M X A B(h)    for each selected head h (section 3 of the paper)
 
-X is the input of the layer's v_proj, and W_V is its frozen weight. S is the set of selected heads. M = diag(1[token is
+X is the input of a layer's v_proj, W_V is its frozen weight, and S is the set of selected heads. M = diag(1[token is
 visual]) keeps the rows of visual tokens and sets all others to zero. For the same X, the queries, the keys, the values
 of text tokens and those of other heads stay what they were. Without an image the output is the base model's, exactly.
 
@@ -12,16 +12,16 @@ of text tokens and those of other heads stay what they were. Without an image th
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
 
 A worked example. There are three tokens with two features each, and token 1 is visual. There are two heads of size 1,
-head 1 is adapted, and the scale is 1. So x_vis A = [3, 4] [1, 2]^T = 11, and times B(1) = 0.1 this is 1.1. It is added
+head 1 is adapted, and the scale is 1. So x_vis A = [3, 4] [1, 2]^T = 11, and times B(1) = 0.5 this is 5.5. It is added
 to the value of token 1 in head 1, and nowhere else:
 
     >>> adapter = ValueAdapter(hidden_size=2, head_dim=1, num_kv_heads=2, heads=[1], r=1, lora_alpha=1)
     >>> _ = adapter.A.data.copy_(torch.tensor([[1.0], [2.0]]))
-    >>> _ = adapter.B.data.fill_(0.1)
+    >>> _ = adapter.B.data.fill_(0.5)
     >>> x = torch.tensor([[[1.0, 1.0], [3.0, 4.0], [5.0, 5.0]]])    # one sequence, T = 3, D = 2
     >>> value = torch.zeros(1, 3, 2)                                # what v_proj made of x: H * d_h = 2
     >>> adapter.add_update(x, value, rows=torch.tensor([1])).tolist()
-    [[[0.0, 0.0], [0.0, 1.100000023841858], [0.0, 0.0]]]
+    [[[0.0, 0.0], [0.0, 5.5], [0.0, 0.0]]]
 
 Shapes: B sequences (the matrix B is LoRA's), T tokens in each, N visual tokens in the batch, D hidden size, H value
 heads of a layer (the KV heads under grouped-query attention), d_h their size, |S| selected heads, r rank, L layers.
@@ -31,7 +31,8 @@ import io
 import os
 import warnings
 import zipfile
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,8 @@ class ValueAdapter(nn.Module):
         self.scaling = lora_alpha / r
         if normalize:
             self.scaling /= len(heads) ** 0.5
-        # S, [|S|]. A buffer, so that a state_dict says which heads its B belongs to.
+        # S, [|S|]. A buffer, so that a state_dict says which heads its B belongs to. Here and below, new tensors are
+        # told their device and type, because whoever loads the model may have changed torch's defaults.
         self.register_buffer("heads", torch.tensor(heads, device="cpu"))
         # A is uniform in +-1/sqrt(D), as in PEFT's LoRA. Drawn on the CPU, so that a seed gives the same A everywhere.
         A = torch.empty(hidden_size, r, dtype=torch.float32, device="cpu")
@@ -62,8 +64,7 @@ class ValueAdapter(nn.Module):
         B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device="cpu")
         self.A = nn.Parameter(A)  # [D, r], shared by the selected heads: it reads a token once for all of them
         self.B = nn.Parameter(B)  # [|S|, r, d_h], one for each: it writes what this head passes on
-        # Starts at 1, because a small gamma would shrink the effect of every step of B. Its shape is [1], because FSDP
-        # cannot shard a scalar.
+        # Starts at 1, because a small gamma would shrink each step of B. Shape [1], because FSDP cannot shard a scalar.
         self.gamma = nn.Parameter(B.new_ones(1))
 
     def forward(self, x_vis: Tensor) -> Tensor:
@@ -80,39 +81,14 @@ class ValueAdapter(nn.Module):
         M X is a gather of these rows, so nothing is computed for text tokens. If no row is visual, the values stay as
         they are, and gradients are zero rather than None: data-parallel training waits for all of them."""
         H, d_h = self.num_kv_heads, self.B.shape[2]
-        if value.shape[-1] != H * d_h:
-            got = f"v_proj gave {value.shape[-1]} features instead of {H} heads of {d_h}"
-            raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
-        # M X without its zero rows
-        x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D]
+        _check_width(value, H, d_h)
+        x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D], M X without its zero rows
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
-        # V~(h) = X W_V(h) + delta(h). Seen as [B * T * H, d_h], head h of token n is row n * H + h of the values.
-        head_rows = (rows[:, None] * H + self.heads).flatten()  # [N * |S|]
-        by_head = value.reshape(-1, d_h)  # [B * T * H, d_h]
-        return by_head.index_add(0, head_rows, delta.view(-1, d_h)).view_as(value)
-
-    def _apply(self, fn, recurse=True):
-        def convert(tensor):
-            new = fn(tensor)
-            if not tensor.is_floating_point():  # the heads, which to_empty() and the meta device would forget
-                return tensor if new.is_meta else tensor.to(new.device)
-            # .half() leaves A, B and gamma in float32, because in 16 bits small steps would round to nothing.
-            return tensor.to(new.device) if new.element_size() < 4 else new
-
-        return super()._apply(convert, recurse)
-
-    # accelerate puts a model on the meta device, and then takes each entry of its state_dict for a parameter to shard.
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.A.is_meta:
-            del destination[f"{prefix}heads"]
-
-    def _load_from_state_dict(self, state_dict, prefix, *others):
-        if self.A.is_meta:
-            state_dict.setdefault(f"{prefix}heads", self.heads)
-        if f"{prefix}heads" in state_dict:  # rounded, because an average of state_dicts can hold 2.9999998
-            state_dict[f"{prefix}heads"] = state_dict[f"{prefix}heads"].round()
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        # V~(h) = X W_V(h) + delta(h). The values hold a vector of size d_h for each token n and head h. It is row
+        # n * H + h of [B * T * H, d_h]. (index_put would take n and h as they are, but on a GPU it sorts them.)
+        vectors = value.reshape(-1, d_h)  # [B * T * H, d_h]
+        targets = rows[:, None] * H + self.heads  # [N, |S|]
+        return vectors.index_add(0, targets.flatten(), delta.view(-1, d_h)).view_as(value)
 
 
 class ImageLoRA(nn.Module):
@@ -128,97 +104,331 @@ class ImageLoRA(nn.Module):
     If `model` is PEFT's wrapper, the base is frozen already, and what PEFT has added stays trainable. To train both,
     give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
 
-    def __init__(self, model, r=8, lora_alpha=16, heads=None, normalize=True, train_gamma=True):
+    def __init__(
+        self,
+        model: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 16,
+        heads: Heads | None = None,
+        normalize: bool = True,
+        train_gamma: bool = True,
+    ):
         super().__init__()
-        frozen_by_peft = hasattr(model, "get_base_model")
-        model, decoder, image_token_ids = _checked_model(model)
-        D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-        if type(r) is not int or not 1 <= r <= D:
-            raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
-        if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
-            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
-        self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
+        base, decoder, image_token_ids = _checked_model(model)
+        _check_rank_and_alpha(r, lora_alpha, decoder)
         self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
-        self.model_name = getattr(model.config, "_name_or_path", type(model).__name__)
+        self.model_name = getattr(base.config, "_name_or_path", type(base).__name__)
+        self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
         self.layers = nn.ModuleDict()
         adapted = {}  # {decoder layer: its ValueAdapter}
         for layer, selected in _checked_heads(heads, self.head_counts).items():
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
-            adapter = ValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(_device(attention.v_proj))
+            adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(_device(attention.v_proj))
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
             adapted[decoder[layer]] = adapter
-        # The model changes only from here on. At each call, Calls finds the visual rows, and adapters add to them.
-        self._calls = Calls(model, image_token_ids, adapted)
-        self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        if not frozen_by_peft:
-            model.requires_grad_(False)
-        model.image_lora = self  # after it was frozen, because this makes the adapter a part of the model
+        # The model changes only from here on. At each call the tracker finds the visual rows, and adapters add to them.
+        self._tracker = CallTracker(base, image_token_ids, adapted)
+        self._requires_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+        if model is base:  # otherwise PEFT has frozen it
+            base.requires_grad_(False)
+        base.image_lora = self  # after it was frozen, because this makes the adapter a part of the model
 
     @property
     def heads(self) -> Heads:
         return {int(layer): adapter.heads.tolist() for layer, adapter in self.layers.items()}
 
-    def disabled(self):
-        """A context in which the model is the base model again, for this thread or coroutine."""
-        return self._calls.override(disabled=True)
+    def disabled(self) -> AbstractContextManager:
+        """A context in which the model is the base model again, for this thread or coroutine. In a generator, enter it
+        around each call of the model, not around a `yield`, because the caller would be inside of it, too."""
+        return self._tracker.override("disabled", True)
 
-    def visual_mask(self, mask: Tensor):
-        """A context in which calls without input_ids take M from this bool mask [B, T], True where it is visual."""
-        return self._calls.override(mask=mask)
+    def visual_mask(self, mask: Tensor) -> AbstractContextManager:
+        """A context in which calls without input_ids take M from a bool mask [B, T], True where a token is visual."""
+        return self._tracker.override("mask", mask)
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
-        model = self._calls.model
-        for hook in self._calls.hooks:
-            hook.remove()
+        model = self._tracker.model
+        self._tracker.remove_hooks()
         del model.image_lora
-        del self._calls  # so that disabled() fails from now on, and the adapter does not keep the model in memory
+        del self._tracker  # so that disabled() fails from now on, and the adapter does not keep the model in memory
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         return model
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
-        layers = {}
-        for layer, adapter in self.layers.items():
-            tensors = adapter.state_dict()  # parameters() may be FSDP2's copies in 16 bits
-            A, B, gamma = (_whole(tensors[name]) for name in ("A", "B", "gamma"))
-            layers[layer] = {"A": A, "B": B, "gamma": gamma.reshape(())}
-        if not any(tensors["B"].any() for tensors in layers.values()):
-            why = "if that is a surprise, call get_peft_model() before attach(), because it freezes what it finds"
-            warnings.warn(f"B is zero in every layer, so the adapter has learned nothing; {why}", stacklevel=2)
-        content = {
-            "model_name": self.model_name,
-            "r": self.r,
-            "alpha": float(self.lora_alpha),
-            "kv_indices": {str(layer): heads for layer, heads in self.heads.items()},
-            "layers": layers,
-            "normalize": self.normalize,  # this and the next are not in the authors' files
-            "train_gamma": self.train_gamma,
-        }
-        # torch.save alone does not notice a full disk, and a killed write would leave half a file.
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        beside = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            beside.write_bytes(buffer.getbuffer())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        _write_adapter(self, Path(path))
 
-    def extra_repr(self):
-        return f"heads {self.heads} of {self.head_counts} a layer, r={self.r}, lora_alpha={self.lora_alpha}"
+    def extra_repr(self) -> str:
+        return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
 attach = ImageLoRA  # adapter = attach(model, ...)
 
 
-def load(model, path) -> ImageLoRA:
-    """Attach the adapter of a file, ours or the authors'; A, B and gamma are trainable.
+def score_heads(
+    model: nn.Module, batches: Iterable, loss_fn: Callable | None = None, probe: str = "rank1", seed: int = 0
+) -> Tensor:
+    """How much each value head could lower the loss: its influence I(l, h), [L, H] float32.
 
-    Raises ValueError, and leaves the model as it was, if the file is damaged or does not fit the model."""
+    An Image-LoRA in every head with B = 0 leaves the output as it is, and I(l, h) = ||dL/dB_l(h)||^2. That gradient is
+    dL/dB = A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
+    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. The score's mean over A is the exact one: E[A A^T] = I.
+    probe="exact": r = D and A = I: the squared gradient of the whole W_V(h) over visual tokens. It has no noise and
+    takes little longer, but it needs memory for a few float32 matrices [D, D] in each layer.
+
+    batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
+    `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
+    ones. Where a layer has fewer heads than others, the rest of its row is 0. A has a random generator of its own.
+    ValueError if a loss or gradient is not finite, or if no loss depends on a visual token. In float16 gradients can
+    also underflow, unless loss_fn scales the loss."""
+    loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
+    if probe not in ("rank1", "exact"):
+        raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
+    _, decoder, _ = _checked_model(model)
+    r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
+    with torch.random.fork_rng(devices=[]):  # attach draws an A, which the probe replaces
+        adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
+    model.requires_grad_(False)  # Gradients of what PEFT has added would stay behind.
+    for layer in adapter.layers.values():
+        layer.B.requires_grad_(True)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
+    count = 0
+    try:
+        for batch in batches:
+            for layer in adapter.layers.values():
+                A = scores.new_zeros(layer.A.shape)
+                A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
+                layer.A.copy_(A)
+            loss = loss_fn(model, batch)
+            _check_loss(loss, count)
+            adapter.zero_grad()
+            loss.backward()
+            for i, layer in enumerate(adapter.layers.values()):
+                # I(l, h) = ||dL/dB_l(h)||^2
+                scores[i, : layer.num_kv_heads] += layer.B.grad.square().sum((1, 2)).cpu()  # of [H, r, d_h]
+            count += 1
+    finally:
+        adapter.detach()
+    _check_probe(scores, count)
+    return scores / count
+
+
+def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
+    """The most influential heads, num_heads in all: {layer: [value head, ...]}.
+
+    Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
+    tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
+    _check_selection(scores, num_heads)
+    # Influence of each layer, [L]. The largest comes first, so that it wins a tie.
+    influence, order = scores.double().sum(1).sort(descending=True, stable=True)
+    weights = (influence / influence.max()).pow(tau)
+    budget = torch.zeros_like(weights, dtype=torch.long)  # k_l
+    for _ in range(num_heads):
+        # Give out one head at a time, as Sainte-Lague's method does with seats, so that they add up to num_heads.
+        quotient = weights / (2 * budget + 1)
+        budget[quotient.where(budget < scores.shape[1], -1).argmax()] += 1
+    best_first = scores.argsort(dim=1, descending=True, stable=True).tolist()
+    heads = {layer: sorted(best_first[layer][:k]) for layer, k in zip(order.tolist(), budget.tolist()) if k > 0}
+    return dict(sorted(heads.items()))
+
+
+# ------ That is the method. Below: how M reaches the layers; files, devices, and what cannot be adapted ---------------
+
+
+def visual_rows(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
+    """input_ids [B, T] -> M as indices [N]: which of the B * T rows hold a placeholder of an image or a video."""
+    visual = torch.stack([input_ids == token_id for token_id in image_token_ids]).any(0)  # the diagonal of M, [B, T]
+    return visual.flatten().nonzero().squeeze(1)
+
+
+@dataclass
+class Call:
+    """What the layers need to know about one call of the model."""
+
+    rows: Tensor  # [N], which of the B * T rows are visual
+    shape: tuple  # (B, T)
+    num_updates: int = 0  # how many layers have added theirs
+
+
+# What disabled() and visual_mask() ask for in this thread or coroutine: {(tracker, "disabled"): True} and {(tracker,
+# "mask"): Tensor}. It is not kept in CallTracker, because a ContextVar cannot be copied, whereas models get copied.
+OVERRIDES = ContextVar("OVERRIDES")
+
+
+class CallTracker:
+    """Tells each adapted layer which rows of its input X are visual, whenever the model is called.
+
+    The layers never see input_ids. The obvious way, a variable with the rows of the last call, breaks in training:
+    gradient checkpointing runs a layer a second time, in the backward pass. By then the model may have been called
+    with other images, or another thread may run the layer, and it would adapt the wrong rows without an error. So each
+    call of the model gets a Call of its own, and four hooks bring it to v_proj:
+
+                              first run, inside model(...)           second run, in the backward pass
+        before model(...)     begin_call makes the Call, and puts    (is not run)
+                              it into `running`
+        after a layer's norm  pass_on finds it in `running`, and     pass_on finds it on the norm's input, which is the
+                              leaves it on the norm's input and      layer's input, and leaves it on the norm's output,
+                              on the norm's output                   which is a new tensor
+        after v_proj          adapt finds it in `running`, and       adapt finds it on v_proj's input, which is that new
+                              adds the update at its rows            tensor, and adds the update at its rows
+        after model(...)      end_call takes it out of `running`,    (is not run)
+                              and raises if an update is missing
+
+    "On a tensor" means: as an attribute of its storage, which lives as long as the storage does. A checkpoint keeps the
+    layer's input only. In the second run that is another tensor, because detach() and autograd make new ones, but it
+    shares its storage with the first. Whatever the layer computes from it is new and has no Call yet.
+
+    `running` holds the Call of each thread. It comes first, because a storage that is used again may still have the
+    Call of an earlier use. Whether gradients are on does not matter: a re-entrant checkpoint's first run has none. A
+    checkpoint that holds the whole model calls it again, and that is a first run.
+
+    Why at the norm? It reads the layer's input and writes what v_proj will read. A hook of the layer itself would not
+    do, because transformers 5 runs a layer again without the layer's own hooks. If there is no norm before attention,
+    v_proj reads the layer's input itself, so adapt leaves the Call there, too. A layer's other norms also run pass_on.
+    What they leave (in the second run it may be None) does no harm, because no v_proj reads their tensors.
+
+    Why is inputs_embeds cloned? It may be the first layer's input, and the caller may use the same tensor for two calls
+    with different masks. The second Call would then replace the first, whose backward pass is still to come."""
+
+    def __init__(self, model: nn.Module, image_token_ids: set[int], adapted: dict[nn.Module, ValueAdapter]):
+        self.model = model
+        self.image_token_ids = image_token_ids
+        self.num_layers = len(adapted)
+        self.running = {}  # {thread: its Call}
+        self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
+        self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
+        for layer, adapter in adapted.items():
+            for name, module in layer.named_children():
+                if "norm" in name:
+                    self.hooks += [module.register_forward_hook(self.pass_on, with_kwargs=True)]
+            adapt = partial(self.adapt, adapter)
+            self.hooks += [layer.self_attn.v_proj.register_forward_hook(adapt, with_kwargs=True)]
+
+    def begin_call(self, model, args, kwargs):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise RuntimeError("a trace or an export of the model would fix which tokens are visual; run it eagerly")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None:
+            kwargs["inputs_embeds"] = embeddings.clone()
+        overrides = OVERRIDES.get({})
+        mask = overrides.get((self, "mask"))
+        if (self, "disabled") in overrides:
+            call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
+        # input_ids win over a mask, because generate() goes on with them after a prompt of embeddings.
+        elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
+            call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
+        elif mask is not None and embeddings is not None:
+            call = Call(mask.flatten().nonzero().squeeze(1), mask.shape)
+        else:
+            known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
+            raise ValueError(f"the model was called without telling which tokens are visual; {known}")
+        self.running[get_ident()] = call
+        return args, kwargs
+
+    def pass_on(self, norm, args, kwargs, output):
+        x = first_argument(args, kwargs)
+        call = self.find_call(x)
+        x.untyped_storage().image_lora_call = call
+        output.untyped_storage().image_lora_call = call  # this is what v_proj will read
+
+    def adapt(self, adapter, v_proj, args, kwargs, value):
+        """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
+        x = first_argument(args, kwargs)
+        call = self.find_call(x)
+        _check_call(call, x)
+        x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
+        if len(call.rows) == 0 and not torch.is_grad_enabled():
+            return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
+        call.num_updates += 1
+        return adapter.add_update(x, value, call.rows.to(x.device))
+
+    def end_call(self, model, args, output):
+        call = self.running.pop(get_ident(), None)
+        # Do not raise if the call has failed, because then there is no output.
+        if output is not None and call is not None and len(call.rows) > 0 and call.num_updates < self.num_layers:
+            raise RuntimeError(
+                "an adapted v_proj was not called in this call of the model; whatever replaces it (merging weights, "
+                "patching the attention) must be done before attach()"
+            )
+
+    def find_call(self, x: Tensor) -> Call | None:
+        """The Call that a layer's tensor x belongs to."""
+        if get_ident() in self.running:
+            return self.running[get_ident()]
+        return getattr(x.untyped_storage(), "image_lora_call", None)  # the layer runs again, in a backward pass
+
+    @contextmanager
+    def override(self, name: str, value):
+        """In this thread or coroutine, calls begin with this override: "disabled" or "mask"."""
+        token = OVERRIDES.set(OVERRIDES.get({}) | {(self, name): value})
+        try:
+            yield
+        finally:
+            OVERRIDES.reset(token)
+
+    def remove_hooks(self):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def first_argument(args: tuple, kwargs: dict) -> Tensor:
+    """What a norm or a v_proj was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+# ------ Files, moves between devices and types, and what cannot be adapted --------------------------------------------
+
+
+class PortableValueAdapter(ValueAdapter):
+    """A ValueAdapter that stays in float32 and keeps its heads, however its model is moved, converted or loaded."""
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .half(), .to_empty() and their like call to convert each tensor by fn."""
+
+        def convert(tensor):
+            new = fn(tensor)
+            if not tensor.is_floating_point():  # the heads, which to_empty() and the meta device would forget
+                return tensor if new.is_meta else tensor.to(new.device)
+            # .half() leaves A, B and gamma in float32, because in 16 bits small steps would round to nothing.
+            return tensor.to(new.device) if new.element_size() < 4 else new
+
+        return super()._apply(convert, recurse)
+
+    # On the meta device the heads stay here and are not in the state_dict, because accelerate would take any entry of
+    # it for a parameter to shard.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.A.is_meta:
+            del destination[f"{prefix}heads"]
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if self.A.is_meta:
+            state_dict.setdefault(f"{prefix}heads", self.heads)
+        if f"{prefix}heads" in state_dict:  # rounded, because an average of state_dicts can hold 2.9999998
+            state_dict[f"{prefix}heads"] = state_dict[f"{prefix}heads"].round()
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _device(v_proj: nn.Module) -> torch.device:
+    """The device that v_proj computes on. Under accelerate's offloading its weights lie elsewhere."""
+    device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        tensors = [*v_proj.parameters(), *v_proj.buffers()]  # a quantized v_proj may have buffers alone
+        device = tensors[0].device
+    return device
+
+
+def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
+    """Attach the adapter of a file, ours or the authors'. A and B are trainable, and gamma if it was when saved.
+
+    Raises ValueError, and leaves the model as it was, if the file is damaged or does not fit the model. Warns if the
+    adapter was saved with a model of another name."""
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; give load() the file in it, such as {Path(path, 'adapter.pt')}")
     adapter = None
@@ -246,210 +456,52 @@ def load(model, path) -> ImageLoRA:
             adapter.detach()
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{path} is missing, damaged or does not fit this model ({reason})") from error
+    name = content.get("model_name")
+    if name and adapter.model_name and name != adapter.model_name:
+        why = "an adapter works only with the base that it was trained on; ignore this if the model was only moved"
+        warnings.warn(f"{path} was saved with {name!r}, but this model is {adapter.model_name!r}; {why}", stacklevel=2)
     return adapter
 
 
-def score_heads(model, batches, loss_fn=None, probe="rank1", seed=0) -> Tensor:
-    """How much each value head could lower the loss: its influence I(l, h), [L, H] float32 (section 3).
-
-    An Image-LoRA in every head with B = 0 leaves the output as it is, and I(l, h) = ||dL/dB_l(h)||^2. That gradient is
-    dL/dB = A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
-    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. Its mean over A is the exact score, as E[A A^T] = I.
-    probe="exact": r = D and A = I: the squared gradient of the whole W_V(h) over visual tokens. It has no noise, and
-    costs hardly more, because the rest of the model is far larger than this product.
-
-    batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
-    `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
-    ones. In float16, let loss_fn scale the loss, as gradients can underflow. Where a layer has fewer heads than others,
-    the rest of its row is 0. ValueError if a loss is not finite, or if none depends on a visual token."""
-    loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
-    if probe not in ("rank1", "exact"):
-        raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
-    _, decoder, _ = _checked_model(model)
-    r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
-    adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
-    model.requires_grad_(False)  # Gradients of what PEFT has added would stay behind.
-    for layer in adapter.layers.values():
-        layer.B.requires_grad_(True)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
-    count = 0
+def _write_adapter(adapter: ImageLoRA, path: Path) -> None:
+    """The body of ImageLoRA.save."""
+    layers = {}
+    for layer, values in adapter.layers.items():
+        tensors = values.state_dict()  # parameters() may be FSDP2's copies in 16 bits
+        A, B, gamma = (_whole(tensors[name]) for name in ("A", "B", "gamma"))
+        layers[layer] = {"A": A, "B": B, "gamma": gamma.reshape(())}
+    if not any(tensors["B"].any() for tensors in layers.values()):
+        why = "if that is a surprise, call get_peft_model() before attach(), because it freezes what it finds"
+        warnings.warn(f"B is zero in every layer, so the adapter has learned nothing; {why}", stacklevel=3)
+    content = {
+        "model_name": adapter.model_name,
+        "r": adapter.r,
+        "alpha": float(adapter.lora_alpha),
+        "kv_indices": {str(layer): heads for layer, heads in adapter.heads.items()},
+        "layers": layers,
+        "normalize": adapter.normalize,  # this and the next are not in the authors' files
+        "train_gamma": adapter.train_gamma,
+    }
+    # torch.save alone does not notice a full disk, and a killed write would leave half a file.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        for batch in batches:
-            for layer in adapter.layers.values():
-                A = scores.new_zeros(layer.A.shape)
-                A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
-                layer.A.copy_(A)
-            loss = loss_fn(model, batch)
-            if loss is None or not loss.isfinite():
-                raise ValueError(f"the loss of probe batch {count} is {loss}; check that its labels hold an answer")
-            adapter.zero_grad()
-            loss.backward()
-            for i, layer in enumerate(adapter.layers.values()):
-                # I(l, h) = ||dL/dB_l(h)||^2
-                scores[i, : layer.num_kv_heads] += layer.B.grad.square().sum((1, 2)).cpu()  # of [H, r, d_h]
-            count += 1
+        beside.write_bytes(buffer.getbuffer())
+        os.replace(beside, path)
     finally:
-        adapter.detach()
-    if not scores.any():
-        none = f"in none of the {count} probe batches does the loss depend on a visual token"
-        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
-    return scores / count
+        beside.unlink(missing_ok=True)
 
 
-def select_heads(scores, num_heads, tau=0.5) -> Heads:
-    """The most influential heads, num_heads in all: {layer: [value head, ...]}.
-
-    Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
-    tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
-    if not 1 <= num_heads <= scores.numel():
-        raise ValueError(f"num_heads must be in 1..{scores.numel()}, got {num_heads}")
-    # Influence of each layer, [L]. The largest comes first, so that it wins a tie.
-    influence, order = scores.double().sum(1).sort(descending=True, stable=True)
-    weights = (influence / influence.max()).pow(tau)
-    budget = torch.zeros_like(weights, dtype=torch.long)  # k_l
-    for _ in range(num_heads):
-        # Give out one head at a time, as Sainte-Lague's method does with seats, so that they add up to num_heads.
-        quotient = weights / (2 * budget + 1)
-        budget[quotient.where(budget < scores.shape[1], -1).argmax()] += 1
-    best_first = scores.argsort(dim=1, descending=True, stable=True).tolist()
-    heads = {layer: sorted(best_first[layer][:k]) for layer, k in zip(order.tolist(), budget.tolist()) if k > 0}
-    return dict(sorted(heads.items()))
-
-
-# ------ That is the method. Below: how M reaches the layers, and what cannot be adapted -------------------------------
-
-
-def visual_rows(input_ids: Tensor, image_token_ids) -> Tensor:
-    """input_ids [B, T] -> M as indices [N]: which of the B * T rows hold a placeholder of an image or a video."""
-    visual = torch.stack([input_ids == token_id for token_id in image_token_ids]).any(0)  # the diagonal of M, [B, T]
-    return visual.flatten().nonzero().squeeze(1)
-
-
-# What disabled() and visual_mask() ask for in this thread or coroutine: {Calls: {"disabled": True, "mask": Tensor}}. It
-# stands here and not in Calls, because a ContextVar cannot be copied, and models are.
-OVERRIDES = ContextVar("OVERRIDES")
-
-
-@dataclass
-class Call:
-    """What the layers need to know about one call of the model."""
-
-    rows: Tensor  # [N], which of the B * T rows are visual
-    shape: tuple  # (B, T)
-    num_updates: int = 0  # how many layers have added theirs
-
-
-class Calls:
-    """Tells each adapted layer which rows of its input X are visual, whenever the model is called.
-
-    The layers never see input_ids. The obvious way, a variable with the rows of the last call, breaks in training:
-    gradient checkpointing runs a layer a second time, in the backward pass. By then the model may have been called
-    with other images, or another thread runs the layer, and it would adapt the wrong rows without an error. So each
-    call of the model gets a Call of its own, and a layer finds it in one of two places:
-
-        if a call runs in this thread    in `running`
-        if none runs                     on the storage of the layer's input, where the first run has left it
-
-    Whether gradients are on does not matter. The input of the second run is another tensor, because detach() and
-    autograd make new ones. But it shares its storage with the first, and an attribute of a storage lives as long as
-    the storage does. Four hooks do the work:
-
-        before model(...)          begin_call   finds the visual rows, and puts the Call in `running`
-        after a layer's norm       pass_on      leaves the Call on the storages of what the norm read and wrote
-        after the layer's v_proj   adapt        finds the Call, and adds the update at its rows
-        after model(...)           end_call     takes the Call out of `running`
-
-    Why at the norm? It reads the layer's input and writes what v_proj will read. A hook of the layer itself would not
-    do, because transformers 5 runs a layer again without the layer's own hooks."""
-
-    def __init__(self, model, image_token_ids, adapted):
-        """adapted: {decoder layer: its ValueAdapter}."""
-        self.model, self.image_token_ids = model, image_token_ids
-        self.num_layers = len(adapted)
-        self.running = {}  # {thread: its Call}
-        self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
-        self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
-        for layer, adapter in adapted.items():
-            for name, module in layer.named_children():
-                if "norm" in name:
-                    self.hooks += [module.register_forward_hook(self.pass_on, with_kwargs=True)]
-            adapt = partial(self.adapt, adapter)
-            self.hooks += [layer.self_attn.v_proj.register_forward_hook(adapt, with_kwargs=True)]
-
-    def begin_call(self, model, args, kwargs):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            raise RuntimeError("a trace or an export of the model would fix which tokens are visual; run it eagerly")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        embeddings = kwargs.get("inputs_embeds")
-        if embeddings is not None:
-            # Cloned, because we leave the Call on this storage, and the caller may use it again with another mask.
-            kwargs["inputs_embeds"] = embeddings.clone()
-        overrides = OVERRIDES.get({}).get(self, {})
-        if overrides.get("disabled"):
-            call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
-        # input_ids win over a mask, because generate() goes on with them after a prompt of embeddings.
-        elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
-            call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
-        elif "mask" in overrides and embeddings is not None:
-            mask = overrides["mask"]
-            call = Call(mask.flatten().nonzero().squeeze(1), mask.shape)
-        else:
-            known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
-            raise ValueError(f"the model was called without telling which tokens are visual; {known}")
-        self.running[get_ident()] = call
-        return args, kwargs
-
-    def pass_on(self, norm, args, kwargs, output):
-        x = args[0] if args else next(iter(kwargs.values()))
-        call = self.find_call(x)
-        x.untyped_storage().image_lora_call = call
-        output.untyped_storage().image_lora_call = call  # this is what v_proj will read
-
-    def adapt(self, adapter, v_proj, args, kwargs, value):
-        """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        call = self.find_call(x)
-        if call is None:
-            raise RuntimeError(
-                "no call of model(...) is known to which this v_proj belongs. Either model.forward(), a layer or "
-                "v_proj was called instead of model(...), or a gradient checkpoint holds several layers instead of "
-                "one, or the input of a checkpointed layer was copied or offloaded before the backward pass"
-            )
-        x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
-        if len(call.rows) == 0 and not torch.is_grad_enabled():
-            return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
-        if len(call.rows) > 0 and call.shape != x.shape[:-1]:
-            shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
-            hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
-            raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
-        call.num_updates += 1
-        return adapter.add_update(x, value, call.rows.to(x.device))
-
-    def end_call(self, model, args, output):
-        call = self.running.pop(get_ident(), None)
-        # Not if the call has failed, because then there is no output.
-        if output is not None and call is not None and len(call.rows) > 0 and call.num_updates < self.num_layers:
-            raise RuntimeError(
-                "an adapted v_proj was not called in this call of the model; whatever replaces it (merging weights, "
-                "patching the attention) must be done before attach()"
-            )
-
-    def find_call(self, x: Tensor) -> Call | None:
-        """The Call that a layer's tensor x belongs to."""
-        if get_ident() in self.running:
-            return self.running[get_ident()]
-        return getattr(x.untyped_storage(), "image_lora_call", None)  # the layer runs again, in a backward pass
-
-    @contextmanager
-    def override(self, **changes):
-        """In this thread or coroutine, calls begin with these changes: disabled=True or mask=Tensor."""
-        overrides = OVERRIDES.get({})
-        token = OVERRIDES.set(overrides | {self: overrides.get(self, {}) | changes})
-        try:
-            yield
-        finally:
-            OVERRIDES.reset(token)
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a parameter on the CPU, also if it is sharded."""
+    if hasattr(parameter, "full_tensor"):
+        parameter = parameter.full_tensor()  # under FSDP2, gathers the shards of all ranks
+    if parameter.numel() == 0:
+        gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
+        raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
+    return parameter.cpu()
 
 
 def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
@@ -514,20 +566,53 @@ def _checked_heads(heads, head_counts: list[int]) -> Heads:
     return {layer: list(heads[layer]) for layer in sorted(heads) if heads[layer]}
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """All of a parameter on the CPU, also if it is sharded."""
-    if hasattr(parameter, "full_tensor"):
-        parameter = parameter.full_tensor()  # under FSDP2, gathers the shards of all ranks
-    if parameter.numel() == 0:
-        gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
-        raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
-    return parameter.detach().cpu()
+def _check_rank_and_alpha(r: int, lora_alpha: float, decoder: nn.ModuleList) -> None:
+    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
+    if type(r) is not int or not 1 <= r <= D:
+        raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
+    if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
+        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
 
 
-def _device(v_proj) -> torch.device:
-    """The device that v_proj computes on. Under accelerate's offloading its weights lie elsewhere."""
-    device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        tensors = [*v_proj.parameters(), *v_proj.buffers()]  # a quantized v_proj may have buffers alone
-        device = tensors[0].device
-    return device
+def _check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
+    if value.shape[-1] != num_kv_heads * head_dim:
+        got = f"v_proj gave {value.shape[-1]} features instead of {num_kv_heads} heads of {head_dim}"
+        raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+
+
+def _check_call(call: Call | None, x: Tensor) -> None:
+    """RuntimeError if the v_proj that reads x has no Call, or one of another batch."""
+    if call is None:
+        raise RuntimeError(
+            "no call of model(...) is known in which this v_proj runs: either model.forward(), a layer or v_proj was "
+            "called instead of model(...), or a gradient checkpoint holds several layers instead of one, or the input "
+            "of a checkpointed layer was copied or offloaded before the backward pass"
+        )
+    if len(call.rows) > 0 and call.shape != x.shape[:-1]:
+        shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
+        hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
+        raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
+
+
+def _check_loss(loss: Tensor | None, batch: int) -> None:
+    if loss is None or not loss.isfinite():
+        raise ValueError(f"the loss of probe batch {batch} is {loss}; check that its labels hold an answer")
+
+
+def _check_probe(scores: Tensor, num_batches: int) -> None:
+    if not scores.isfinite().all():
+        raise ValueError(
+            "a gradient of the probe is not finite; if the model is in float16, probe it in bfloat16 or float32, or "
+            "let loss_fn make the loss smaller"
+        )
+    if not scores.any():
+        none = f"in none of the {num_batches} probe batches does the loss depend on a visual token"
+        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
+
+
+def _check_selection(scores: Tensor, num_heads: int) -> None:
+    if not 1 <= num_heads <= scores.numel():
+        raise ValueError(f"num_heads must be in 1..{scores.numel()}, got {num_heads}")
+    if not (scores.isfinite().all() and (scores >= 0).all() and scores.any()):
+        got = f"scores between {scores.min():.3g} and {scores.max():.3g}"
+        raise ValueError(f"select_heads got {got}, but they must be finite, not negative, and not all zero")

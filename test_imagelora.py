@@ -1,4 +1,4 @@
-"""The paper's argument, one statement a test: the docstring says it, and the body checks it.
+"""The paper's argument, one statement per test: the docstring says it, and the body checks it.
 
 What holds under threads and checkpointing, with files and bad arguments is tested in data/test_guarantees.py."""
 
@@ -56,7 +56,8 @@ def test_the_values_are_the_papers_formula():
 
 
 def test_in_all_heads_it_is_lora_on_v_proj_at_visual_tokens():
-    """It equals that LoRA times gamma / sqrt|S|. LoRA's B [r, H * d_h] holds the B(h) of all heads, side by side."""
+    """Image-LoRA in all heads equals LoRA on v_proj at visual tokens, times gamma / sqrt|S|. That LoRA's B [r, H * d_h]
+    holds the B(h) of all heads, side by side."""
     adapter = trained(ValueAdapter(D, D_H, H, heads=[0, 1, 2], r=2, lora_alpha=6))
     X = torch.randn(5, D)
     XW_V = torch.randn(5, H * D_H)
@@ -69,7 +70,8 @@ def test_in_all_heads_it_is_lora_on_v_proj_at_visual_tokens():
 
 
 def test_no_value_weight_reproduces_the_adapter_on_mixed_tokens():
-    """If all tokens are visual, one W does. If some are text, none does: the update depends on the kind of a token."""
+    """If all tokens are visual, one weight W gives all updates x W. If some are text, none does, because the update
+    depends on the kind of a token."""
     adapter = trained(ValueAdapter(hidden_size=8, head_dim=2, num_kv_heads=3, heads=[0, 2], r=4, lora_alpha=8))
     x = torch.randn(1, 40, 8)
     value = torch.zeros(1, 40, 6)
@@ -137,7 +139,7 @@ def logits_of(model, batch: dict) -> torch.Tensor:
 
 
 def test_it_starts_as_the_base_model_and_the_first_gradient_reaches_b_only():
-    """B starts at zero, so the loss does not depend on A or gamma yet: A is uniform in +-1/sqrt(D), gamma is 1."""
+    """B starts at zero, so the loss does not depend on A or gamma yet. A is uniform in +-1/sqrt(D), and gamma is 1."""
     model = tiny_vlm()
     base = logits_of(model, EARLY)
     adapter = attach(model, heads={0: [0, 2], 1: [1], 2: []})
@@ -166,7 +168,7 @@ def text_stays_the_bases(adapt) -> bool:
 
 
 def test_text_before_any_image_is_the_base_models_bit_for_bit():
-    """Attention is causal, so only what comes after an image can read its values."""
+    """Attention is causal, so only the image and what follows it can read the image's values."""
     assert text_stays_the_bases(attach_trained)
     model = tiny_vlm()
     mixed = prompt(TEXT + AFTER + [2], BEFORE + IMAGE + AFTER)
@@ -378,7 +380,7 @@ def test_as_many_heads_are_selected_as_were_asked_for_the_best_of_each_layer(num
         assert selected == sorted(best.tolist())
 
 
-SHARES = [  # influence of each layer, heads a layer, heads in all, tau, heads that each layer gets
+SHARES = [  # influence of each layer, heads per layer, heads in all, tau, heads that each layer gets
     ([9, 1], 6, 4, 0.5, {0: 3, 1: 1}),  # by the roots of 9 and 1
     ([6, 2, 0], 8, 6, 0, {0: 2, 1: 2, 2: 2}),  # evenly
     ([2, 6, 4], 8, 2, 0, {1: 1, 2: 1}),  # evenly, and where that is not possible to the layers with more influence

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 class TinyVLMConfig:
     """Architecture of a TinyVLM; fields are named as in Hugging Face configs. Sizes in pixels, tokens or features.
 
-    ValueError if a size is not a multiple of what divides it."""
+    ValueError if a size is not a multiple of what must divide it."""
 
     vocab_size: int = 143
     image_token_id: int = 3
@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads
         self.embed_tokens = nn.Embedding(config.vocab_size, d)
-        num_pairs = d // heads // 2  # of features, that the rotary embedding turns
+        num_pairs = d // heads // 2  # pairs of features that the rotary embedding turns
         frequencies = config.rope_theta ** -(torch.arange(num_pairs) / num_pairs)
         self.register_buffer("frequencies", frequencies, persistent=False)
         blocks = [Block(d, heads, kv_heads, causal=True) for _ in range(config.num_hidden_layers)]
@@ -208,7 +208,7 @@ class TinyVLM(nn.Module):
             model = cls(TinyVLMConfig(**content["config"]))
             model.load_state_dict(content["state"])
         except Exception as error:
-            raise ValueError(f"{path} is missing, damaged or no saved TinyVLM ({type(error).__name__})") from error
+            raise ValueError(f"{path} is missing, damaged or not a saved TinyVLM ({type(error).__name__})") from error
         return model.eval()
 
     @property
@@ -238,7 +238,7 @@ class TinyVLM(nn.Module):
         visual = input_ids == self.config.image_token_id  # [B, T]
         text = ~visual
         if attention_mask is not None:
-            text = text & attention_mask[:, -input_ids.shape[1] :].bool()  # padding is no text
+            text = text & attention_mask[:, -input_ids.shape[1] :].bool()  # padding is not text
         # Positions count text tokens only: a question's positions do not depend on the images before it.
         num_past = text.new_zeros(len(text), dtype=torch.long)  # text tokens so far, [B]
         if past_key_values:
@@ -312,7 +312,7 @@ class TinyVLM(nn.Module):
             if use_cache:
                 cache = output.past_key_values
             logits = output.logits[:, -1]  # [B, V]
-            logits[:, self.config.image_token_id] = -torch.inf  # a placeholder is no answer
+            logits[:, self.config.image_token_id] = -torch.inf  # a placeholder is not an answer
             token = logits.argmax(-1).masked_fill(done, self.config.pad_token_id)  # [B]
             ids = torch.cat([ids, token[:, None]], dim=1)
             if attention_mask is not None:

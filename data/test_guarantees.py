@@ -1,10 +1,14 @@
 """What engineering promises beyond the paper: masks, threads, checkpointing, copies, sharding, files, refusals."""
 
+import asyncio
 import copy
 import math
 import pickle
+import re
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,9 +109,13 @@ def test_what_peft_has_added_before_stays_trainable_and_a_probe_leaves_it_alone(
     assert state_of(model) == before
 
 
-def test_a_probe_with_the_same_seed_gives_the_same_scores():
+@pytest.mark.parametrize("probe", ["rank1", "exact"])
+def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_random_number(probe):
     model = tiny_vlm()
-    assert torch.equal(score_heads(model, [EARLY], seed=1), score_heads(model, [EARLY], seed=1))
+    before = torch.get_rng_state()
+    scores = score_heads(model, [EARLY], probe=probe, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(score_heads(model, [EARLY], probe=probe, seed=1), scores)
 
 
 # 2. The visual tokens of a call
@@ -146,6 +154,15 @@ def test_embeddings_are_refused_without_a_mask_and_adapted_with_one():
     assert torch.autograd.grad(adapted.sum(), x)[0].any()
 
 
+@pytest.mark.parametrize("field", ["image_token_id", "image_token_index", "video_token_id", "video_token_index"])
+def test_a_config_may_name_visual_tokens_in_any_of_four_ways(field):
+    model, x = model_and_embeddings()
+    model.config = SimpleNamespace(**{field: IMG})
+    adapter = attach_trained(model)
+    with adapter.visual_mask(IDS == IMG):
+        assert torch.equal(model(input_ids=IDS), model(inputs_embeds=x))
+
+
 def test_input_ids_win_over_a_mask():
     model, x = model_and_embeddings()
     adapter = attach_trained(model)
@@ -177,6 +194,31 @@ def test_a_context_belongs_to_its_thread():
         assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
 
 
+def test_a_context_belongs_to_its_coroutine():
+    """Two tasks take turns in one thread, and one of them is inside disabled()."""
+    model = tiny_vlm()
+    base = logits_of(model, EARLY)
+    adapter = attach_trained(model)
+    adapted = logits_of(model, EARLY)
+
+    async def call_twice(context):
+        logits = []
+        with context:
+            for _ in range(2):
+                await asyncio.sleep(0)  # the other task's turn
+                logits.append(logits_of(model, EARLY))
+        return logits
+
+    async def in_two_tasks():
+        return await asyncio.gather(call_twice(adapter.disabled()), call_twice(nullcontext()))
+
+    disabled, enabled = asyncio.run(in_two_tasks())
+    for logits in disabled:
+        assert torch.equal(logits, base)
+    for logits in enabled:
+        assert torch.equal(logits, adapted)
+
+
 def test_under_autocast_text_is_the_base_models_bit_for_bit_and_every_gradient_is_finite():
     model = tiny_vlm()
     text = prompt(TEXT)
@@ -201,6 +243,10 @@ def test_under_half_the_adapter_stays_in_float32():
     x = torch.ones(1, 7, D, dtype=torch.half)
     value = torch.zeros(1, 7, H * D_H, dtype=torch.half)
     assert adapter.layers["0"].add_update(x, value, torch.tensor([3])).dtype == torch.half
+    model.to("meta", torch.half)  # both at once, as in model.to("cuda", torch.half)
+    for parameter in adapter.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.is_meta
 
 
 @pytest.fixture
@@ -458,7 +504,7 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     loaded = load(model, tmp_path / "adapter.pt")
     assert torch.equal(logits_of(model, EARLY), expected)
     assert [parameter.requires_grad for parameter in loaded.parameters()] == trainable
-    assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] a layer, r=2, lora_alpha=3" in repr(loaded)
+    assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] per layer, r=2, lora_alpha=3" in repr(loaded)
 
 
 def saved_adapter(folder: Path):
@@ -504,6 +550,29 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         adapter.save(path)
     assert path.read_bytes() == saved
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_makes_its_folder(tmp_path):
+    path = tmp_path / "runs" / "today" / "adapter.pt"
+    attach_trained(tiny_vlm()).save(path)
+    assert load(tiny_vlm(), path).heads == {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2]}
+
+
+def test_an_adapter_that_was_saved_with_a_model_of_another_name_is_loaded_with_a_warning(tmp_path):
+    """A name may be empty, as that of a model of transformers that came from no file."""
+    adapter, path = saved_adapter(tmp_path)
+    other = tiny_vlm()
+    object.__setattr__(other.config, "_name_or_path", "models/other")  # the dataclass is frozen
+    with pytest.warns(UserWarning, match="saved with 'TinyVLM', but this model is 'models/other'"):
+        assert load(other, path).heads == adapter.heads
+    unnamed = tiny_vlm()
+    object.__setattr__(unnamed.config, "_name_or_path", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tiny_vlm(), path)
+        attach_trained(unnamed).save(path)
+        load(unnamed.image_lora.detach(), path)
+        load(tiny_vlm(), path)
 
 
 def test_a_save_warns_if_nothing_was_learned(tmp_path):
@@ -642,6 +711,15 @@ def test_no_heads_or_more_than_there_are_cannot_be_selected(num_heads):
         select_heads(torch.ones(2, 2), num_heads)
 
 
+SCORES = [[0.0, 0.0], [1.0, -1.0], [1.0, math.inf], [1.0, math.nan]]
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_that_rank_no_heads_cannot_select_any(scores):
+    with pytest.raises(ValueError, match="^select_heads got scores between .* finite, not negative, and not all zero$"):
+        select_heads(torch.tensor([scores, [0.0, 0.0]]), 1)
+
+
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 PROBES = [
     ([prompt(TEXT, labels=True)], "exact", "none of the 1 probe batches"),
@@ -654,6 +732,15 @@ PROBES = [
 @pytest.mark.parametrize("batches, probe, sentence", PROBES)
 def test_a_probe_that_would_tell_nothing_is_refused(batches, probe, sentence):
     check_refusal(sentence, score_heads, tiny_vlm(), batches, probe=probe)
+
+
+def huge_loss(model, batch):
+    """Finite, but the squares of its gradients are not."""
+    return 1e30 * model(**batch).loss
+
+
+def test_a_probe_whose_gradients_overflow_is_refused():
+    check_refusal("a gradient of the probe is not finite", score_heads, tiny_vlm(), [EARLY], huge_loss)
 
 
 ATTENTION = "language_model.layers.1.self_attn"
@@ -670,3 +757,50 @@ def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sen
     model = tiny_vlm()
     setattr(model.get_submodule(module), attribute, value)
     check_refusal(sentence, attach, model)
+
+
+# 9. What the tiny model refuses
+SIZES = [
+    ({"image_size": 40}, "image_size 40 is not a multiple of patch_size 16"),
+    ({"vision_num_attention_heads": 3}, "vision_hidden_size 16 is not a multiple of vision_num_attention_heads 3"),
+    ({"hidden_size": 20}, "hidden_size 20 is not a multiple of num_attention_heads 6"),
+    ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
+]
+
+
+@pytest.mark.parametrize("sizes, sentence", SIZES, ids=str)
+def test_a_tiny_model_whose_sizes_do_not_divide_is_refused(sizes, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        tiny_vlm(**sizes)
+
+
+def test_a_tiny_model_refuses_pictures_of_another_size_or_number():
+    model = tiny_vlm()
+    ids = EARLY["input_ids"]
+    expected = re.escape("pixel_values must have shape [images, 3, 32, 32], got ")
+    for shape in ([1, 3, 32, 48], [1, 1, 32, 32], [3, 32, 32]):
+        with pytest.raises(ValueError, match=f"^{expected}{re.escape(str(shape))}$"):
+            model(ids, torch.zeros(shape))
+    with pytest.raises(ValueError, match="^4 image placeholder tokens for 2 images; each needs 4$"):
+        model(ids, torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="^0 image placeholder tokens for 1 images; each needs 4$"):
+        model(torch.tensor([TEXT]), torch.zeros(1, 3, 32, 32))
+
+
+def test_a_tiny_model_generates_from_prompts_that_are_padded_on_the_left_only():
+    model = tiny_vlm()
+    ids = torch.tensor([TEXT, TEXT])
+    mask = torch.ones_like(ids)
+    mask[1, -1] = 0
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(ids, attention_mask=mask)
+    assert model.generate(ids, attention_mask=mask.flip(1)).shape[0] == 2
+
+
+def test_what_is_not_a_saved_tiny_model_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    with pytest.raises(ValueError, match="model.pt is missing, damaged or not a saved TinyVLM"):
+        TinyVLM.from_pretrained(path)
+    torch.save({"config": {}, "state": tiny_vlm().state_dict()}, path)  # of other sizes
+    with pytest.raises(ValueError, match="model.pt is missing, damaged or not a saved TinyVLM"):
+        TinyVLM.from_pretrained(path)

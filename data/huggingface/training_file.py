@@ -10,9 +10,7 @@ gradient from them.
 
 Here the image stands before the question. To say where images stand, write the content of every turn as parts:
 
-    {"images": ["page.png"],
-     "prompt": [{"role": "user", "content": [{"type": "text", "text": "Where is it here?"}, {"type": "image"}]}],
-     "completion": [{"role": "assistant", "content": [{"type": "text", "text": "(412, 88)"}]}]}
+    {"role": "user", "content": [{"type": "text", "text": "Where is the search box?"}, {"type": "image"}]}
 """
 
 import json
@@ -32,7 +30,8 @@ class Collator(DataCollatorForVisionLanguageModeling):
         examples = []
         for row in rows:
             images = [open_image(path) for path in row["images"]]
-            prompt, completion = json.loads(row["prompt"]), json.loads(row["completion"])
+            prompt = json.loads(row["prompt"])
+            completion = json.loads(row["completion"])
             examples.append({"images": images, "prompt": prompt, "completion": completion})
         return super().torch_call(examples)
 
@@ -55,7 +54,7 @@ def read_examples(file: str, collate: Collator, placeholders: set[int], share=(0
         try:
             rows += [row | {"place": place} for row in rows_of(json.loads(line), Path(file).parent)]
         except Exception as error:
-            raise ValueError(f"{place}: {reason(error)}") from None
+            raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
     if not rows:
         raise ValueError(f"{file} is empty")
     examples = Dataset.from_list(rows)
@@ -67,7 +66,7 @@ def read_examples(file: str, collate: Collator, placeholders: set[int], share=(0
             if (collate([row])["labels"] == -100).all():
                 raise ValueError("no token of the completion is left to learn")
         except Exception as error:
-            raise ValueError(f"{row['place']}: {reason(error)}") from None
+            raise ValueError(f"{row['place']}: {type(error).__name__}: {error}") from None
 
     if share is not None:
         index, count = share
@@ -81,9 +80,6 @@ def rows_of(example: dict, folder: Path) -> list[dict]:
     keys = ["images", "prompt", "completion"]
     if not isinstance(example, dict) or sorted(example) != sorted(keys):
         raise ValueError(f"a line needs the keys {', '.join(keys)} and no others; got {example!r:.80}")
-    for key in keys:
-        if not isinstance(example[key], list):
-            raise ValueError(f"{key} must be a list, got {example[key]!r:.80}")
     images = [str(folder / path) for path in example["images"]]
     turns = example["prompt"] + example["completion"]
     parts = [parts_of(turn) for turn in turns]
@@ -101,27 +97,19 @@ def rows_of(example: dict, folder: Path) -> list[dict]:
             if i == 0 or not texts[i].strip():
                 raise ValueError("a turn of the assistant in the completion is empty, or no turn comes before it")
             shown = images[: sum(num_images[:i])] if any(num_images) else images
-            prompt, completion = json.dumps(turns[:i]), json.dumps([turns[i]])
-            rows.append({"images": shown, "prompt": prompt, "completion": completion, "text": " ".join(texts)})
+            row = {"images": shown, "prompt": json.dumps(turns[:i]), "completion": json.dumps([turns[i]])}
+            rows.append(row | {"text": " ".join(texts)})
     if not rows:
         raise ValueError("no turn of the completion is the assistant's, so there is nothing to learn")
     return rows
 
 
 def parts_of(turn: dict) -> list[dict]:
-    """The content of a turn as a list of parts. ValueError if something of the turn would be lost."""
-    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-        raise ValueError(f"a turn needs a role, a content and nothing else; got {turn!r:.80}")
-    parts = turn["content"]
-    if isinstance(parts, str):
-        parts = [{"type": "text", "text": parts}]
-    for part in parts if isinstance(parts, list) else [parts]:
-        is_text = isinstance(part, dict) and set(part) == {"type", "text"} and isinstance(part["text"], str)
-        if not is_text and part != IMAGE:
-            form = 'a string or a list of the parts {"type": "text", "text": "a string"} and {"type": "image"}'
-            raise ValueError(f"a content is {form}; got {part!r:.80}")
+    """The content of a turn as a list of parts."""
+    content = turn.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    texts = [part for part in parts if part != IMAGE] if isinstance(parts, list) else [{}]
+    if "role" not in turn or any(part != {"type": "text", "text": part.get("text")} for part in texts):
+        form = 'a string, or parts like {"type": "text", "text": "a cat"} and {"type": "image"}'
+        raise ValueError(f"a turn needs a role and a content, which is {form}; got {turn!r:.80}")
     return parts
-
-
-def reason(error: Exception) -> str:
-    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
