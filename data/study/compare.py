@@ -19,7 +19,7 @@ import train
 from data.base import base_path, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
-from data.methods import ALL, HALF, LORA, METHODS, NOTHING, SMALL, VISUAL, WITH_REPLAY
+from data.methods import ALL, HALF, LORA, METHODS, NOTHING, SMALL, VALUES, VISUAL, WITH_REPLAY
 from data.questions import at_the_left, click_right_of
 from data.study.tables import markdown, mean, mean_and_each, read_runs, table, write_runs
 
@@ -30,6 +30,7 @@ from data.study.tables import markdown, mean, mean_and_each, read_runs, table, w
 BASES = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
 TWINS = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
 SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were chosen on
+SHIPPED = dict.fromkeys(SEARCH_SEEDS, BASES[1])  # one base model, fine-tuned with three seeds
 
 TUNED = (LORA, VISUAL, SMALL, ALL, HALF)
 
@@ -54,7 +55,20 @@ def chosen_rate(method: str, bases: dict, task: str = "grounding") -> float:
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-SETTINGS = ("base", "seed", "method", "tokens", "heads", "num_heads", "r", "lr", "task", "history", "replay")
+SETTINGS = (
+    "base",
+    "seed",
+    "method",
+    "projections",
+    "tokens",
+    "heads",
+    "num_heads",
+    "r",
+    "lr",
+    "task",
+    "history",
+    "replay",
+)
 MEASURES = (
     "task_acc",  # clicks in their box, or correct names in referring
     "validation_acc",  # the same on validation screens, by which learning rates are chosen
@@ -85,8 +99,9 @@ class Runs:
 
     def of(self, method: str, bases: dict, seeds=None, **changes) -> list[dict]:
         """The rows of a method on the base models of these seeds, or on all of them. changes: of train.Config."""
-        settings = {"lr": chosen_rate(method, bases, changes.get("task", "grounding")), "device": self.cfg.device}
-        settings |= METHODS[method] | changes
+        settings = {"device": self.cfg.device} | METHODS[method] | changes
+        if "lr" not in changes:
+            settings["lr"] = chosen_rate(method, bases, changes.get("task", "grounding"))
         if seeds is None:
             seeds = bases.keys()
         wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in seeds]
@@ -201,6 +216,17 @@ def rates(runs: Runs) -> str:
     return markdown(("learning rate", *(f"{lr:g}" for lr in GRID)), *lines)
 
 
+def exact_rival(runs: Runs) -> str:
+    """Of equal size: LoRA on values at visual tokens is Image-LoRA in all heads without gamma / sqrt|S|."""
+    grid = GRID[2:7]
+    lines = []
+    for method in (VALUES, ALL):
+        for name, measure in (("clicks", "task_acc"), ("word problems after an image", "word_problem_after_image_acc")):
+            cells = [mean_and_each(runs.of(method, SHIPPED, lr=lr), measure) for lr in grid]
+            lines.append((f"{method}: {name}", *cells))
+    return markdown(("shipped base model, learning rate", *(f"{lr:g}" for lr in grid)), *lines)
+
+
 def heads(runs: Runs) -> str:
     lines = []
     for name, choice in CHOICES.items():
@@ -223,7 +249,7 @@ def other_tasks(runs: Runs) -> str:
     return table("other tasks", columns, lines, mean)
 
 
-TABLES = (front_page, base_models, twins, without_an_image, rates, heads, other_tasks)
+TABLES = (front_page, base_models, twins, without_an_image, rates, exact_rival, heads, other_tasks)
 
 
 def compare(cfg: CompareConfig) -> None:

