@@ -27,10 +27,13 @@ def block(text: str) -> str:
     return found
 
 
-def adapt_by_the_readme(model, adapter, visual, **options):
-    """Replaces the adapter by README's few lines, with its weights. visual: [B, T], True where a token is visual."""
+def adapt_by_the_pages(model, adapter, visual, **options):
+    """Replaces the adapter by that of the pages' thirty lines, with its weights.
+
+    visual: [B, T], True where a token is visual."""
     lines = {}
-    exec(block("class NaiveImageLoRA"), lines)
+    exec(block("class NaiveImageLoRA"), lines)  # on the front page
+    exec(block("def adapt"), lines)  # on the demo's page
     decoder = next(m for name, m in model.named_modules() if re.search(r"(language|text)_model$", name))
     naive_adapters = lines["adapt"](nn.ModuleDict({"model": model, "language_model": decoder}), **options)
     for layer, naive in zip(adapter.layers.values(), naive_adapters, strict=True):
@@ -38,14 +41,14 @@ def adapt_by_the_readme(model, adapter, visual, **options):
         naive.M = visual[..., None]
 
 
-def test_the_few_lines_of_the_readme_compute_what_imagelora_does():
+def test_the_thirty_lines_of_the_pages_compute_what_imagelora_does():
     batch = {name: torch.cat([EARLY[name], LATE[name]]) for name in EARLY}
     options = {"r": 4, "lora_alpha": 6, "heads": {0: [1], 1: [0, 2], 2: [0, 1, 2]}}
     model = tiny_vlm()
     adapter = attach_trained(model, **options)
     ours = logits_of(model, batch), slopes(model, loss_of(model, batch))
     adapter.detach()
-    adapt_by_the_readme(model, adapter, batch["input_ids"] == IMG, **options)
+    adapt_by_the_pages(model, adapter, batch["input_ids"] == IMG, **options)
     theirs = logits_of(model, batch), slopes(model, loss_of(model, batch))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
@@ -182,7 +185,7 @@ def processor_for(family):
 
 
 @pytest.mark.parametrize("family, kind", WALKS)
-def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind):
+def test_every_family_is_adapted_as_the_thirty_lines_of_the_pages_say(family, kind):
     """In training, checkpointed or not, and in generate(). Without an image, disabled or detached it is the base."""
     batch = hf_prompt(family, kind)
     model = tiny_hf_vlm(family)
@@ -205,7 +208,7 @@ def test_every_family_is_adapted_as_the_few_lines_of_the_readme_say(family, kind
     assert adapter.detach() is model
     assert torch.equal(logits_of(model, batch), base)
 
-    adapt_by_the_readme(model, adapter, batch["input_ids"] == kind, **options)
+    adapt_by_the_pages(model, adapter, batch["input_ids"] == kind, **options)
     expected = slopes(model, loss_of(model, batch))
     assert (ours - base).abs().max() > 1e-2
     close(ours, logits_of(model, batch))

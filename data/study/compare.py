@@ -34,10 +34,10 @@ SHIPPED = dict.fromkeys(SEARCH_SEEDS, BASES[1])  # one base model, fine-tuned wi
 
 TUNED = (LORA, VISUAL, SMALL, ALL, HALF)
 
-# The learning rates that were chosen: the lowest whose validation accuracy, in the mean over SEARCH_SEEDS, is within
-# one point of the best. On base models all of GRID was tried; on twins and in referring a part of it. No table shows
-# that part, so its runs are not made anew; they stand in runs.csv for the test of this rule. With replay, after word
-# problems and with other heads, a method keeps its rate.
+# The learning rates that `choose_rate` chose, by the mean validation accuracy over SEARCH_SEEDS. On base models all of
+# GRID was tried; on twins and in referring a part of it. No table shows that part, so its runs are not made anew; they
+# stand in runs.csv for the test of this rule. With replay, after word problems and with other heads, a method keeps its
+# rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 RATES = {LORA: 0.0025, VISUAL: 0.0025, SMALL: 0.0025, ALL: 0.01, HALF: 0.02}
 TWIN_RATES = {LORA: 0.005, VISUAL: 0.005, SMALL: 0.01, ALL: 0.08, HALF: 0.04}
@@ -154,14 +154,14 @@ OLD_TASK = ("old task, %", "source_acc")
 RATE = ("learning rate", "lr", "{:g}")
 CHOICES = {
     "top, the most influential by the probe": "top",
-    "gate, by the score of the authors' release": "gate",
+    "gate, by the head score of the authors' released code": "gate",
     "matched, random but evenly spread": "matched",
     "bottom, the least influential by the probe": "bottom",
 }
 
 
-def front_page(runs: Runs) -> str:
-    """Means alone. The second column is of the twins, the others are of the base models."""
+def overview(runs: Runs) -> str:
+    """Means alone. The second column of numbers is of the twins, the others are of the base models."""
     lines = []
     for method in (LORA, VISUAL, SMALL, ALL, HALF, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
         rows = runs.of(method, BASES)
@@ -198,7 +198,7 @@ def without_an_image(runs: Runs) -> str:
         ("questions without an image", "question_without_image_kl", "{:.2f}"),
     ]
     lines = [(method, runs.of(method, BASES)) for method in (LORA, LORA + WITH_REPLAY)]
-    return table("divergence from the base, in nats a token", columns, lines)
+    return table("divergence from the base model, in nats per token", columns, lines)
 
 
 def rates(runs: Runs) -> str:
@@ -249,7 +249,7 @@ def other_tasks(runs: Runs) -> str:
     return table("other tasks", columns, lines, mean)
 
 
-TABLES = (front_page, base_models, twins, without_an_image, rates, exact_rival, heads, other_tasks)
+TABLES = (overview, base_models, twins, without_an_image, rates, exact_rival, heads, other_tasks)
 
 
 def compare(cfg: CompareConfig) -> None:

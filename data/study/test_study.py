@@ -22,6 +22,7 @@ from data.study.tables import choose_rate
 torch.set_num_threads(1)
 ROOT = Path(train.__file__).parent
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("data/**/*.md")))]
+STUDY_PAGE = "data/study/README.md"
 TESTS = "".join(path.read_text() for path in [*ROOT.glob("test_*.py"), *ROOT.glob("data/**/test_*.py")])
 COMMANDS = {  # those that have options
     "train.py": train.Config,
@@ -160,12 +161,18 @@ def test_the_chosen_rates_follow_from_the_runs(runs, bases, changes, rates):
 
 # 3. The pages
 @pytest.mark.parametrize("table", compare.TABLES)
-def test_a_table_of_the_pages_is_that_which_the_comparison_prints(runs, table):
-    """Whoever changes a run or a page sees it here."""
+def test_a_table_of_the_studys_page_is_that_which_the_comparison_prints(runs, table):
+    """Whoever changes a run or the page sees it here."""
     printed = table(runs).splitlines()
-    pages = "\n".join((ROOT / page).read_text() for page in PAGES)
-    shown = re.findall(rf"^{re.escape(printed[0])}\n(?:\|.*\n)+", pages, re.M)
+    page = (ROOT / STUDY_PAGE).read_text()
+    shown = re.findall(rf"^{re.escape(printed[0])}\n(?:\|.*\n)+", page, re.M)
     assert [block.splitlines() for block in shown] == [printed]
+
+
+def anchors(page: Path) -> list[str]:
+    """What a link to a page can have after its #: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -180,8 +187,10 @@ def test_the_commands_and_links_of_a_page_can_be_given(page):
             assert command(COMMANDS[program], lambda cfg: None, "", shlex.split(options)) == 0
     for word in re.findall(r"pytest[^`\n]* -k (\w+)", text):
         assert re.search(rf"def test_\w*{word}", TESTS), f"no test is named {word}"
-    for target in re.findall(r"(?:\]\(|src=\")(?!\w+:|#)([^)#\"\s]+)", text):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", text):
+        linked_page = (ROOT / page).parent / target if target else ROOT / page
+        assert linked_page.exists(), target
+        assert not anchor or anchor in anchors(linked_page), f"{target}#{anchor}"
 
 
 def test_there_is_one_version():
