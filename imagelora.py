@@ -64,7 +64,7 @@ class ValueAdapter(nn.Module):
         B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device="cpu")
         self.A = nn.Parameter(A)  # [D, r], shared by the selected heads: it reads a token once for all of them
         self.B = nn.Parameter(B)  # [|S|, r, d_h], one for each: it writes what this head passes on
-        # Starts at 1, because a small gamma would shrink each step of B. Shape [1], because FSDP cannot shard a scalar.
+        # Starts at 1, because a small gamma would shrink what B does. Shape [1], because FSDP cannot shard a scalar.
         self.gamma = nn.Parameter(B.new_ones(1))
 
     def forward(self, x_vis: Tensor) -> Tensor:
@@ -89,6 +89,12 @@ class ValueAdapter(nn.Module):
         vectors = value.reshape(-1, d_h)  # [B * T * H, d_h]
         targets = rows[:, None] * H + self.heads  # [N, |S|]
         return vectors.index_add(0, targets.flatten(), delta.view(-1, d_h)).view_as(value)
+
+
+def visual_rows(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
+    """input_ids [B, T] -> M as indices [N]: which of the B * T rows hold a placeholder of an image or a video."""
+    visual = torch.stack([input_ids == token_id for token_id in image_token_ids]).any(0)  # the diagonal of M, [B, T]
+    return visual.flatten().nonzero().squeeze(1)
 
 
 class ImageLoRA(nn.Module):
@@ -128,7 +134,7 @@ class ImageLoRA(nn.Module):
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
             adapted[decoder[layer]] = adapter
-        # The model changes only from here on. At each call the tracker finds the visual rows, and adapters add to them.
+        # The model changes only from here on. At each call the tracker finds the visual rows for the adapters.
         self._tracker = CallTracker(base, image_token_ids, adapted)
         self._requires_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
         if model is base:  # otherwise PEFT has frozen it
@@ -141,7 +147,7 @@ class ImageLoRA(nn.Module):
 
     def disabled(self) -> AbstractContextManager:
         """A context in which the model is the base model again, for this thread or coroutine. In a generator, enter it
-        around each call of the model, not around a `yield`, because the caller would be inside of it, too."""
+        around each call of the model. Around a `yield`, it would also be in force for the caller."""
         return self._tracker.override("disabled", True)
 
     def visual_mask(self, mask: Tensor) -> AbstractContextManager:
@@ -150,13 +156,7 @@ class ImageLoRA(nn.Module):
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
-        model = self._tracker.model
-        self._tracker.remove_hooks()
-        del model.image_lora
-        del self._tracker  # so that disabled() fails from now on, and the adapter does not keep the model in memory
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
-        return model
+        return _take_off(self)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
@@ -190,7 +190,7 @@ def score_heads(
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
     _, decoder, _ = _checked_model(model)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
-    with torch.random.fork_rng(devices=[]):  # attach draws an A, which the probe replaces
+    with torch.random.fork_rng(devices=[]):  # attach draws an A that is not used, and the caller's numbers stay
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
     model.requires_grad_(False)  # Gradients of what PEFT has added would stay behind.
     for layer in adapter.layers.values():
@@ -240,12 +240,6 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
 # ------ That is the method. Below: how M reaches the layers; files, devices, and what cannot be adapted ---------------
 
 
-def visual_rows(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
-    """input_ids [B, T] -> M as indices [N]: which of the B * T rows hold a placeholder of an image or a video."""
-    visual = torch.stack([input_ids == token_id for token_id in image_token_ids]).any(0)  # the diagonal of M, [B, T]
-    return visual.flatten().nonzero().squeeze(1)
-
-
 @dataclass
 class Call:
     """What the layers need to know about one call of the model."""
@@ -255,8 +249,8 @@ class Call:
     num_updates: int = 0  # how many layers have added theirs
 
 
-# What disabled() and visual_mask() ask for in this thread or coroutine: {(tracker, "disabled"): True} and {(tracker,
-# "mask"): Tensor}. It is not kept in CallTracker, because a ContextVar cannot be copied, whereas models get copied.
+# What disabled() and visual_mask() have set in this thread or coroutine: {(tracker, "disabled"): True, (tracker,
+# "mask"): Tensor}. It is global, because a ContextVar cannot be copied, and a tracker is copied with its model.
 OVERRIDES = ContextVar("OVERRIDES")
 
 
@@ -265,8 +259,8 @@ class CallTracker:
 
     The layers never see input_ids. The obvious way, a variable with the rows of the last call, breaks in training:
     gradient checkpointing runs a layer a second time, in the backward pass. By then the model may have been called
-    with other images, or another thread may run the layer, and it would adapt the wrong rows without an error. So each
-    call of the model gets a Call of its own, and four hooks bring it to v_proj:
+    with other images, or another thread may run the layer, and wrong rows would be adapted without an error. So each
+    call of the model gets a Call of its own. Four kinds of hooks see to it:
 
                               first run, inside model(...)           second run, in the backward pass
         before model(...)     begin_call makes the Call, and puts    (is not run)
@@ -280,17 +274,19 @@ class CallTracker:
                               and raises if an update is missing
 
     "On a tensor" means: as an attribute of its storage, which lives as long as the storage does. A checkpoint keeps the
-    layer's input only. In the second run that is another tensor, because detach() and autograd make new ones, but it
-    shares its storage with the first. Whatever the layer computes from it is new and has no Call yet.
+    layer's input only. In the second run that input is another tensor object, because detach() and autograd make new
+    ones, but on the same storage. Whatever the layer computes from it is new and has no Call yet.
 
     `running` holds the Call of each thread. It comes first, because a storage that is used again may still have the
-    Call of an earlier use. Whether gradients are on does not matter: a re-entrant checkpoint's first run has none. A
-    checkpoint that holds the whole model calls it again, and that is a first run.
+    Call of an earlier use. The Call is found in the same way with and without gradients: a re-entrant checkpoint's
+    first run has none. A checkpoint that holds the whole model calls it again, and that is a first run.
 
     Why at the norm? It reads the layer's input and writes what v_proj will read. A hook of the layer itself would not
     do, because transformers 5 runs a layer again without the layer's own hooks. If there is no norm before attention,
-    v_proj reads the layer's input itself, so adapt leaves the Call there, too. A layer's other norms also run pass_on.
-    What they leave (in the second run it may be None) does no harm, because no v_proj reads their tensors.
+    v_proj reads the layer's input itself, so adapt leaves the Call on what v_proj reads.
+
+    Norms are the layer's children with "norm" in their names. Those that do not feed attention run pass_on, too. What
+    they leave (in the second run it may be None) does no harm, because no v_proj reads their tensors.
 
     Why is inputs_embeds cloned? It may be the first layer's input, and the caller may use the same tensor for two calls
     with different masks. The second Call would then replace the first, whose backward pass is still to come."""
@@ -393,15 +389,15 @@ class PortableValueAdapter(ValueAdapter):
 
         def convert(tensor):
             new = fn(tensor)
-            if not tensor.is_floating_point():  # the heads, which to_empty() and the meta device would forget
+            if not tensor.is_floating_point():  # the heads, whose values to_empty() and the meta device would lose
                 return tensor if new.is_meta else tensor.to(new.device)
             # .half() leaves A, B and gamma in float32, because in 16 bits small steps would round to nothing.
             return tensor.to(new.device) if new.element_size() < 4 else new
 
         return super()._apply(convert, recurse)
 
-    # On the meta device the heads stay here and are not in the state_dict, because accelerate would take any entry of
-    # it for a parameter to shard.
+    # While A and B are on the meta device, the heads keep their values but are left out of the state_dict, because
+    # accelerate would take any entry of it for a parameter to shard.
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.A.is_meta:
@@ -422,6 +418,17 @@ def _device(v_proj: nn.Module) -> torch.device:
         tensors = [*v_proj.parameters(), *v_proj.buffers()]  # a quantized v_proj may have buffers alone
         device = tensors[0].device
     return device
+
+
+def _take_off(adapter: ImageLoRA) -> nn.Module:
+    """The body of ImageLoRA.detach."""
+    model = adapter._tracker.model
+    adapter._tracker.remove_hooks()
+    del model.image_lora
+    del adapter._tracker  # so that disabled() fails from now on, and the adapter does not keep the model in memory
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(adapter._requires_grad.get(name, parameter.requires_grad))
+    return model
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
@@ -530,7 +537,7 @@ def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
             "model.config has no image_token_id to find visual tokens by; attach to the whole VLM, unwrapped"
         )
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    by_transformers = getattr(config, "distributed_config", None)  # whose Trainer averages the gradients itself
+    by_transformers = getattr(config, "distributed_config", None)  # then its Trainer averages the gradients itself
     if sharded and not by_transformers:
         why = "nobody would average the adapter's gradients over the processes"
         raise ValueError(f"the model is sharded already, and {why}; attach first, then shard")
@@ -557,7 +564,7 @@ def _checked_heads(heads, head_counts: list[int]) -> Heads:
     if not isinstance(heads, dict):
         raise ValueError(f"{expected}, got {heads!r}")
     for layer, selected in heads.items():
-        # Head H would be head 0 of the next token, and layer -1 the last one.
+        # Unchecked, head H would write into head 0 of the next token, and layer -1 would be the last one.
         count = head_counts[layer] if layer in range(len(head_counts)) else 0
         if not isinstance(selected, (list, tuple, range)) or len(set(selected) & set(range(count))) < len(selected):
             raise ValueError(f"{expected}, each once; layer {layer!r} has {count} heads, got {selected!r}")
