@@ -9,8 +9,9 @@ see        The vision tower of data/tiny_vlm.pt stays as it is. A projector lear
 learn      The projector and LoRA on all linear layers of SmolLM2 learn to answer about source screens. A second loss
            keeps its English close: the divergence from the original SmolLM2 on texts that the original has written.
            LoRA is merged afterwards.
-fine-tune  The base learns to click switches, by one of the methods. Unlike in train.py it computes in bfloat16, gamma
-           stays 1, and replay takes turns between source screens and texts that the base has written.
+fine-tune  The base learns to click switches, by one of the methods. Unlike in train.py it computes in bfloat16 (or
+           float32, where that is faster), gamma stays 1, and replay takes turns between source screens and texts that
+           the base has written.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -493,7 +494,10 @@ def main(cfg: SmolConfig) -> None:
             row = run(cfg, lr)
             write_runs(path, [*read_runs(path, SETTINGS), row])  # Another process may have added one meanwhile.
     else:
-        base = json.loads(base_path(cfg.base).with_suffix(".json").read_text())
+        record = base_path(cfg.base).with_suffix(".json")
+        if not record.exists():
+            raise ValueError(f"there is no {record}; --make-base writes it beside {cfg.base}")
+        base = json.loads(record.read_text())
         print_tables(read_runs(base_path(cfg.runs), SETTINGS), base)
 
 
