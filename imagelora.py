@@ -551,6 +551,9 @@ def _check_attention(where: str, attention: nn.Module) -> None:
             f"{where} has no self_attn.v_proj but {', '.join(parts)}; cross-attention to images, the other layers of "
             "hybrid models, fused qkv and latent values cannot be adapted"
         )
+    if not hasattr(attention.v_proj, "out_features"):
+        kind = type(attention.v_proj).__name__
+        raise ValueError(f"{where}.self_attn.v_proj of type {kind} has no out_features; a linear layer was expected")
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if later:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
