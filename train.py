@@ -87,9 +87,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
     test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    source_test = screens_and_features(
-        model, "source", "test", cfg.test_screens // 2 + 1
-    )  # a source screen has more targets
+    # A source screen has more targets, so half as many screens are enough.
+    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
     base_metrics, base_answers = measure(cfg, model, test, source_test)
     base_logits = text_only_logits(model)
     if verbose:
