@@ -1,22 +1,20 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
 python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one per line
-python -m data.study.smollm --method LoRA --seed 4       make one more run: 15 to 25 minutes on one core
-python -m data.study.smollm --make-base --base my.pt     make the base model anew: about an hour on two cores
+python -m data.study.smollm --method LoRA --seed 4       make one more run: about ten minutes on one core
+python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
-see        The vision tower of data/tiny_vlm.pt stays as it is. A projector learns to show the name, the colour and the
-           place of what is in each patch, read through SmolLM2's own word embeddings. SmolLM2 itself does not run.
-learn      The projector and LoRA on all linear layers of SmolLM2 learn to answer about source screens. A second loss
-           keeps its English close: the divergence from the original SmolLM2 on texts that the original has written.
-           LoRA is merged afterwards.
-fine-tune  The base learns to click switches, by one of the methods. Unlike in train.py it computes in bfloat16 (or
-           float32, where that is faster), gamma stays 1, and replay takes turns between source screens and texts that
-           the base has written.
+see        The projector learns to show the name, the colour and the place of what is in each patch, read through
+           SmolLM2's own word embeddings. SmolLM2 itself does not run.
+learn      The projector and the expert (data/study/smollm_vlm.py) learn to answer about source screens. From step 540
+           on, a second loss brings English after a screen back: its divergence from what the original SmolLM2 predicts
+           without the screen.
+fine-tune  This base model learns to click switches, by one of the methods. Unlike in train.py, gamma stays 1, and
+           replay takes turns between old questions about a source screen, a text after a screen, and a text alone.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
 
-import io
 import json
 import math
 import platform
@@ -36,7 +34,6 @@ from tqdm import tqdm
 
 from data.base import base_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.costs import run_costs
 from data.evaluate import click_metrics, divergence
 from data.methods import (
     ALL,
@@ -48,33 +45,23 @@ from data.methods import (
     VALUES,
     VISUAL,
     WITH_REPLAY,
-    LoRA,
     Method,
     attach_adapter,
     choose_heads,
 )
-from data.questions import all_samples, click_right_of, neighbour_samples, random_samples
+from data.questions import all_samples, click_right_of, neighbour_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
-from data.study.smollm_vlm import (
-    BASE_ALPHA,
-    BASE_RANK,
-    COLUMNS,
-    ROWS,
-    SeeingLlama,
-    SmolVLM,
-    fastest_type,
-    parse_letters,
-)
+from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, fastest_type, parse_letters
 from data.study.tables import markdown, mean, read_runs, table, write_runs
 from imagelora import score_heads
 
-# The learning rates of LoRA, LoRA at visual tokens and Image-LoRA were chosen with seed 1, by choose_rate in
-# data/study/tables.py; those tried are four-fold apart. The others keep the rate of the method that they vary.
+# The learning rates that were chosen, with seed 1, by data.study.tables.choose_rate; those tried are four-fold apart.
+# With replay and in half of the heads a method keeps its rate.
 RATES = {
     NOTHING: 0.0,
-    LORA: 1e-3,
-    LORA + WITH_REPLAY: 1e-3,
+    LORA: 4e-3,
+    LORA + WITH_REPLAY: 4e-3,
     VISUAL: 4e-3,
     VALUES: 1.6e-2,
     ALL: 1.6e-2,
@@ -83,30 +70,30 @@ RATES = {
     SPREAD: 1.6e-2,
 }
 SETTINGS = ("method", "lr", "seed")  # what tells one run from another
-STEPS = 300  # of fine-tuning
-TRAIN_SCREENS = 2048
+BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
+STEPS = 100  # of fine-tuning
+SCREENS_PER_STEP = 8  # of fine-tuning
+TRAIN_SCREENS = 1024
 PROBE_BATCHES = 8
-TIMED_STEPS = 5  # of which the median counts
-REPLAY_TEXTS = 128
-TEST_SCREENS = 100  # of each kind, on which clicks are measured
+TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for everything else
 TEXTS = 16  # of 256 tokens, on which English is measured
 
 
-@dataclass(frozen=True)
+@dataclass
 class SmolConfig:
     method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RATES))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", least=0)
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
-    base: str = option("data/study/smollm.pt", "the base model: a projector, and the LoRA that made SmolLM2 answer")
+    base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
     make_base: bool = option(False, "make the base model and write it to --base")
 
 
-# ---- See -------------------------------------------------------------------------------------------------------------
+# ---- The base model: see, then learn to answer -----------------------------------------------------------------------
 
 
 def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> None:
-    """Trains the projector until a patch reads as what it shows. features [N, P, D]; targets as in patch_targets."""
+    """Trains the projector, so that a patch reads as what it shows. features [N, P, D]; targets as in patch_targets."""
     embeddings = vlm.model.model.embed_tokens.weight
     kinds = []  # the embeddings of all names, colours, columns and rows
     for words in ((*LABELS, *ICONS, "switch"), COLOURS, COLUMNS, ROWS):
@@ -122,28 +109,12 @@ def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> 
         optimizer.step()
 
 
-# ---- Learn to answer -------------------------------------------------------------------------------------------------
-
-
 def base_samples(screen: Screen, rng, count: int) -> list[dict]:
-    """Questions about a source screen: where is a name, what is at a place; and up to half as many about what is right
-    of a name."""
-    samples = random_samples(screen, count, rng, refer=0.4, distinct=True)
-    samples += neighbour_samples(screen, rng)[: count // 2]
-    return rng.permutation(samples).tolist()
-
-
-@torch.no_grad()
-def write_texts(vlm: SmolVLM, count: int, length=96) -> Tensor:
-    """Texts that SmolLM2 writes, [count, length]: half of them begin as documents do, half as conversations."""
-    texts = []
-    for start in ("<|endoftext|>", "<|im_start|>"):
-        torch.manual_seed(0)
-        first = torch.full((count // 2, 1), vlm.tokenizer.convert_tokens_to_ids(start))
-        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
-        texts.append(vlm.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
-    texts = torch.cat(texts)
-    return texts.where(texts != vlm.model.config.image_token_id, vlm.tokenizer.eos_token_id)  # a text has no image
+    """`count` questions about a source screen: up to half of them about what is right of a name and where that is, the
+    others about where a name is and what is at a place."""
+    about_right = neighbour_samples(screen, rng)[: count // 2]
+    samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
+    return rng.permutation(samples + about_right).tolist()
 
 
 def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss_of) -> None:
@@ -163,113 +134,147 @@ def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss
         bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
 
 
+def text_logits(vlm: SmolVLM, texts: Tensor, features: Tensor | None = None) -> Tensor:
+    """The predictions [B, T, V] after each token of texts [B, T]; with features [1 or B, P, D], after a screen."""
+    if features is None:
+        return vlm.model(texts).logits
+    screen_ids = torch.tensor([vlm.screen_ids]).expand(len(texts), -1)
+    ids = torch.cat([screen_ids, texts], dim=1)
+    logits = vlm.model(ids, features.expand(len(texts), -1, -1)).logits
+    return logits[:, screen_ids.shape[1] :]
+
+
 def make_base(cfg: SmolConfig) -> None:
-    """See, then learn to answer. Writes the base, and beside it what it can do."""
+    """See, then learn to answer. Writes the base model, and beside it what it can do."""
     start = time.time()
     vlm = SmolVLM()
     torch.manual_seed(cfg.seed)
     vlm.add_projector()
-    # These screens are far from those that the tiny model was pretrained on.
-    screens = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4000)]
-    others = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
+    # Other screens than those that the tiny model was pretrained on. On half of the source screens, two names or more
+    # have something to their right.
+    drawn = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(8000)]
+    screens = drawn[:2000] + [screen for screen in drawn[2000:] if len(relation_samples(screen)) > 1][:2000]
+    switch_screens = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
     targets = [patch_targets(screen, vlm.patch_size, places=True) for screen in screens]
-    targets += [patch_targets(screen, vlm.patch_size, places=False) for screen in others]
-    features = image_features(vlm.tower, screens + others)
+    targets += [patch_targets(screen, vlm.patch_size, places=False) for screen in switch_screens]
+    features = image_features(vlm.tower, screens + switch_screens)
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
     vlm.model.to(fastest_type())
-    texts = write_texts(vlm, 256)
+    vlm.texts = vlm.write_texts(256)
     torch.manual_seed(cfg.seed)
-    lora = LoRA(vlm.model, BASE_RANK, BASE_ALPHA, ("q", "k", "v", "o", "gate", "up", "down"))
+    vlm.add_expert()
     rng = np.random.default_rng(cfg.seed)
 
-    def loss_of(step: int) -> Tensor:
-        picks = rng.choice(len(screens), 8, replace=False)
-        batch = vlm.batch([vlm.sequence(base_samples(screens[pick], rng, 12)) for pick in picks])
+    def loss_of(num_screens: int, num_texts: int) -> Tensor:
+        picks = rng.choice(len(screens), num_screens, replace=False)
+        batch = vlm.batch([base_samples(screens[pick], rng, 14) for pick in picks])
         answer_loss = vlm.model(**batch, image_features=vlm.projector(features[picks])).loss
-        text = texts[rng.choice(len(texts), 2, replace=False)]
-        with torch.no_grad(), lora.disabled():
-            original_logits = vlm.model(text).logits
-        return answer_loss + divergence(original_logits.float(), vlm.model(text).logits.float()).mean()
+        if num_texts == 0:
+            return answer_loss
+        texts = vlm.texts[rng.choice(len(vlm.texts), num_texts, replace=False)]
+        with torch.no_grad():
+            logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the expert needs a screen
+        seen = vlm.projector(features[rng.choice(len(features), num_texts)])
+        return answer_loss + divergence(logits_alone.float(), text_logits(vlm, texts[:, 1:], seen).float()).mean()
 
-    optimize("learn", [*vlm.projector.parameters(), *lora.parameters()], 1e-3, 600, loss_of)
+    learned = [*vlm.projector.parameters(), *vlm.expert.parameters()]
+    first, *more = BASE_STEPS
+    optimize("learn", learned, 2e-3, first, lambda step: loss_of(4, num_texts=int(step >= 0.6 * first)))
+    for steps in more:
+        optimize("learn more", learned, 2e-3, steps, lambda step: loss_of(8, num_texts=2))
+    path = base_path(cfg.base)
+    vlm.save(path)
+    vlm = load_base_model(cfg)  # what was written, because it is in 16 bits
+    record = {"seconds": round(time.time() - start)} | versions(vlm)
+    record |= measure_skill(vlm) | measure_english(vlm, nullcontext)
+    write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
-    names = [name for name, _ in vlm.model.named_modules() if name.endswith("_proj")]
-    content = {"projector": {name: tensor.half() for name, tensor in vlm.projector.state_dict().items()}, "lora": {}}
-    for name, A, B in zip(names, lora.A, lora.B):
-        content["lora"] |= {f"{name}.A": A.detach().half(), f"{name}.B": B.detach().half()}
-    file = io.BytesIO()
-    torch.save(content, file)
-    write_file(Path(cfg.base), file.getbuffer())
-    record = {"seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version()}
-    record |= measure_english(vlm, lora.disabled)  # not yet merged, because then there is no original any more
-    with lora.disabled():
-        openings = [vlm.ids(opening) for opening in OPENINGS[:NUM_SHOWN]]
-        record["original_continuations"] = vlm.generate(openings, None, max_new_tokens=16)
+
+def load_base_model(cfg: SmolConfig) -> SmolVLM:
+    """SmolLM2 with what --make-base wrote, in the type that is fastest on this processor."""
     vlm = SmolVLM()
     vlm.load(cfg.base)
-    record |= measure_skill(vlm)
-    write_file(Path(cfg.base).with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+    vlm.model.to(fastest_type())
+    print(f"SmolLM2 computes in {vlm.model.dtype}, the fastest type on this processor")
+    return vlm
+
+
+def versions(vlm: SmolVLM) -> dict:
+    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "torch": torch.__version__, "python": platform.python_version()}
 
 
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
+class TrainingData:
+    """The screens of a run, and its batches."""
+
+    def __init__(self, vlm: SmolVLM, seed: int):
+        self.vlm = vlm
+        self.seed = seed
+        self.screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
+        self.features = vlm.see(self.screens)  # [N, P, D]
+        self.source_screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
+        self.source_features = vlm.see(self.source_screens)
+
+    def questions(self, index: int):
+        """(Questions about each of the 8 screens of batch number `index`, features [8, P, D], a random generator)."""
+        rng = np.random.default_rng([self.seed, index])
+        picks = rng.choice(len(self.screens), SCREENS_PER_STEP, replace=False)
+        samples = [random_samples(self.screens[pick], 5, rng, refer=0.0, distinct=True) for pick in picks]
+        return samples, self.features[picks], rng
+
+    def batch(self, index: int) -> dict:
+        """{input_ids, labels [B, T], image_features [B, P, D]}."""
+        samples, features, _ = self.questions(index)
+        return self.vlm.batch(samples) | {"image_features": features}
+
+    def loss(self, index: int) -> Tensor:
+        return self.vlm.model(**self.batch(index)).loss
+
+    def loss_with_replay(self, index: int, adapter: nn.Module) -> Tensor:
+        """One of the 8 sequences is, by turns, a source screen with its old questions, a text after a screen, and a
+        text alone. Of a text, the loss is the divergence from what the base model predicts."""
+        samples, features, rng = self.questions(index)
+        turn = ("old questions", "text after a screen", "text alone")[index % 3]
+        if turn == "old questions":
+            pick = rng.integers(len(self.source_screens))
+            samples[0] = base_samples(self.source_screens[pick], rng, 5)
+            features[0] = self.source_features[pick]
+            return self.vlm.model(**self.vlm.batch(samples), image_features=features).loss
+        answer_loss = self.vlm.model(**self.vlm.batch(samples[1:]), image_features=features[1:]).loss
+        text = self.vlm.texts[rng.choice(len(self.vlm.texts), 1), 1:]
+        screen = features[:1] if turn == "text after a screen" else None
+        with torch.no_grad(), adapter.disabled():
+            base_logits = text_logits(self.vlm, text, screen)
+        return answer_loss + divergence(base_logits.float(), text_logits(self.vlm, text, screen).float()).mean()
+
+
 def run(cfg: SmolConfig, lr: float) -> dict:
-    """Fine-tune the base once, and measure: a row of the file."""
+    """Fine-tune the base model once, and measure: a row of the file."""
     start = time.time()
-    vlm = SmolVLM()
-    vlm.load(cfg.base)
-    print(f"SmolLM2 computes in {vlm.model.dtype}, the fastest type on this processor")
+    vlm = load_base_model(cfg)
     settings = Method(**METHODS[cfg.method])
-    screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
-    features = vlm.see(screens)
-    source_screens = [draw_screen("source", "train", i) for i in range(settings.replay * 256)]
-    texts = write_texts(vlm, REPLAY_TEXTS) if settings.replay else []
-
-    def batch(index: int, replay: int) -> dict:
-        """{input_ids, labels [B, T], image_features}: 8 screens with 5 questions each.
-
-        With replay the first sequence is, by turns, a source screen with its old questions and a text of the base."""
-        rng = np.random.default_rng([cfg.seed, index])
-        picks = rng.choice(len(screens), 8, replace=False)
-        seen = features[picks]
-        sequences = []
-        for pick in picks:
-            sequences.append(vlm.sequence(random_samples(screens[pick], 5, rng, refer=0.0, distinct=True)))
-        if replay and index % 2 == 0:
-            screen = source_screens[rng.integers(len(source_screens))]
-            sequences[0] = vlm.sequence(base_samples(screen, rng, 5))
-            seen = torch.cat([vlm.see([screen]), seen[1:]])
-        elif replay:
-            text = texts[rng.integers(len(texts))].tolist()
-            sequences[0] = text, text  # each token is a label, too
-            seen = seen[1:]  # the text has no image
-        return vlm.batch(sequences) | {"image_features": seen}
-
-    probe_batches = [batch(STEPS + i, replay=0) for i in range(PROBE_BATCHES)]
+    data = TrainingData(vlm, cfg.seed)
     heads = None
-    if settings.method == "image_lora" and settings.heads != "all":
+    if cfg.method in (HALF, SPREAD):
+        probe_batches = [data.batch(STEPS + i) for i in range(PROBE_BATCHES)]
         scores = score_heads(vlm.model, probe_batches, probe="exact")
         heads = choose_heads(settings.heads, scores, scores.numel() // 2, cfg.seed)
     adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
-    disabled = nullcontext
     trained = []
-    step_time = ""  # not measured
     if adapter:
         trained = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
-        optimize("train", trained, lr, STEPS, lambda step: vlm.model(**batch(step, settings.replay)).loss)
-        disabled = adapter.disabled
-        step_time = measure_step_time(vlm.model, disabled, probe_batches[0])
-    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed, "step_time": step_time}
+        if settings.replay:
+            optimize("train", trained, lr, STEPS, lambda step: data.loss_with_replay(step, adapter))
+        else:
+            optimize("train", trained, lr, STEPS, data.loss)
+    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
-    heads = adapter.heads if settings.method == "image_lora" else None
-    costs = run_costs(settings, vlm.model, probe_batches[0]["input_ids"], heads)
-    row["flops_of_lora"] = costs["adapter_flops_per_screen"] / costs["lora_flops_per_screen"]
-    row |= measure_clicks(vlm) | measure_english(vlm, disabled)
-    row |= {"selected": heads, "seconds": round(time.time() - start)}
-    dtype = str(vlm.model.dtype).removeprefix("torch.")
-    return row | {"dtype": dtype, "torch": torch.__version__, "python": platform.python_version()}
+    row |= measure_clicks(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
+    return row | {"selected": heads, "seconds": round(time.time() - start)} | versions(vlm)
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
@@ -305,8 +310,8 @@ def click_accuracy(vlm: SmolVLM, domain: str, split: str, count: int, erased=Fal
     ask: a function of the screens, whose questions it returns as pairs (number of the screen, sample)."""
     screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
     numbers, samples = zip(*ask(screens))
-    prompts = [vlm.screen_ids + vlm.prompt(sample) for sample in samples]
-    answers = vlm.generate(prompts, vlm.see(screens)[list(numbers)], max_new_tokens=3)
+    prompts = [vlm.prompt(sample) for sample in samples]
+    answers = vlm.generate(prompts, 3, vlm.see(screens), numbers)
     return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
 
 
@@ -314,9 +319,9 @@ def measure_clicks(vlm: SmolVLM) -> dict:
     """Clicks on the switches of test and validation screens, and where the switches are erased; and the old task."""
     return {
         "task_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS),
-        "validation_acc": click_accuracy(vlm, "switches", "validation", TEST_SCREENS),
-        "erased_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS, erased=True),
-        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS),
+        "validation_acc": click_accuracy(vlm, "switches", "validation", TEST_SCREENS // 2),
+        "erased_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS // 2, erased=True),
+        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS // 2),
     }
 
 
@@ -342,69 +347,46 @@ def measure_skill(vlm: SmolVLM) -> dict:
 
 @torch.no_grad()
 def measure_english(vlm: SmolVLM, disabled) -> dict:
-    """What has become of English, alone and after a screen. In a context of disabled() the model is what it was.
+    """What has become of English, alone and after a screen, compared with the original SmolLM2 without a screen.
 
-    perplexity: of texts of Python's own documentation, and perplexity_before. divergence: in nats per token.
+    disabled: a context in which the adapter is off, so that text alone meets the original.
+    perplexity: of Python's language reference. divergence: of the next-token distributions, in nats per token.
     same_next_tokens: the share of tokens after which the most probable next one is the same. same_continuations: how
     many of 20 continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
-    documentation = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
-    documents = torch.tensor(vlm.tokenizer(documentation[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
-    screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
+    reference = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
+    texts = torch.tensor(vlm.tokenizer(reference[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
+    openings = [vlm.ids(opening) for opening in OPENINGS]
+    with disabled():
+        original_continuations = vlm.generate(openings, max_new_tokens=16)
     record = {}
-    for suffix, prefix in (("", []), ("_after_screen", vlm.screen_ids)):
-        identical = True
+    screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
+    for suffix, features in (("", None), ("_after_screen", screen)):
         measures = []
-        for rows in documents.split(2):
-            features = screen.expand(len(rows), -1, -1) if prefix else None
-            ids = torch.cat([torch.tensor([prefix] * len(rows), dtype=torch.long), rows], dim=1)
-            logits = vlm.model(ids, features).logits[:, len(prefix) : -1]
+        identical = True
+        for part in texts.split(2):
             with disabled():
-                logits_before = vlm.model(ids, features).logits[:, len(prefix) : -1]
-            targets = rows[:, 1:].flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets).item()
-            loss_before = F.cross_entropy(logits_before.flatten(0, 1).float(), targets).item()
-            same_next_tokens = (logits.argmax(-1) == logits_before.argmax(-1)).float().mean().item()
-            change = divergence(logits_before.float(), logits.float()).mean().item()
-            measures.append([loss, loss_before, change, same_next_tokens])
-            identical &= torch.equal(logits, logits_before)
-        record[f"identical{suffix}"] = "yes" if identical else "no"
-        loss, loss_before, change, same_next_tokens = np.mean(measures, axis=0).tolist()
-        record |= {f"perplexity{suffix}": math.exp(loss), f"perplexity_before{suffix}": math.exp(loss_before)}
-        record |= {f"divergence{suffix}": change, f"same_next_tokens{suffix}": same_next_tokens}
+                original_logits = text_logits(vlm, part)[:, :-1].float()
+            logits = text_logits(vlm, part, features)[:, :-1].float()
+            loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()).item()
+            same_next_tokens = (logits.argmax(-1) == original_logits.argmax(-1)).float().mean().item()
+            measures.append([loss, divergence(original_logits, logits).mean().item(), same_next_tokens])
+            identical &= torch.equal(logits, original_logits)
+        loss, change, same_next_tokens = np.mean(measures, axis=0).tolist()
+        record |= {f"perplexity{suffix}": math.exp(loss), f"divergence{suffix}": change}
+        record |= {f"same_next_tokens{suffix}": same_next_tokens, f"identical{suffix}": "yes" if identical else "no"}
 
-        prompts = [prefix + vlm.ids(opening) for opening in OPENINGS]
-        features = screen.expand(len(prompts), -1, -1) if prefix else None
-        texts = vlm.generate(prompts, features, max_new_tokens=16)
-        with disabled():
-            texts_before = vlm.generate(prompts, features, max_new_tokens=16)
-        record[f"same_continuations{suffix}"] = sum(now == before for now, before in zip(texts, texts_before))
-        record[f"continuations{suffix}"] = texts[:NUM_SHOWN]
+        continuations = vlm.generate(openings, 16, features, numbers=[0] * len(openings))
+        record[f"same_continuations{suffix}"] = sum(map(str.__eq__, continuations, original_continuations))
+        record[f"continuations{suffix}"] = continuations[:NUM_SHOWN]
     return record
-
-
-def measure_step_time(model: SeeingLlama, disabled, batch: dict) -> float:
-    """Time of a forward and a backward pass, as a multiple of the frozen model's: the ratio of medians."""
-    batch["image_features"].requires_grad_()  # so that the frozen model has a backward pass, too
-    seconds = {"adapted": [], "frozen": []}
-    for _ in range(TIMED_STEPS):
-        for name, context in (("adapted", nullcontext), ("frozen", disabled)):
-            with context():
-                start = time.perf_counter()
-                model(**batch).loss.backward()
-                seconds[name].append(time.perf_counter() - start)
-    return float(np.median(seconds["adapted"]) / np.median(seconds["frozen"]))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-BASE = [  # title of a column, measure, and the layout of a number where it is no percentage
+SKILL = [  # title of a column, measure, and the layout of a number where it is no percentage
     ("old task, %", "source_acc"),
     ("asked to click right of a name, %", "right_of_acc"),
     ("the same on switch screens, %", "reworded_acc"),
-    ("perplexity of the original", "perplexity_before", "{:.2f}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("divergence", "divergence", "{:.3f}"),
-    ("same continuations, of 20", "same_continuations", "{:.2g}"),
 ]
 FRONT_PAGE = [
     ("parameters", "parameters", "{:,.0f}"),
@@ -415,29 +397,23 @@ FRONT_PAGE = [
 ]
 CLICKS = [
     ("parameters", "parameters", "{:,.0f}"),
-    ("adapter FLOPs, % of LoRA's", "flops_of_lora", "{:.0%}"),
     ("learning rate", "lr", "{:g}"),
     ("switches clicked, %", "task_acc"),
     ("where they are erased, %", "erased_acc"),
     ("old task, %", "source_acc"),
-    ("time of a step", "step_time", "{:.2f}"),
 ]
 ENGLISH = [
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("divergence", "divergence", "{:.3f}"),
-    ("same next token, %", "same_next_tokens"),
-    ("same continuations, of 20", "same_continuations", "{:.2g}"),
-    ("bit for bit", "identical", "{}"),
-    ("after a screen: divergence", "divergence_after_screen", "{:.3f}"),
-    ("same next token, %", "same_next_tokens_after_screen"),
-    ("same continuations, of 20", "same_continuations_after_screen", "{:.2g}"),
+    ("perplexity", "perplexity{}", "{:.2f}"),
+    ("divergence", "divergence{}", "{:.3f}"),
+    ("same next token, %", "same_next_tokens{}"),
+    ("same continuations, of 20", "same_continuations{}", "{:.2g}"),
 ]
 SEARCH = [  # rows of the table of rates
     (LORA, "clicks on validation screens, %", "validation_acc"),
-    (LORA, "perplexity of English", "perplexity", "{:.2f}"),
+    (LORA, "perplexity of English", "perplexity", "{:.4g}"),
     (VISUAL, "clicks on validation screens, %", "validation_acc"),
+    (VALUES, "clicks on validation screens, %", "validation_acc"),
     (ALL, "clicks on validation screens, %", "validation_acc"),
-    (ALL + WITH_REPLAY, "clicks on validation screens, %", "validation_acc"),
 ]
 
 
@@ -449,34 +425,42 @@ def print_tables(runs: list[dict], base: dict) -> None:
         of_method = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
         if of_method:
             rows.append((method, of_method))
-    print(
-        table(
-            "SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] not in (NOTHING, HALF, SPREAD)], mean
-        )
-    )
-    print(table("before fine-tuning", BASE, [("base model", [base])]))
+    print(table("SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] not in (HALF, SPREAD)], mean))
+    print(table("before fine-tuning", SKILL, [("base model", [base])]))
     print(table("SmolLM2, fine-tuned with", CLICKS, rows))
-    print(table("English", ENGLISH, rows))
+    for title, suffix in (("English without an image", ""), ("English after a screen", "_after_screen")):
+        columns = [(column, measure.format(suffix), *layout) for column, measure, *layout in ENGLISH]
+        if suffix == "":
+            columns.append(("bit for bit", "identical", "{}"))
+        print(table(title, columns, rows))
+        print(continuations(title, rows, base, suffix))
+    print(rates(runs))
 
-    texts = [("original SmolLM2", base["original_continuations"])]
+
+def continuations(title: str, rows: list[tuple[str, list[dict]]], base: dict, suffix: str) -> str:
+    """How the original and, with its first seed, each method goes on; without methods that go on as the original."""
+    texts = [("original SmolLM2, without an image", base["continuations"])]
     for method, (first, *_) in rows:
-        if method == NOTHING or first["identical"] == "no":  # the others go on as the base model does
-            texts.append((method, first["continuations"]))
+        if first[f"identical{suffix}"] == "no":
+            texts.append((method, first[f"continuations{suffix}"]))
     lines = []
-    for name, continuations in texts:
-        lines.append((name, *(" ".join(text.replace("|", " ").split()) for text in continuations)))
-    print(markdown(("the first seed goes on", *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *lines))
+    for name, continued in texts:
+        lines.append((name, *(" ".join(text.replace("|", " ").split()) for text in continued)))
+    return markdown((title, *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *lines)
 
-    rates = sorted({run["lr"] for run in runs if run["lr"]})
-    searched = []
+
+def rates(runs: list[dict]) -> str:
+    """The learning rates that were tried with seed 1; the chosen one is bold."""
+    tried = sorted({run["lr"] for run in runs if run["lr"]})
+    lines = []
     for method, title, *measure in SEARCH:
         cells = []
-        for lr in rates:
+        for lr in tried:
             of_rate = [run for run in runs if (run["method"], run["lr"], run["seed"]) == (method, lr, 1)]
             cell = mean(of_rate, *measure) if of_rate else ""
             cells.append(f"**{cell}**" if of_rate and lr == RATES[method] else cell)
-        searched.append((f"{method}: {title}", *cells))
-    print(markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in rates)), *searched))
+        lines.append((f"{method}: {title}", *cells))
+    return markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in tried)), *lines)
 
 
 def main(cfg: SmolConfig) -> None:

