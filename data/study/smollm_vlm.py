@@ -89,7 +89,8 @@ class SeeingLlama(LlamaForCausalLM):
         is_visual = (input_ids == self.config.image_token_id)[..., None]
         if image_features is not None and is_visual.any():  # in a prompt, but not in what is generated after it
             x = x.masked_scatter(is_visual, image_features.to(x.dtype))
-        output = self.model(inputs_embeds=x, position_ids=position_ids, **kwargs)
+        kwargs["inputs_embeds"] = x  # generate() of transformers 4.57 passes None
+        output = self.model(position_ids=position_ids, **kwargs)
         hidden = output.last_hidden_state  # [B, T, D]
         if labels is None:
             kept = hidden[:, -logits_to_keep:].contiguous()  # or torch would copy lm_head's weight for each sequence
