@@ -69,7 +69,7 @@ RATES = {
     HALF: 1.6e-2,
     SPREAD: 1.6e-2,
 }
-SETTINGS = ("method", "lr", "seed")  # what tells one run from another
+SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
 STEPS = 100  # of fine-tuning
 SCREENS_PER_STEP = 8  # of fine-tuning
@@ -83,6 +83,7 @@ TEXTS = 16  # of 256 tokens, on which English is measured
 class SmolConfig:
     method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RATES))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", least=0)
+    steps: int = option(STEPS, "steps of fine-tuning", least=1)
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
@@ -260,7 +261,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     data = TrainingData(vlm, cfg.seed)
     heads = None
     if cfg.method in (HALF, SPREAD):
-        probe_batches = [data.batch(STEPS + i) for i in range(PROBE_BATCHES)]
+        probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
         scores = score_heads(vlm.model, probe_batches, probe="exact")
         heads = choose_heads(settings.heads, scores, scores.numel() // 2, cfg.seed)
     adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
@@ -268,10 +269,10 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     if adapter:
         trained = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
         if settings.replay:
-            optimize("train", trained, lr, STEPS, lambda step: data.loss_with_replay(step, adapter))
+            optimize("train", trained, lr, cfg.steps, lambda step: data.loss_with_replay(step, adapter))
         else:
-            optimize("train", trained, lr, STEPS, data.loss)
-    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed}
+            optimize("train", trained, lr, cfg.steps, data.loss)
+    row = {"method": cfg.method, "steps": cfg.steps, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_clicks(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
     return row | {"selected": heads, "seconds": round(time.time() - start)} | versions(vlm)
@@ -399,7 +400,7 @@ CLICKS = [
     ("parameters", "parameters", "{:,.0f}"),
     ("learning rate", "lr", "{:g}"),
     ("switches clicked, %", "task_acc"),
-    ("where they are erased, %", "erased_acc"),
+    ("hits where the switches are erased, %", "erased_acc"),
     ("old task, %", "source_acc"),
 ]
 ENGLISH = [
@@ -408,9 +409,18 @@ ENGLISH = [
     ("same next token, %", "same_next_tokens{}"),
     ("same continuations, of 20", "same_continuations{}", "{:.2g}"),
 ]
+MORE_STEPS = [
+    ("steps", "steps", "{}"),
+    ("learning rate", "lr", "{:g}"),
+    ("clicks on validation screens, %", "validation_acc"),
+    ("switches clicked, %", "task_acc"),
+    ("old task, %", "source_acc"),
+    ("divergence of English without an image", "divergence", "{:.3f}"),
+    ("divergence of English after an image", "divergence_after_screen", "{:.3f}"),
+]
 SEARCH = [  # rows of the table of rates
     (LORA, "clicks on validation screens, %", "validation_acc"),
-    (LORA, "perplexity of English", "perplexity", "{:.4g}"),
+    (LORA, "perplexity of English without an image", "perplexity", "{:.4g}"),
     (VISUAL, "clicks on validation screens, %", "validation_acc"),
     (VALUES, "clicks on validation screens, %", "validation_acc"),
     (ALL, "clicks on validation screens, %", "validation_acc"),
@@ -422,19 +432,21 @@ def print_tables(runs: list[dict], base: dict) -> None:
     runs = sorted(runs, key=lambda run: run["seed"])
     rows = []
     for method, lr in RATES.items():
-        of_method = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
+        of_method = [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
         if of_method:
             rows.append((method, of_method))
-    print(table("SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] not in (HALF, SPREAD)], mean))
+    print(table("SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] != SPREAD], mean))
     print(table("before fine-tuning", SKILL, [("base model", [base])]))
     print(table("SmolLM2, fine-tuned with", CLICKS, rows))
-    for title, suffix in (("English without an image", ""), ("English after a screen", "_after_screen")):
+    for title, suffix in (("English without an image", ""), ("English after an image", "_after_screen")):
         columns = [(column, measure.format(suffix), *layout) for column, measure, *layout in ENGLISH]
         if suffix == "":
             columns.append(("bit for bit", "identical", "{}"))
         print(table(title, columns, rows))
         print(continuations(title, rows, base, suffix))
     print(rates(runs))
+    if any(run["steps"] > STEPS for run in runs):
+        print(more_steps(runs))
 
 
 def continuations(title: str, rows: list[tuple[str, list[dict]]], base: dict, suffix: str) -> str:
@@ -456,11 +468,24 @@ def rates(runs: list[dict]) -> str:
     for method, title, *measure in SEARCH:
         cells = []
         for lr in tried:
-            of_rate = [run for run in runs if (run["method"], run["lr"], run["seed"]) == (method, lr, 1)]
+            settings = (method, STEPS, lr, 1)
+            of_rate = [run for run in runs if tuple(run[name] for name in SETTINGS) == settings]
             cell = mean(of_rate, *measure) if of_rate else ""
             cells.append(f"**{cell}**" if of_rate and lr == RATES[method] else cell)
         lines.append((f"{method}: {title}", *cells))
     return markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in tried)), *lines)
+
+
+def more_steps(runs: list[dict]) -> str:
+    """What more steps of fine-tuning change, with seed 1, at the rates that were tried with them."""
+    rows = []
+    for method, chosen_lr in RATES.items():
+        of_method = [run for run in runs if (run["method"], run["seed"]) == (method, 1)]
+        longer = [run for run in of_method if run["steps"] > STEPS]
+        if longer:
+            rows += [(method, [run]) for run in of_method if (run["steps"], run["lr"]) == (STEPS, chosen_lr)]
+            rows += [(method, [run]) for run in sorted(longer, key=lambda run: (run["steps"], run["lr"]))]
+    return table("SmolLM2, seed 1", MORE_STEPS, rows)
 
 
 def main(cfg: SmolConfig) -> None:
@@ -471,7 +496,7 @@ def main(cfg: SmolConfig) -> None:
     elif cfg.method:
         lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
         known = [tuple(row[name] for name in SETTINGS) for row in read_runs(path, SETTINGS)]
-        if (cfg.method, lr, cfg.seed) in known:
+        if (cfg.method, cfg.steps, lr, cfg.seed) in known:
             print(f"{path} holds this run already")
         else:
             make_directory(path.parent)

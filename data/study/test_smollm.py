@@ -80,11 +80,11 @@ def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens
 def test_a_run_is_made_once(tmp_path, monkeypatch):
     """A short one, with replay and in half of the heads."""
     monkeypatch.setitem(METHODS, HALF, {"heads": "top", "replay": 1})
-    short = {"STEPS": 3, "TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TEST_SCREENS": 2, "TEXTS": 2}
+    short = {"TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TEST_SCREENS": 2, "TEXTS": 2}
     for name, value in (short | {"OPENINGS": smollm.OPENINGS[: smollm.NUM_SHOWN]}).items():
         monkeypatch.setattr(smollm, name, value)
     path = tmp_path / "runs.csv"
-    cfg = smollm.SmolConfig(method=HALF, runs=str(path))
+    cfg = smollm.SmolConfig(method=HALF, steps=3, runs=str(path))
     smollm.main(cfg)
     smollm.main(cfg)
     (run,) = read_runs(path, smollm.SETTINGS)
@@ -106,7 +106,7 @@ def test_the_chosen_rates_follow_from_the_runs():
     for method in (LORA, VISUAL, VALUES, ALL):
         accuracies = {}
         for run in rows():
-            if (run["method"], run["seed"]) == (method, 1):
+            if (run["method"], run["steps"], run["seed"]) == (method, smollm.STEPS, 1):
                 accuracies[run["lr"]] = run["validation_acc"]
         assert smollm.RATES[method] == choose_rate(accuracies)
 
@@ -125,7 +125,7 @@ def test_runs_that_are_missing_leave_their_cells_empty(capsys):
     base = json.loads((STUDY / "smollm.json").read_text())
     run = next(row for row in rows() if row["method"] == ALL)
     smollm.print_tables([run], base)
-    assert "|LoRA: perplexity of English||" in capsys.readouterr().out
+    assert "|LoRA: perplexity of English without an image||" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):
