@@ -445,8 +445,7 @@ def print_tables(runs: list[dict], base: dict) -> None:
         print(table(title, columns, rows))
         print(continuations(title, rows, base, suffix))
     print(rates(runs))
-    if any(run["steps"] > STEPS for run in runs):
-        print(more_steps(runs))
+    print(more_steps(runs))
 
 
 def continuations(title: str, rows: list[tuple[str, list[dict]]], base: dict, suffix: str) -> str:

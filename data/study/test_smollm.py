@@ -115,7 +115,7 @@ def test_the_tables_of_the_page_are_those_of_the_runs(capsys):
     smollm.main(smollm.SmolConfig())
     front_page, *tables = capsys.readouterr().out.strip().split("\n\n")
     assert front_page in (STUDY.parent.parent / "README.md").read_text()
-    assert len(tables) == 7
+    assert len(tables) == 8
     page = (STUDY / "README.md").read_text()
     for table in tables:
         assert table in page
