@@ -476,15 +476,15 @@ def rates(runs: list[dict]) -> str:
 
 
 def more_steps(runs: list[dict]) -> str:
-    """What more steps of fine-tuning change, with seed 1, at the rates that were tried with them."""
+    """What more steps of fine-tuning change, at the rates that were tried with them."""
     rows = []
     for method, chosen_lr in RATES.items():
-        of_method = [run for run in runs if (run["method"], run["seed"]) == (method, 1)]
-        longer = [run for run in of_method if run["steps"] > STEPS]
+        of_method = [run for run in runs if run["method"] == method]
+        longer = sorted({(run["steps"], run["lr"]) for run in of_method if run["steps"] > STEPS})
         if longer:
-            rows += [(method, [run]) for run in of_method if (run["steps"], run["lr"]) == (STEPS, chosen_lr)]
-            rows += [(method, [run]) for run in sorted(longer, key=lambda run: (run["steps"], run["lr"]))]
-    return table("SmolLM2, seed 1", MORE_STEPS, rows)
+            for settings in [(STEPS, chosen_lr), *longer]:
+                rows.append((method, [run for run in of_method if (run["steps"], run["lr"]) == settings]))
+    return table("SmolLM2, fine-tuned with", MORE_STEPS, rows)
 
 
 def main(cfg: SmolConfig) -> None:
