@@ -476,13 +476,13 @@ def rates(runs: list[dict]) -> str:
 
 
 def more_steps(runs: list[dict]) -> str:
-    """What more steps of fine-tuning change, at the rates that were tried with them."""
+    """What more steps of fine-tuning change, at the rates that were tried with them. Above them, the chosen rate."""
     rows = []
     for method, chosen_lr in RATES.items():
         of_method = [run for run in runs if run["method"] == method]
-        longer = sorted({(run["steps"], run["lr"]) for run in of_method if run["steps"] > STEPS})
-        if longer:
-            for settings in [(STEPS, chosen_lr), *longer]:
+        shown = {(run["steps"], run["lr"]) for run in of_method if run["steps"] > STEPS or run["lr"] == chosen_lr}
+        if any(steps > STEPS for steps, _ in shown):
+            for settings in sorted(shown):
                 rows.append((method, [run for run in of_method if (run["steps"], run["lr"]) == settings]))
     return table("SmolLM2, fine-tuned with", MORE_STEPS, rows)
 
