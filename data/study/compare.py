@@ -1,4 +1,4 @@
-"""The evidence: tables of fine-tuning runs on several base models. The runs are in runs.csv, one per line.
+"""The evidence on tiny models: fine-tuning runs, which are in runs.csv, one per line, and the tables of the page.
 
 python -m data.study.compare                         print the tables, at once
 python -m data.study.compare --runs runs/mine.csv    make their runs anew, in some hours on two cores; if stopped, go on
@@ -11,103 +11,103 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import train
-from data.base import base_path, screens_and_features
+from data import prompts
+from data.base import base_path, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
-from data.methods import ALL, HALF, LORA, METHODS, NOTHING, SMALL, VALUES, VISUAL, WITH_REPLAY
+from data.methods import METHODS, gate_scores
 from data.questions import at_the_left, click_right_of
-from data.study.tables import markdown, mean, mean_and_each, read_runs, table, write_runs
+from data.study.tables import list_of, markdown, mean_and_range, rank_correlation, read_runs, table, write_runs
+from imagelora import score_heads
 
-# ---- Base models and methods -----------------------------------------------------------------------------------------
+# ---- Base models and learning rates ----------------------------------------------------------------------------------
 
-# {seed of pretraining: file}. A twin was never asked what is right of a name, so it lacks the skill. Each base model is
+# {seed of pretraining: file}. The models without the skill were never asked what is right of a name. Each model is
 # fine-tuned with the seed that it was pretrained with.
-BASES = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
-TWINS = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
-SEARCH_SEEDS = (1, 2, 3)  # the base models, and twins, that learning rates were chosen on
-SHIPPED = dict.fromkeys(SEARCH_SEEDS, BASES[1])  # one base model, fine-tuned with three seeds
+SKILLED = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
+UNSKILLED = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
+FEW = (1, 2, 3)  # the models on which learning rates are chosen and heads are compared
+SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
 
-TUNED = (LORA, VISUAL, SMALL, ALL, HALF)
-
-# The learning rates that `choose_rate` chose, by the mean validation accuracy over SEARCH_SEEDS. On base models all of
-# GRID was tried; on twins and in referring a part of it. No table shows that part, so its runs are not made anew; they
-# stand in runs.csv for the test of this rule. With replay, after word problems and with other heads, a method keeps its
-# rate.
+# The learning rates that `choose_rate` chose, by the mean validation accuracy on FEW models. With the skill all of GRID
+# was tried; without it, and in referring, a part of it. No table shows that part, so its runs are not made anew, but
+# runs.csv holds them for the test of this rule. With replay and after word problems a method keeps its rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
-RATES = {LORA: 0.0025, VISUAL: 0.0025, SMALL: 0.0025, ALL: 0.01, HALF: 0.02}
-TWIN_RATES = {LORA: 0.005, VISUAL: 0.005, SMALL: 0.01, ALL: 0.08, HALF: 0.04}
-REFERRING_RATES = {LORA: 0.00125, VISUAL: 0.00125, ALL: 0.00125}
+RATES = {"LoRA": 0.0025, "Partial LoRA": 0.0025, "Image-LoRA": 0.01}
+UNSKILLED_RATES = {"LoRA": 0.005, "Partial LoRA": 0.005, "Image-LoRA": 0.08}
+REFERRING_RATES = {"LoRA": 0.00125, "Partial LoRA": 0.00125, "Image-LoRA": 0.00125}
+FEW_HEADS_RATE = 0.02  # of Image-LoRA in 12 heads or fewer
 
 
-def chosen_rate(method: str, bases: dict, task: str = "grounding") -> float:
-    if method == NOTHING:
+def chosen_rate(method: str, bases: dict, task: str) -> float:
+    if method == "base model":
         return 0.0
-    rates = TWIN_RATES if bases == TWINS else RATES
     if task == "referring":
-        rates = REFERRING_RATES
-    return rates[method.removesuffix(WITH_REPLAY)]
+        return REFERRING_RATES[method]
+    rates = UNSKILLED_RATES if bases == UNSKILLED else RATES
+    return rates[method.removesuffix(", with replay")]
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-SETTINGS = (
-    "base",
-    "seed",
-    "method",
-    "projections",
-    "tokens",
-    "heads",
-    "num_heads",
-    "r",
-    "lr",
-    "task",
-    "history",
-    "replay",
-)
+SETTINGS = tuple("base seed method projections heads num_heads train_gamma lr task history replay".split())
 MEASURES = (
     "task_acc",  # clicks in their box, or correct names in referring
     "validation_acc",  # the same on validation screens, by which learning rates are chosen
     "word_problem_acc",
     "word_problem_after_image_acc",
     "source_acc",  # the old task
-    "word_problem_kl",
-    "question_without_image_kl",
     "reworded_acc",  # the task asked in other words; measured only where nothing is fine-tuned
+    "influence",  # of the head, by the probe of rank 1; this and the next two only where a single head is adapted
+    "influence_exact",
+    "gate_score",
 )
-REWORDED_SCREENS = 400  # test screens of the last one
+REWORDED_SCREENS = 400  # test screens of reworded_acc
+# What train_gamma holds in rows of an earlier version of train.py. It trained gamma, at a tenth of the rate of A and B,
+# and chose 12 heads with tau = 0.
+EARLIER = "at a tenth of the rate"
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    runs: str = option("data/study/runs.csv", "file of runs; what is found there is not made again")
+    runs: str = option("data/study/runs.csv", "file of runs; those that another file than this one lacks are made")
     workers: int = option(2, "processes that make runs, of one thread each", least=1)
     device: str = option("cpu", "where to compute: cpu, cuda, mps, or auto")
 
 
 class Runs:
-    """The rows of a file of runs. What is missing is run, and written at once."""
+    """The rows of a file of runs. What is missing is run, and written at once; of runs.csv it is left out."""
 
     def __init__(self, cfg: CompareConfig):
         self.cfg = cfg
         self.path = Path(cfg.runs)
         self.rows = {key(row): row for row in read_runs(self.path, SETTINGS)}
+        self.is_complete = cfg.runs == CompareConfig.runs
 
-    def of(self, method: str, bases: dict, seeds=None, **changes) -> list[dict]:
-        """The rows of a method on the base models of these seeds, or on all of them. changes: of train.Config."""
+    def of(self, method: str, bases: dict, seeds=None, earlier=False, **changes) -> list[dict]:
+        """The rows of a method on the base models of these seeds, or on all of them. changes: of train.Config.
+
+        earlier: take the rows of an earlier version, too, where the file has them."""
         settings = {"device": self.cfg.device} | METHODS[method] | changes
         if "lr" not in changes:
             settings["lr"] = chosen_rate(method, bases, changes.get("task", "grounding"))
         if seeds is None:
             seeds = bases.keys()
         wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in seeds]
-        missing = [cfg for cfg in wanted if key(vars(cfg)) not in self.rows]
-        if missing:
+        missing = [cfg for cfg in wanted if self.find(cfg, earlier) is None]
+        if missing and not self.is_complete:
             self.make(missing)
-        return [self.rows[key(vars(cfg))] for cfg in wanted]
+        rows = [self.find(cfg, earlier) for cfg in wanted]
+        return [row for row in rows if row is not None]
+
+    def find(self, cfg: train.Config, earlier: bool) -> dict | None:
+        row = self.rows.get(key(vars(cfg) | {"train_gamma": EARLIER})) if earlier else None
+        return row or self.rows.get(key(vars(cfg)))
 
     def make(self, missing: list[train.Config]) -> None:
         """Run these, and write each row at once. ValueError, before anything runs, if a base model is not there."""
@@ -137,114 +137,141 @@ def run(cfg: train.Config) -> dict:
         test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
         reworded, _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, reword)
         row["reworded_acc"] = reworded["task_acc"]
+    if cfg.heads in SINGLE_HEADS:
+        row |= head_scores(cfg)
     return row
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------------
+def head_scores(cfg: train.Config) -> dict:
+    """The three scores of a single head, before training."""
+    model = load_base(cfg.base, find_device(cfg.device))
+    data = train.training_data(cfg, model)
+    batches = [prompts.training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
+    layer, head = map(int, cfg.heads.split("."))
+    return {
+        "influence": score_heads(model, batches, seed=cfg.seed)[layer, head].item(),
+        "influence_exact": score_heads(model, batches, probe="exact")[layer, head].item(),
+        "gate_score": gate_scores(model, batches)[layer, head].item(),
+    }
 
-CLICKS = ("switches clicked, %", "task_acc")
-WITHOUT_IMAGE = ("word problems without an image, %", "word_problem_acc")
-AFTER_IMAGE = ("word problems after an image, %", "word_problem_after_image_acc")
-OLD_TASK = ("old task, %", "source_acc")
-RATE = ("learning rate", "lr", "{:g}")
-CHOICES = {
-    "top, the most influential by the probe": "top",
-    "gate, by the head score of the authors' released code": "gate",
-    "matched, random but evenly spread": "matched",
-    "bottom, the least influential by the probe": "bottom",
+
+# ---- Tables, in the order of the page --------------------------------------------------------------------------------
+
+CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
+WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_problem_acc")}
+AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
+OLD_TASK = {"old task, %": mean_and_range("source_acc")}
+MODELS = {"models": list_of("seed")}
+RATE = {"learning rate": mean_and_range("lr", "{:g}")}
+CHOICES = {  # of heads: {name: (the option of train.py, the column of the score that it goes by)}
+    "the probe": ("top", "influence"),
+    "the exact probe": (None, "influence_exact"),
+    "the gate of the authors' release": ("gate", "gate_score"),
+    "chance, as many in each layer as the probe's": ("random", None),
+    "the probe, the least influential ones": ("bottom", None),
 }
 
 
-def overview(runs: Runs) -> str:
-    """Means alone. The second column of numbers is of the twins, the others are of the base models."""
-    lines = []
-    for method in (LORA, VISUAL, SMALL, ALL, HALF, LORA + WITH_REPLAY, ALL + WITH_REPLAY):
-        rows = runs.of(method, BASES)
-        clicks = [mean(rows, "task_acc"), mean(runs.of(method, TWINS), "task_acc")]
-        lines.append((method, *clicks, mean(rows, "word_problem_acc"), mean(rows, "source_acc")))
-    titles = "switches clicked with the skill, %", "the same without the skill, %", WITHOUT_IMAGE[0], OLD_TASK[0]
-    return markdown(("method", *titles), *lines)
-
-
-def base_models(runs: Runs) -> str:
-    return each_model(runs, "base models 1 to 5", BASES, [*TUNED, *(method + WITH_REPLAY for method in TUNED)])
-
-
-def twins(runs: Runs) -> str:
-    return each_model(runs, "twins 1 to 8", TWINS, [*TUNED, LORA + WITH_REPLAY, ALL + WITH_REPLAY])
-
-
-def each_model(runs: Runs, title: str, bases: dict, methods: list[str]) -> str:
-    frozen = runs.of(NOTHING, bases)
-    lines = [(NOTHING, frozen), ("base model, asked to click right of the name", reworded(frozen))]
-    lines += [(method, runs.of(method, bases)) for method in methods]
-    return table(title, [CLICKS, WITHOUT_IMAGE, AFTER_IMAGE, OLD_TASK, RATE], lines)
-
-
-def reworded(rows: list[dict]) -> list[dict]:
-    """The same runs, with their accuracy on the reworded questions in place of the task's."""
-    return [row | {"task_acc": row["reworded_acc"]} for row in rows]
-
-
-def without_an_image(runs: Runs) -> str:
-    """How far LoRA moves the predictions for prompts without an image. Methods at visual tokens do not move them."""
-    columns = [
-        ("word problems", "word_problem_kl", "{:.2f}"),
-        ("questions without an image", "question_without_image_kl", "{:.2f}"),
-    ]
-    lines = [(method, runs.of(method, BASES)) for method in (LORA, LORA + WITH_REPLAY)]
-    return table("divergence from the base model, in nats per token", columns, lines)
-
-
 def rates(runs: Runs) -> str:
-    """The chosen rate is bold."""
+    """Means of FEW models. The chosen rate is bold."""
     lines = []
     for method, chosen in RATES.items():
-        measures = {"clicks": "task_acc", "word problems after an image": "word_problem_after_image_acc"}
-        if method == LORA:  # at visual tokens it is 100 % at every rate
-            measures["word problems without an image"] = "word_problem_acc"
-        for name, measure in measures.items():
-            cells = [mean(runs.of(method, BASES, SEARCH_SEEDS, lr=lr), measure) for lr in GRID]
-            i = GRID.index(chosen)
-            cells[i] = f"**{cells[i]}**"
-            lines.append((f"{method}: {name}", *cells))
-    return markdown(("learning rate", *(f"{lr:g}" for lr in GRID)), *lines)
+        clicks = [f"{method}: clicks on validation screens, %"]
+        word_problems = [f"{method}: word problems after an image, %"]
+        for lr in GRID:
+            rows = runs.of(method, SKILLED, FEW, earlier=True, lr=lr)
+            bold = "**" if lr == chosen else ""
+            for line, measure in ((clicks, "validation_acc"), (word_problems, "word_problem_after_image_acc")):
+                mean = np.mean([row[measure] for row in rows])
+                line.append(f"{bold}{100 * mean:.1f}{bold}")
+        lines += [clicks, word_problems]
+    return markdown(("tiny models 1 to 3, learning rate", *(f"{lr:g}" for lr in GRID)), *lines)
 
 
-def exact_rival(runs: Runs) -> str:
-    """Of equal size: LoRA on values at visual tokens is Image-LoRA in all heads without the factor gamma / sqrt|S|."""
-    grid = GRID[2:7]
+def after_an_image(runs: Runs) -> str:
+    rows = []
+    for kind, bases, replayed in (("with", SKILLED, RATES), ("without", UNSKILLED, ("LoRA", "Image-LoRA"))):
+        for method in ("base model", *RATES, *(f"{name}, with replay" for name in replayed)):
+            rows.append((f"{kind} the skill: {method}", runs.of(method, bases, earlier=True)))
+    return table("tiny models", WITHOUT_IMAGE | AFTER_IMAGE | OLD_TASK, rows)
+
+
+def each_model(runs: Runs) -> str:
+    """How many points of clicks the other methods are behind LoRA."""
     lines = []
-    for method in (VALUES, ALL):
-        for name, measure in (("clicks", "task_acc"), ("word problems after an image", "word_problem_after_image_acc")):
-            cells = [mean_and_each(runs.of(method, SHIPPED, lr=lr), measure) for lr in grid]
-            lines.append((f"{method}: {name}", *cells))
-    return markdown(("base model 1 with three seeds, learning rate", *(f"{lr:g}" for lr in grid)), *lines)
+    for kind, bases in (("with", SKILLED), ("without", UNSKILLED)):
+        methods = ("base model", *RATES, "LoRA, with replay", "Image-LoRA, with replay")
+        rows_of = {method: runs.of(method, bases, earlier=True) for method in methods}
+        for i, seed in enumerate(bases):
+            clicks = {method: 100 * rows[i]["task_acc"] for method, rows in rows_of.items()}
+            cells = {
+                "base model, asked to click right of the name, %": 100 * rows_of["base model"][i]["reworded_acc"],
+                "LoRA clicks, %": clicks["LoRA"],
+                "Partial LoRA is behind by": clicks["LoRA"] - clicks["Partial LoRA"],
+                "Image-LoRA is behind by": clicks["LoRA"] - clicks["Image-LoRA"],
+                "the same, both with replay": clicks["LoRA, with replay"] - clicks["Image-LoRA, with replay"],
+            }
+            lines.append((f"{seed}, {kind} the skill", *(f"{number:.1f}" for number in cells.values())))
+    return markdown(("tiny model", *cells), *lines)
+
+
+def factor(runs: Runs) -> str:
+    """Image-LoRA and its exact rival at several rates; gamma; the spread of heads over the layers."""
+
+    def of(method: str, **settings) -> list[dict]:
+        return runs.of(method, SKILLED, FEW, **settings)
+
+    rows = [("Partial LoRA on v", of("Partial LoRA on v", lr=lr)) for lr in GRID[1:5]]
+    rows += [("Image-LoRA", of("Image-LoRA", lr=lr)) for lr in GRID[2:5]]
+    rows += [
+        ("Image-LoRA, γ trained", of("Image-LoRA", train_gamma=True)),
+        (f"Image-LoRA, γ trained {EARLIER}", of("Image-LoRA", earlier=True)),
+        ("Image-LoRA in 12 heads", of("Image-LoRA in 12 heads", lr=FEW_HEADS_RATE)),
+        (f"the same, τ = 0, γ trained {EARLIER}", of("Image-LoRA in 12 heads", lr=FEW_HEADS_RATE, earlier=True)),
+    ]
+    validation = {"clicks on validation screens, %": mean_and_range("validation_acc")}
+    return table("tiny models", MODELS | RATE | validation | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
 
 
 def heads(runs: Runs) -> str:
+    """Four heads of each choice; and whether a score tells before training what each head will click alone."""
+    models, clicks, correlation = list_of("seed"), mean_and_range("task_acc"), mean_and_range("correlation", "{:.2f}")
     lines = []
-    for name, choice in CHOICES.items():
-        few = runs.of(HALF, BASES, SEARCH_SEEDS, heads=choice, num_heads=4)
-        more = runs.of(HALF, BASES, SEARCH_SEEDS, heads=choice, num_heads=8)
-        lines.append((name, mean_and_each(few, "task_acc"), mean_and_each(more, "task_acc")))
-    return markdown(("choice of heads", "4 of 24 heads, %", "8 of 24 heads, %"), *lines)
+    for name, (choice, score) in CHOICES.items():
+        settings = {"heads": choice, "num_heads": 4, "lr": FEW_HEADS_RATE}
+        four = runs.of("Image-LoRA", SKILLED, FEW, **settings) if choice else []
+        alone = correlations_with_clicks(runs, score) if score else []
+        lines.append((name, models(four), clicks(four), models(alone), correlation(alone)))
+    titles = "models", "clicks with these 4 of 24 heads, %", "models", "rank correlation with what a head clicks alone"
+    return markdown(("heads chosen by", *titles), *lines)
+
+
+def correlations_with_clicks(runs: Runs, score: str) -> list[dict]:
+    """Of a score with what each head clicks alone, on each of FEW models whose 24 runs are there."""
+    correlations = []
+    for seed in FEW:
+        rows = []
+        for head in SINGLE_HEADS:
+            rows += runs.of("Image-LoRA", SKILLED, [seed], heads=head, lr=FEW_HEADS_RATE)
+        if len(rows) == len(SINGLE_HEADS):
+            correlation = rank_correlation([row[score] for row in rows], [row["task_acc"] for row in rows])
+            correlations.append({"seed": seed, "correlation": correlation})
+    return correlations
 
 
 def other_tasks(runs: Runs) -> str:
-    """Means of the base models 1 to 3."""
-    frozen = runs.of(NOTHING, BASES, SEARCH_SEEDS, task="referring")
-    lines = [(f"referring: {NOTHING}", frozen)]
-    lines += [("referring: base model, asked about the left end of the line", reworded(frozen))]
-    for method in (LORA, VISUAL, ALL):
-        lines.append((f"referring: {method}", runs.of(method, BASES, SEARCH_SEEDS, task="referring")))
-    for method in (NOTHING, LORA, ALL):
-        lines.append((f"after nine word problems: {method}", runs.of(method, BASES, SEARCH_SEEDS, history=9)))
-    columns = [("correct answers, %", "task_acc"), AFTER_IMAGE, OLD_TASK, RATE]
-    return table("other tasks", columns, lines, mean)
+    frozen = runs.of("base model", SKILLED, FEW, task="referring")
+    asked_to_the_left = [row | {"task_acc": row["reworded_acc"]} for row in frozen]
+    rows = [("referring: base model, asked about the left end of the line", asked_to_the_left)]
+    for method in REFERRING_RATES:
+        rows.append((f"referring: {method}", runs.of(method, SKILLED, FEW, earlier=True, task="referring")))
+    for method in ("LoRA", "Image-LoRA"):
+        rows.append((f"after nine word problems: {method}", runs.of(method, SKILLED, FEW, earlier=True, history=9)))
+    correct = {"correct answers, %": mean_and_range("task_acc")}
+    return table("tiny models 1 to 3", correct | AFTER_IMAGE | OLD_TASK | RATE, rows)
 
 
-TABLES = (overview, base_models, twins, without_an_image, rates, exact_rival, heads, other_tasks)
+TABLES = (rates, after_an_image, each_model, factor, heads, other_tasks)
 
 
 def compare(cfg: CompareConfig) -> None:

