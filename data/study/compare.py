@@ -30,6 +30,7 @@ from imagelora import score_heads
 # {seed of pretraining: file}. The models without the skill were never asked what is right of a name. Each model is
 # fine-tuned with the seed that it was pretrained with.
 SKILLED = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
+SHIPPED = dict.fromkeys((1, 2, 3), SKILLED[1])  # one model, fine-tuned with three seeds
 UNSKILLED = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
 FEW = (1, 2, 3)  # the models on which learning rates are chosen and heads are compared
 SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
@@ -157,11 +158,19 @@ def head_scores(cfg: train.Config) -> dict:
 
 # ---- Tables, in the order of the page --------------------------------------------------------------------------------
 
+
+def models(rows: list[dict]) -> str:
+    """The numbers of their base models, each once."""
+    return ", ".join(str(seed) for seed, base in SKILLED.items() if base in [row["base"] for row in rows])
+
+
 CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_problem_acc")}
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
-MODELS = {"models": list_of("seed")}
+SEEDS = {"seeds": list_of("seed")}
+GAMMA = {False: "", True: ", γ trained", EARLIER: f", γ trained {EARLIER}"}
+MODELS = {"models": models}
 RATE = {"learning rate": mean_and_range("lr", "{:g}")}
 CHOICES = {  # of heads: {name: (the option of train.py, the column of the score that it goes by)}
     "the probe": ("top", "influence"),
@@ -217,29 +226,26 @@ def each_model(runs: Runs) -> str:
 
 def factor(runs: Runs) -> str:
     """Image-LoRA and its exact rival at several rates; gamma; the spread of heads over the layers."""
-
-    def of(method: str, **settings) -> list[dict]:
-        return runs.of(method, SKILLED, FEW, **settings)
-
-    rows = [("Partial LoRA on v", of("Partial LoRA on v", lr=lr)) for lr in GRID[1:5]]
-    rows += [("Image-LoRA", of("Image-LoRA", lr=lr)) for lr in GRID[2:5]]
-    rows += [
-        ("Image-LoRA, γ trained", of("Image-LoRA", train_gamma=True)),
-        (f"Image-LoRA, γ trained {EARLIER}", of("Image-LoRA", earlier=True)),
-        ("Image-LoRA in 12 heads", of("Image-LoRA in 12 heads", lr=FEW_HEADS_RATE)),
-        (f"the same, τ = 0, γ trained {EARLIER}", of("Image-LoRA in 12 heads", lr=FEW_HEADS_RATE, earlier=True)),
-    ]
-    validation = {"clicks on validation screens, %": mean_and_range("validation_acc")}
-    return table("tiny models", MODELS | RATE | validation | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
+    rows = []
+    for method in ("Partial LoRA on v", "Image-LoRA"):
+        rows += [(method, runs.of(method, SHIPPED, earlier=True, lr=lr)) for lr in GRID[2:7]]
+        few = [(method, runs.of(method, SKILLED, FEW, lr=lr)) for lr in GRID[1:5]]
+        rows += [(method, found) for method, found in few if len(found) == len(FEW)]
+    rows.append(("Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, train_gamma=True)))
+    for earlier in (False, True):
+        few = runs.of("Image-LoRA in 12 heads", SKILLED, FEW, lr=FEW_HEADS_RATE, earlier=earlier)
+        rows.append(("Image-LoRA in 12 heads", few))
+    named = [(name + GAMMA[found[0]["train_gamma"]], found) for name, found in rows if found]
+    return table("tiny models", MODELS | SEEDS | RATE | CLICKS | AFTER_IMAGE | OLD_TASK, named)
 
 
 def heads(runs: Runs) -> str:
     """Four heads of each choice; and whether a score tells before training what each head will click alone."""
-    models, clicks, correlation = list_of("seed"), mean_and_range("task_acc"), mean_and_range("correlation", "{:.2f}")
+    clicks, correlation = mean_and_range("task_acc"), mean_and_range("correlation", "{:.2f}")
     lines = []
     for name, (choice, score) in CHOICES.items():
         settings = {"heads": choice, "num_heads": 4, "lr": FEW_HEADS_RATE}
-        four = runs.of("Image-LoRA", SKILLED, FEW, **settings) if choice else []
+        four = runs.of("Image-LoRA", SKILLED, FEW, earlier=True, **settings) if choice else []
         alone = correlations_with_clicks(runs, score) if score else []
         lines.append((name, models(four), clicks(four), models(alone), correlation(alone)))
     titles = "models", "clicks with these 4 of 24 heads, %", "models", "rank correlation with what a head clicks alone"
@@ -255,7 +261,7 @@ def correlations_with_clicks(runs: Runs, score: str) -> list[dict]:
             rows += runs.of("Image-LoRA", SKILLED, [seed], heads=head, lr=FEW_HEADS_RATE)
         if len(rows) == len(SINGLE_HEADS):
             correlation = rank_correlation([row[score] for row in rows], [row["task_acc"] for row in rows])
-            correlations.append({"seed": seed, "correlation": correlation})
+            correlations.append({"base": SKILLED[seed], "correlation": correlation})
     return correlations
 
 

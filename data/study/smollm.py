@@ -244,12 +244,8 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     start = time.time()
     vlm = load_base_model(cfg)
     data = TrainingData(vlm, cfg.seed)
-    heads = None  # all of them
-    settings = Method(heads="all")
-    if cfg.method in METHODS:
-        settings = Method(**METHODS[cfg.method])
-    else:
-        heads = nine_heads(cfg, vlm, data)
+    settings = Method(**METHODS.get(cfg.method, {}))
+    heads = nine_heads(cfg, vlm, data) if "in 9" in cfg.method else None  # None: all of them
     adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
     trained = []
     if adapter:
@@ -269,11 +265,9 @@ def nine_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads:
     if cfg.method == "Image-LoRA in 9 heads":
         probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
         return select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
-    config = vlm.model.config
-    heads_in_layer = config.num_key_value_heads
     heads = {}
-    order = np.random.default_rng(cfg.seed).permutation(config.num_hidden_layers * heads_in_layer)
-    for layer, head in (divmod(i, heads_in_layer) for i in sorted(order[:9].tolist())):
+    for number in sorted(np.random.default_rng(cfg.seed).permutation(90)[:9].tolist()):
+        layer, head = divmod(number, vlm.model.config.num_key_value_heads)
         heads.setdefault(layer, []).append(head)
     return heads
 
@@ -330,11 +324,8 @@ def measure_skill(vlm: SmolVLM) -> dict:
     """The old task; and clicks right of a name, on source screens, where this was learned, and on switch screens."""
 
     def right_of_names(screens: list[Screen]) -> list[tuple[int, dict]]:
-        pairs = []
-        for i, screen in enumerate(screens):
-            samples = neighbour_samples(screen, np.random.default_rng(i))
-            pairs += [(i, sample) for sample in samples if "bbox" in sample]  # the others ask for names
-        return pairs
+        samples = [neighbour_samples(screen, np.random.default_rng(i)) for i, screen in enumerate(screens)]
+        return [(i, sample) for i, of_screen in enumerate(samples) for sample in of_screen if "bbox" in sample]
 
     def reworded(screens: list[Screen]) -> list[tuple[int, dict]]:
         return [(i, click_right_of(sample)) for i, sample in all_samples(screens)]
