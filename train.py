@@ -90,9 +90,9 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         same_scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
         choose_heads(cfg.heads, same_scores, cfg.num_heads, cfg.seed)
     test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    # A source screen has more targets, so half as many screens are enough.
-    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
-    base_metrics, base_answers = measure(cfg, model, test, source_test)
+    # A screen without switches has more targets, so half as many screens are enough.
+    old_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
+    base_metrics, base_answers = measure(cfg, model, test, old_test)
     base_logits = text_only_logits(model)
     if verbose:
         print_base(cfg, model, base_metrics)
@@ -112,7 +112,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     if adapter:
         train(cfg, model, adapter, data, verbose, after_step)
 
-    metrics, answers = measure(cfg, model, test, source_test)
+    metrics, answers = measure(cfg, model, test, old_test)
     result = {
         **asdict(cfg),
         "selected": heads,
@@ -130,7 +130,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
 
 
 def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
-    """The training screens with switches and, if there is replay, as many source screens.
+    """The training screens with switches and, if there is replay, as many without.
 
     The vision tower is frozen, so it runs here, once over each screen, and not in training."""
     count = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
