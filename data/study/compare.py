@@ -9,7 +9,6 @@ The base models that the runs need are made by data.study.pretrain.
 import sys
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,7 +85,7 @@ class Runs:
 
     def __init__(self, cfg: CompareConfig):
         self.cfg = cfg
-        self.path = Path(cfg.runs)
+        self.path = base_path(cfg.runs)
         self.rows = {key(row): row for row in read_runs(self.path, SETTINGS)}
         self.is_complete = cfg.runs == CompareConfig.runs
 
@@ -147,7 +146,7 @@ def head_scores(cfg: train.Config) -> dict:
     """The three scores of a single head, before training."""
     model = load_base(cfg.base, find_device(cfg.device))
     data = train.training_data(cfg, model)
-    batches = [prompts.training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
+    batches = [prompts.training_batch(cfg, data, i, probe=True) for i in range(prompts.PROBE_BATCHES)]
     layer, head = map(int, cfg.heads.split("."))
     return {
         "influence": score_heads(model, batches, seed=cfg.seed)[layer, head].item(),

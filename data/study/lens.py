@@ -1,4 +1,4 @@
-"""Teaches a vision encoder to show what is on a screen: a lens reads the features of each patch as words.
+"""Teaches a vision encoder to show what is on a screen: a logit lens reads the features of each patch as words.
 
 Shapes:  N screens · P patches of a screen · D features · V words of a list
 """
@@ -44,7 +44,7 @@ def patch_targets(screen: Screen, patch_size: int, places: bool) -> np.ndarray:
 
 
 def lens_loss(features: Tensor, targets: Tensor, words: list[Tensor], log_scale: Tensor) -> Tensor:
-    """The loss of what patches are read as through the embeddings of words (a 'logit lens'). features: [N, P, D].
+    """The loss of what patches are read as through the embeddings of words. features: [N, P, D].
 
     words: the embeddings of k lists of words, each [V, D]. targets [N, P, k]: an index into each list, or -1."""
     loss = 0

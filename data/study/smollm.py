@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data.base import base_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import click_metrics, divergence
+from data.evaluate import click_metrics, kl_divergence
 from data.methods import METHODS, Method, attach_adapter
 from data.questions import all_samples, click_right_of, neighbour_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
@@ -61,7 +61,7 @@ STEPS = 300  # of fine-tuning
 SCREENS_PER_STEP = 8  # of fine-tuning
 TRAIN_SCREENS = 1024
 PROBE_BATCHES = 8
-TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for everything else
+TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for a run's other measures
 TEXTS = 16  # of 256 tokens, on which English is measured
 
 
@@ -97,8 +97,8 @@ def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> 
 
 
 def base_samples(screen: Screen, rng, count: int) -> list[dict]:
-    """`count` questions about a source screen: up to half of them about what is right of a name and where that is, the
-    others about where a name is and what is at a place."""
+    """`count` questions about a screen without switches: up to half of them about what is right of a name and where
+    that is, the others about where a name is and what is at a place."""
     about_right = neighbour_samples(screen, rng)[: count // 2]
     samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
     return rng.permutation(samples + about_right).tolist()
@@ -137,8 +137,8 @@ def make_base(cfg: SmolConfig) -> None:
     vlm = SmolVLM()
     torch.manual_seed(cfg.seed)
     vlm.add_projector()
-    # Other screens than those that the tiny model was pretrained on. On half of the source screens, two names or more
-    # have something to their right.
+    # Other screens than those that the tiny model was pretrained on. On half of those without switches, two names or
+    # more have something to their right.
     drawn = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(8000)]
     screens = drawn[:2000] + [screen for screen in drawn[2000:] if len(relation_samples(screen)) > 1][:2000]
     switch_screens = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
@@ -163,7 +163,7 @@ def make_base(cfg: SmolConfig) -> None:
         with torch.no_grad():
             logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the Partial LoRA needs a screen
         seen = vlm.projector(features[rng.choice(len(features), num_texts)])
-        return answer_loss + divergence(logits_alone.float(), text_logits(vlm, texts[:, 1:], seen).float()).mean()
+        return answer_loss + kl_divergence(logits_alone.float(), text_logits(vlm, texts[:, 1:], seen).float()).mean()
 
     learned = [*vlm.projector.parameters(), *vlm.partial_lora.parameters()]
     first, *more = BASE_STEPS
@@ -236,7 +236,7 @@ class TrainingData:
         screen = features[:1] if turn == "text after a screen" else None
         with torch.no_grad(), adapter.disabled():
             base_logits = text_logits(self.vlm, text, screen)
-        return answer_loss + divergence(base_logits.float(), text_logits(self.vlm, text, screen).float()).mean()
+        return answer_loss + kl_divergence(base_logits.float(), text_logits(self.vlm, text, screen).float()).mean()
 
 
 def run(cfg: SmolConfig, lr: float) -> dict:
@@ -321,7 +321,7 @@ def measure_clicks(vlm: SmolVLM) -> dict:
 
 
 def measure_skill(vlm: SmolVLM) -> dict:
-    """The old task; and clicks right of a name, on source screens, where this was learned, and on switch screens."""
+    """The old task; and clicks right of a name, on the screens where this was learned, and on those with switches."""
 
     def right_of_names(screens: list[Screen]) -> list[tuple[int, dict]]:
         samples = [neighbour_samples(screen, np.random.default_rng(i)) for i, screen in enumerate(screens)]
@@ -356,7 +356,7 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
         logits_after_screen = text_logits(vlm, part, screen)[:, :-1].float()
         identical &= torch.equal(logits, original_logits)
         pair = (logits, logits_after_screen)
-        divergences.append([divergence(original_logits, changed).mean().item() for changed in pair])
+        divergences.append([kl_divergence(original_logits, changed).mean().item() for changed in pair])
     openings = [vlm.ids(opening) for opening in OPENINGS]
     with disabled():
         original_continuations = vlm.generate(openings, max_new_tokens=16)

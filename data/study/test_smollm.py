@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.methods import ALL, HALF, LORA, METHODS, VALUES, VISUAL, Method, attach_adapter
+from data.methods import METHODS, Method, attach_adapter
 from data.questions import all_samples
 from data.screens import draw_screen
 from data.study import smollm, smollm_vlm
@@ -36,7 +36,7 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     features = vlm.see([draw_screen("switches", "test", 0)])
     after_screen = torch.tensor([vlm.screen_ids + openings[0]])
     assert torch.equal(vlm.model(english).logits, original)
-    for method in (ALL, VALUES):
+    for method in ("Image-LoRA", "Partial LoRA on v"):
         before = vlm.model(after_screen, features).logits
         adapter = attach_adapter(Method(**METHODS[method]), vlm.model, None, seed=1)
         for name, parameter in adapter.named_parameters():
@@ -67,8 +67,7 @@ def test_questions_about_one_screen_are_answered_as_if_each_was_alone():
 
 
 def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens():
-    methods_of_all_tokens = {LORA, LORA + smollm.WITH_REPLAY}
-    at_visual_tokens = [row for row in rows() if row["method"] not in methods_of_all_tokens]
+    at_visual_tokens = [row for row in rows() if not row["method"].startswith("LoRA")]
     base = json.loads((STUDY / "smollm.json").read_text())
     for row in [base, *at_visual_tokens]:
         assert row["identical"] == "yes"
@@ -77,22 +76,22 @@ def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens
 
 
 @needs_smollm2
-def test_a_run_is_made_once(tmp_path, monkeypatch):
-    """A short one, with replay and in half of the heads."""
-    monkeypatch.setitem(METHODS, HALF, {"heads": "top", "replay": 1})
+@pytest.mark.parametrize("method", ["Image-LoRA in 9 heads", "Image-LoRA in 9 random heads"])
+def test_a_run_is_made_once(tmp_path, monkeypatch, method):
+    """A short one."""
     short = {"TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TEST_SCREENS": 2, "TEXTS": 2}
     for name, value in (short | {"OPENINGS": smollm.OPENINGS[: smollm.NUM_SHOWN]}).items():
         monkeypatch.setattr(smollm, name, value)
     path = tmp_path / "runs.csv"
-    cfg = smollm.SmolConfig(method=HALF, steps=3, runs=str(path))
+    cfg = smollm.SmolConfig(method=method, steps=3, runs=str(path))
     smollm.main(cfg)
     smollm.main(cfg)
     (run,) = read_runs(path, smollm.SETTINGS)
-    assert (run["method"], run["seed"]) == (HALF, 1)
+    assert (run["method"], run["seed"]) == (method, 1)
     assert (run["identical"], run["divergence"], run["same_continuations"]) == ("yes", 0, len(smollm.OPENINGS))
     assert run["divergence_after_screen"] > 0
-    assert sum(len(heads) for heads in run["selected"].values()) == 45  # half of 3 in each of 30 layers
-    assert run["parameters"] == 30 * 576 * 8 + 45 * 8 * 64  # an A in each layer, and a B in each head
+    assert sum(len(heads) for heads in run["selected"].values()) == 9
+    assert run["parameters"] == len(run["selected"]) * 576 * 8 + 9 * 8 * 64  # an A in each layer, a B in each head
 
 
 def test_an_answer_is_a_point_only_if_it_is_two_letters():
@@ -102,30 +101,31 @@ def test_an_answer_is_a_point_only_if_it_is_two_letters():
         assert smollm_vlm.parse_letters(answer) is None
 
 
-def test_the_chosen_rates_follow_from_the_runs():
-    for method in (LORA, VISUAL, VALUES, ALL):
-        accuracies = {}
-        for run in rows():
-            if (run["method"], run["steps"], run["seed"]) == (method, smollm.STEPS, 1):
-                accuracies[run["lr"]] = run["validation_acc"]
-        assert smollm.RATES[method] == choose_rate(accuracies)
+@pytest.mark.parametrize(
+    "method, steps", [("LoRA", 300), ("Partial LoRA", 100), ("Partial LoRA on v", 100), ("Image-LoRA", 300)]
+)
+def test_the_chosen_rates_follow_from_the_runs(method, steps):
+    accuracies = {}
+    for run in rows():
+        if (run["method"], run["steps"], run["seed"]) == (method, steps, 1):
+            accuracies[run["lr"]] = run["validation_acc"]
+    assert len(accuracies) > 1
+    assert smollm.RATES[method] == choose_rate(accuracies)
 
 
-def test_the_tables_of_the_page_are_those_of_the_runs(capsys):
+def test_the_tables_of_the_pages_are_those_of_the_runs(capsys):
     smollm.main(smollm.SmolConfig())
     front_page, *tables = capsys.readouterr().out.strip().split("\n\n")
     assert front_page in (STUDY.parent.parent / "README.md").read_text()
-    assert len(tables) == 8
+    assert len(tables) == 3
     page = (STUDY / "README.md").read_text()
     for table in tables:
         assert table in page
 
 
-def test_runs_that_are_missing_leave_their_cells_empty(capsys):
-    base = json.loads((STUDY / "smollm.json").read_text())
-    run = next(row for row in rows() if row["method"] == ALL)
-    smollm.print_tables([run], base)
-    assert "|LoRA: perplexity of English without an image||" in capsys.readouterr().out
+def test_a_method_without_runs_has_no_line(capsys):
+    smollm.print_tables([row for row in rows() if row["method"] != "Image-LoRA"])
+    assert "|Image-LoRA|" not in capsys.readouterr().out
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 import train
-from data import costs, figures, screens, walk
+from data import costs, figures, prompts, screens, walk
 from data.base import load_base
 from data.command import command
-from data.methods import METHODS, NOTHING
 from data.questions import neighbour_samples, parse_point
 from data.study import compare, pretrain, smollm
 from data.study.muon import muon
-from data.study.tables import choose_rate
+from data.study.tables import choose_rate, rank_correlation
 
 torch.set_num_threads(1)
 ROOT = Path(train.__file__).parent
@@ -36,19 +35,15 @@ COMMANDS = {  # those that have options
 
 
 @pytest.fixture
-def runs(monkeypatch):
-    """The runs of the pages. None of them may be missing."""
-
-    def fail(missing):
-        pytest.fail(f"not in runs.csv: {missing}")
-
-    runs = compare.Runs(compare.CompareConfig(runs=str(ROOT / "data/study/runs.csv")))
-    monkeypatch.setattr(runs, "make", fail)
-    return runs
+def runs():
+    """The runs of the pages."""
+    return compare.Runs(compare.CompareConfig())
 
 
 # 1. Pretraining
-def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questions(tmp_path, monkeypatch):
+def test_pretraining_makes_a_base_with_and_without_the_skill_which_differ_in_their_last_questions(
+    tmp_path, monkeypatch
+):
     """Of few steps and screens. The same seed gives the same base."""
     monkeypatch.setattr(pretrain, "POOL_SIZES", (20, 15))
     monkeypatch.setattr(pretrain, "TEST_SCREENS", 2)
@@ -62,10 +57,10 @@ def test_pretraining_makes_a_base_and_its_twin_which_differ_in_their_last_questi
     new = make("new.pt")
     start = str(tmp_path / "new.grounded.pt")
     again = make("again.pt", "--start", start)
-    monkeypatch.setattr(pretrain, "neighbour_samples", None)  # a twin is never asked what is right of a name
-    twin = make("twin.pt", "--start", start, "--unskilled")
+    monkeypatch.setattr(pretrain, "neighbour_samples", None)  # never asked what is right of a name
+    unskilled = make("unskilled.pt", "--start", start, "--unskilled")
     assert all(torch.equal(new[name], again[name]) for name in new)
-    assert not all(torch.equal(new[name], twin[name]) for name in new)
+    assert not all(torch.equal(new[name], unskilled[name]) for name in new)
     record = json.loads((tmp_path / "new.json").read_text())
     shipped = json.loads((ROOT / "data/tiny_vlm.json").read_text())
     assert record.keys() == shipped.keys()
@@ -98,16 +93,22 @@ def test_a_step_of_muon_goes_downhill_along_a_nearly_orthogonal_matrix():
 
 # 2. The comparison
 def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkeypatch):
-    """Of the shipped base, and of nothing that takes long."""
+    """Of the shipped base, of nothing that takes long and, with its three scores, of a single head."""
     monkeypatch.setattr(compare, "REWORDED_SCREENS", 2)
+    monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
+    monkeypatch.setattr(compare, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
     cfg = compare.CompareConfig(runs=str(tmp_path / "new" / "runs.csv"))
     shipped = {1: "data/tiny_vlm.pt"}
-    monkeypatch.setattr(compare, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
-    made = compare.Runs(cfg).of(NOTHING, shipped, task="referring", steps=1, test_screens=2)
-    assert made[0]["task"] == "referring"
-    assert made[0]["task_acc"] < 0.5 < made[0]["reworded_acc"]
+    short = {"steps": 1, "test_screens": 2}
+    (frozen,) = compare.Runs(cfg).of("base model", shipped, task="referring", **short)
+    assert frozen["task"] == "referring"
+    assert frozen["task_acc"] < 0.5 < frozen["reworded_acc"]
+    (head,) = compare.Runs(cfg).of("Image-LoRA", shipped, heads="1.3", **short)
+    assert head["heads"] == "1.3"
+    assert min(head["influence"], head["influence_exact"], head["gate_score"]) > 0
     monkeypatch.setattr(compare, "run", None)  # nothing can run
-    assert compare.Runs(cfg).of(NOTHING, shipped, task="referring") == made
+    assert compare.Runs(cfg).of("base model", shipped, task="referring") == [frozen]
+    assert compare.Runs(cfg).of("Image-LoRA", shipped, heads="1.3") == [head]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["runs.csv"]
 
 
@@ -129,12 +130,17 @@ def test_the_chosen_rate_is_the_lowest_within_one_point_of_the_best():
     assert choose_rate({0.01: 0.9, 0.02: 0.969, 0.04: 0.98, 0.08: 0.98}) == 0.04
 
 
+def test_the_rank_correlation_is_spearmans():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [1, 0, 0, -5]) == pytest.approx(-0.9486833)  # equal numbers share a rank
+
+
 @pytest.mark.parametrize(
     "bases, changes, rates",
     [
-        (compare.BASES, {}, compare.RATES),
-        (compare.TWINS, {}, compare.TWIN_RATES),
-        (compare.BASES, {"task": "referring"}, compare.REFERRING_RATES),
+        (compare.SKILLED, {}, compare.RATES),
+        (compare.UNSKILLED, {}, compare.UNSKILLED_RATES),
+        (compare.SKILLED, {"task": "referring"}, compare.REFERRING_RATES),
     ],
 )
 def test_the_chosen_rates_follow_from_the_runs(runs, bases, changes, rates):
@@ -142,9 +148,9 @@ def test_the_chosen_rates_follow_from_the_runs(runs, bases, changes, rates):
     for method, chosen in rates.items():
         accuracies = {}
         for lr in compare.GRID:
-            cfg = train.Config(**METHODS[method], **changes, base=bases[1], seed=1, lr=lr)
-            if compare.key(vars(cfg)) in runs.rows:
-                rows = runs.of(method, bases, compare.SEARCH_SEEDS, lr=lr, **changes)
+            rows = runs.of(method, bases, compare.FEW, earlier=True, lr=lr, **changes)
+            if rows:
+                assert len(rows) == len(compare.FEW)
                 accuracies[lr] = np.mean([row["validation_acc"] for row in rows])
         best = max(accuracies, key=accuracies.get)
         assert chosen == choose_rate(accuracies), method
