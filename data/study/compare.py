@@ -231,6 +231,7 @@ def factor(runs: Runs) -> str:
         few = [(method, runs.of(method, SKILLED, FEW, lr=lr)) for lr in GRID[1:5]]
         rows += [(method, found) for method, found in few if len(found) == len(FEW)]
     rows.append(("Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, train_gamma=True)))
+    rows.append(("Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, earlier=True)))
     for earlier in (False, True):
         few = runs.of("Image-LoRA in 12 heads", SKILLED, FEW, lr=FEW_HEADS_RATE, earlier=earlier)
         rows.append(("Image-LoRA in 12 heads", few))
