@@ -94,7 +94,7 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """Which of the B * T rows are visual."""
+        """Remember which of the B * T rows of this call are visual."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self.rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
 

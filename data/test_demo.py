@@ -227,7 +227,7 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     flops = result["adapter_flops_per_screen"]
     assert (0 < flops < result["step_flops_per_screen"]) == (cfg.method != "none")
     if cfg.method == "lora" and cfg.projections == "qkvo":
-        assert 4 * flops == result["lora_flops_per_screen"]  # LoRA's are told for rank 8
+        assert 4 * flops == result["lora_flops_per_screen"]  # which is of rank 8
 
 
 def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, capsys):
