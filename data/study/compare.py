@@ -21,7 +21,16 @@ from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.methods import METHODS, gate_scores
 from data.questions import at_the_left, click_right_of
-from data.study.tables import list_of, markdown, mean_and_range, rank_correlation, read_runs, table, write_runs
+from data.study.tables import (
+    markdown,
+    mean_and_range,
+    rank_correlation,
+    rate_table,
+    read_runs,
+    seeds,
+    table,
+    write_runs,
+)
 from imagelora import score_heads
 
 # ---- Base models and learning rates ----------------------------------------------------------------------------------
@@ -45,12 +54,10 @@ FEW_HEADS_RATE = 0.02  # of Image-LoRA in 12 heads or fewer
 
 
 def chosen_rate(method: str, bases: dict, task: str) -> float:
-    if method == "base model":
-        return 0.0
-    if task == "referring":
-        return REFERRING_RATES[method]
-    rates = UNSKILLED_RATES if bases == UNSKILLED else RATES
-    return rates[method.removesuffix(", with replay")]
+    rates = REFERRING_RATES if task == "referring" else RATES
+    if bases == UNSKILLED:
+        rates = UNSKILLED_RATES
+    return rates.get(method.removesuffix(", with replay"), 0.0)  # 0: the base model's
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -87,23 +94,18 @@ class Runs:
         self.cfg = cfg
         self.path = base_path(cfg.runs)
         self.rows = {key(row): row for row in read_runs(self.path, SETTINGS)}
-        self.is_complete = cfg.runs == CompareConfig.runs
+        self.is_shipped = cfg.runs == CompareConfig.runs
 
-    def of(self, method: str, bases: dict, seeds=None, earlier=False, **changes) -> list[dict]:
-        """The rows of a method on the base models of these seeds, or on all of them. changes: of train.Config.
+    def of(self, method: str, bases: dict, numbers=None, earlier=False, **changes) -> list[dict]:
+        """The rows of a method on the base models of these numbers, or on all of them. changes: of train.Config.
 
         earlier: take the rows of an earlier version, too, where the file has them."""
         settings = {"device": self.cfg.device} | METHODS[method] | changes
-        if "lr" not in changes:
-            settings["lr"] = chosen_rate(method, bases, changes.get("task", "grounding"))
-        if seeds is None:
-            seeds = bases.keys()
-        wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in seeds]
-        missing = [cfg for cfg in wanted if self.find(cfg, earlier) is None]
-        if missing and not self.is_complete:
-            self.make(missing)
-        rows = [self.find(cfg, earlier) for cfg in wanted]
-        return [row for row in rows if row is not None]
+        settings.setdefault("lr", chosen_rate(method, bases, changes.get("task", "grounding")))
+        wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in numbers or bases]
+        if not self.is_shipped:
+            self.make([cfg for cfg in wanted if not self.find(cfg, earlier)])
+        return [self.find(cfg, earlier) for cfg in wanted if self.find(cfg, earlier)]
 
     def find(self, cfg: train.Config, earlier: bool) -> dict | None:
         row = self.rows.get(key(vars(cfg) | {"train_gamma": EARLIER})) if earlier else None
@@ -114,6 +116,8 @@ class Runs:
         for cfg in missing:
             if not base_path(cfg.base).exists():
                 raise ValueError(f"there is no {cfg.base}; first make it by data.study.pretrain, as its page says")
+        if not missing:
+            return
         make_directory(self.path.parent)
         with get_context("spawn").Pool(self.cfg.workers, torch.set_num_threads, (1,)) as pool:
             for row in tqdm(pool.imap_unordered(run, missing), "runs", len(missing)):
@@ -167,7 +171,7 @@ CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_problem_acc")}
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
-SEEDS = {"seeds": list_of("seed")}
+SEEDS = {"seeds": seeds}
 GAMMA = {False: "", True: ", γ trained", EARLIER: f", γ trained {EARLIER}"}
 MODELS = {"models": models}
 RATE = {"learning rate": mean_and_range("lr", "{:g}")}
@@ -181,19 +185,17 @@ CHOICES = {  # of heads: {name: (the option of train.py, the column of the score
 
 
 def rates(runs: Runs) -> str:
-    """Means of FEW models. The chosen rate is bold."""
+    """Means of FEW models."""
     lines = []
     for method, chosen in RATES.items():
-        clicks = [f"{method}: clicks on validation screens, %"]
-        word_problems = [f"{method}: word problems after an image, %"]
-        for lr in GRID:
-            rows = runs.of(method, SKILLED, FEW, earlier=True, lr=lr)
-            bold = "**" if lr == chosen else ""
-            for line, measure in ((clicks, "validation_acc"), (word_problems, "word_problem_after_image_acc")):
-                mean = np.mean([row[measure] for row in rows])
-                line.append(f"{bold}{100 * mean:.1f}{bold}")
-        lines += [clicks, word_problems]
-    return markdown(("tiny models 1 to 3, learning rate", *(f"{lr:g}" for lr in GRID)), *lines)
+        for name, measure in (
+            ("clicks on validation screens", "validation_acc"),
+            ("word problems after an image", "word_problem_after_image_acc"),
+        ):
+            rows_of = {lr: runs.of(method, SKILLED, FEW, earlier=True, lr=lr) for lr in GRID}
+            means = {lr: np.mean([row[measure] for row in rows]) for lr, rows in rows_of.items()}
+            lines.append((f"{method}: {name}, %", means, chosen))
+    return rate_table("tiny models 1 to 3, learning rate", lines)
 
 
 def after_an_image(runs: Runs) -> str:

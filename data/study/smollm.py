@@ -38,7 +38,7 @@ from data.questions import all_samples, click_right_of, neighbour_samples, rando
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, fastest_type, parse_letters
-from data.study.tables import list_of, markdown, mean_and_range, read_runs, table, write_runs
+from data.study.tables import mean_and_range, rate_table, read_runs, seeds, table, write_runs
 from imagelora import Heads, score_heads, select_heads
 
 # {method: its learning rate}, in the order of the tables. With replay and in 9 heads a method keeps its rate, and LoRA
@@ -275,27 +275,12 @@ def nine_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads:
 # ---- Measure ---------------------------------------------------------------------------------------------------------
 
 OPENINGS = (
-    "The capital of France is",
-    "The opposite of hot is",
-    "Once upon a time",
-    "To make a cup of tea you",
-    "Water freezes at",
-    "My favourite food is",
-    "The largest planet is",
-    "In the morning I like to",
-    "The sun rises in the",
-    "A good friend is someone who",
-    "Two plus two is",
-    "The best way to learn a language is",
-    "Dear Sir or Madam",
-    "The recipe calls for",
-    "Scientists have discovered that",
-    "She opened the door and",
-    "The most important thing in life is",
-    "An apple a day",
-    "Python is a programming language that",
-    "Click the button to",
-)
+    "The capital of France is … The opposite of hot is … Once upon a time … To make a cup of tea you … Water freezes at"
+    " … My favourite food is … The largest planet is … In the morning I like to … The sun rises in the … A good friend"
+    " is someone who … Two plus two is … The best way to learn a language is … Dear Sir or Madam … The recipe calls for"
+    " … Scientists have discovered that … She opened the door and … The most important thing in life is … An apple a day"
+    " … Python is a programming language that … Click the button to"
+).split(" … ")
 NUM_SHOWN = 2  # of these stand on the page, with what each model makes of them
 
 
@@ -373,7 +358,7 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-SEEDS = {"seeds": list_of("seed")}
+SEEDS = {"seeds": seeds}
 PARAMETERS = {"parameters": mean_and_range("parameters", "{:,.0f}")}
 CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 ERASED = {"hits where the switches are erased, %": mean_and_range("erased_acc")}
@@ -384,7 +369,6 @@ ENGLISH = {
 }
 OPENINGS_KEPT = {"openings continued as before, of 20": mean_and_range("same_continuations", "{:g}")}
 FRONT_PAGE = [name for name in RATES if name not in ("base model", "LoRA on v") and "random" not in name]
-SEARCHED = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # methods whose learning rates were compared
 
 
 def print_tables(runs: list[dict]) -> None:
@@ -412,19 +396,14 @@ def continuations(of_method: dict[str, list[dict]]) -> str:
 
 
 def rates(runs: list[dict]) -> str:
-    """Clicks on validation screens at the learning rates that were tried with seed 1; the chosen one is bold."""
-    tried = sorted({run["lr"] for run in runs if run["lr"]})
+    """Clicks on validation screens at the learning rates that were tried with seed 1."""
     lines = []
-    for method in SEARCHED:
-        for steps in (100, 300):
-            cells = []
-            for lr in tried:
-                settings = (method, steps, lr, 1)
-                of_rate = [run for run in runs if tuple(run[name] for name in SETTINGS) == settings]
-                cell = mean_and_range("validation_acc")(of_rate)
-                cells.append(f"**{cell}**" if of_rate and lr == RATES[method] else cell)
-            lines.append((f"{method}, {steps} steps", *cells))
-    return markdown(("SmolLM2, learning rate", *(f"{lr:g}" for lr in tried)), *lines)
+    for method in ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
+        for steps in (100, STEPS):
+            tried = [run for run in runs if (run["method"], run["steps"], run["seed"]) == (method, steps, 1)]
+            accuracies = {run["lr"]: run["validation_acc"] for run in tried}
+            lines.append((f"{method}, {steps} steps", accuracies, RATES[method]))
+    return rate_table("SmolLM2, learning rate", lines)
 
 
 def main(cfg: SmolConfig) -> None:

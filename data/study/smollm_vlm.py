@@ -148,9 +148,6 @@ class SmolVLM:
     def prompt(self, sample: dict) -> list[int]:
         return self.ids(f"{sample['instruction']}:")
 
-    def answer(self, sample: dict) -> list[int]:
-        return self.ids(f" {sample['answer']}") + self.ids("\n")
-
     def batch(self, samples: list[list[dict]]) -> dict:
         """{input_ids, labels} [B, T], a sequence for each screen: its image, then its questions with their answers."""
         rows, labels = [], []
@@ -159,7 +156,7 @@ class SmolVLM:
             row_labels = [IGNORED] * len(row)
             for sample in samples_of_screen:
                 prompt = self.prompt(sample)
-                answer = self.answer(sample)
+                answer = self.ids(f" {sample['answer']}") + self.ids("\n")
                 row += prompt + answer
                 row_labels += [IGNORED] * len(prompt) + answer
             rows.append(row)

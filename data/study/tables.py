@@ -38,9 +38,9 @@ def write_runs(path: Path, runs: list[dict]) -> None:
     writer = csv.DictWriter(file, runs[0].keys(), lineterminator="\n")
     writer.writeheader()
     for run in runs:
-        # Quotes keep the text "1.3", a head, from being read as a number.
-        is_plain_text = {name: isinstance(value, str) and parse(value) == value for name, value in run.items()}
-        writer.writerow({name: value if is_plain_text[name] else json.dumps(value) for name, value in run.items()})
+        # A text is written as it is, unless it would be read as something else, as the head "1.3" would.
+        texts = {name: value for name, value in run.items() if isinstance(value, str) and parse(value) == value}
+        writer.writerow({name: texts.get(name, json.dumps(value)) for name, value in run.items()})
     write_file(path, file.getvalue().encode())
 
 
@@ -59,15 +59,25 @@ def mean_and_range(measure: str, layout="{:.1%}") -> Callable[[list[dict]], str]
     return cell
 
 
-def list_of(measure: str) -> Callable[[list[dict]], str]:
-    """A column's function that lists what the runs have, such as their seeds."""
-    return lambda runs: ", ".join(str(run[measure]) for run in runs)
+def seeds(runs: list[dict]) -> str:
+    return ", ".join(str(run["seed"]) for run in runs)
 
 
 def table(title: str, columns: dict[str, Callable], rows: list[tuple[str, list[dict]]]) -> str:
     """columns: {title: function of runs that returns the text of a cell}. rows: (name, its runs); none without runs."""
     texts = [(name, *(cell(runs) for cell in columns.values())) for name, runs in rows if runs]
     return markdown((title, *columns), *texts)
+
+
+def rate_table(title: str, lines: list[tuple[str, dict[float, float], float]]) -> str:
+    """lines: (name, {learning rate: accuracy}, the chosen rate, which is bold)."""
+    tried = sorted({rate for _, accuracies, _ in lines for rate in accuracies})
+    rows = []
+    for name, accuracies, chosen in lines:
+        texts = {rate: f"{100 * accuracy:.1f}" for rate, accuracy in accuracies.items()}
+        texts[chosen] = f"**{texts[chosen]}**" if chosen in texts else ""
+        rows.append((name, *(texts.get(rate, "") for rate in tried)))
+    return markdown((title, *(f"{rate:g}" for rate in tried)), *rows)
 
 
 def markdown(header: tuple, *rows: tuple) -> str:

