@@ -278,8 +278,8 @@ OPENINGS = (
     "The capital of France is … The opposite of hot is … Once upon a time … To make a cup of tea you … Water freezes at"
     " … My favourite food is … The largest planet is … In the morning I like to … The sun rises in the … A good friend"
     " is someone who … Two plus two is … The best way to learn a language is … Dear Sir or Madam … The recipe calls for"
-    " … Scientists have discovered that … She opened the door and … The most important thing in life is … An apple a day"
-    " … Python is a programming language that … Click the button to"
+    " … Scientists have discovered that … She opened the door and … The most important thing in life is … An apple a"
+    " day … Python is a programming language that … Click the button to"
 ).split(" … ")
 NUM_SHOWN = 2  # of these stand on the page, with what each model makes of them
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import train
-from data import costs, figures, prompts, screens, walk
+from data import costs, figures, prompts, walk
 from data.base import load_base
 from data.command import command
-from data.questions import neighbour_samples, parse_point
 from data.study import compare, pretrain, smollm
 from data.study.muon import muon
 from data.study.tables import choose_rate, rank_correlation
@@ -64,18 +63,6 @@ def test_pretraining_makes_a_base_with_and_without_the_skill_which_differ_in_the
     record = json.loads((tmp_path / "new.json").read_text())
     shipped = json.loads((ROOT / "data/tiny_vlm.json").read_text())
     assert record.keys() == shipped.keys()
-
-
-def test_pretraining_asks_what_is_right_of_a_name_and_where_that_is():
-    rng = np.random.default_rng(0)
-    samples = []
-    for i in range(9):
-        samples += neighbour_samples(screens.draw_screen("source", "pretrain", i), rng)
-    assert all("right of" in sample["instruction"] for sample in samples)
-    names = [sample for sample in samples if sample["instruction"].startswith("what is")]
-    places = [sample for sample in samples if parse_point(sample["answer"])]
-    assert len(names) + len(places) == len(samples)
-    assert len(names) == len(places) > 0
 
 
 def test_a_step_of_muon_goes_downhill_along_a_nearly_orthogonal_matrix():
