@@ -5,6 +5,7 @@ A page is drawn at twice its size and halved at the end, which makes lines smoot
 
 import io
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +16,47 @@ from data.command import write_file
 from data.evaluate import Answer
 from data.questions import is_hit
 from data.screens import SIZE, Box
+from data.tokens import IMAGE
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
 INK, GREY, RED = "#222222", "#667085", "#b42318"
+SCALE = [(36, 76, 150), (40, 130, 205), (86, 180, 233), (255, 240, 190)]  # of a change, from small to large
 FONT = ImageFont.load_default(56)
+LARGE = ImageFont.load_default(72)
 LINE = 72  # from one line of text to the next
 WIDTH = 3320  # of a page
 MARGIN = 52
 GAP = 48  # between panels
 HEADER = MARGIN + 2 * LINE + 36  # height of the legend and what is free below it
+ROW = 28  # height of a head in the picture of changes
 CAPTION = LINE + 56  # height of the text below a panel
 RULE = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
 
 
-class Page:
-    """A white page with a legend, and below it panels in rows and columns."""
+class Sheet:
+    """A white sheet as wide as a page."""
+
+    def __init__(self, height: int):
+        self.image = Image.new("RGB", (WIDTH, height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def write(self, x, y, text: str, fill=INK, anchor="lm", font=FONT):
+        self.draw.text((x, y), text, fill, font, anchor)
+
+    def mark(self, x, y):
+        """A triangle that points to the right."""
+        self.draw.polygon(((x, y - 12), (x + 28, y), (x, y + 12)), ORANGE)
+
+
+class Page(Sheet):
+    """A sheet with a legend, and below it panels in rows and columns."""
 
     def __init__(self, rows: int, columns: int, titles=(), headline=""):
         """titles: what stands above each row; none by default. headline: stands right of the legend."""
         self.side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP  # of a panel
         self.title_height = LINE if titles else 0
         self.row_height = self.title_height + self.side + CAPTION
-        self.image = Image.new("RGB", (WIDTH, HEADER + rows * self.row_height), "white")
-        self.draw = ImageDraw.Draw(self.image)
+        super().__init__(HEADER + rows * self.row_height)
         y = MARGIN + 24  # middle of the legend
         self.frame(MARGIN + 16, y - 24, MARGIN + 80, y + 24)
         self.write(172, y, "target")
@@ -49,9 +68,6 @@ class Page:
         self.write(MARGIN, y + LINE, RULE, GREY)
         for row, title in enumerate(titles):
             self.write(MARGIN, HEADER + row * self.row_height + 24, title)
-
-    def write(self, x, y, text: str, fill=INK, anchor="lm"):
-        self.draw.text((x, y), text, fill, FONT, anchor)
 
     def frame(self, left, top, right, bottom):
         """A black frame, with a white rim that shows on dark ground."""
@@ -162,6 +178,70 @@ def darken(image: np.ndarray, weights: torch.Tensor) -> Image.Image:
     mask = Image.fromarray(shade.byte().view(side, side).cpu().numpy())
     mask = mask.resize((SIZE, SIZE), Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", mask.size, "#101828"), Image.fromarray(image), mask)
+
+
+def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: list, screen: np.ndarray) -> Image.Image:
+    """How far each head's value [L, H, T] and query [L, H_q, T] at each token has moved, relative to the base's.
+
+    heads: the selected ones, {layer: [head, ...]}. tokens: <bos>, some words, an image's placeholders, a question."""
+    cells_top = 648
+    num_rows = len(values) * (values.shape[1] + queries.shape[1])
+    sheet = Sheet(cells_top + num_rows * ROW + 2 * len(values) * 20 + 80)
+    start = tokens.index(IMAGE)
+    end = start + tokens.count(IMAGE)
+    left = 1208  # edge of the image's span
+    spans = [(slice(start), 384, 760), (slice(start, end), left, 1600), (slice(end, None), 2860, 408)]
+
+    # The title and the legend
+    y = MARGIN + 36
+    sheet.write(MARGIN, y, "What fine-tuning changes", font=LARGE)
+    sheet.draw.rectangle((left, y - 26, left + 80, y + 26), "black")
+    sheet.write(left + 104, y, "exactly 0")
+    sheet.write(1790, y, "3 %", anchor="rm")
+    sheet.image.paste(shades(torch.logspace(-1.5, 0.5, 500)[None]).resize((500, 52)), (1814, y - 26))
+    sheet.write(2338, y, "300 % of the base")
+    sheet.mark(2880, y)
+    sheet.write(2930, y, "selected head")
+
+    # The prompt
+    y = 216
+    for (part, x, width), name in zip(spans, ("words", "image", "question")):
+        sheet.write(x, y, name, font=LARGE)
+        said = " ".join(token for token in tokens[part] if token[0] != "<") or "patches, row by row"
+        for line, text in enumerate(textwrap.wrap(said, 27), 1):
+            sheet.write(x, y + line * LINE + 8, text, GREY)
+        sheet.draw.line((x, cells_top - 14, x + width, cells_top - 14), GREY, 4)
+    picture = Image.fromarray(screen)
+    sheet.image.paste(picture.resize((340, 340)), (left + 560, y - 36))
+    rows_of_patches = np.concatenate(np.split(screen, 8), axis=1)
+    sheet.image.paste(Image.fromarray(rows_of_patches).resize((1600, 25)), (left, cells_top - 50))
+
+    # The changes
+    y = cells_top
+    for name, moves in (("values", values), ("queries", queries)):
+        height = ROW * moves.shape[1]  # of a layer
+        middle = y + (len(moves) * (height + 20) - 20) / 2
+        upwards = ImageFont.TransposedFont(LARGE, Image.Transpose.ROTATE_90)
+        sheet.draw.text((MARGIN, middle - LARGE.getlength(name) / 2), name, INK, upwards)
+        for layer, moves_of_layer in enumerate(moves):
+            sheet.write(364, y + height / 2, f"layer {layer}", anchor="rm")
+            for part, x, width in spans:
+                cells = shades(moves_of_layer[:, part])
+                sheet.image.paste(cells.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            if name == "values":
+                for head in heads.get(layer, []):
+                    sheet.mark(left - 36, y + ROW * head + ROW / 2)
+            y += height + 20
+        y += 40
+    return sheet.image.reduce(2)
+
+
+def shades(moves: torch.Tensor) -> Image.Image:
+    """Black where nothing has moved, otherwise a colour that says how far, on a logarithmic scale from 3 to 300 %."""
+    level = (moves.cpu().clamp(0.03, 3).log10() + 1.5) / 2  # 0 .. 1
+    channels = [np.interp(level, np.linspace(0, 1, len(SCALE)), channel) for channel in zip(*SCALE)]
+    colours = np.stack(channels, -1) * (moves.cpu() > 0)[..., None].numpy()
+    return Image.fromarray(colours.astype(np.uint8))
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
