@@ -22,6 +22,10 @@ BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
 INK, GREY, RED = "#222222", "#667085", "#b42318"
 SCALE = [(36, 76, 150), (40, 130, 205), (86, 180, 233), (255, 240, 190)]  # of a change, from small to large
 FONT = ImageFont.load_default(56)
+PALE = "#e4e7ec"
+GREEN = "#009e73"
+MODELS = [(BLUE, 0, 0), (ORANGE, 3, 0), (GREEN, 4, 0)]
+SMALL = ImageFont.load_default(44)
 LARGE = ImageFont.load_default(72)
 LINE = 72  # from one line of text to the next
 WIDTH = 3320  # of a page
@@ -46,6 +50,13 @@ class Sheet:
     def mark(self, x, y):
         """A triangle that points to the right."""
         self.draw.polygon(((x, y - 12), (x + 28, y), (x, y + 12)), ORANGE)
+
+    def point(self, x, y, model: int):
+        colour, sides, angle = MODELS[model]
+        if sides:
+            self.draw.regular_polygon((x, y, 24), sides, angle, colour, "white")
+        else:
+            self.draw.circle((x, y), 20, colour, "white", 3)
 
 
 class Page(Sheet):
@@ -184,7 +195,7 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
     """How far each head's value [L, H, T] and query [L, H_q, T] at each token has moved, relative to the base's.
 
     heads: the selected ones, {layer: [head, ...]}. tokens: <bos>, some words, an image's placeholders, a question."""
-    cells_top = 648
+    cells_top = 600
     num_rows = len(values) * (values.shape[1] + queries.shape[1])
     sheet = Sheet(cells_top + num_rows * ROW + 2 * len(values) * 20 + 80)
     start = tokens.index(IMAGE)
@@ -197,9 +208,9 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
     sheet.write(MARGIN, y, "What fine-tuning changes", font=LARGE)
     sheet.draw.rectangle((left, y - 26, left + 80, y + 26), "black")
     sheet.write(left + 104, y, "exactly 0")
-    sheet.write(1790, y, "3 %", anchor="rm")
+    sheet.write(1790, y, "≤ 3 %", anchor="rm")
     sheet.image.paste(shades(torch.logspace(-1.5, 0.5, 500)[None]).resize((500, 52)), (1814, y - 26))
-    sheet.write(2338, y, "300 % of the base")
+    sheet.write(2338, y, "≥ 300 % of the base")
     sheet.mark(2880, y)
     sheet.write(2930, y, "selected head")
 
@@ -214,7 +225,7 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
     picture = Image.fromarray(screen)
     sheet.image.paste(picture.resize((340, 340)), (left + 560, y - 36))
     rows_of_patches = np.concatenate(np.split(screen, 8), axis=1)
-    sheet.image.paste(Image.fromarray(rows_of_patches).resize((1600, 25)), (left, cells_top - 50))
+    sheet.image.paste(Image.fromarray(rows_of_patches).resize((1600, 25)), (left, cells_top - 46))
 
     # The changes
     y = cells_top
@@ -242,6 +253,70 @@ def shades(moves: torch.Tensor) -> Image.Image:
     channels = [np.interp(level, np.linspace(0, 1, len(SCALE)), channel) for channel in zip(*SCALE)]
     colours = np.stack(channels, -1) * (moves.cpu() > 0)[..., None].numpy()
     return Image.fromarray(colours.astype(np.uint8))
+
+
+def each_head_alone(rows: list[dict]) -> Image.Image:
+    """A point for each run of one head: how many switches it clicks, and what its influence was before training.
+
+    rows: {base, heads, influence, task_acc}, heads as layer.head."""
+    sheet = Sheet(1960)
+    left, right, top, bottom = MARGIN + 120, WIDTH - 940, 190, 1720
+    x_of, y_of = places(rows, left, right, top, bottom)
+
+    # The axes
+    sheet.write(MARGIN, MARGIN + 36, "clicks with one head alone, %", font=LARGE)
+    for percent in range(0, 101, 20):
+        y = y_of(percent / 100)
+        sheet.draw.line((left, y, right, y), PALE, 4)
+        sheet.write(left - 24, y, f"{percent}", GREY, "rm")
+    for power in range(-9, 9):
+        x = x_of(10**power)
+        if left <= x <= right:
+            sheet.draw.line((x, top, x, bottom), PALE, 4)
+            sheet.write(x, bottom + 56, f"{10.0**power:g}", GREY, "mm")
+    sheet.write((left + right) / 2, bottom + 150, "influence of the head before training", font=LARGE, anchor="mm")
+
+    # The points, their names, and the legend
+    names = []  # (left, top, right, bottom) of what is written or drawn
+    points = []
+    for i, base in enumerate(sorted({row["base"] for row in rows})):
+        of_base = [row for row in rows if row["base"] == base]
+        influence = np.array([float(row["influence"]) for row in of_base])
+        clicks = np.array([float(row["task_acc"]) for row in of_base])
+        y = top + 60 + 230 * i
+        sheet.point(right + 100, y, i)
+        sheet.write(right + 150, y, f"model {i + 1}", font=LARGE)
+        sheet.write(right + 150, y + LINE + 8, f"rank correlation {rank_correlation(influence, clicks):.2f}", GREY)
+        points += [(x_of(float(row["influence"])), y_of(float(row["task_acc"])), i, row["heads"]) for row in of_base]
+    taken = [(x - 20, y - 20, x + 20, y + 20) for x, y, *_ in points]
+    for x, y, i, name in points:
+        sheet.point(x, y, i)
+        for label_x, label_y in ((x + 26, y - 26), (x - 98, y - 26), (x - 36, y - 76), (x - 36, y + 22)):
+            box = (label_x, label_y, label_x + 72, label_y + 52)
+            if not any(overlap(box, other) for other in taken):
+                sheet.write(label_x, label_y + 26, name, MODELS[i][0], font=SMALL)
+                taken.append(box)
+                break
+    return sheet.image.reduce(2)
+
+
+def places(rows, left, right, top, bottom):
+    logs = [math.log10(float(row["influence"])) for row in rows]
+    low, high = min(logs) - 0.1, max(logs) + 0.1
+    return (
+        lambda influence: left + (math.log10(influence) - low) / (high - low) * (right - left),
+        lambda accuracy: bottom - accuracy * (bottom - top),
+    )
+
+
+def overlap(box, other):
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's: the correlation of the ranks, where equal numbers share the mean of theirs."""
+    ranks = [(v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1) for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
