@@ -1,7 +1,6 @@
 """The tiny world: screens, questions about them, and word problems."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,11 +90,3 @@ def test_word_problems_of_the_test_are_new_sentence_pairs_and_new_numbers():
             assert not numbers["test"] & numbers[split]
     assert sentences["test"]
     assert numbers["test"]
-
-
-@pytest.mark.parametrize("name", ["screens", "questions", "tokens", "prompts"])
-def test_the_world_imports_no_model(name):
-    source = Path(__file__).with_name(f"{name}.py").read_text()
-    imports = "\n".join(re.findall(r"^ *(?:from|import) .*", source, re.M))
-    assert "data.screens" in imports or name == "screens"
-    assert not re.search(r"\b(tiny_vlm|imagelora|train|base|methods|evaluate)\b", imports)
