@@ -18,21 +18,23 @@ from data.questions import is_hit
 from data.screens import SIZE, Box
 from data.tokens import IMAGE
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
-INK, GREY, RED = "#222222", "#667085", "#b42318"
-SCALE = [(36, 76, 150), (40, 130, 205), (86, 180, 233), (255, 240, 190)]  # of a change, from small to large
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's
+COLOURS = BLUE, ORANGE, GREEN
+INK, GREY, PALE, RED = "#222222", "#667085", "#e4e7ec", "#b42318"
+CHANGES = [
+    (36, 76, 150),
+    (40, 130, 205),
+    (86, 180, 233),
+    (255, 240, 190),
+]  # colours, from a small change to a large one
 FONT = ImageFont.load_default(56)
-PALE = "#e4e7ec"
-GREEN = "#009e73"
-MODELS = [(BLUE, 0, 0), (ORANGE, 3, 0), (GREEN, 4, 0)]
-SMALL = ImageFont.load_default(44)
 LARGE = ImageFont.load_default(72)
+SMALL = ImageFont.load_default(44)
 LINE = 72  # from one line of text to the next
 WIDTH = 3320  # of a page
 MARGIN = 52
 GAP = 48  # between panels
 HEADER = MARGIN + 2 * LINE + 36  # height of the legend and what is free below it
-ROW = 28  # height of a head in the picture of changes
 CAPTION = LINE + 56  # height of the text below a panel
 RULE = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
 
@@ -47,16 +49,15 @@ class Sheet:
     def write(self, x, y, text: str, fill=INK, anchor="lm", font=FONT):
         self.draw.text((x, y), text, fill, font, anchor)
 
-    def mark(self, x, y):
-        """A triangle that points to the right."""
+    def arrow(self, x, y):
         self.draw.polygon(((x, y - 12), (x + 28, y), (x, y + 12)), ORANGE)
 
     def point(self, x, y, model: int):
-        colour, sides, angle = MODELS[model]
-        if sides:
-            self.draw.regular_polygon((x, y, 24), sides, angle, colour, "white")
+        """A circle, a triangle or a square."""
+        if model == 0:
+            self.draw.circle((x, y), 20, COLOURS[model], "white", 3)
         else:
-            self.draw.circle((x, y), 20, colour, "white", 3)
+            self.draw.regular_polygon((x, y, 25), model + 2, 0, COLOURS[model], "white")
 
 
 class Page(Sheet):
@@ -195,45 +196,45 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
     """How far each head's value [L, H, T] and query [L, H_q, T] at each token has moved, relative to the base's.
 
     heads: the selected ones, {layer: [head, ...]}. tokens: <bos>, some words, an image's placeholders, a question."""
-    cells_top = 600
-    num_rows = len(values) * (values.shape[1] + queries.shape[1])
-    sheet = Sheet(cells_top + num_rows * ROW + 2 * len(values) * 20 + 80)
+    row, gap, top = 28, 20, 600  # height of a head, space between layers, where the first layer begins
     start = tokens.index(IMAGE)
     end = start + tokens.count(IMAGE)
-    left = 1208  # edge of the image's span
+    left = 1208  # edge of the image's tokens
     spans = [(slice(start), 384, 760), (slice(start, end), left, 1600), (slice(end, None), 2860, 408)]
+    height = (values.shape[1] + queries.shape[1]) * row + 2 * gap  # of a layer, in both parts
+    sheet = Sheet(top + height * len(values) + 2 * MARGIN)
 
     # The title and the legend
     y = MARGIN + 36
     sheet.write(MARGIN, y, "What fine-tuning changes", font=LARGE)
     sheet.draw.rectangle((left, y - 26, left + 80, y + 26), "black")
     sheet.write(left + 104, y, "exactly 0")
-    sheet.write(1790, y, "≤ 3 %", anchor="rm")
+    sheet.write(1790, y, "3 %", anchor="rm")
     sheet.image.paste(shades(torch.logspace(-1.5, 0.5, 500)[None]).resize((500, 52)), (1814, y - 26))
-    sheet.write(2338, y, "≥ 300 % of the base")
-    sheet.mark(2880, y)
+    sheet.write(2338, y, "300 % of the base")
+    sheet.arrow(2880, y)
     sheet.write(2930, y, "selected head")
 
     # The prompt
     y = 216
     for (part, x, width), name in zip(spans, ("words", "image", "question")):
         sheet.write(x, y, name, font=LARGE)
-        said = " ".join(token for token in tokens[part] if token[0] != "<") or "patches, row by row"
-        for line, text in enumerate(textwrap.wrap(said, 27), 1):
+        words = " ".join(token for token in tokens[part] if token[0] != "<") or "patches, row by row"
+        for line, text in enumerate(textwrap.wrap(words, 27), 1):
             sheet.write(x, y + line * LINE + 8, text, GREY)
-        sheet.draw.line((x, cells_top - 14, x + width, cells_top - 14), GREY, 4)
-    picture = Image.fromarray(screen)
-    sheet.image.paste(picture.resize((340, 340)), (left + 560, y - 36))
+        sheet.draw.line((x, top - 14, x + width, top - 14), GREY, 4)
+    sheet.image.paste(Image.fromarray(screen).resize((340, 340)), (left + 560, y - 36))
     rows_of_patches = np.concatenate(np.split(screen, 8), axis=1)
-    sheet.image.paste(Image.fromarray(rows_of_patches).resize((1600, 25)), (left, cells_top - 46))
+    sheet.image.paste(Image.fromarray(rows_of_patches).resize((1600, 25)), (left, top - 46))
 
     # The changes
-    y = cells_top
+    y = top
     for name, moves in (("values", values), ("queries", queries)):
-        height = ROW * moves.shape[1]  # of a layer
-        middle = y + (len(moves) * (height + 20) - 20) / 2
+        height = row * moves.shape[1]
+        middle = y + (len(moves) * (height + gap) - gap) / 2
         upwards = ImageFont.TransposedFont(LARGE, Image.Transpose.ROTATE_90)
-        sheet.draw.text((MARGIN, middle - LARGE.getlength(name) / 2), name, INK, upwards)
+        title = f"{name} of {moves.shape[1]} heads"
+        sheet.draw.text((MARGIN, middle - LARGE.getlength(title) / 2), title, INK, upwards)
         for layer, moves_of_layer in enumerate(moves):
             sheet.write(364, y + height / 2, f"layer {layer}", anchor="rm")
             for part, x, width in spans:
@@ -241,82 +242,73 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
                 sheet.image.paste(cells.resize((width, height), Image.Resampling.NEAREST), (x, y))
             if name == "values":
                 for head in heads.get(layer, []):
-                    sheet.mark(left - 36, y + ROW * head + ROW / 2)
-            y += height + 20
-        y += 40
+                    sheet.arrow(left - 36, y + row * (head + 0.5))
+            y += height + gap
+        y += MARGIN
     return sheet.image.reduce(2)
 
 
 def shades(moves: torch.Tensor) -> Image.Image:
     """Black where nothing has moved, otherwise a colour that says how far, on a logarithmic scale from 3 to 300 %."""
-    level = (moves.cpu().clamp(0.03, 3).log10() + 1.5) / 2  # 0 .. 1
-    channels = [np.interp(level, np.linspace(0, 1, len(SCALE)), channel) for channel in zip(*SCALE)]
-    colours = np.stack(channels, -1) * (moves.cpu() > 0)[..., None].numpy()
+    moves = moves.cpu().numpy()
+    places = np.linspace(-1.5, 0.5, len(CHANGES))
+    channels = [np.interp(np.log10(moves.clip(1e-9)), places, channel) for channel in zip(*CHANGES)]
+    colours = np.stack(channels, -1) * (moves > 0)[..., None]
     return Image.fromarray(colours.astype(np.uint8))
 
 
-def each_head_alone(rows: list[dict]) -> Image.Image:
-    """A point for each run of one head: how many switches it clicks, and what its influence was before training.
+def heads_alone(rows: list[dict]) -> Image.Image:
+    """A point for each run of one head: how many switches it clicks, and the head's influence before training.
 
-    rows: {base, heads, influence, task_acc}, heads as layer.head."""
-    sheet = Sheet(1960)
-    left, right, top, bottom = MARGIN + 120, WIDTH - 940, 190, 1720
-    x_of, y_of = places(rows, left, right, top, bottom)
+    rows: {base, heads, influence, task_acc}, where heads is layer.head."""
+    bases = sorted({row["base"] for row in rows})
+    models = [bases.index(row["base"]) for row in rows]
+    influence = np.log10([float(row["influence"]) for row in rows])
+    clicks = np.array([float(row["task_acc"]) for row in rows])
+    left, right, top, bottom = MARGIN + 120, WIDTH - 780, 190, 1720
+    lowest, highest = influence.min() - 0.1, influence.max() + 0.1
+    x = np.interp(influence, (lowest, highest), (left, right))
+    y = np.interp(clicks, (0, 1), (bottom, top))
 
     # The axes
-    sheet.write(MARGIN, MARGIN + 36, "clicks with one head alone, %", font=LARGE)
+    sheet = Sheet(1940)
+    sheet.write(MARGIN, MARGIN + 36, "switches clicked with one head alone, %", font=LARGE)
     for percent in range(0, 101, 20):
-        y = y_of(percent / 100)
-        sheet.draw.line((left, y, right, y), PALE, 4)
-        sheet.write(left - 24, y, f"{percent}", GREY, "rm")
-    for power in range(-9, 9):
-        x = x_of(10**power)
-        if left <= x <= right:
-            sheet.draw.line((x, top, x, bottom), PALE, 4)
-            sheet.write(x, bottom + 56, f"{10.0**power:g}", GREY, "mm")
-    sheet.write((left + right) / 2, bottom + 150, "influence of the head before training", font=LARGE, anchor="mm")
+        height = np.interp(percent, (0, 100), (bottom, top))
+        sheet.draw.line((left, height, right, height), PALE, 4)
+        sheet.write(left - 24, height, str(percent), GREY, "rm")
+    for power in range(math.ceil(lowest), math.floor(highest) + 1):
+        place = np.interp(power, (lowest, highest), (left, right))
+        sheet.draw.line((place, top, place, bottom), PALE, 4)
+        sheet.write(place, bottom + 56, f"{10.0**power:g}", GREY, "mm")
+    sheet.write((left + right) / 2, bottom + 144, "influence of the head before training", font=LARGE, anchor="mm")
 
-    # The points, their names, and the legend
-    names = []  # (left, top, right, bottom) of what is written or drawn
-    points = []
-    for i, base in enumerate(sorted({row["base"] for row in rows})):
-        of_base = [row for row in rows if row["base"] == base]
-        influence = np.array([float(row["influence"]) for row in of_base])
-        clicks = np.array([float(row["task_acc"]) for row in of_base])
-        y = top + 60 + 230 * i
-        sheet.point(right + 100, y, i)
-        sheet.write(right + 150, y, f"model {i + 1}", font=LARGE)
-        sheet.write(right + 150, y + LINE + 8, f"rank correlation {rank_correlation(influence, clicks):.2f}", GREY)
-        points += [(x_of(float(row["influence"])), y_of(float(row["task_acc"])), i, row["heads"]) for row in of_base]
-    taken = [(x - 20, y - 20, x + 20, y + 20) for x, y, *_ in points]
-    for x, y, i, name in points:
-        sheet.point(x, y, i)
-        for label_x, label_y in ((x + 26, y - 26), (x - 98, y - 26), (x - 36, y - 76), (x - 36, y + 22)):
-            box = (label_x, label_y, label_x + 72, label_y + 52)
-            if not any(overlap(box, other) for other in taken):
-                sheet.write(label_x, label_y + 26, name, MODELS[i][0], font=SMALL)
-                taken.append(box)
+    # The points, and a name beside each where there is room
+    taken = list(zip(x, y))
+    for point_x, point_y, model, row in zip(x, y, models, rows):
+        sheet.point(point_x, point_y, model)
+        for dx, dy in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
+            name_x, name_y = point_x + dx, point_y + dy
+            if all(abs(name_x - other_x) >= 60 or abs(name_y - other_y) >= 46 for other_x, other_y in taken):
+                sheet.write(name_x, name_y, row["heads"], COLOURS[model], "mm", SMALL)
+                taken.append((name_x, name_y))
                 break
+
+    # The legend
+    for model in range(len(bases)):
+        of_model = np.equal(models, model)
+        correlation = rank_correlation(influence[of_model], clicks[of_model])
+        height = top + 50 + 220 * model
+        sheet.point(right + 80, height, model)
+        sheet.write(right + 130, height, f"model {model + 1}", font=LARGE)
+        sheet.write(right + 130, height + LINE + 8, f"rank correlation {correlation:.2f}", GREY)
     return sheet.image.reduce(2)
 
 
-def places(rows, left, right, top, bottom):
-    logs = [math.log10(float(row["influence"])) for row in rows]
-    low, high = min(logs) - 0.1, max(logs) + 0.1
-    return (
-        lambda influence: left + (math.log10(influence) - low) / (high - low) * (right - left),
-        lambda accuracy: bottom - accuracy * (bottom - top),
-    )
-
-
-def overlap(box, other):
-    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
-
-
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: the correlation of the ranks, where equal numbers share the mean of theirs."""
-    ranks = [(v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1) for v in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    """Spearman's: the correlation of ranks; equal numbers share the mean of theirs."""
+    ranks = [(numbers[:, None] > numbers).sum(1) + (numbers[:, None] >= numbers).sum(1) for numbers in (x, y)]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
@@ -333,8 +325,8 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
 
 def save(frames: list[Image.Image], path: Path) -> None:
     """Writes a picture; or several as an endless GIF, whose last frame stays for three seconds."""
-    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
-    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    last = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
+    first, *others = *(frame.quantize(palette=last, dither=Image.Dither.NONE) for frame in frames[:-1]), last
     durations = [160] * len(others) + [3000]  # milliseconds
     options = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
     buffer = io.BytesIO()

@@ -2,7 +2,8 @@
 
 python -m data.walk          takes the adapter that `python train.py` has saved, and trains one if there is none
 
-It also draws look.png, where a head looks before and after fine-tuning, into the directory of the run.
+It draws two pictures into the directory of the run: tensors.png, what fine-tuning has changed in every value and query,
+and look.png, where a head looks before and after fine-tuning.
 """
 
 import inspect
@@ -29,7 +30,7 @@ from tiny_vlm import TinyVLM, rotate
 
 @dataclass(frozen=True)
 class WalkConfig:
-    out: str = option("runs/switches", "directory of the run to walk with, and of the picture")
+    out: str = option("runs/switches", "directory of the run to walk with, and of the pictures")
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
 
 
@@ -88,33 +89,36 @@ def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
     station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
     data = train.training_data(replace(run, steps=1), model)  # few screens are enough for one batch
     model(**training_batch(run, data, 0)).loss.backward()
-    norms = ", ".join(f"{name} {parameter.grad.norm():.2g}" for name, parameter in values.named_parameters())
+    norms = f"A {values.A.grad.norm():.2g}, B {values.B.grad.norm():.2g}"
     station("", f"first backward pass, norms of the gradients: {norms}")
 
 
 def show_changes(model: TinyVLM, adapter: ImageLoRA, answer: Answer, path: Path) -> None:
-    """What fine-tuning has changed while the model reads a word problem, a screen and a question; and its picture."""
+    """What fine-tuning changes while the model reads a word problem, a screen and a question; and its picture."""
     features = image_features(model.get_image_features, [answer.screen], model.device)
     prompt = prompt_batch([answer.sample], features, history=1)
+    values, queries = relative_changes(model, adapter, prompt)
+    lowest = min(adapter.heads)
+    rows = values[lowest].sum(0).nonzero().squeeze(1)
+    station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
+    sizes = "  ".join(f"{size:.0%}" for size in values[lowest][:, rows].mean(1))
+    station("4 update", f"layer {lowest}, its size relative to X W_V(h), head by head: {sizes}", ValueAdapter.forward)
+
+    tokens = [VOCABULARY[i] for i in prompt["input_ids"][0]]
+    pictures.save([pictures.changes(values, queries, adapter.heads, tokens, answer.screen.image)], path)
+    station("5 changes", f"{path}: how far the values and queries of all heads have moved at each token;")
+    moves = ", ".join(f"{move:.0%} in layer {layer}" for layer, move in enumerate(queries.mean((1, 2))))
+    station("", f"queries moved by {moves}: the lowest adapted layer looks where it looked before")
+
+
+def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> tuple[Tensor, Tensor]:
+    """How far the adapter moves values [L, H, T] and queries [L, H_q, T]: norm of the change over the base's norm."""
     queries, _, values = queries_keys_values(model, prompt)
     with adapter.disabled():
         base_queries, _, base_values = queries_keys_values(model, prompt)
-
-    lowest = min(adapter.heads)
-    update = (values - base_values)[lowest]  # [H, T, d_h]; all of it is the adapter's, because below it X is the base's
-    rows = update.abs().sum((0, 2)).nonzero().squeeze(1)
-    station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
-    station("4 update", f"layer {lowest}, norms over these rows by head:", ValueAdapter.forward)
-    station("", "X W_V(h) " + "  ".join(f"{norm:6.2f}" for norm in base_values[lowest, :, rows].norm(dim=(1, 2))))
-    station("", "update   " + "  ".join(f"{norm:6.2f}" for norm in update[:, rows].norm(dim=(1, 2))))
-
-    value_changes = (values - base_values).norm(dim=-1) / base_values.norm(dim=-1)  # [L, H, T]
-    query_changes = (queries - base_queries).norm(dim=-1) / base_queries.norm(dim=-1)  # [L, H_q, T]
-    tokens = [VOCABULARY[i] for i in prompt["input_ids"][0]]
-    pictures.save([pictures.changes(value_changes, query_changes, adapter.heads, tokens, answer.screen.image)], path)
-    station("5 changes", f"{path}: how far each head's values and queries have moved at each token;")
-    means = [f"{change:.0%} in layer {layer}" for layer, change in enumerate(query_changes.mean((1, 2)))]
-    station("", f"queries moved by {', '.join(means)} (means): the lowest adapted layer looks where it looked before")
+    value_changes = (values - base_values).norm(dim=-1) / base_values.norm(dim=-1)
+    query_changes = (queries - base_queries).norm(dim=-1) / base_queries.norm(dim=-1)
+    return value_changes, query_changes
 
 
 @torch.no_grad()
