@@ -86,9 +86,10 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
     heads = None
-    if cfg.method == "image_lora":  # Heads that this model does not have are refused now, before anything is measured.
-        same_scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
-        choose_heads(cfg.heads, same_scores, cfg.num_heads, cfg.seed)
+    if cfg.method == "image_lora":
+        # Choose by any scores now, so that heads which the model does not have are refused before anything is measured.
+        any_scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
+        choose_heads(cfg.heads, any_scores, cfg.num_heads, cfg.seed)
     test = screens_and_features(model, "switches", "test", cfg.test_screens)
     # A screen without switches has more targets, so half as many screens are enough.
     old_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
@@ -150,7 +151,8 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
     bar = tqdm(range(cfg.steps), "train", disable=not verbose)
     for step in bar:
         # The rate warms up over a twentieth of the steps, then decays to zero.
-        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
+        lr = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
+        optimizer.param_groups[0]["lr"] = lr
 
         # 8 random screens, and five questions about each in one sequence (data/prompts.py, training_batch): input_ids
         # and labels [B, T], and image_features [B, P, D], what the vision tower has made of the screens. Training

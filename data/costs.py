@@ -27,7 +27,6 @@ MODELS = {
 }
 VISUAL_TOKENS = 576  # one image of LLaVA-1.5, 672 x 672 pixels of Qwen2.5-VL
 TOKENS = 720
-HALF = "Image-LoRA in half of the heads"
 
 
 def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
@@ -82,24 +81,25 @@ def method_costs(settings: Method, shape: Shape, num_tokens: int, num_visual: in
 def print_costs() -> None:
     """For each model a table of parameters, adapter FLOPs and their share of the step; then the three factors."""
     print(f"a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens, r = 8")
-    for name, shape in MODELS.items():
-        print(f"\n{name:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
+    methods = ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
+    for model, shape in MODELS.items():
+        print(f"\n{model:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
         step = decoder_flops(shape, TOKENS)
+        rows = [(name, METHODS[name], shape.value_heads) for name in methods]
+        rows += [("Image-LoRA in half of the heads", METHODS["Image-LoRA"], shape.value_heads // 2)]
         flops_of = {}
-        for method in ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", HALF):
-            heads_of_layer = range(shape.value_heads // 2 if method == HALF else shape.value_heads)
-            heads = {layer: heads_of_layer for layer in range(shape.num_layers)}
-            settings = Method(**METHODS["Image-LoRA" if method == HALF else method])
-            parameters, flops = method_costs(settings, shape, TOKENS, VISUAL_TOKENS, heads)
-            flops_of[method] = flops
+        for name, settings, num_heads in rows:
+            heads = {layer: range(num_heads) for layer in range(shape.num_layers)}
+            parameters, flops = method_costs(Method(**settings), shape, TOKENS, VISUAL_TOKENS, heads)
+            flops_of[name] = flops
             share_of_lora = flops / flops_of["LoRA"]
             share_of_step = flops / (step + flops)
-            print(f"{method:32}{parameters:12,}{flops / 1e9:16.2f}{share_of_lora:9.3f}{share_of_step:13.3%}")
+            print(f"{name:32}{parameters:12,}{flops / 1e9:16.2f}{share_of_lora:9.3f}{share_of_step:13.3%}")
         visual_only = flops_of["Partial LoRA"] / flops_of["LoRA"]
-        values_only = flops_of["Partial LoRA on v"] / flops_of["Partial LoRA"]
-        half = flops_of[HALF] / flops_of["Image-LoRA"]
+        values_only = flops_of["Image-LoRA"] / flops_of["Partial LoRA"]
+        half = flops_of["Image-LoRA in half of the heads"] / flops_of["Image-LoRA"]
         factors = f"visual tokens only {visual_only:.3f} x values only {values_only:.3f} x half of the heads {half:.3f}"
-        print(f"{factors} = {flops_of[HALF] / flops_of['LoRA']:.3f}")
+        print(f"{factors} = {visual_only * values_only * half:.3f}")
 
 
 def run_costs(cfg: Method, model, ids, heads: Heads | None) -> dict:

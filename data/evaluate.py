@@ -138,7 +138,7 @@ def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict
     """How far fine-tuning has moved the predictions for prompts without an image, by the base's and the tuned logits.
 
     text_logits_max_abs_diff: the largest change of a logit of the word problems. word_problem_kl and
-    question_without_image_kl: the KL divergence of base and tuned model, in nats per token.
+    question_without_image_kl: the KL divergence from the base, a mean over tokens.
     All are exactly 0 if only visual tokens are adapted."""
     difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
     changes = {"text_logits_max_abs_diff": difference}
@@ -149,9 +149,8 @@ def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """How far a model's predictions of the next token are from the base's, KL(base || model) in nats: [..., V] -> [...]
-
-    0 means that they are the same."""
+    """How far a model's predictions of the next token are from the base's: KL(base || model) in nats, 0 if they are the
+    same. Logits [..., V] -> [...]"""
     base_log_probs = base_logits.log_softmax(-1)
     log_probs = logits.log_softmax(-1)
     return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)

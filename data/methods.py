@@ -29,9 +29,9 @@ class Method:
     projections: str = option("qkvo", "which of q, k, v and o lora and partial_lora adapt", ("qkvo", "v"))
     heads: str = option(
         "top",
-        "top: the most influential heads by the probe; bottom, random: the least influential\n"
-        "ones and any, as many in each layer; gate: the top ones by the score of the authors'\n"
-        "release; all; or a list of layer.head, such as 1.3,2.0",
+        "top: the most influential by the probe; bottom: the least; random: any, and like bottom\n"
+        "as many in each layer as top; gate: top by the score of the authors' release; all;\n"
+        "or a list of layer.head, such as 1.3,2.0",
     )
     num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", least=1)
     r: int = option(8, "rank; alpha is 2 r", least=1)
@@ -94,7 +94,7 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """Which of the B * T rows are visual."""
+        """Remember which of the B * T rows of this call are visual."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self.rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
 
@@ -139,7 +139,7 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
-    """`count` value heads by their scores [L, H]; the choices are those of Method.heads.
+    """`count` value heads by their scores [L, H], or those of a list. The choices are those of Method.heads.
 
     ValueError if there is no such choice, or no such head."""
     num_layers, heads_in_layer = scores.shape
@@ -150,19 +150,17 @@ def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
         for item in choice.split(","):
             layer, head = map(int, item.split("."))
             if layer >= num_layers or head >= heads_in_layer or head in selected.get(layer, []):
-                raise ValueError(
-                    f"heads must name each head once, as layer.head from 0.0 to {num_layers - 1}.{heads_in_layer - 1}; "
-                    f"got {item} in {choice}"
-                )
+                expected = f"each head once, of layers 0..{num_layers - 1} and their heads 0..{heads_in_layer - 1}"
+                raise ValueError(f"a list of heads may name {expected}, got {item} in {choice}")
             selected.setdefault(layer, []).append(head)
         return selected
-    if choice not in ("top", "gate", "random", "bottom"):
+    if choice not in ("top", "bottom", "random", "gate"):
         raise ValueError(f"heads must be top, all, bottom, random, gate or a list such as 1.3,2.0, got {choice!r}")
     rng = np.random.default_rng(seed)
-    for layer, top in select_heads(scores, count).items():
-        if choice == "random":
-            top = rng.permutation(heads_in_layer)[: len(top)].tolist()
+    for layer, heads in select_heads(scores, count).items():
         if choice == "bottom":
-            top = scores[layer].argsort(stable=True)[: len(top)].tolist()
-        selected[layer] = sorted(top)
+            heads = scores[layer].argsort(stable=True)[: len(heads)].tolist()
+        if choice == "random":
+            heads = rng.permutation(heads_in_layer)[: len(heads)].tolist()
+        selected[layer] = sorted(heads)
     return selected

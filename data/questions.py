@@ -151,8 +151,8 @@ def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0,
 
 
 def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked for once, as pairs (number of the screen, sample). In the task relations, the
-    question is what is right of the target."""
+    """One question about every target of every screen, as pairs (number of the screen, sample). In the task relations,
+    it is what is right of the target."""
     rng = np.random.default_rng(0)
     numbers_and_samples = []
     for i, screen in enumerate(screens):

@@ -128,6 +128,11 @@ def test_answers_without_an_image_are_compared_by_logits_and_by_kl_divergence():
 
 
 # 3. Methods
+def trained(adapter) -> list[torch.nn.Parameter]:
+    """The parameters that training changes; none without an adapter."""
+    return [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_name_is_enough_to_attach_it(name):
     """What is trained is what it costs, and only LoRA changes prompts without an image."""
@@ -136,10 +141,9 @@ def test_a_methods_name_is_enough_to_attach_it(name):
     base = logits_of(model, prompt(TEXT))
     heads = choose_heads(method.heads, torch.rand(3, 3), 4, seed=0)
     adapter = attach_adapter(method, model, heads, seed=0)
-    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []
     costs = run_costs(method, model, EARLY["input_ids"], heads)
-    assert costs["trainable_parameters"] == sum(parameter.numel() for parameter in parameters)
-    for parameter in parameters:
+    assert costs["trainable_parameters"] == sum(parameter.numel() for parameter in trained(adapter))
+    for parameter in trained(adapter):
         torch.nn.init.normal_(parameter)  # as after training
     text_stays = torch.equal(logits_of(model, prompt(TEXT)), base)
     assert text_stays == (method.method != "lora")
@@ -217,16 +221,13 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     num_selected = {"image_lora": 9 if cfg.heads == "all" else 3}.get(cfg.method, 0)
     assert sum(len(heads) for heads in (result["selected"] or {}).values()) == num_selected
 
-    trained = (
-        [parameter for parameter in tuned.adapter.parameters() if parameter.requires_grad] if tuned.adapter else []
-    )
-    assert result["trainable_parameters"] == sum(parameter.numel() for parameter in trained)
+    assert result["trainable_parameters"] == sum(parameter.numel() for parameter in trained(tuned.adapter))
     for change in ("text_logits_max_abs_diff", "word_problem_kl", "question_without_image_kl"):
         assert (result[change] != 0) == (cfg.method == "lora")
     flops = result["adapter_flops_per_screen"]
     assert (0 < flops < result["step_flops_per_screen"]) == (cfg.method != "none")
     if cfg.method == "lora" and cfg.projections == "qkvo":
-        assert 4 * flops == result["lora_flops_per_screen"]  # LoRA's are told for rank 8
+        assert 4 * flops == result["lora_flops_per_screen"]  # which is of rank 8
 
 
 def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, capsys):

@@ -61,7 +61,7 @@ def test_a_switch_is_right_of_its_name_and_erasing_it_changes_nothing_else():
         assert not changed.any()
 
 
-def test_what_is_right_of_a_name_begins_there_and_shares_half_the_lower_ones_height():
+def test_what_is_right_of_a_name_begins_there_and_shares_half_the_shorter_ones_height():
     boxes = {
         "a": (0, 0, 9, 9),
         "b": (9, 4, 20, 30),
