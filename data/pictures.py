@@ -18,15 +18,9 @@ from data.questions import is_hit
 from data.screens import SIZE, Box
 from data.tokens import IMAGE
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's
-COLOURS = BLUE, ORANGE, GREEN
+COLOURS = BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's
 INK, GREY, PALE, RED = "#222222", "#667085", "#e4e7ec", "#b42318"
-CHANGES = [
-    (36, 76, 150),
-    (40, 130, 205),
-    (86, 180, 233),
-    (255, 240, 190),
-]  # colours, from a small change to a large one
+CHANGES = (36, 76, 150), (40, 130, 205), (86, 180, 233), (255, 240, 190)  # colours, from a small one to a large one
 FONT = ImageFont.load_default(56)
 LARGE = ImageFont.load_default(72)
 SMALL = ImageFont.load_default(44)

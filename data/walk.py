@@ -106,9 +106,10 @@ def show_changes(model: TinyVLM, adapter: ImageLoRA, answer: Answer, path: Path)
 
     tokens = [VOCABULARY[i] for i in prompt["input_ids"][0]]
     pictures.save([pictures.changes(values, queries, adapter.heads, tokens, answer.screen.image)], path)
-    station("5 changes", f"{path}: how far the values and queries of all heads have moved at each token;")
+    station("5 changes", f"{path}: how far each head's value and query moved at each token;")
     moves = ", ".join(f"{move:.0%} in layer {layer}" for layer, move in enumerate(queries.mean((1, 2))))
-    station("", f"queries moved by {moves}: the lowest adapted layer looks where it looked before")
+    station("", f"queries moved by {moves}:")
+    station("", "the lowest adapted layer looks where it looked before")
 
 
 def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> tuple[Tensor, Tensor]:
