@@ -19,7 +19,7 @@ from torch import Tensor, nn
 class TinyVLMConfig:
     """Architecture of a TinyVLM; fields are named as in Hugging Face configs. Sizes in pixels, tokens or features.
 
-    ValueError if a size is not a multiple of what must divide it."""
+    ValueError if a size is not divisible by its patch size or number of heads."""
 
     vocab_size: int = 143
     image_token_id: int = 3
@@ -230,7 +230,8 @@ class TinyVLM(nn.Module):
     ) -> TinyVLMOutput:
         """input_ids [B, T], with P placeholders for each image, images in row-major order of their placeholders.
         pixel_values [N, 3, S, S] in 0..1, or image_features [N, P, D], what `get_image_features` made of them.
-        labels [B, T], -100 where nothing is to be predicted: `loss` is the mean cross-entropy of next tokens.
+        labels [B, T], -100 where nothing is to be predicted: `loss` is the mean cross-entropy of next tokens. With
+        labels, the output has no KVCache.
         attention_mask [B, T_past + T], 0 for padding on either side; default: no padding.
         past_key_values: the KVCache of the tokens before these.
         Raises ValueError where placeholders and images do not match.
@@ -261,13 +262,14 @@ class TinyVLM(nn.Module):
         mask = self._attention_mask(attention_mask, past_key_values, input_ids)
         x, keys_values = lm(x, positions, mask, past_key_values)
         logits = x @ lm.embed_tokens.weight.T * self.logit_scale  # [B, T, V]
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return TinyVLMOutput(logits, loss, KVCache(keys_values, num_past + text.sum(1)))
+        if labels is None:
+            return TinyVLMOutput(logits, past_key_values=KVCache(keys_values, num_past + text.sum(1)))
+        # Nothing is decoded after a loss, so it comes without a cache.
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return TinyVLMOutput(logits, loss)
 
     def _attention_mask(self, attention_mask: Tensor | None, past: KVCache | None, input_ids: Tensor) -> Tensor | None:
-        """[B or 1, 1, T, T_past + T] bool, True where a query may look; None if plain causal attention is right."""
+        """[B or 1, 1, T, T_past + T] bool, True where a query may look; None where plain causal attention will do."""
         num_new = input_ids.shape[1]
         num_past = 0
         if past:
@@ -276,7 +278,8 @@ class TinyVLM(nn.Module):
         if attention_mask is None and not num_past:
             return None
         total = num_past + num_new
-        causal = torch.ones(num_new, total, dtype=torch.bool, device=input_ids.device).tril(num_past)[None, None]
+        may_look = torch.ones(num_new, total, dtype=torch.bool, device=input_ids.device)
+        causal = may_look.tril(num_past)[None, None]
         if attention_mask is None:
             return causal
         # A padding token looks at itself, because a softmax over nothing would be nan.

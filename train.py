@@ -3,7 +3,7 @@
 python train.py                  measure, probe, select, train, measure again: less than a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
-Image-LoRA is imagelora.py. LoRA is in data/methods.py, with the names and settings of all methods that are compared.
+Image-LoRA is imagelora.py. LoRA and Partial LoRA are in data/methods.py, with the settings of all methods compared.
 
 python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
@@ -35,9 +35,8 @@ from data.methods import Method, attach_adapter, choose_heads, gate_scores
 from data.prompts import TrainingData, training_batch
 from tiny_vlm import TinyVLM
 
-# Chosen on switch screens, for Image-LoRA in half of the heads and for LoRA on q, k, v and o (data/study/README.md).
-RATES = {"image_lora": 0.02, "lora": 0.0025, "none": 0.0}
-GAMMA_RATE = 0.1  # gamma's rate as a multiple of that of A and B
+# Chosen on switch screens, for Image-LoRA in 12 heads and for the others on q, k, v and o (data/study/README.md).
+RATES = {"image_lora": 0.02, "lora": 0.0025, "partial_lora": 0.0025, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
 
@@ -45,7 +44,7 @@ FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leav
 class Config(Method):
     """One fine-tuning run. Each field is an option of the command line, too.
 
-    method, projections, tokens, heads, num_heads, r and replay are those of Method, in data/methods.py."""
+    method, projections, heads, num_heads, r, train_gamma and replay are those of Method, in data/methods.py."""
 
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
@@ -83,20 +82,24 @@ def run(cfg: Config) -> dict:
 def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> Finetuned:
     """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file.
 
-    after_step: is called as after_step(step, model) after each training step, for whoever wants to look."""
+    after_step(step, model), if given, is called after each training step."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
+    heads = None
+    if cfg.method == "image_lora":
+        # Choose by any scores now, so that heads which the model does not have are refused before anything is measured.
+        any_scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
+        choose_heads(cfg.heads, any_scores, cfg.num_heads, cfg.seed)
     test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    # A source screen has more targets, so half as many screens are enough.
-    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
-    base_metrics, base_answers = measure(cfg, model, test, source_test)
+    # A screen without switches has more targets, so half as many screens are enough.
+    old_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
+    base_metrics, base_answers = measure(cfg, model, test, old_test)
     base_logits = text_only_logits(model)
     if verbose:
         print_base(cfg, model, base_metrics)
 
     data = training_data(cfg, model)
-    probe_batches = [training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
-    heads = None
+    probe_batches = [training_batch(cfg, data, i, probe=True) for i in range(prompts.PROBE_BATCHES)]
     if cfg.method == "image_lora":
         if cfg.heads == "gate":
             scores = gate_scores(model, probe_batches)
@@ -110,7 +113,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     if adapter:
         train(cfg, model, adapter, data, verbose, after_step)
 
-    metrics, answers = measure(cfg, model, test, source_test)
+    metrics, answers = measure(cfg, model, test, old_test)
     result = {
         **asdict(cfg),
         "selected": heads,
@@ -128,7 +131,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
 
 
 def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
-    """The training screens with switches and, if there is replay, as many source screens.
+    """The training screens with switches and, if there is replay, as many without.
 
     The vision tower is frozen, so it runs here, once over each screen, and not in training."""
     count = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
@@ -140,10 +143,8 @@ def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, verbose=False, after_step=None) -> None:
     """Train the adapter with AdamW. FloatingPointError if the loss is not finite."""
-    gammas = [parameter for name, parameter in adapter.named_parameters() if name.endswith("gamma")]
-    others = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("gamma")]
-    groups = [{"params": others, "scale": 1.0}, {"params": gammas, "scale": GAMMA_RATE}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
     on_gpu = model.device.type == "cuda"
 
@@ -151,8 +152,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
     for step in bar:
         # The rate warms up over a twentieth of the steps, then decays to zero.
         lr = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+        optimizer.param_groups[0]["lr"] = lr
 
         # 8 random screens, and five questions about each in one sequence (data/prompts.py, training_batch): input_ids
         # and labels [B, T], and image_features [B, P, D], what the vision tower has made of the screens. Training
@@ -169,7 +169,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
         # Gradients flow down to the lowest adapted layer, but only the adapter's parameters keep them and change.
         optimizer.zero_grad()
         output.loss.backward()
-        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
         bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)

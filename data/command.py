@@ -33,10 +33,9 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help_text, **kind)
     options = parser.parse_args(arguments)
     for f in fields(settings_class):
-        value, least = getattr(options, f.name), f.metadata["least"]
-        if value is None or least is None:
-            continue
-        if not least <= value < 2**63:
+        value = getattr(options, f.name)
+        least = f.metadata["least"]
+        if value is not None and least is not None and not least <= value < 2**63:
             parser.error(f"{f.name} must be finite and at least {least}, got {value}")
     try:
         job(settings_class(**vars(options)))

@@ -6,7 +6,7 @@ of them for 28 query heads, which makes values cheap. LLaVA-1.5-7B has 32 for 32
 
 from typing import NamedTuple
 
-from data.methods import ALL, HALF, LORA, METHODS, SMALL, VALUES, VISUAL, Method
+from data.methods import METHODS, Method
 from imagelora import Heads
 
 
@@ -64,12 +64,12 @@ def method_costs(settings: Method, shape: Shape, num_tokens: int, num_visual: in
     parameters = flops = 0
     if settings.method == "image_lora":
         num_heads = sum(len(selected) for selected in heads.values())
-        parameters = len(heads) * (D * settings.r + 1) + num_heads * settings.r * shape.head_dim
+        parameters = len(heads) * (D * settings.r + settings.train_gamma) + num_heads * settings.r * shape.head_dim
         flops = image_lora_flops(num_visual, D, shape.head_dim, heads, settings.r)
-    if settings.method == "lora":
+    elif settings.method != "none":
         q, kv = shape.query_heads * shape.head_dim, shape.value_heads * shape.head_dim
         sizes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
-        num_adapted = num_visual if settings.tokens == "visual" else num_tokens
+        num_adapted = num_visual if settings.method == "partial_lora" else num_tokens
         for layer in range(shape.num_layers):
             for projection in settings.projections:
                 parameters += settings.r * sum(sizes[projection])
@@ -81,22 +81,25 @@ def method_costs(settings: Method, shape: Shape, num_tokens: int, num_visual: in
 def print_costs() -> None:
     """For each model a table of parameters, adapter FLOPs and their share of the step; then the three factors."""
     print(f"a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens, r = 8")
-    for name, shape in MODELS.items():
-        print(f"\n{name:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
+    methods = ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
+    for model, shape in MODELS.items():
+        print(f"\n{model:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
         step = decoder_flops(shape, TOKENS)
+        rows = [(name, METHODS[name], shape.value_heads) for name in methods]
+        rows += [("Image-LoRA in half of the heads", METHODS["Image-LoRA"], shape.value_heads // 2)]
         flops_of = {}
-        for method in (LORA, VISUAL, SMALL, VALUES, ALL, HALF):
-            heads_of_layer = range(shape.value_heads // 2 if method == HALF else shape.value_heads)
-            heads = {layer: heads_of_layer for layer in range(shape.num_layers)}
-            parameters, flops = method_costs(Method(**METHODS[method]), shape, TOKENS, VISUAL_TOKENS, heads)
-            flops_of[method] = flops
+        for name, settings, num_heads in rows:
+            heads = {layer: range(num_heads) for layer in range(shape.num_layers)}
+            parameters, flops = method_costs(Method(**settings), shape, TOKENS, VISUAL_TOKENS, heads)
+            flops_of[name] = flops
+            share_of_lora = flops / flops_of["LoRA"]
             share_of_step = flops / (step + flops)
-            print(f"{method:32}{parameters:12,}{flops / 1e9:16.2f}{flops / flops_of[LORA]:9.3f}{share_of_step:13.3%}")
-        visual_only = flops_of[VISUAL] / flops_of[LORA]
-        values_only = flops_of[VALUES] / flops_of[VISUAL]
-        half = flops_of[HALF] / flops_of[VALUES]
+            print(f"{name:32}{parameters:12,}{flops / 1e9:16.2f}{share_of_lora:9.3f}{share_of_step:13.3%}")
+        visual_only = flops_of["Partial LoRA"] / flops_of["LoRA"]
+        values_only = flops_of["Image-LoRA"] / flops_of["Partial LoRA"]
+        half = flops_of["Image-LoRA in half of the heads"] / flops_of["Image-LoRA"]
         factors = f"visual tokens only {visual_only:.3f} x values only {values_only:.3f} x half of the heads {half:.3f}"
-        print(f"{factors} = {flops_of[HALF] / flops_of[LORA]:.3f}")
+        print(f"{factors} = {visual_only * values_only * half:.3f}")
 
 
 def run_costs(cfg: Method, model, ids, heads: Heads | None) -> dict:
@@ -109,7 +112,7 @@ def run_costs(cfg: Method, model, ids, heads: Heads | None) -> dict:
     shape = Shape(c.num_hidden_layers, D, c.num_attention_heads, c.num_key_value_heads, head_dim, 2 * D * 4 * D)
     num_visual = int((ids == c.image_token_id).sum())
     parameters, flops = method_costs(cfg, shape, ids.numel(), num_visual, heads)
-    lora_parameters, flops_of_lora = method_costs(Method(**METHODS[LORA]), shape, ids.numel(), num_visual, heads)
+    lora_parameters, flops_of_lora = method_costs(Method("lora"), shape, ids.numel(), num_visual, heads)
     return {
         "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,

@@ -79,15 +79,15 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     return correct / count
 
 
-def measure(cfg, model, test: tuple, source_test: tuple) -> tuple[dict, list[Answer]]:
-    """What the model can do: the task, clicks on source screens (the old task), word problems without and after an
-    image. Returns the metrics, and the answers of the task.
+def measure(cfg, model, test: tuple, old_test: tuple) -> tuple[dict, list[Answer]]:
+    """What the model can do: the task, the old task (clicks on screens without switches), and word problems without
+    and after an image. Returns the metrics, and the answers of the task.
 
-    test, source_test: (screens, features) of each kind."""
+    test, old_test: (screens, features) with and without switches."""
     metrics, answers = evaluate(model, *test, cfg.task, cfg.history)
-    source_metrics, _ = evaluate(model, *source_test)
+    old_metrics, _ = evaluate(model, *old_test)
     _, features = test
-    metrics["source_acc"] = source_metrics["task_acc"]
+    metrics["source_acc"] = old_metrics["task_acc"]
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
     return metrics, answers
@@ -97,23 +97,23 @@ def measure_controls(cfg, model) -> dict:
     """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
     switches erased."""
     base = load_base(cfg.base, model.device)
-    whole = screens_and_features(base, "switches", "test", cfg.test_screens)
-    reworded, _ = evaluate(base, *whole, history=cfg.history, reword=click_right_of)
-    erased = screens_and_features(base, "switches", "test", cfg.test_screens, erased=True)
-    metrics, _ = evaluate(model, *erased, history=cfg.history)
-    return {"reworded_acc": reworded["task_acc"], "erased_acc": metrics["task_acc"]}
+    test = screens_and_features(base, "switches", "test", cfg.test_screens)
+    reworded, _ = evaluate(base, *test, history=cfg.history, reword=click_right_of)
+    erased_test = screens_and_features(base, "switches", "test", cfg.test_screens, erased=True)
+    erased, _ = evaluate(model, *erased_test, history=cfg.history)
+    return {"reworded_acc": reworded["task_acc"], "erased_acc": erased["task_acc"]}
 
 
 def summary(task: str, metrics: dict) -> str:
-    """What `measure` has found, in two lines: the task; then the old task and word problems."""
+    """The metrics of `measure` in two lines: the task; then the old task and word problems."""
     if task == "referring":
         line = f"correct names on switch screens {metrics['task_acc']:6.1%}"
     else:
         kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
         line = f"click accuracy on switch screens {metrics['task_acc']:6.1%}  ({kinds})"
-    old_task = f"old task, clicks on source screens {metrics['source_acc']:.1%}"
-    alone, after_image = metrics["word_problem_acc"], metrics["word_problem_after_image_acc"]
-    return f"{line}\n         {old_task} · word problems {alone:.1%}, after an image {after_image:.1%}"
+    old_task = f"old task, clicks on screens without switches {metrics['source_acc']:.1%}"
+    problems = f"word problems {metrics['word_problem_acc']:.1%}"
+    return f"{line}\n         {old_task} · {problems}, after an image {metrics['word_problem_after_image_acc']:.1%}"
 
 
 # ---- Prompts without an image ----------------------------------------------------------------------------------------
@@ -137,19 +137,20 @@ def text_only_logits(model) -> dict[str, Tensor]:
 def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict:
     """How far fine-tuning has moved the predictions for prompts without an image, by the base's and the tuned logits.
 
-    text_logits_max_abs_diff: the largest change of a logit, of word problems. word_problem_kl and
-    question_without_image_kl: the mean KL divergence of the distributions of the next token, base || tuned, in nats per
-    token. All are exactly 0 if only visual tokens are adapted."""
+    text_logits_max_abs_diff: the largest change of a logit of the word problems. word_problem_kl and
+    question_without_image_kl: the KL divergence from the base, a mean over tokens.
+    All are exactly 0 if only visual tokens are adapted."""
     difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
     changes = {"text_logits_max_abs_diff": difference}
     for kind, ids in text_only_prompts().items():
-        divergences = divergence(base[kind].cpu().double(), tuned[kind].cpu().double())  # [B, T]
+        divergences = kl_divergence(base[kind].cpu().double(), tuned[kind].cpu().double())  # [B, T]
         changes[f"{kind}_kl"] = divergences[ids != ID[PAD]].mean().item()
     return changes
 
 
-def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """The KL divergence of the distribution of the next token, base || other: [..., V] -> [...], in nats."""
+def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    """How far a model's predictions of the next token are from the base's: KL(base || model) in nats, 0 if they are the
+    same. Logits [..., V] -> [...]"""
     base_log_probs = base_logits.log_softmax(-1)
     log_probs = logits.log_softmax(-1)
     return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)

@@ -1,8 +1,9 @@
 """The methods that are compared with each other: their names and settings, and what attaches their adapters.
 
-LoRA, the rival, is here, and so are the choices of heads that do not come from the probe."""
+LoRA and Partial LoRA, the rivals, are here, and so are the choices of heads that do not come from the probe."""
 
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,41 +21,34 @@ from imagelora import Heads, select_heads
 class Method:
     """How a model is fine-tuned. Each field is an option of train.py, too."""
 
-    method: str = option("image_lora", "none measures the frozen model", ("image_lora", "lora", "none"))
-    projections: str = option("qkvo", "which of q, k, v and o lora adapts", ("qkvo", "v"))
-    tokens: str = option("all", "which tokens lora adapts", ("all", "visual"))
+    method: str = option(
+        "image_lora",
+        "partial_lora is LoRA at visual tokens only; none measures the frozen model",
+        ("image_lora", "lora", "partial_lora", "none"),
+    )
+    projections: str = option("qkvo", "which of q, k, v and o lora and partial_lora adapt", ("qkvo", "v"))
     heads: str = option(
         "top",
-        "top: the most influential of each layer by the probe; bottom: the least;\n"
-        "gate: the top ones by the score of the authors' release;\n"
-        "matched: random, as many in each layer as top; random: any",
-        ("top", "bottom", "gate", "matched", "random", "all"),
+        "top: the most influential by the probe; bottom: the least; random: any, and like bottom\n"
+        "as many in each layer as top; gate: top by the score of the authors' release; all;\n"
+        "or a list of layer.head, such as 1.3,2.0",
     )
-    num_heads: int = option(12, "number of value heads to adapt", least=1)
+    num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", least=1)
     r: int = option(8, "rank; alpha is 2 r", least=1)
+    train_gamma: bool = option(False, "image_lora also trains gamma, as in the paper")
     replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
 
 
-NOTHING = "base model, not fine-tuned"
-LORA = "LoRA"
-VISUAL = "LoRA at visual tokens"
-SMALL = "LoRA at visual tokens, rank 2"
-VALUES = "LoRA on values at visual tokens"
-ALL = "Image-LoRA in all heads"
-HALF = "Image-LoRA in half of the heads"
-SPREAD = "Image-LoRA in half of the heads, at random"
-WITH_REPLAY = ", with replay"
 METHODS = {  # the fields of Method in which each differs from the defaults
-    NOTHING: {"method": "none"},
-    LORA: {"method": "lora"},
-    VISUAL: {"method": "lora", "tokens": "visual"},
-    SMALL: {"method": "lora", "tokens": "visual", "r": 2},
-    VALUES: {"method": "lora", "tokens": "visual", "projections": "v"},
-    ALL: {"heads": "all"},
-    HALF: {"heads": "top", "num_heads": 12},
-    SPREAD: {"heads": "matched", "num_heads": 12},
+    "base model": {"method": "none"},
+    "LoRA": {"method": "lora"},
+    "LoRA on v": {"method": "lora", "projections": "v"},
+    "Partial LoRA": {"method": "partial_lora"},  # arXiv 2401.16420, there on all linear layers
+    "Partial LoRA on v": {"method": "partial_lora", "projections": "v"},
+    "Image-LoRA": {"heads": "all"},
+    "Image-LoRA in 12 heads": {"heads": "top", "num_heads": 12},
 }
-METHODS |= {name + WITH_REPLAY: METHODS[name] | {"replay": 1} for name in METHODS if name != NOTHING}
+METHODS |= {f"{name}, with replay": METHODS[name] | {"replay": 1} for name in METHODS if name != "base model"}
 
 
 def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> nn.Module | None:
@@ -62,19 +56,23 @@ def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> n
 
     seed: for the initial A, so that A does not depend on the random numbers that were drawn before."""
     torch.manual_seed(seed)
+    if settings.method == "none":
+        return None
     if settings.method == "image_lora":
-        return imagelora.attach(model, settings.r, 2 * settings.r, heads)
-    if settings.method == "lora":
-        visual_only = settings.tokens == "visual"
-        return LoRA(model, settings.r, 2 * settings.r, settings.projections, visual_only)
-    return None
+        return imagelora.attach(model, settings.r, 2 * settings.r, heads, train_gamma=settings.train_gamma)
+    visual_only = settings.method == "partial_lora"
+    return LoRA(model, settings.r, 2 * settings.r, settings.projections, visual_only)
 
 
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
-    projections: some of q, k, v, o, gate, up and down; a text is read as its letters. visual_only: only visual tokens
-    are adapted. As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on."""
+    projections: names among q, k, v, o, gate, up and down; a string such as "qkvo" means its letters.
+    visual_only: only visual tokens are adapted, which makes it Partial LoRA.
+    As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
+
+    Partial LoRA keeps the visual rows of the model's last call. It may, because here a layer only ever runs inside that
+    call: one thread calls the model, and without checkpoints no layer runs again in the backward pass."""
 
     def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", visual_only: bool = False):
         super().__init__()
@@ -96,7 +94,7 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """Which of the B * T rows are visual."""
+        """Remember which of the B * T rows of this call are visual."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self.rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
 
@@ -141,25 +139,28 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
-    """Chooses `count` value heads by their scores [L, H]; the choices are those of Method.heads.
+    """`count` value heads by their scores [L, H], or those of a list. The choices are those of Method.heads.
 
-    With tau = 0 they are spread evenly over the layers."""
-    heads_in_layer = scores.shape[1]
-    rng = np.random.default_rng(seed)
+    ValueError if there is no such choice, or no such head."""
+    num_layers, heads_in_layer = scores.shape
     if choice == "all":
-        return select_heads(scores, scores.numel(), tau=0)
-    if choice == "bottom":
-        return select_heads(scores.max() - scores, count, tau=0)
-    highest = select_heads(scores, count, tau=0)
-    if choice == "random":
-        selected = {}
-        for i in sorted(rng.permutation(scores.numel())[:count].tolist()):
-            layer, head = divmod(i, heads_in_layer)
+        return {layer: list(range(heads_in_layer)) for layer in range(num_layers)}
+    selected = {}
+    if re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", choice):
+        for item in choice.split(","):
+            layer, head = map(int, item.split("."))
+            if layer >= num_layers or head >= heads_in_layer or head in selected.get(layer, []):
+                expected = f"each head once, of layers 0..{num_layers - 1} and their heads 0..{heads_in_layer - 1}"
+                raise ValueError(f"a list of heads may name {expected}, got {item} in {choice}")
             selected.setdefault(layer, []).append(head)
         return selected
-    if choice == "matched":
-        selected = {}
-        for layer, best in highest.items():
-            selected[layer] = sorted(rng.permutation(heads_in_layer)[: len(best)].tolist())
-        return selected
-    return highest
+    if choice not in ("top", "bottom", "random", "gate"):
+        raise ValueError(f"heads must be top, all, bottom, random, gate or a list such as 1.3,2.0, got {choice!r}")
+    rng = np.random.default_rng(seed)
+    for layer, heads in select_heads(scores, count).items():
+        if choice == "bottom":
+            heads = scores[layer].argsort(stable=True)[: len(heads)].tolist()
+        if choice == "random":
+            heads = rng.permutation(heads_in_layer)[: len(heads)].tolist()
+        selected[layer] = sorted(heads)
+    return selected

@@ -76,12 +76,14 @@ class TrainingData(NamedTuple):
 
     screens: list[Screen]
     features: Tensor  # [N, P, D]
-    source_screens: list[Screen] | None = None  # for replay
-    source_features: Tensor | None = None
+    replay_screens: list[Screen] | None = None  # without switches
+    replay_features: Tensor | None = None
 
 
-def training_batch(cfg, data: TrainingData, index: int) -> dict:
-    """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D]."""
+def training_batch(cfg, data: TrainingData, index: int, probe=False) -> dict:
+    """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
+
+    probe: without replay, so that the same heads are selected with and without it."""
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
     features = data.features[picks]
@@ -94,13 +96,11 @@ def training_batch(cfg, data: TrainingData, index: int) -> dict:
         problems = [word_problem("train", number * cfg.history + k) for k in range(cfg.history)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
 
-    # Replay: the first sequences hold what the base was asked before, in place of the new task. The probe's batches
-    # hold none, so the same heads are selected with or without it.
-    num_replayed = cfg.replay if index >= PROBE_BATCHES else 0
-    for sequence in range(num_replayed):
-        pick = rng.integers(len(data.source_screens))
-        features[sequence] = data.source_features[pick]
-        samples[sequence] = random_samples(data.source_screens[pick], QUESTIONS_PER_SCREEN, rng, 0.0, distinct=True)
+    # Replay: the first sequences hold what the base was asked before, in place of the new task.
+    for sequence in range(0 if probe else cfg.replay):
+        pick = rng.integers(len(data.replay_screens))
+        features[sequence] = data.replay_features[pick]
+        samples[sequence] = random_samples(data.replay_screens[pick], QUESTIONS_PER_SCREEN, rng, 0.0, distinct=True)
         for _ in range(REPLAYED_PROBLEMS):
             samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 

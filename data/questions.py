@@ -1,7 +1,7 @@
 """Asks about screens and reads the answers; and word problems, the stand-in for GSM8K.
 
 grounding      click wifi                  <x3> <y5>      where is a name?
-referring      what is at <x3> <y5>        wifi           the other way round
+referring      what is at <x3> <y5>        wifi           which name does a click there act on?
 relations      what is right of wifi       red moon       and where is that: click right of wifi
 word problems  nina has 7 apples then finds 5 then eats 3 how many     12 9
 
@@ -77,12 +77,12 @@ def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> 
 
 
 def referring_sample(element: Element) -> dict:
-    """The question the other way round: it gives a point, and asks for the name of what a click there acts on."""
+    """Gives a point, and asks for the name of what a click there acts on."""
     return {"instruction": f"what is at {place(element.click)}", "answer": element.full_name()}
 
 
 def at_the_left(sample: dict) -> dict:
-    """The same question about the left end of the line: the name is there, and the switch is not."""
+    """The same question about the left end of the line, where the name is and not the switch."""
     return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
 
 
@@ -90,7 +90,8 @@ def at_the_left(sample: dict) -> dict:
 
 
 def right_neighbour(screen: Screen, element: Element) -> Element | None:
-    """The nearest element that begins right of this one, and overlaps it by half the height of the less tall one."""
+    """The nearest element that begins right of this one and overlaps it vertically by at least half the height of the
+    shorter one."""
     _, top, right, bottom = element.bbox
     candidates = []
     for other in screen.elements:
@@ -150,8 +151,8 @@ def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0,
 
 
 def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """Every target of every screen asked for once, as pairs (number of the screen, sample). In the task relations, the
-    question is what is right of the target."""
+    """One question about every target of every screen, as pairs (number of the screen, sample). In the task relations,
+    it is what is right of the target."""
     rng = np.random.default_rng(0)
     numbers_and_samples = []
     for i, screen in enumerate(screens):

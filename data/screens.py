@@ -1,8 +1,8 @@
 """Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons. Domains:
 
-source     light screens, elements anywhere; the only domain whose questions the base model is pretrained on
+source     screens without switches, elements anywhere; the only domain whose questions the base model is pretrained on
 switches   each line has a name and, anywhere to its right, a switch; the correct click is on the *switch*
-night      a dark palette, shown to the vision encoder in random tints; it is used for nothing else
+dark       screens without switches in dark colours, shown to the vision tower in random tints and used for nothing else
 """
 
 from collections.abc import Callable
@@ -69,11 +69,11 @@ class Domain(NamedTuple):
     switches: bool = False  # whether names have switches
 
 
-_LIGHT = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT
+_LIGHT_SCREEN = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT  # background, button, text, icons
 DOMAINS = {
-    "source": Domain(0, *_LIGHT),
-    "switches": Domain(2, *_LIGHT, num_names=(4, 5), layout=place_in_lines, switches=True),
-    "night": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
+    "source": Domain(0, *_LIGHT_SCREEN),
+    "switches": Domain(2, *_LIGHT_SCREEN, num_names=(4, 5), layout=place_in_lines, switches=True),
+    "dark": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
 }
 
 
