@@ -54,34 +54,40 @@ class ValueAdapter(nn.Module):
         self.scaling = lora_alpha / r
         if normalize:
             self.scaling /= len(heads) ** 0.5
-        # S, [|S|]. A buffer, so that a state_dict says which heads its B belongs to. Here and below, new tensors are
-        # told their device and type, because whoever loads the model may have changed torch's defaults.
+        # S, [|S|]. A buffer, so that a state_dict says which heads its B belongs to.
         self.register_buffer("heads", torch.tensor(heads, device="cpu"))
+        # New tensors state their device and type, because whoever loads the model may have changed torch's defaults.
+        options = {"dtype": torch.float32, "device": "cpu"}
+        # The selected heads share A, which reads a token once for all of them. B(h) writes what head h passes on.
+        self.A = nn.Parameter(torch.empty(hidden_size, r, **options))  # [D, r]
+        self.B = nn.Parameter(torch.empty(len(heads), r, head_dim, **options))  # [|S|, r, d_h]
+        self.gamma = nn.Parameter(torch.empty(1, **options))  # [1], because FSDP cannot shard a scalar
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew at the base model: A is random, B is zero, gamma is 1."""
         # A is uniform in +-1/sqrt(D), as in PEFT's LoRA. Drawn on the CPU, so that a seed gives the same A everywhere.
-        A = torch.empty(hidden_size, r, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(A.T, a=5**0.5)
-        # B starts at zero, so training starts at the base model.
-        B = torch.zeros(len(heads), r, head_dim, dtype=torch.float32, device="cpu")
-        self.A = nn.Parameter(A)  # [D, r], shared by the selected heads: it reads a token once for all of them
-        self.B = nn.Parameter(B)  # [|S|, r, d_h], one for each: it writes what this head passes on
-        # Starts at 1, because a small gamma would shrink what B does. Shape [1], because FSDP cannot shard a scalar.
-        self.gamma = nn.Parameter(B.new_ones(1))
+        A = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
+        self.A.copy_(nn.init.kaiming_uniform_(A.T, a=5**0.5).T)
+        self.B.zero_()
+        self.gamma.fill_(1)  # because a small gamma would shrink what B does
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Inputs of visual tokens [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
         # z = x A, which the selected heads share. BLAS is several times faster on a contiguous A^T [r, D].
         z = nn.functional.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
-        B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
-        return z @ B.transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
+        scaled_B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
+        return z @ scaled_B.transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
 
     def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]; rows [N] says which of the B * T are visual.
 
-        M X is a gather of these rows, so nothing is computed for text tokens. If no row is visual, the values stay as
-        they are, and gradients are zero rather than None: data-parallel training waits for all of them."""
+        M X is a gather of these rows, so text tokens go through no product with A or B; their values are copied. If no
+        row is visual, gradients are zero rather than None, because data-parallel training waits for all of them."""
         H, d_h = self.num_kv_heads, self.B.shape[2]
-        _check_width(value, H, d_h)
+        check_width(value, H, d_h)
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D], M X without its zero rows
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h). The values hold a vector of size d_h for each token n and head h. It is row
@@ -102,7 +108,7 @@ class ImageLoRA(nn.Module):
 
     r, lora_alpha: rank and alpha of LoRA; the update is scaled by lora_alpha / r and, with normalize, by 1/sqrt|S|.
     heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter.
-    train_gamma: whether gamma is trained. With False it stays 1.
+    train_gamma: whether gamma is trained, as in the paper. By default it stays 1.
 
     `.parameters()` are A, B and gamma of the adapted layers, float32. The adapter becomes `model.image_lora`, so they
     are in the model's state_dict, too. Raises ValueError, and leaves the model alone, if it cannot be adapted.
@@ -111,32 +117,24 @@ class ImageLoRA(nn.Module):
     give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 16,
-        heads: Heads | None = None,
-        normalize: bool = True,
-        train_gamma: bool = True,
+        self, model: nn.Module, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False
     ):
         super().__init__()
-        base, decoder, image_token_ids = _checked_model(model)
-        _check_rank_and_alpha(r, lora_alpha, decoder)
+        base, decoder, image_token_ids = checked_model(model)
+        check_rank_and_alpha(r, lora_alpha, decoder)
         self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
         self.model_name = getattr(base.config, "_name_or_path", type(base).__name__)
         self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
         self.layers = nn.ModuleDict()
-        adapted = {}  # {decoder layer: its ValueAdapter}
-        for layer, selected in _checked_heads(heads, self.head_counts).items():
+        for layer, selected in checked_heads(heads, self.head_counts).items():
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
-            adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(_device(attention.v_proj))
+            adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(device_of(attention.v_proj))
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
-            adapted[decoder[layer]] = adapter
         # The model changes only from here on. At each call the tracker finds the visual rows for the adapters.
-        self._tracker = CallTracker(base, image_token_ids, adapted)
-        self._requires_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+        self._tracker = CallTracker(base, image_token_ids, decoder, self.layers)
+        self._required_grad = requires_grad(base)
         if model is base:  # otherwise PEFT has frozen it
             base.requires_grad_(False)
         base.image_lora = self  # after it was frozen, because this makes the adapter a part of the model
@@ -156,17 +154,21 @@ class ImageLoRA(nn.Module):
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
-        return _take_off(self)
+        model = self._tracker.model
+        self._tracker.remove_hooks()
+        del model.image_lora, self._tracker  # disabled() fails from now on, and the model is not kept in memory
+        restore_requires_grad(model, self._required_grad)
+        return model
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
-        _write_adapter(self, Path(path))
+        write_whole_file(file_content(self), Path(path))
 
     def extra_repr(self) -> str:
         return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
-attach = ImageLoRA  # adapter = attach(model, ...)
+attach = ImageLoRA  # what the class does when it is called, and how users call it: adapter = attach(model, ...)
 
 
 def score_heads(
@@ -185,11 +187,12 @@ def score_heads(
     ones. Where a layer has fewer heads than others, the rest of its row is 0. A has a random generator of its own.
     ValueError if a loss or gradient is not finite, or if no loss depends on a visual token. In float16 gradients can
     also underflow, unless loss_fn scales the loss."""
-    loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     if probe not in ("rank1", "exact"):
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
-    _, decoder, _ = _checked_model(model)
+    loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
+    _, decoder, _ = checked_model(model)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
+    required_grad = requires_grad(model)
     with torch.random.fork_rng(devices=[]):  # attach draws an A that is not used, and the caller's numbers stay
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
     model.requires_grad_(False)  # Gradients of what PEFT has added would stay behind.
@@ -205,7 +208,8 @@ def score_heads(
                 A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
                 layer.A.copy_(A)
             loss = loss_fn(model, batch)
-            _check_loss(loss, count)
+            if loss is None or not loss.isfinite():
+                raise ValueError(f"the loss of probe batch {count} is {loss}; check that its labels hold an answer")
             adapter.zero_grad()
             loss.backward()
             for i, layer in enumerate(adapter.layers.values()):
@@ -214,7 +218,8 @@ def score_heads(
             count += 1
     finally:
         adapter.detach()
-    _check_probe(scores, count)
+        restore_requires_grad(model, required_grad)
+    check_influence(scores, count)
     return scores / count
 
 
@@ -223,7 +228,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
 
     Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
     tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
-    _check_selection(scores, num_heads)
+    check_selection(scores, num_heads)
     # Influence of each layer, [L]. The largest comes first, so that it wins a tie.
     influence, order = scores.double().sum(1).sort(descending=True, stable=True)
     weights = (influence / influence.max()).pow(tau)
@@ -257,10 +262,9 @@ OVERRIDES = ContextVar("OVERRIDES")
 class CallTracker:
     """Tells each adapted layer which rows of its input X are visual, whenever the model is called.
 
-    The layers never see input_ids. The obvious way, a variable with the rows of the last call, breaks in training:
-    gradient checkpointing runs a layer a second time, in the backward pass. By then the model may have been called
-    with other images, or another thread may run the layer, and wrong rows would be adapted without an error. So each
-    call of the model gets a Call of its own. Four kinds of hooks see to it:
+    The layers never see input_ids. A variable with the rows of the last call would not do: gradient checkpointing runs
+    a layer a second time, in the backward pass, and by then the model may have been called with other images. But a
+    checkpoint keeps the layer's input, so the first run leaves its Call on that tensor, and the second finds it there:
 
                               first run, inside model(...)           second run, in the backward pass
         before model(...)     begin_call makes the Call, and puts    (is not run)
@@ -273,35 +277,28 @@ class CallTracker:
         after model(...)      end_call takes it out of `running`,    (is not run)
                               and raises if an update is missing
 
-    "On a tensor" means: as an attribute of its storage, which lives as long as the storage does. A checkpoint keeps the
-    layer's input only. In the second run that input is another tensor object, because detach() and autograd make new
-    ones, but on the same storage. Whatever the layer computes from it is new and has no Call yet.
+    "On a tensor" means as an attribute of its storage, which outlives the tensor objects that detach() and autograd
+    make of it. It is read in backward passes only, so a layer that is called alone, outside of model(...), is refused.
 
-    `running` holds the Call of each thread. It comes first, because a storage that is used again may still have the
-    Call of an earlier use. The Call is found in the same way with and without gradients: a re-entrant checkpoint's
-    first run has none. A checkpoint that holds the whole model calls it again, and that is a first run.
+    `running` has a key for each thread and backward pass. So a layer that runs again never takes the Call of a model
+    call around it, nor of one that Ctrl-C has ended. A checkpoint that holds the whole model calls it again in the
+    backward pass; that is a first run.
 
-    Why at the norm? It reads the layer's input and writes what v_proj will read. A hook of the layer itself would not
-    do, because transformers 5 runs a layer again without the layer's own hooks. If there is no norm before attention,
-    v_proj reads the layer's input itself, so adapt leaves the Call on what v_proj reads.
+    The hook is at the norm, because transformers 5 runs a layer again without the layer's own hooks. Every child with
+    "norm" in its name has it, also those that do not feed attention: no v_proj reads what they mark. If there is no
+    norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
 
-    Norms are the layer's children with "norm" in their names. Those that do not feed attention run pass_on, too. What
-    they leave (in the second run it may be None) does no harm, because no v_proj reads their tensors.
-
-    Why is inputs_embeds cloned? It may be the first layer's input, and the caller may use the same tensor for two calls
-    with different masks. The second Call would then replace the first, whose backward pass is still to come."""
-
-    def __init__(self, model: nn.Module, image_token_ids: set[int], adapted: dict[nn.Module, ValueAdapter]):
+    def __init__(self, model: nn.Module, image_token_ids: set[int], decoder: nn.ModuleList, adapters: nn.ModuleDict):
         self.model = model
         self.image_token_ids = image_token_ids
-        self.num_layers = len(adapted)
-        self.running = {}  # {thread: its Call}
+        self.num_layers = len(adapters)
+        self.running = {}  # {thread and backward pass: the Call that runs there}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
-        for layer, adapter in adapted.items():
-            for name, module in layer.named_children():
-                if "norm" in name:
-                    self.hooks += [module.register_forward_hook(self.pass_on, with_kwargs=True)]
+        for i, adapter in adapters.items():
+            layer = decoder[int(i)]
+            norms = [module for name, module in layer.named_children() if "norm" in name]
+            self.hooks += [norm.register_forward_hook(self.pass_on, with_kwargs=True) for norm in norms]
             adapt = partial(self.adapt, adapter)
             self.hooks += [layer.self_attn.v_proj.register_forward_hook(adapt, with_kwargs=True)]
 
@@ -311,12 +308,14 @@ class CallTracker:
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is not None:
+            # They may be the first layer's input, and the caller may give them again under another mask, whose Call
+            # would replace this one before its backward pass.
             kwargs["inputs_embeds"] = embeddings.clone()
         overrides = OVERRIDES.get({})
         mask = overrides.get((self, "mask"))
         if (self, "disabled") in overrides:
             call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
-        # input_ids win over a mask, because generate() goes on with them after a prompt of embeddings.
+        # input_ids take precedence over a mask: after a prompt of embeddings, generate() continues with input_ids.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
         elif mask is not None and embeddings is not None:
@@ -324,20 +323,29 @@ class CallTracker:
         else:
             known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
             raise ValueError(f"the model was called without telling which tokens are visual; {known}")
-        self.running[get_ident()] = call
+        self.running[thread_and_backward_pass()] = call
         return args, kwargs
 
     def pass_on(self, norm, args, kwargs, output):
-        x = first_argument(args, kwargs)
+        x, *_ = *args, *kwargs.values()
         call = self.find_call(x)
-        x.untyped_storage().image_lora_call = call
-        output.untyped_storage().image_lora_call = call  # this is what v_proj will read
+        if call is not None:
+            x.untyped_storage().image_lora_call = call
+            output.untyped_storage().image_lora_call = call  # this is what v_proj will read
 
     def adapt(self, adapter, v_proj, args, kwargs, value):
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
-        x = first_argument(args, kwargs)
+        x, *_ = *args, *kwargs.values()
         call = self.find_call(x)
-        _check_call(call, x)
+        if call is None:
+            raise RuntimeError(
+                "no call of model(...) is known in which this v_proj runs; call model(...), not its forward(), a layer "
+                "or v_proj, and let a gradient checkpoint hold one layer, whose input is neither copied nor offloaded"
+            )
+        if len(call.rows) > 0 and call.shape != x.shape[:-1]:
+            shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
+            hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
+            raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
         x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
@@ -345,19 +353,21 @@ class CallTracker:
         return adapter.add_update(x, value, call.rows.to(x.device))
 
     def end_call(self, model, args, output):
-        call = self.running.pop(get_ident(), None)
-        # Do not raise if the call has failed, because then there is no output.
-        if output is not None and call is not None and len(call.rows) > 0 and call.num_updates < self.num_layers:
+        call = self.running.pop(thread_and_backward_pass(), None)
+        if output is None or call is None:
+            return  # The call has failed.
+        if len(call.rows) > 0 and call.num_updates < self.num_layers:
             raise RuntimeError(
                 "an adapted v_proj was not called in this call of the model; whatever replaces it (merging weights, "
                 "patching the attention) must be done before attach()"
             )
 
     def find_call(self, x: Tensor) -> Call | None:
-        """The Call that a layer's tensor x belongs to."""
-        if get_ident() in self.running:
-            return self.running[get_ident()]
-        return getattr(x.untyped_storage(), "image_lora_call", None)  # the layer runs again, in a backward pass
+        """The Call of the model(...) that runs here; or, where a layer runs again, that of the layer's tensor x."""
+        here = _, backward_pass = thread_and_backward_pass()
+        if here in self.running or backward_pass == -1:
+            return self.running.get(here)
+        return getattr(x.untyped_storage(), "image_lora_call", None)
 
     @contextmanager
     def override(self, name: str, value):
@@ -373,9 +383,9 @@ class CallTracker:
             hook.remove()
 
 
-def first_argument(args: tuple, kwargs: dict) -> Tensor:
-    """What a norm or a v_proj was called with, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
+def thread_and_backward_pass() -> tuple[int, int]:
+    """Where this code runs: the thread, and the number of the backward pass in it, or -1 outside of any."""
+    return get_ident(), torch._C._current_graph_task_id()  # private, and what torch's own checkpointing goes by
 
 
 # ------ Files, moves between devices and types, and what cannot be adapted --------------------------------------------
@@ -396,39 +406,19 @@ class PortableValueAdapter(ValueAdapter):
 
         return super()._apply(convert, recurse)
 
-    # While A and B are on the meta device, the heads keep their values but are left out of the state_dict, because
-    # accelerate would take any entry of it for a parameter to shard.
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.A.is_meta:
+        if self.A.is_meta:  # accelerate would take the heads for a parameter to shard
             del destination[f"{prefix}heads"]
 
-    def _load_from_state_dict(self, state_dict, prefix, *others):
-        if self.A.is_meta:
-            state_dict.setdefault(f"{prefix}heads", self.heads)
-        if f"{prefix}heads" in state_dict:  # rounded, because an average of state_dicts can hold 2.9999998
-            state_dict[f"{prefix}heads"] = state_dict[f"{prefix}heads"].round()
-        super()._load_from_state_dict(state_dict, prefix, *others)
-
-
-def _device(v_proj: nn.Module) -> torch.device:
-    """The device that v_proj computes on. Under accelerate's offloading its weights lie elsewhere."""
-    device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        tensors = [*v_proj.parameters(), *v_proj.buffers()]  # a quantized v_proj may have buffers alone
-        device = tensors[0].device
-    return device
-
-
-def _take_off(adapter: ImageLoRA) -> nn.Module:
-    """The body of ImageLoRA.detach."""
-    model = adapter._tracker.model
-    adapter._tracker.remove_hooks()
-    del model.image_lora
-    del adapter._tracker  # so that disabled() fails from now on, and the adapter does not keep the model in memory
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(adapter._requires_grad.get(name, parameter.requires_grad))
-    return model
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        heads = state_dict.get(f"{prefix}heads", self.heads)
+        # An average of state_dicts can hold 1.9999998 for head 2, but a 1 could be the average of heads 0 and 2.
+        if heads.shape != self.heads.shape or (heads - self.heads).abs().max() > 1e-3:
+            errors.append(f"{prefix}B is of heads {heads.tolist()}, but this adapter has heads {self.heads.tolist()}")
+            return
+        state_dict[f"{prefix}heads"] = self.heads
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
@@ -446,17 +436,16 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
-        options = content.get("normalize", True), content.get("train_gamma", True)
-        adapter = attach(model, content["r"], content["alpha"], heads, *options)
+        options = content.get("normalize", True), content.get("train_gamma", True)  # the authors' files have neither
+        with torch.random.fork_rng(devices=[]):  # attach draws an A that is replaced, and the caller's numbers stay
+            adapter = attach(model, content["r"], content["alpha"], heads, *options)
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise ValueError("the model is on the meta device; give it its weights first")
         state = {}
         for layer, tensors in content["layers"].items():
             for name, tensor in tensors.items():
-                if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-                    raise ValueError(f"{name} of layer {layer} does not hold finite floats")
-                state[f"{layer}.{name}"] = tensor.reshape(1) if name == "gamma" else tensor
-            state[f"{layer}.heads"] = torch.tensor(heads[int(layer)], device="cpu")
+                whole = whole_tensor(tensor)
+                state[f"{layer}.{name}"] = whole.reshape(1) if name == "gamma" else whole
         adapter.layers.load_state_dict(state)
     except Exception as error:
         if adapter is not None:
@@ -470,17 +459,17 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     return adapter
 
 
-def _write_adapter(adapter: ImageLoRA, path: Path) -> None:
-    """The body of ImageLoRA.save."""
+def file_content(adapter: ImageLoRA) -> dict:
+    """What a file of this adapter holds. ValueError if `load` would refuse it."""
     layers = {}
     for layer, values in adapter.layers.items():
         tensors = values.state_dict()  # parameters() may be FSDP2's copies in 16 bits
-        A, B, gamma = (_whole(tensors[name]) for name in ("A", "B", "gamma"))
-        layers[layer] = {"A": A, "B": B, "gamma": gamma.reshape(())}
+        layers[layer] = {name: whole_tensor(tensors[name]) for name in ("A", "B", "gamma")}
+        layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())
     if not any(tensors["B"].any() for tensors in layers.values()):
         why = "if that is a surprise, call get_peft_model() before attach(), because it freezes what it finds"
         warnings.warn(f"B is zero in every layer, so the adapter has learned nothing; {why}", stacklevel=3)
-    content = {
+    return {
         "model_name": adapter.model_name,
         "r": adapter.r,
         "alpha": float(adapter.lora_alpha),
@@ -489,7 +478,24 @@ def _write_adapter(adapter: ImageLoRA, path: Path) -> None:
         "normalize": adapter.normalize,  # this and the next are not in the authors' files
         "train_gamma": adapter.train_gamma,
     }
-    # torch.save alone does not notice a full disk, and a killed write would leave half a file.
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a parameter on the CPU, also if it is sharded. ValueError if it is empty or not of finite floats."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()  # under FSDP2, gathers the shards of all ranks
+    if tensor.numel() == 0:
+        gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
+        raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
+    if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+        raise ValueError(
+            "a parameter does not hold finite floats; if training has diverged, choose a lower learning rate"
+        )
+    return tensor.cpu()
+
+
+def write_whole_file(content: dict, path: Path) -> None:
+    """torch.save, which alone does not notice a full disk and leaves half a file if it is killed."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -501,17 +507,23 @@ def _write_adapter(adapter: ImageLoRA, path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """All of a parameter on the CPU, also if it is sharded."""
-    if hasattr(parameter, "full_tensor"):
-        parameter = parameter.full_tensor()  # under FSDP2, gathers the shards of all ranks
-    if parameter.numel() == 0:
-        gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
-        raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
-    return parameter.cpu()
+def device_of(v_proj: nn.Module) -> torch.device:
+    """The device that v_proj computes on. Under accelerate's offloading its weights lie elsewhere."""
+    tensor, *_ = *v_proj.parameters(), *v_proj.buffers()  # a quantized v_proj may have buffers alone
+    execution_device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
+    return tensor.device if execution_device is None else execution_device
 
 
-def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
+def requires_grad(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def restore_requires_grad(model: nn.Module, before: dict[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(before.get(name, parameter.requires_grad))
+
+
+def checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
     """The unwrapped model, its decoder layers and the ids of visual tokens. ValueError if it cannot be adapted."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
     if any(isinstance(module, ImageLoRA) for module in model.modules()):
@@ -528,24 +540,24 @@ def _checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
         raise ValueError(f"expected one stack of decoder layers besides the vision tower, found {names}")
     ((name, decoder),) = stacks.items()
     for i, layer in enumerate(decoder):
-        _check_attention(f"{name}.{i}", getattr(layer, "self_attn", layer))
+        check_attention(f"{name}.{i}", getattr(layer, "self_attn", layer))
     config = getattr(model, "config", None)  # DistributedDataParallel and other wrappers have none
     fields = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, field, None) for field in fields} - {None}
     if not ids:
         raise ValueError(
-            "model.config has no image_token_id to find visual tokens by; attach to the whole VLM, unwrapped"
+            "model.config has no image_token_id to find visual tokens by; attach to the whole, unwrapped VLM"
         )
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     by_transformers = getattr(config, "distributed_config", None)  # then its Trainer averages the gradients itself
-    if sharded and not by_transformers:
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) and not by_transformers:
         why = "nobody would average the adapter's gradients over the processes"
         raise ValueError(f"the model is sharded already, and {why}; attach first, then shard")
     return model, decoder, ids
 
 
-def _check_attention(where: str, attention: nn.Module) -> None:
+def check_attention(where: str, attention: nn.Module) -> None:
     parts = [name for name, _ in attention.named_children()]
+    later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if "v_proj" not in parts:
         raise ValueError(
             f"{where} has no self_attn.v_proj but {', '.join(parts)}; cross-attention to images, the other layers of "
@@ -554,15 +566,24 @@ def _check_attention(where: str, attention: nn.Module) -> None:
     if not hasattr(attention.v_proj, "out_features"):
         kind = type(attention.v_proj).__name__
         raise ValueError(f"{where}.self_attn.v_proj of type {kind} has no out_features; a linear layer was expected")
-    later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
+    if getattr(attention, "head_dim", None) is None:
+        raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
     if later:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
 
 
-def _checked_heads(heads, head_counts: list[int]) -> Heads:
+def check_rank_and_alpha(r: int, lora_alpha: float, decoder: nn.ModuleList) -> None:
+    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
+    if type(r) is not int or not 1 <= r <= D:
+        raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
+    if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
+        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
+
+
+def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     """The selected heads without empty layers."""
     if heads is None:
-        return {layer: list(range(count)) for layer, count in enumerate(head_counts)}
+        heads = dict(enumerate(map(range, head_counts)))
     expected = "heads must be {layer: [value head, ...]}"
     if not isinstance(heads, dict):
         raise ValueError(f"{expected}, got {heads!r}")
@@ -576,40 +597,13 @@ def _checked_heads(heads, head_counts: list[int]) -> Heads:
     return {layer: list(heads[layer]) for layer in sorted(heads) if heads[layer]}
 
 
-def _check_rank_and_alpha(r: int, lora_alpha: float, decoder: nn.ModuleList) -> None:
-    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-    if type(r) is not int or not 1 <= r <= D:
-        raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
-    if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
-        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
-
-
-def _check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
+def check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
     if value.shape[-1] != num_kv_heads * head_dim:
         got = f"v_proj gave {value.shape[-1]} features instead of {num_kv_heads} heads of {head_dim}"
         raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
 
 
-def _check_call(call: Call | None, x: Tensor) -> None:
-    """RuntimeError if the v_proj that reads x has no Call, or one of another batch."""
-    if call is None:
-        raise RuntimeError(
-            "no call of model(...) is known in which this v_proj runs: either model.forward(), a layer or v_proj was "
-            "called instead of model(...), or a gradient checkpoint holds several layers instead of one, or the input "
-            "of a checkpointed layer was copied or offloaded before the backward pass"
-        )
-    if len(call.rows) > 0 and call.shape != x.shape[:-1]:
-        shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
-        hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
-        raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
-
-
-def _check_loss(loss: Tensor | None, batch: int) -> None:
-    if loss is None or not loss.isfinite():
-        raise ValueError(f"the loss of probe batch {batch} is {loss}; check that its labels hold an answer")
-
-
-def _check_probe(scores: Tensor, num_batches: int) -> None:
+def check_influence(scores: Tensor, num_batches: int) -> None:
     if not scores.isfinite().all():
         raise ValueError(
             "a gradient of the probe is not finite; if the model is in float16, probe it in bfloat16 or float32, or "
@@ -620,7 +614,7 @@ def _check_probe(scores: Tensor, num_batches: int) -> None:
         raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
 
 
-def _check_selection(scores: Tensor, num_heads: int) -> None:
+def check_selection(scores: Tensor, num_heads: int) -> None:
     if not 1 <= num_heads <= scores.numel():
         raise ValueError(f"num_heads must be in 1..{scores.numel()}, got {num_heads}")
     if not (scores.isfinite().all() and (scores >= 0).all() and scores.any()):

@@ -3,10 +3,12 @@
 What holds under threads and checkpointing, with files and bad arguments is tested in data/test_guarantees.py."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.costs import image_lora_flops, lora_flops
@@ -55,9 +57,9 @@ def test_the_values_are_the_papers_formula():
             torch.testing.assert_close(value[t, columns], expected)
 
 
-def test_in_all_heads_it_is_lora_on_v_proj_at_visual_tokens():
-    """Image-LoRA in all heads equals LoRA on v_proj at visual tokens, times gamma / sqrt|S|. That LoRA's B [r, H * d_h]
-    holds the B(h) of all heads, side by side."""
+def test_in_all_heads_it_is_partial_lora_on_v():
+    """Image-LoRA in all heads equals Partial LoRA on v_proj (LoRA at visual tokens), times gamma / sqrt|S|. That LoRA's
+    B [r, H * d_h] holds the B(h) of all heads, side by side."""
     adapter = trained(ValueAdapter(D, D_H, H, heads=[0, 1, 2], r=2, lora_alpha=6))
     X = torch.randn(5, D)
     XW_V = torch.randn(5, H * D_H)
@@ -129,8 +131,8 @@ EARLY = prompt(IMAGE + BEFORE, labels=True)
 LATE = prompt(IMAGE[:1] + BEFORE + IMAGE[1:], labels=True)
 
 
-def attach_trained(model, **options) -> ImageLoRA:
-    return trained(attach(model, **options))
+def attach_trained(model, train_gamma=True, **options) -> ImageLoRA:
+    return trained(attach(model, train_gamma=train_gamma, **options))
 
 
 @torch.no_grad()
@@ -142,7 +144,7 @@ def test_it_starts_as_the_base_model_and_the_first_gradient_reaches_b_only():
     """B starts at zero, so the loss does not depend on A or gamma yet. A is uniform in +-1/sqrt(D), and gamma is 1."""
     model = tiny_vlm()
     base = logits_of(model, EARLY)
-    adapter = attach(model, heads={0: [0, 2], 1: [1], 2: []})
+    adapter = attach(model, heads={0: [0, 2], 1: [1], 2: []}, train_gamma=True)
     assert list(adapter.layers) == ["0", "1"]  # none in a layer without selected heads
     adapted = model(**EARLY)
     assert torch.equal(adapted.logits, base)
@@ -179,19 +181,22 @@ def test_text_before_any_image_is_the_base_models_bit_for_bit():
     assert changed[1].tolist() == [False] * len(BEFORE) + [True] * len(IMAGE + AFTER)
 
 
-def lora(model, visual_only=False) -> None:
+def lora(model, visual_only=False) -> LoRA:
     """LoRA on queries, keys, values and outputs, as after training."""
-    for B in LoRA(model, r=8, lora_alpha=16, visual_only=visual_only).B:
+    torch.manual_seed(2)
+    adapter = LoRA(model, r=8, lora_alpha=16, visual_only=visual_only)
+    for B in adapter.B:
         nn.init.normal_(B)
+    return adapter
 
 
-def lora_at_visual_tokens(model) -> None:
-    lora(model, visual_only=True)
+def partial_lora(model) -> LoRA:
+    return lora(model, visual_only=True)
 
 
-def test_lora_at_visual_tokens_gives_the_same_guarantee():
+def test_partial_lora_gives_the_same_guarantee():
     """LoRA on all projections passes the same test if it is restricted to visual tokens, and fails it if it is not."""
-    assert text_stays_the_bases(lora_at_visual_tokens)
+    assert text_stays_the_bases(partial_lora)
     assert not text_stays_the_bases(lora)
 
 
@@ -317,6 +322,30 @@ def test_without_visual_tokens_the_gradient_is_zero_but_not_missing():
     assert not any(gradient.any() for gradient in gradients)
 
 
+def checkpoint_layers(model, use_reentrant=False):
+    """Checkpoints each decoder layer, and does what enable_input_require_grads() does."""
+    for layer in model.language_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
+    model.language_model.embed_tokens.register_forward_hook(lambda embed_tokens, args, x: x.requires_grad_())
+
+
+def test_each_call_keeps_its_own_visual_tokens_where_the_rows_of_the_last_call_would_be_wrong():
+    """A checkpointed layer runs again in the backward pass, when another batch may have been the last. Image-LoRA has
+    the same gradients with checkpoints as without. Our Partial LoRA keeps the rows of the last call, and has others."""
+
+    def gradients(adapt, with_checkpoints):
+        model = tiny_vlm()
+        adapter = adapt(model)
+        if with_checkpoints:
+            checkpoint_layers(model)
+        (loss_of(model, EARLY) + loss_of(model, LATE)).backward()
+        return [parameter.grad for parameter in adapter.parameters()]
+
+    torch.testing.assert_close(gradients(attach_trained, True), gradients(attach_trained, False))
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(gradients(partial_lora, True), gradients(partial_lora, False))
+
+
 # 5. Which heads: the probe and the budget
 def exact_scores(model, batch: dict) -> torch.Tensor:
     """||dL/dW_V(h)||^2 of each layer and head, [L, H], where W_V is a constant at tokens that are not visual."""
@@ -338,6 +367,22 @@ def test_the_exact_probe_is_the_squared_gradient_of_the_value_weights_over_visua
     model = tiny_vlm()
     expected = (exact_scores(model, EARLY) + exact_scores(model, LATE)) / 2
     torch.testing.assert_close(score_heads(model, [EARLY, LATE], probe="exact"), expected)
+
+
+def test_a_step_of_gradient_descent_on_a_head_lowers_the_loss_by_the_rate_times_its_influence():
+    """That is what influence means: L(B - rate dL/dB) = L(B) - rate ||dL/dB||^2, if the rate is small."""
+    rate = 1e-6
+    batch = EARLY | {"pixel_values": EARLY["pixel_values"].double()}  # a difference of two losses needs many digits
+    scores = score_heads(tiny_vlm().double(), [batch], loss_of, probe="exact")
+    for layer, head in ((0, 0), (1, 2), (2, 1)):
+        model = tiny_vlm().double()
+        adapter = attach(model, r=D, lora_alpha=D, heads={layer: [head]}).double()
+        adapter.layers[str(layer)].A.data = torch.eye(D).double()
+        loss = loss_of(model, batch)
+        loss.backward()
+        torch.optim.SGD([adapter.layers[str(layer)].B], lr=rate).step()
+        gain = loss - loss_of(model, batch)
+        assert gain.item() == pytest.approx(rate * scores[layer, head].item(), rel=0.01)
 
 
 @pytest.mark.parametrize("num_batches, noise", [(1, 1.41), (4, 0.71)])

@@ -5,6 +5,7 @@ A page is drawn at twice its size and halved at the end, which makes lines smoot
 
 import io
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,14 @@ from data.command import write_file
 from data.evaluate import Answer
 from data.questions import is_hit
 from data.screens import SIZE, Box
+from data.tokens import IMAGE
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
-INK, GREY, RED = "#222222", "#667085", "#b42318"
+COLOURS = BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's
+INK, GREY, PALE, RED = "#222222", "#667085", "#e4e7ec", "#b42318"
+CHANGES = (36, 76, 150), (40, 130, 205), (86, 180, 233), (255, 240, 190)  # colours, from a small one to a large one
 FONT = ImageFont.load_default(56)
+LARGE = ImageFont.load_default(72)
+SMALL = ImageFont.load_default(44)
 LINE = 72  # from one line of text to the next
 WIDTH = 3320  # of a page
 MARGIN = 52
@@ -28,16 +33,36 @@ CAPTION = LINE + 56  # height of the text below a panel
 RULE = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
 
 
-class Page:
-    """A white page with a legend, and below it panels in rows and columns."""
+class Sheet:
+    """A white sheet as wide as a page."""
+
+    def __init__(self, height: int):
+        self.image = Image.new("RGB", (WIDTH, height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def write(self, x, y, text: str, fill=INK, anchor="lm", font=FONT):
+        self.draw.text((x, y), text, fill, font, anchor)
+
+    def arrow(self, x, y):
+        self.draw.polygon(((x, y - 12), (x + 28, y), (x, y + 12)), ORANGE)
+
+    def point(self, x, y, model: int):
+        """A circle, a triangle or a square."""
+        if model == 0:
+            self.draw.circle((x, y), 20, COLOURS[model], "white", 3)
+        else:
+            self.draw.regular_polygon((x, y, 25), model + 2, 0, COLOURS[model], "white")
+
+
+class Page(Sheet):
+    """A sheet with a legend, and below it panels in rows and columns."""
 
     def __init__(self, rows: int, columns: int, titles=(), headline=""):
         """titles: what stands above each row; none by default. headline: stands right of the legend."""
         self.side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP  # of a panel
         self.title_height = LINE if titles else 0
         self.row_height = self.title_height + self.side + CAPTION
-        self.image = Image.new("RGB", (WIDTH, HEADER + rows * self.row_height), "white")
-        self.draw = ImageDraw.Draw(self.image)
+        super().__init__(HEADER + rows * self.row_height)
         y = MARGIN + 24  # middle of the legend
         self.frame(MARGIN + 16, y - 24, MARGIN + 80, y + 24)
         self.write(172, y, "target")
@@ -49,9 +74,6 @@ class Page:
         self.write(MARGIN, y + LINE, RULE, GREY)
         for row, title in enumerate(titles):
             self.write(MARGIN, HEADER + row * self.row_height + 24, title)
-
-    def write(self, x, y, text: str, fill=INK, anchor="lm"):
-        self.draw.text((x, y), text, fill, FONT, anchor)
 
     def frame(self, left, top, right, bottom):
         """A black frame, with a white rim that shows on dark ground."""
@@ -164,6 +186,125 @@ def darken(image: np.ndarray, weights: torch.Tensor) -> Image.Image:
     return Image.composite(Image.new("RGB", mask.size, "#101828"), Image.fromarray(image), mask)
 
 
+def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: list, screen: np.ndarray) -> Image.Image:
+    """How far each head's value [L, H, T] and query [L, H_q, T] at each token has moved, relative to the base's.
+
+    heads: the selected ones, {layer: [head, ...]}. tokens: <bos>, some words, an image's placeholders, a question."""
+    row, gap, top = 28, 20, 600  # height of a head, space between layers, where the first layer begins
+    start = tokens.index(IMAGE)
+    end = start + tokens.count(IMAGE)
+    left = 1208  # edge of the image's tokens
+    spans = [(slice(start), 384, 760), (slice(start, end), left, 1600), (slice(end, None), 2860, 408)]
+    height = (values.shape[1] + queries.shape[1]) * row + 2 * gap  # of a layer, in both parts
+    sheet = Sheet(top + height * len(values) + 2 * MARGIN)
+
+    # The title and the legend
+    y = MARGIN + 36
+    sheet.write(MARGIN, y, "What fine-tuning changes", font=LARGE)
+    sheet.draw.rectangle((left, y - 26, left + 80, y + 26), "black")
+    sheet.write(left + 104, y, "exactly 0")
+    sheet.write(1790, y, "3 %", anchor="rm")
+    sheet.image.paste(shades(torch.logspace(-1.5, 0.5, 500)[None]).resize((500, 52)), (1814, y - 26))
+    sheet.write(2338, y, "300 % of the base")
+    sheet.arrow(2880, y)
+    sheet.write(2930, y, "selected head")
+
+    # The prompt
+    y = 216
+    for (part, x, width), name in zip(spans, ("words", "image", "question")):
+        sheet.write(x, y, name, font=LARGE)
+        words = " ".join(token for token in tokens[part] if token[0] != "<") or "patches, row by row"
+        for line, text in enumerate(textwrap.wrap(words, 27), 1):
+            sheet.write(x, y + line * LINE + 8, text, GREY)
+        sheet.draw.line((x, top - 14, x + width, top - 14), GREY, 4)
+    sheet.image.paste(Image.fromarray(screen).resize((340, 340)), (left + 560, y - 36))
+    rows_of_patches = np.concatenate(np.split(screen, 8), axis=1)
+    sheet.image.paste(Image.fromarray(rows_of_patches).resize((1600, 25)), (left, top - 46))
+
+    # The changes
+    y = top
+    for name, moves in (("values", values), ("queries", queries)):
+        height = row * moves.shape[1]
+        middle = y + (len(moves) * (height + gap) - gap) / 2
+        upwards = ImageFont.TransposedFont(LARGE, Image.Transpose.ROTATE_90)
+        title = f"{name} of {moves.shape[1]} heads"
+        sheet.draw.text((MARGIN, middle - LARGE.getlength(title) / 2), title, INK, upwards)
+        for layer, moves_of_layer in enumerate(moves):
+            sheet.write(364, y + height / 2, f"layer {layer}", anchor="rm")
+            for part, x, width in spans:
+                cells = shades(moves_of_layer[:, part])
+                sheet.image.paste(cells.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            if name == "values":
+                for head in heads.get(layer, []):
+                    sheet.arrow(left - 36, y + row * (head + 0.5))
+            y += height + gap
+        y += MARGIN
+    return sheet.image.reduce(2)
+
+
+def shades(moves: torch.Tensor) -> Image.Image:
+    """Black where nothing has moved, otherwise a colour that says how far, on a logarithmic scale from 3 to 300 %."""
+    moves = moves.cpu().numpy()
+    places = np.linspace(-1.5, 0.5, len(CHANGES))
+    channels = [np.interp(np.log10(moves.clip(1e-9)), places, channel) for channel in zip(*CHANGES)]
+    colours = np.stack(channels, -1) * (moves > 0)[..., None]
+    return Image.fromarray(colours.astype(np.uint8))
+
+
+def heads_alone(rows: list[dict]) -> Image.Image:
+    """A point for each run of one head: how many switches it clicks, and the head's influence before training.
+
+    rows: {base, heads, influence, task_acc}, where heads is layer.head."""
+    bases = sorted({row["base"] for row in rows})
+    models = [bases.index(row["base"]) for row in rows]
+    influence = np.log10([float(row["influence"]) for row in rows])
+    clicks = np.array([float(row["task_acc"]) for row in rows])
+    left, right, top, bottom = MARGIN + 120, WIDTH - 780, 190, 1720
+    lowest, highest = influence.min() - 0.1, influence.max() + 0.1
+    x = np.interp(influence, (lowest, highest), (left, right))
+    y = np.interp(clicks, (0, 1), (bottom, top))
+
+    # The axes
+    sheet = Sheet(1940)
+    sheet.write(MARGIN, MARGIN + 36, "switches clicked with one head alone, %", font=LARGE)
+    for percent in range(0, 101, 20):
+        height = np.interp(percent, (0, 100), (bottom, top))
+        sheet.draw.line((left, height, right, height), PALE, 4)
+        sheet.write(left - 24, height, str(percent), GREY, "rm")
+    for power in range(math.ceil(lowest), math.floor(highest) + 1):
+        place = np.interp(power, (lowest, highest), (left, right))
+        sheet.draw.line((place, top, place, bottom), PALE, 4)
+        sheet.write(place, bottom + 56, f"{10.0**power:g}", GREY, "mm")
+    sheet.write((left + right) / 2, bottom + 144, "influence of the head before training", font=LARGE, anchor="mm")
+
+    # The points, and a name beside each where there is room
+    taken = list(zip(x, y))
+    for point_x, point_y, model, row in zip(x, y, models, rows):
+        sheet.point(point_x, point_y, model)
+        for dx, dy in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
+            name_x, name_y = point_x + dx, point_y + dy
+            if all(abs(name_x - other_x) >= 60 or abs(name_y - other_y) >= 46 for other_x, other_y in taken):
+                sheet.write(name_x, name_y, row["heads"], COLOURS[model], "mm", SMALL)
+                taken.append((name_x, name_y))
+                break
+
+    # The legend
+    for model in range(len(bases)):
+        of_model = np.equal(models, model)
+        correlation = rank_correlation(influence[of_model], clicks[of_model])
+        height = top + 50 + 220 * model
+        sheet.point(right + 80, height, model)
+        sheet.write(right + 130, height, f"model {model + 1}", font=LARGE)
+        sheet.write(right + 130, height + LINE + 8, f"rank correlation {correlation:.2f}", GREY)
+    return sheet.image.reduce(2)
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's: the correlation of ranks; equal numbers share the mean of theirs."""
+    ranks = [(numbers[:, None] > numbers).sum(1) + (numbers[:, None] >= numbers).sum(1) for numbers in (x, y)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
 def bars(scores: torch.Tensor, heads: dict) -> str:
     """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
     heights = (8 * scores / scores.max()).ceil().int()
@@ -178,8 +319,8 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
 
 def save(frames: list[Image.Image], path: Path) -> None:
     """Writes a picture; or several as an endless GIF, whose last frame stays for three seconds."""
-    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
-    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    last = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
+    first, *others = *(frame.quantize(palette=last, dither=Image.Dither.NONE) for frame in frames[:-1]), last
     durations = [160] * len(others) + [3000]  # milliseconds
     options = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
     buffer = io.BytesIO()

@@ -9,7 +9,6 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,11 +30,13 @@ from test_imagelora import (
     H,
     attach_trained,
     attention,
+    checkpoint_layers,
     logits_of,
     loss_of,
     prompt,
     slopes,
     tiny_vlm,
+    watch,
 )
 from tiny_vlm import TinyVLM
 
@@ -89,6 +90,7 @@ class PeftModel(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.prompt = nn.Parameter(torch.zeros(2))
 
     def get_base_model(self):
         return self.model
@@ -98,15 +100,15 @@ def test_what_peft_has_added_before_stays_trainable_and_a_probe_leaves_it_alone(
     model = tiny_vlm().requires_grad_(False)
     attention(model, 0).q_proj.requires_grad_(True)
     peft_model = PeftModel(model)
-    before = state_of(model)
+    before = state_of(peft_model)
     score_heads(peft_model, [EARLY], loss_fn=lambda peft_model, batch: peft_model.model(**batch).loss)
-    assert state_of(model) == before
-    adapter = attach(peft_model)
+    assert state_of(peft_model) == before
+    adapter = attach(peft_model, train_gamma=True)
     trainable = {parameter for parameter in peft_model.parameters() if parameter.requires_grad}
-    assert trainable == {attention(model, 0).q_proj.weight, *adapter.parameters()}
+    assert trainable == {peft_model.prompt, attention(model, 0).q_proj.weight, *adapter.parameters()}
     check_refusal("already has an Image-LoRA", attach, peft_model)
     adapter.detach()
-    assert state_of(model) == before
+    assert state_of(peft_model) == before
 
 
 @pytest.mark.parametrize("probe", ["rank1", "exact"])
@@ -274,15 +276,30 @@ def test_where_weights_are_offloaded_the_adapter_is_where_v_proj_computes():
     assert {parameter.device.type for parameter in attach(model).parameters()} == {"cpu"}
 
 
-def test_a_state_dict_says_which_heads_its_tensors_belong_to():
-    """Also an average of several, in which head 2 may have become 1.9999998."""
-    model = tiny_vlm()
-    attach_trained(model, heads={0: [2], 2: [1, 0]})
-    other = tiny_vlm()
-    adapter = attach(other, heads=SOME_HEADS)
-    other.load_state_dict({name: 0.9999999 * tensor for name, tensor in model.state_dict().items()})
-    assert adapter.heads == {0: [2], 2: [1, 0]}
-    torch.testing.assert_close(logits_of(other, EARLY), logits_of(model, EARLY))
+def test_a_state_dict_fits_the_heads_that_it_was_saved_with_and_no_others():
+    """Also an average of several, in which head 2 may have become 1.9999998. Head 3 of 3 would be in the next token,
+    and the average of an adapter in head 0 and one in head 2 is in head 1."""
+    state = attach_trained(tiny_vlm(), heads=SOME_HEADS).layers.state_dict()
+    adapter = attach(tiny_vlm(), heads=SOME_HEADS)
+    before = [parameter.clone() for parameter in adapter.parameters()]
+    for others in ([0], [2], [3], [0, 1]):
+        with pytest.raises(RuntimeError, match="of heads .*, but this adapter has heads .1."):
+            adapter.layers.load_state_dict(state | {"0.heads": torch.tensor(others)})
+        assert torch.equal(adapter.layers["0"].B, before[1])
+    adapter.layers.load_state_dict({name: 0.9999999 * tensor for name, tensor in state.items()})
+    assert adapter.heads == SOME_HEADS
+    torch.testing.assert_close(adapter.layers.state_dict(), state)
+
+
+def test_after_to_empty_reset_parameters_starts_anew():
+    """As PyTorch's convention has it: to_empty() leaves what was in memory, and whoever calls it resets each module."""
+    adapter = attach(tiny_vlm().to("meta"), heads=SOME_HEADS).to_empty(device="cpu")
+    for layer in adapter.layers.values():
+        nn.init.constant_(layer.gamma, math.nan)
+        layer.reset_parameters()
+        assert 0.9 / math.sqrt(D) < layer.A.abs().max() <= 1 / math.sqrt(D)
+        assert not layer.B.any()
+        assert layer.gamma.item() == 1
 
 
 def test_the_meta_device_and_to_empty_do_not_forget_the_heads():
@@ -297,17 +314,6 @@ def test_the_meta_device_and_to_empty_do_not_forget_the_heads():
 
 
 # 4. Gradient checkpointing runs a layer again
-def require_gradient(module, args, output):
-    return output.requires_grad_()
-
-
-def checkpoint_layers(model, use_reentrant=False):
-    """Checkpoints each decoder layer, and does what enable_input_require_grads() does."""
-    for layer in model.language_model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
-    model.language_model.embed_tokens.register_forward_hook(require_gradient)
-
-
 def after_other_calls(model):
     """Its own backward pass, other steps, generate(), and a call that fails because its picture is missing."""
     loss = loss_of(model, EARLY)
@@ -327,8 +333,33 @@ def of_a_disabled_forward_pass(model):
     return slopes(model, loss)
 
 
-def of_two_losses(model):
-    return slopes(model, loss_of(model, EARLY), loss_of(model, LATE))
+def after_ctrl_c_in_another_call(model):
+    """Python's Ctrl-C is no Exception, so no hook after the call notices it."""
+    loss = loss_of(model, EARLY)
+
+    def press_ctrl_c(norm, args):
+        raise KeyboardInterrupt
+
+    hook = model.language_model.layers[1].input_layernorm.register_forward_pre_hook(press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(model, LATE)
+    hook.remove()
+    return slopes(model, loss)
+
+
+def inside_another_call(model):
+    """On a CPU the backward pass runs in the thread that called it, here in the middle of another call."""
+    loss = loss_of(model, EARLY)
+    gradients = []
+
+    def run_backward(norm, args):
+        hook.remove()
+        with torch.enable_grad():  # a re-entrant checkpoint's first run has none
+            gradients.extend(slopes(model, loss))
+
+    hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_backward)
+    loss_of(model, LATE)
+    return gradients
 
 
 def in_two_threads_at_once(model):
@@ -353,7 +384,8 @@ def of_a_checkpoint_that_holds_the_model(model):
 CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose gradients must come of it
     (after_other_calls, [EARLY]),
     (of_a_disabled_forward_pass, []),
-    (of_two_losses, [EARLY, LATE]),
+    (after_ctrl_c_in_another_call, [EARLY]),
+    (inside_another_call, [EARLY]),
     (in_two_threads_at_once, [EARLY, LATE]),
     (of_a_checkpoint_that_holds_the_model, [EARLY]),
 ]
@@ -497,11 +529,13 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     model = tiny_vlm()
     adapter = attach_trained(model, r=2, lora_alpha=3, heads={0: [2, 0], 2: [1]}, **options)
     trainable = [parameter.requires_grad for parameter in adapter.parameters()]
-    assert trainable == [True, True, options.get("train_gamma", True)] * 2
+    assert trainable == [True, True, options.get("train_gamma", True)] * 2  # attach_trained trains gamma, too
     expected = logits_of(model, EARLY)
     adapter.detach()
     adapter.save(tmp_path / "adapter.pt")  # detached, it still has its weights
+    random_numbers = torch.get_rng_state()
     loaded = load(model, tmp_path / "adapter.pt")
+    assert torch.equal(torch.get_rng_state(), random_numbers)
     assert torch.equal(logits_of(model, EARLY), expected)
     assert [parameter.requires_grad for parameter in loaded.parameters()] == trainable
     assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] per layer, r=2, lora_alpha=3" in repr(loaded)
@@ -545,9 +579,10 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "write_bytes", fill_the_disk)
         adapter.save(path)
-    adapter.layers["2"].A.data = torch.zeros(0)  # as DeepSpeed's ZeRO-3 leaves it
-    with pytest.raises(ValueError, match="GatheredParameters"):
-        adapter.save(path)
+    for values, sentence in ((torch.zeros(0), "GatheredParameters"), (ONE_IS_INFINITE, "diverged")):
+        adapter.layers["2"].A.data = values  # as DeepSpeed's ZeRO-3 leaves it, and as a run that has diverged does
+        with pytest.raises(ValueError, match=sentence):
+            adapter.save(path)
     assert path.read_bytes() == saved
     assert list(tmp_path.iterdir()) == [path]
 
@@ -647,6 +682,18 @@ def a_layer_whose_input_was_offloaded(model):
         loss_of(model, EARLY).backward()
 
 
+def v_proj_alone(model, context=nullcontext):
+    """As someone does who looks into a model: with an input that a hook has caught, which still has its Call."""
+    v_proj = attention(model, 2).v_proj
+    ((x, _),) = watch(model, EARLY, v_proj)
+    with context():
+        v_proj(x)
+
+
+def v_proj_alone_where_the_adapter_is_disabled(model):
+    v_proj_alone(model, model.image_lora.disabled)
+
+
 def another_v_proj(model):
     attention(model, 2).v_proj = nn.Linear(D, H * D_H)
     model(**EARLY)
@@ -668,6 +715,8 @@ def by_export(model):
 NOT_RIGHT = [
     (the_models_forward, "no call of model"),
     (a_layer_whose_input_was_offloaded, "no call of model"),
+    (v_proj_alone, "no call of model"),
+    (v_proj_alone_where_the_adapter_is_disabled, "no call of model"),
     (another_v_proj, "was not called"),
     (heads_split_over_devices, "4 features instead of 3 heads of 4"),
     (by_jit_trace, "would fix which tokens are visual"),
@@ -750,6 +799,7 @@ MODELS = [  # a module of the model, its attribute, and a value with which it ca
     (ATTENTION, "v_proj", None, "layers.1 has no self_attn.v_proj"),
     (ATTENTION, "v_proj", nn.Identity(), "v_proj of type Identity has no out_features"),
     (ATTENTION, "v_norm", nn.Identity(), "after v_proj, in .*v_norm"),
+    (ATTENTION, "head_dim", None, "has no head_dim"),
 ]
 
 

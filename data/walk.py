@@ -2,7 +2,8 @@
 
 python -m data.walk          takes the adapter that `python train.py` has saved, and trains one if there is none
 
-It also draws look.png, where a head looks before and after fine-tuning, into the directory of the run.
+It draws two pictures into the directory of the run: tensors.png, what fine-tuning has changed in every value and query,
+and look.png, where a head looks before and after fine-tuning.
 """
 
 import inspect
@@ -21,13 +22,15 @@ from data.command import command, make_directory, option
 from data.evaluate import Answer, evaluate, generate_answers
 from data.methods import attach_adapter
 from data.prompts import prompt_batch, training_batch
+from data.questions import parse_point
+from data.tokens import VOCABULARY
 from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
 
 @dataclass(frozen=True)
 class WalkConfig:
-    out: str = option("runs/switches", "directory of the run to walk with, and of the picture")
+    out: str = option("runs/switches", "directory of the run to walk with, and of the pictures")
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
 
 
@@ -59,13 +62,12 @@ def walk(cfg: WalkConfig) -> None:
         base_answers, answers = tuned.base_answers, tuned.answers
         print()
 
-    screen, sample, base_click = base_answers[0]
-    features = image_features(model.get_image_features, [screen], model.device)
-    station("1 prompt", f"<bos>, {model.config.num_patches} x <image>, {sample['instruction']}")
+    sample = answers[0].sample
+    features = image_features(model.get_image_features, [answers[0].screen], model.device)
+    station("1 prompt", f"<bos>, a word problem, {model.config.num_patches} x <image>, {sample['instruction']}")
     show_start(run, load_base(run.base, device), adapter.heads)
-    show_update(model, adapter, prompt_batch([sample], features))
+    show_changes(model, adapter, answers[0], out / "tensors.png")
     show_decoding(model, adapter, sample, features)
-    station("7 answer", f"{base_click} before, {answers[0].output} after; a click in {sample['bbox']} is correct")
     show_attention(model, adapter, base_answers, answers, out / "look.png")
 
 
@@ -87,38 +89,42 @@ def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
     station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
     data = train.training_data(replace(run, steps=1), model)  # few screens are enough for one batch
     model(**training_batch(run, data, 0)).loss.backward()
-    norms = ", ".join(f"{name} {parameter.grad.norm():.2g}" for name, parameter in values.named_parameters())
+    norms = f"A {values.A.grad.norm():.2g}, B {values.B.grad.norm():.2g}"
     station("", f"first backward pass, norms of the gradients: {norms}")
 
 
-def show_update(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> None:
-    """What the adapter adds to the values of a prompt in its lowest layer, and how far queries move above it."""
+def show_changes(model: TinyVLM, adapter: ImageLoRA, answer: Answer, path: Path) -> None:
+    """What fine-tuning changes while the model reads a word problem, a screen and a question; and its picture."""
+    features = image_features(model.get_image_features, [answer.screen], model.device)
+    prompt = prompt_batch([answer.sample], features, history=1)
+    values, queries = relative_changes(model, adapter, prompt)
     lowest = min(adapter.heads)
-    tuned = queries_keys_values(model, prompt)
-    with adapter.disabled():
-        base = queries_keys_values(model, prompt)
-    _, _, base_values = base[lowest]  # X W_V [H, T, d_h]; X is the base's, because no layer below is adapted
-    _, _, tuned_values = tuned[lowest]
-    update = tuned_values - base_values
-    rows = update.abs().sum((0, 2)).nonzero().squeeze(1)
+    rows = values[lowest].sum(0).nonzero().squeeze(1)
     station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
-    station("4 update", f"layer {lowest}, norms over these rows by head:", ValueAdapter.forward)
-    station("", "X W_V(h) " + "  ".join(f"{norm:6.2f}" for norm in base_values[:, rows].norm(dim=(1, 2))))
-    station("", "update   " + "  ".join(f"{norm:6.2f}" for norm in update[:, rows].norm(dim=(1, 2))))
+    sizes = "  ".join(f"{size:.0%}" for size in values[lowest][:, rows].mean(1))
+    station("4 update", f"layer {lowest}, its size relative to X W_V(h), head by head: {sizes}", ValueAdapter.forward)
 
-    moves = []
-    for layer in range(len(base)):
-        queries, _, _ = tuned[layer]
-        base_queries, _, _ = base[layer]
-        move = (queries - base_queries).norm() / base_queries.norm()
-        moves.append(f"{move:.0%} in layer {layer}")
-    station("5 looking", f"queries moved by {', '.join(moves)}:")
+    tokens = [VOCABULARY[i] for i in prompt["input_ids"][0]]
+    pictures.save([pictures.changes(values, queries, adapter.heads, tokens, answer.screen.image)], path)
+    station("5 changes", f"{path}: how far each head's value and query moved at each token;")
+    moves = ", ".join(f"{move:.0%} in layer {layer}" for layer, move in enumerate(queries.mean((1, 2))))
+    station("", f"queries moved by {moves}:")
     station("", "the lowest adapted layer looks where it looked before")
 
 
+def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> tuple[Tensor, Tensor]:
+    """How far the adapter moves values [L, H, T] and queries [L, H_q, T]: norm of the change over the base's norm."""
+    queries, _, values = queries_keys_values(model, prompt)
+    with adapter.disabled():
+        base_queries, _, base_values = queries_keys_values(model, prompt)
+    value_changes = (values - base_values).norm(dim=-1) / base_values.norm(dim=-1)
+    query_changes = (queries - base_queries).norm(dim=-1) / base_queries.norm(dim=-1)
+    return value_changes, query_changes
+
+
 @torch.no_grad()
-def queries_keys_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Queries [H_q, T, d_h], keys and values [H, T, d_h] of one sequence in every layer, queries and keys rotated."""
+def queries_keys_values(model: TinyVLM, prompt: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [L, H_q, T, d_h], keys and values [L, H, T, d_h] of one sequence, queries and keys rotated."""
     layers = []
 
     def keep(attention, arguments, output):
@@ -131,11 +137,12 @@ def queries_keys_values(model: TinyVLM, prompt: dict) -> list[tuple[Tensor, Tens
     model(**prompt)
     for hook in hooks:
         hook.remove()
-    return layers
+    queries, keys, values = zip(*layers)
+    return torch.stack(queries), torch.stack(keys), torch.stack(values)
 
 
 def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Tensor) -> None:
-    """How many rows are adapted while the model answers."""
+    """How many rows are adapted while the model answers, and the answers before and after fine-tuning."""
     counts = []
 
     def count_rows(layer_adapter, inputs):
@@ -143,9 +150,13 @@ def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Te
         counts.append(len(x_vis))
 
     hook = adapter.layers[str(min(adapter.heads))].register_forward_pre_hook(count_rows)
-    generate_answers(model, [sample], features)
+    (after,) = generate_answers(model, [sample], features, history=1)
     hook.remove()
     station("6 decoding", f"rows adapted as the model answers: {counts} (a generated token would add 1)", visual_rows)
+    with adapter.disabled():
+        (before,) = generate_answers(model, [sample], features, history=1)
+    clicks = f"{parse_point(before)} before, {parse_point(after)} after"
+    station("7 answer", f"{clicks}; a click in {sample['bbox']} is correct")
 
 
 def show_attention(
@@ -184,13 +195,11 @@ def attention_maps(model: TinyVLM, answer: Answer) -> Tensor:
     """Where every head looks from the last token of a question: its weights on visual tokens [L, H_q, P]."""
     features = image_features(model.get_image_features, [answer.screen], model.device)  # [1, P, D]
     prompt = prompt_batch([answer.sample], features)
-    maps = []
-    for queries, keys, _ in queries_keys_values(model, prompt):
-        keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)  # [H_q, T, d_h]
-        scores = queries[:, -1:] @ keys.mT / queries.shape[-1] ** 0.5  # [H_q, 1, T]
-        maps.append(scores.softmax(-1)[:, 0])
+    queries, keys, _ = queries_keys_values(model, prompt)
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)  # [L, H_q, T, d_h]
+    scores = queries[:, :, -1:] @ keys.mT / queries.shape[-1] ** 0.5  # [L, H_q, 1, T]
     is_visual = prompt["input_ids"][0] == model.config.image_token_id  # [T]
-    return torch.stack(maps)[..., is_visual]
+    return scores.softmax(-1)[:, :, 0, is_visual]
 
 
 if __name__ == "__main__":
