@@ -20,17 +20,9 @@ from data.base import base_path, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.methods import METHODS, gate_scores
+from data.pictures import rank_correlation
 from data.questions import at_the_left, click_right_of
-from data.study.tables import (
-    markdown,
-    mean_and_range,
-    rank_correlation,
-    rate_table,
-    read_runs,
-    seeds,
-    table,
-    write_runs,
-)
+from data.study.tables import markdown, mean_and_range, rate_table, read_runs, seeds, table, write_runs
 from imagelora import score_heads
 
 # ---- Base models and learning rates ----------------------------------------------------------------------------------
@@ -126,8 +118,8 @@ class Runs:
 
 
 def key(row: dict) -> tuple:
-    """What tells this run from all others."""
-    return tuple(row[name] for name in SETTINGS)
+    """What tells this run from all others. A head such as 1.3 is read as a number."""
+    return tuple(str(row[name]) if name == "heads" else row[name] for name in SETTINGS)
 
 
 def run(cfg: train.Config) -> dict:
@@ -262,8 +254,8 @@ def correlations_with_clicks(runs: Runs, score: str) -> list[dict]:
         for head in SINGLE_HEADS:
             rows += runs.of("Image-LoRA", SKILLED, [seed], heads=head, lr=FEW_HEADS_RATE)
         if len(rows) == len(SINGLE_HEADS):
-            correlation = rank_correlation([row[score] for row in rows], [row["task_acc"] for row in rows])
-            correlations.append({"base": SKILLED[seed], "correlation": correlation})
+            scores, clicks = np.array([(row[score], row["task_acc"]) for row in rows]).T
+            correlations.append({"base": SKILLED[seed], "correlation": rank_correlation(scores, clicks)})
     return correlations
 
 

@@ -38,9 +38,7 @@ def write_runs(path: Path, runs: list[dict]) -> None:
     writer = csv.DictWriter(file, runs[0].keys(), lineterminator="\n")
     writer.writeheader()
     for run in runs:
-        # A text is written as it is, unless it would be read as something else, as the head "1.3" would.
-        texts = {name: value for name, value in run.items() if isinstance(value, str) and parse(value) == value}
-        writer.writerow({name: texts.get(name, json.dumps(value)) for name, value in run.items()})
+        writer.writerow({name: value if isinstance(value, str) else json.dumps(value) for name, value in run.items()})
     write_file(path, file.getvalue().encode())
 
 
@@ -89,11 +87,3 @@ def choose_rate(accuracies: dict[float, float]) -> float:
     """The lowest rate whose accuracy is within one point of the best: one run cannot tell a point from noise."""
     best = max(accuracies.values())
     return min(rate for rate in accuracies if accuracies[rate] >= best - 0.01)
-
-
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's: the correlation of the ranks, where equal numbers share a rank."""
-    ranks = []
-    for values in (np.array(x), np.array(y)):
-        ranks.append((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1))  # twice the rank
-    return np.corrcoef(*ranks)[0, 1]
