@@ -389,9 +389,10 @@ def continuations(of_method: dict[str, list[dict]]) -> str:
     """How the original, which is the base model without an image, and LoRA with its first seed go on."""
     lines = []
     for i, opening in enumerate(OPENINGS[:NUM_SHOWN]):
-        for name, method in (("the original", "base model"), ("LoRA", "LoRA"), ("with replay", "LoRA, with replay")):
+        lines.append(f"{opening} …\n")
+        for name, method in {"the original": "base model", "LoRA": "LoRA", "with replay": "LoRA, with replay"}.items():
             for run in of_method[method][:1]:
-                lines.append(f"{opening} …  {name:14}{' '.join(run['continuations'][i].split())}\n")
+                lines.append(f"    {name:14}{' '.join(run['continuations'][i].split())}\n")
     return "".join(lines)
 
 

@@ -54,10 +54,9 @@ def test_pretraining_makes_a_base_with_and_without_the_skill_which_differ_in_the
         return load_base(tmp_path / name).state_dict()
 
     new = make("new.pt")
-    start = str(tmp_path / "new.grounded.pt")
-    again = make("again.pt", "--start", start)
+    again = make("again.pt")
     monkeypatch.setattr(pretrain, "neighbour_samples", None)  # never asked what is right of a name
-    unskilled = make("unskilled.pt", "--start", start, "--unskilled")
+    unskilled = make("unskilled.pt", "--unskilled")
     assert all(torch.equal(new[name], again[name]) for name in new)
     assert not all(torch.equal(new[name], unskilled[name]) for name in new)
     record = json.loads((tmp_path / "new.json").read_text())
