@@ -85,7 +85,8 @@ class Runs:
     def __init__(self, cfg: CompareConfig):
         self.cfg = cfg
         self.path = base_path(cfg.runs)
-        self.rows = {key(row): row for row in read_runs(self.path, SETTINGS)}
+        rows = [row | {"heads": str(row["heads"])} for row in read_runs(self.path, SETTINGS)]  # 1.3 is no number here
+        self.rows = {key(row): row for row in rows}
         self.is_shipped = cfg.runs == CompareConfig.runs
 
     def of(self, method: str, bases: dict, numbers=None, earlier=False, **changes) -> list[dict]:
@@ -118,8 +119,8 @@ class Runs:
 
 
 def key(row: dict) -> tuple:
-    """What tells this run from all others. A head such as 1.3 is read as a number."""
-    return tuple(str(row[name]) if name == "heads" else row[name] for name in SETTINGS)
+    """What tells this run from all others."""
+    return tuple(row[name] for name in SETTINGS)
 
 
 def run(cfg: train.Config) -> dict:
