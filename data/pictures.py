@@ -1,4 +1,4 @@
-"""Draws answers and attention with Pillow, and a bar chart in text: plain data in, images out.
+"""Draws answers, attention, changes and scores with Pillow, and a bar chart in text: plain data in, images out.
 
 A page is drawn at twice its size and halved at the end, which makes lines smooth: places are in half pixels.
 """
@@ -300,9 +300,13 @@ def heads_alone(rows: list[dict]) -> Image.Image:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: the correlation of ranks; equal numbers share the mean of theirs."""
-    ranks = [(numbers[:, None] > numbers).sum(1) + (numbers[:, None] >= numbers).sum(1) for numbers in (x, y)]
-    return float(np.corrcoef(ranks)[0, 1])
+    """Spearman's: the correlation of the ranks."""
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def ranks(numbers: np.ndarray) -> np.ndarray:
+    """Twice the rank of each number; equal ones share the mean of theirs."""
+    return (numbers[:, None] > numbers).sum(1) + (numbers[:, None] >= numbers).sum(1)
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
