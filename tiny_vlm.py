@@ -66,7 +66,7 @@ class KVCache:
 class TinyVLMOutput:
     logits: Tensor  # [B, T, V]
     loss: Tensor | None = None  # scalar
-    past_key_values: KVCache | None = None
+    past_key_values: KVCache | None = None  # None if there are labels, because nothing is decoded then
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -230,8 +230,7 @@ class TinyVLM(nn.Module):
     ) -> TinyVLMOutput:
         """input_ids [B, T], with P placeholders for each image, images in row-major order of their placeholders.
         pixel_values [N, 3, S, S] in 0..1, or image_features [N, P, D], what `get_image_features` made of them.
-        labels [B, T], -100 where nothing is to be predicted: `loss` is the mean cross-entropy of next tokens. With
-        labels, the output has no KVCache.
+        labels [B, T], -100 where nothing is to be predicted: `loss` is the mean cross-entropy of next tokens.
         attention_mask [B, T_past + T], 0 for padding on either side; default: no padding.
         past_key_values: the KVCache of the tokens before these.
         Raises ValueError where placeholders and images do not match.
@@ -264,7 +263,6 @@ class TinyVLM(nn.Module):
         logits = x @ lm.embed_tokens.weight.T * self.logit_scale  # [B, T, V]
         if labels is None:
             return TinyVLMOutput(logits, past_key_values=KVCache(keys_values, num_past + text.sum(1)))
-        # Nothing is decoded after a loss, so it comes without a cache.
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return TinyVLMOutput(logits, loss)
 

@@ -39,7 +39,7 @@ class Method:
     replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
 
 
-METHODS = {  # the fields of Method in which each differs from the defaults
+METHODS = {  # the fields of Method; those that are not named have their defaults
     "base model": {"method": "none"},
     "LoRA": {"method": "lora"},
     "LoRA on v": {"method": "lora", "projections": "v"},

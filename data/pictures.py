@@ -1,4 +1,4 @@
-"""Draws answers and attention with Pillow, and a bar chart in text: plain data in, images out.
+"""Draws answers, attention, changes and scores with Pillow, and a bar chart in text: plain data in, images out.
 
 A page is drawn at twice its size and halved at the end, which makes lines smooth: places are in half pixels.
 """
@@ -203,9 +203,9 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
     sheet.write(MARGIN, y, "What fine-tuning changes", font=LARGE)
     sheet.draw.rectangle((left, y - 26, left + 80, y + 26), "black")
     sheet.write(left + 104, y, "exactly 0")
-    sheet.write(1790, y, "3 %", anchor="rm")
+    sheet.write(1790, y, "3%", anchor="rm")
     sheet.image.paste(shades(torch.logspace(-1.5, 0.5, 500)[None]).resize((500, 52)), (1814, y - 26))
-    sheet.write(2338, y, "300 % of the base")
+    sheet.write(2338, y, "300% of the base")
     sheet.arrow(2880, y)
     sheet.write(2930, y, "selected head")
 
@@ -300,9 +300,13 @@ def heads_alone(rows: list[dict]) -> Image.Image:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: the correlation of ranks; equal numbers share the mean of theirs."""
-    ranks = [(numbers[:, None] > numbers).sum(1) + (numbers[:, None] >= numbers).sum(1) for numbers in (x, y)]
-    return float(np.corrcoef(ranks)[0, 1])
+    """Spearman's: the correlation of the ranks."""
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def ranks(numbers: np.ndarray) -> np.ndarray:
+    """Twice the rank of each number; equal ones share the mean of theirs."""
+    return (numbers[:, None] > numbers).sum(1) + (numbers[:, None] >= numbers).sum(1)
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
@@ -319,8 +323,10 @@ def bars(scores: torch.Tensor, heads: dict) -> str:
 
 def save(frames: list[Image.Image], path: Path) -> None:
     """Writes a picture; or several as an endless GIF, whose last frame stays for three seconds."""
-    last = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
-    first, *others = *(frame.quantize(palette=last, dither=Image.Dither.NONE) for frame in frames[:-1]), last
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)  # few colours make a small file
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    if not others:
+        first = palette  # With a given palette, quantize rounds colours, black and white among them.
     durations = [160] * len(others) + [3000]  # milliseconds
     options = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
     buffer = io.BytesIO()
