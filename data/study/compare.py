@@ -49,7 +49,7 @@ def chosen_rate(method: str, bases: dict, task: str) -> float:
     rates = REFERRING_RATES if task == "referring" else RATES
     if bases == UNSKILLED:
         rates = UNSKILLED_RATES
-    return rates.get(method.removesuffix(", with replay"), 0.0)  # 0: the base model's
+    return 0.0 if method == "base model" else rates[method.removesuffix(", with replay")]
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
