@@ -94,7 +94,8 @@ class Runs:
 
         earlier: take the rows of an earlier version, too, where the file has them."""
         settings = {"device": self.cfg.device} | METHODS[method] | changes
-        settings.setdefault("lr", chosen_rate(method, bases, changes.get("task", "grounding")))
+        if "lr" not in changes:
+            settings["lr"] = chosen_rate(method, bases, changes.get("task", "grounding"))
         wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in numbers or bases]
         if not self.is_shipped:
             self.make([cfg for cfg in wanted if not self.find(cfg, earlier)])
