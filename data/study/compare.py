@@ -220,19 +220,25 @@ def each_model(runs: Runs) -> str:
 
 
 def factor(runs: Runs) -> str:
-    """Image-LoRA and its exact rival at several rates; gamma; the spread of heads over the layers."""
+    """Image-LoRA and its exact rival at several rates; gamma; half of the heads."""
     rows = []
     for method in ("Partial LoRA on v", "Image-LoRA"):
         rows += [(method, runs.of(method, SHIPPED, earlier=True, lr=lr)) for lr in GRID[2:7]]
         few = [(method, runs.of(method, SKILLED, FEW, lr=lr)) for lr in GRID[1:5]]
         rows += [(method, found) for method, found in few if len(found) == len(FEW)]
     rows.append(("Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, train_gamma=True)))
-    rows.append(("Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, earlier=True)))
-    for earlier in (False, True):
-        few = runs.of("Image-LoRA in 12 heads", SKILLED, FEW, lr=FEW_HEADS_RATE, earlier=earlier)
-        rows.append(("Image-LoRA in 12 heads", few))
+    for method, lr in (("Image-LoRA", RATES["Image-LoRA"]), ("Image-LoRA in 12 heads", FEW_HEADS_RATE)):
+        found = newest(runs, method, lr=lr)
+        if (method, found) not in rows:
+            rows.append((method, found))
     named = [(name + GAMMA[found[0]["train_gamma"]], found) for name, found in rows if found]
     return table("tiny models", MODELS | SEEDS | RATE | CLICKS | AFTER_IMAGE | OLD_TASK, named)
+
+
+def newest(runs: Runs, method: str, **settings) -> list[dict]:
+    """The rows of FEW models or, where one is missing, those of the earlier version."""
+    rows = runs.of(method, SKILLED, FEW, **settings)
+    return rows if len(rows) == len(FEW) else runs.of(method, SKILLED, FEW, earlier=True, **settings)
 
 
 def heads(runs: Runs) -> str:
@@ -240,8 +246,7 @@ def heads(runs: Runs) -> str:
     clicks, correlation = mean_and_range("task_acc"), mean_and_range("correlation", "{:.2f}")
     lines = []
     for name, (choice, score) in CHOICES.items():
-        settings = {"heads": choice, "num_heads": 4, "lr": FEW_HEADS_RATE}
-        four = runs.of("Image-LoRA", SKILLED, FEW, earlier=True, **settings) if choice else []
+        four = newest(runs, "Image-LoRA", heads=choice, num_heads=4, lr=FEW_HEADS_RATE) if choice else []
         alone = correlations_with_clicks(runs, score) if score else []
         lines.append((name, models(four), clicks(four), models(alone), correlation(alone)))
     titles = "models", "clicks with these 4 of 24 heads, %", "models", "rank correlation with what a head clicks alone"
