@@ -225,7 +225,7 @@ def factor(runs: Runs) -> str:
     for method in ("Partial LoRA on v", "Image-LoRA"):
         rows += [(method, runs.of(method, SHIPPED, earlier=True, lr=lr)) for lr in GRID[2:7]]
         few = [(method, runs.of(method, SKILLED, FEW, lr=lr)) for lr in GRID[1:5]]
-        rows += [(method, found) for method, found in few if len(found) == len(FEW)]
+        rows += [(method, found) for method, found in few if len(found) > 1]
     rows.append(("Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, train_gamma=True)))
     for method, lr in (("Image-LoRA", RATES["Image-LoRA"]), ("Image-LoRA in 12 heads", FEW_HEADS_RATE)):
         found = newest(runs, method, lr=lr)
@@ -236,9 +236,9 @@ def factor(runs: Runs) -> str:
 
 
 def newest(runs: Runs, method: str, **settings) -> list[dict]:
-    """The rows of FEW models or, where one is missing, those of the earlier version."""
+    """The rows of FEW models or, where only one model has them, those of the earlier version."""
     rows = runs.of(method, SKILLED, FEW, **settings)
-    return rows if len(rows) == len(FEW) else runs.of(method, SKILLED, FEW, earlier=True, **settings)
+    return rows if len(rows) > 1 else runs.of(method, SKILLED, FEW, earlier=True, **settings)
 
 
 def heads(runs: Runs) -> str:
