@@ -243,7 +243,8 @@ def newest(runs: Runs, method: str, **settings) -> list[dict]:
 
 def heads(runs: Runs) -> str:
     """Four heads of each choice; and whether a score tells before training what each head will click alone."""
-    clicks, correlation = mean_and_range("task_acc"), mean_and_range("correlation", "{:.2f}")
+    clicks = CLICKS["switches clicked, %"]
+    correlation = mean_and_range("correlation", "{:.2f}")
     lines = []
     for name, (choice, score) in CHOICES.items():
         four = newest(runs, "Image-LoRA", heads=choice, num_heads=4, lr=FEW_HEADS_RATE) if choice else []
