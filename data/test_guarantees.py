@@ -797,7 +797,7 @@ MODELS = [  # a module of the model, its attribute, and a value with which it ca
     ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
     ("", "language_model", None, "found none"),
     (ATTENTION, "v_proj", None, "layers.1 has no self_attn.v_proj"),
-    (ATTENTION, "v_proj", nn.Identity(), "v_proj of type Identity has no out_features"),
+    (ATTENTION, "v_proj", nn.Identity(), "v_proj is no linear layer but of type Identity"),
     (ATTENTION, "v_norm", nn.Identity(), "after v_proj, in .*v_norm"),
     (ATTENTION, "head_dim", None, "has no head_dim"),
 ]
