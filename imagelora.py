@@ -284,9 +284,9 @@ class CallTracker:
     tensors, so that a layer called alone is refused. A checkpoint that holds the whole model runs model(...) again in
     the backward pass, and that counts as a first run.
 
-    The hook is at the norm, because transformers 5 runs a layer again without the layer's own hooks. It is at every
-    norm of the layer, since no v_proj reads the output of the others. If there is no norm before attention, v_proj
-    reads the layer's input itself, and adapt leaves the Call there."""
+    The hook is at the norm, because transformers 5 runs a layer again without the layer's own hooks. All norms of a
+    layer have it; where v_proj does not read a norm's output, nothing reads what the hook leaves there. If there is no
+    norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
 
     def __init__(self, model: nn.Module, image_token_ids: set[int], decoder: nn.ModuleList, adapters: nn.ModuleDict):
         self.model = model
@@ -329,7 +329,7 @@ class CallTracker:
         x = args[0]
         call = self.find_call(x)
         if call is not None:
-            x.untyped_storage().image_lora_call = call
+            x.untyped_storage().image_lora_call = call  # this is what a checkpoint keeps
             output.untyped_storage().image_lora_call = call  # this is what v_proj will read
 
     def adapt(self, adapter, v_proj, args, value):

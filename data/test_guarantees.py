@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_a_state_dict_fits_the_heads_that_it_was_saved_with_and_no_others():
     state = attach_trained(tiny_vlm(), heads=SOME_HEADS).layers.state_dict()
     adapter = attach(tiny_vlm(), heads=SOME_HEADS)
     before = [parameter.clone() for parameter in adapter.parameters()]
-    for others in ([0], [2], [3], [0, 1]):
+    for others in ([0], [3], [0, 1]):
         with pytest.raises(RuntimeError, match="of heads .*, but this adapter has heads .1."):
             adapter.layers.load_state_dict(state | {"0.heads": torch.tensor(others)})
         assert torch.equal(adapter.layers["0"].B, before[1])
@@ -293,15 +294,13 @@ def test_the_meta_device_and_to_empty_do_not_forget_the_heads():
 
 # 4. Gradient checkpointing runs a layer again
 def after_other_calls(model):
-    """Its own backward pass, other steps, generate(), and a call that fails because its picture is missing."""
+    """Its own backward pass, other steps, and generate()."""
     loss = loss_of(model, EARLY)
     slopes(model, loss)
     slopes(model, loss_of(model, LATE))
     with model.image_lora.disabled():
         slopes(model, loss_of(model, LATE))
     model.generate(LATE["input_ids"], LATE["pixel_values"])
-    with pytest.raises(ValueError, match="placeholder"):
-        model(LATE["input_ids"])
     return slopes(model, loss)
 
 
@@ -314,10 +313,7 @@ def of_a_disabled_forward_pass(model):
 def after_ctrl_c_in_another_call(model):
     """Python's Ctrl-C is no Exception, so no hook after the call notices it."""
     loss = loss_of(model, EARLY)
-
-    def press_ctrl_c(norm, args):
-        raise KeyboardInterrupt
-
+    press_ctrl_c = Mock(side_effect=KeyboardInterrupt)
     hook = model.language_model.layers[1].input_layernorm.register_forward_pre_hook(press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         loss_of(model, LATE)
@@ -374,8 +370,7 @@ CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose 
 def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batches, use_reentrant):
     model = tiny_vlm()
     attach_trained(model, heads=SOME_HEADS)
-    losses = [loss_of(model, batch) for batch in batches]
-    expected = slopes(model, 0 * loss_of(model, EARLY), *losses)
+    expected = slopes(model, 0 * loss_of(model, EARLY), *[loss_of(model, batch) for batch in batches])
     model.zero_grad()
     checkpoint_layers(model, use_reentrant)
     torch.testing.assert_close(gradients(model), expected)
@@ -501,7 +496,8 @@ def test_two_processes_train_as_one_and_text_stays_the_bases_bit_for_bit(tmp_pat
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"train_gamma": False}], ids=str)
 def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     model = tiny_vlm()
-    adapter = attach_trained(model, r=2, lora_alpha=3, heads={0: [2, 0], 2: [1]}, **options)
+    heads = {0: [2.0, 0], 2: (1,)}  # whole numbers of any type
+    adapter = attach_trained(model, r=2, lora_alpha=3, heads=heads, **options)
     expected = logits_of(model, EARLY)
     adapter.detach()
     adapter.save(tmp_path / "adapter.pt")  # detached, it still has its weights
@@ -626,6 +622,8 @@ def test_a_file_that_holds_no_adapter_for_this_model_is_refused_and_runs_no_code
 
 # 8. What cannot be right is refused in one sentence
 def the_models_forward(model):
+    with pytest.raises(ValueError, match="0 images"):
+        model(EARLY["input_ids"])  # fails, and leaves nothing behind that would adapt what follows
     model.forward(**EARLY)
 
 
@@ -680,26 +678,39 @@ def test_a_use_that_cannot_be_right_is_refused(use, sentence):
         use(model)
 
 
-OPTIONS = [
-    ({"r": 0}, "r must be an integer in 1..24, got 0"),
-    ({"r": 25}, "r must be an integer in 1..24, got 25"),
-    ({"r": 2.0}, "r must be an integer in 1..24, got 2.0"),
-    ({"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
-    ({"lora_alpha": math.inf}, "lora_alpha must be a positive number, got inf"),
-    ({"lora_alpha": "16"}, "lora_alpha must be a positive number, got '16'"),
-    ({"heads": {0: []}}, "no head is selected"),
-    ({"heads": [1]}, "heads must be {layer: .*, got .1."),
-    ({"heads": {0: 1}}, "layer 0 has 3 heads, got 1"),
-    ({"heads": {0: [1, 1]}}, "each once; layer 0"),
-    ({"heads": {3: [0]}}, "layer 3 has 0 heads"),
-    ({"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
-    ({"heads": {0: [3]}}, "layer 0 has 3 heads, got .3."),  # would be head 0 of the next token
+NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
+
+
+def huge_loss(model, batch):
+    """Finite, but the squares of its gradients are not."""
+    return 1e30 * loss_of(model, batch)
+
+
+REFUSED = [  # a function, its arguments besides the model, and why that cannot be
+    (attach, {"r": 0}, "r must be an integer in 1..24, got 0"),
+    (attach, {"r": 25}, "r must be an integer in 1..24, got 25"),
+    (attach, {"r": 2.0}, "r must be an integer in 1..24, got 2.0"),
+    (attach, {"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
+    (attach, {"lora_alpha": math.inf}, "lora_alpha must be a positive number, got inf"),
+    (attach, {"lora_alpha": "16"}, "lora_alpha must be a positive number, got '16'"),
+    (attach, {"heads": {0: []}}, "no head is selected"),
+    (attach, {"heads": [1]}, "heads must be {layer: .*, got .1."),
+    (attach, {"heads": {0: 1}}, "layer 0 has 3 heads, got 1"),
+    (attach, {"heads": {0: [1, 1]}}, "each once; layer 0"),
+    (attach, {"heads": {3: [0]}}, "layer 3 has 0 heads"),
+    (attach, {"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
+    (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads, got .3."),  # would be head 0 of the next token
+    (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
+    (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
+    (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
+    (score_heads, {"batches": [EARLY], "loss_fn": huge_loss}, "a gradient of the probe is not finite"),
+    (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
 ]
 
 
-@pytest.mark.parametrize("options, sentence", OPTIONS, ids=str)
-def test_an_option_of_attach_that_cannot_be_is_refused(options, sentence):
-    check_refusal(sentence, attach, tiny_vlm(), **options)
+@pytest.mark.parametrize("function, arguments, sentence", REFUSED)
+def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentence):
+    check_refusal(sentence, function, tiny_vlm(), **arguments)
 
 
 SELECTIONS = [  # scores of two layers' heads, the number of heads to select, and why that cannot be
@@ -715,22 +726,6 @@ SELECTIONS = [  # scores of two layers' heads, the number of heads to select, an
 def test_a_selection_that_cannot_be_is_refused(scores, num_heads, sentence):
     with pytest.raises(ValueError, match=sentence):
         select_heads(torch.tensor([scores, scores]), num_heads)
-
-
-NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
-PROBES = [
-    ([prompt(TEXT, labels=True)], {"probe": "exact"}, "none of the 1 probe batches"),
-    ([prompt(IMAGE)], {}, "loss of probe batch 0 is None"),
-    ([EARLY, NO_LABELS], {}, "loss of probe batch 1 is nan"),
-    ([EARLY], {"probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
-    # a finite loss, but the squares of its gradients overflow
-    ([EARLY], {"loss_fn": lambda model, batch: 1e30 * loss_of(model, batch)}, "a gradient of the probe is not finite"),
-]
-
-
-@pytest.mark.parametrize("batches, options, sentence", PROBES)
-def test_a_probe_that_would_tell_nothing_is_refused(batches, options, sentence):
-    check_refusal(sentence, score_heads, tiny_vlm(), batches, **options)
 
 
 ATTENTION = "language_model.layers.1.self_attn"
