@@ -670,6 +670,7 @@ NOT_RIGHT = [
 ]
 
 
+@pytest.mark.filterwarnings("error:.*always_call")  # a call that has failed has said why
 @pytest.mark.parametrize("use, sentence", NOT_RIGHT)
 def test_a_use_that_cannot_be_right_is_refused(use, sentence):
     model = tiny_vlm()
