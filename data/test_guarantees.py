@@ -247,9 +247,12 @@ def test_torchs_default_type_and_device_change_nothing(request):
         assert tensor.device == model.device
 
 
-def test_where_weights_are_offloaded_the_adapter_is_where_v_proj_computes():
-    """accelerate keeps them on the meta device and tells in `_hf_hook` where they are needed."""
+def test_where_weights_are_offloaded_or_quantized_the_adapter_is_where_v_proj_computes():
+    """accelerate keeps them on the meta device and tells in `_hf_hook` where they are needed. Others quantize them to
+    buffers, and leave no parameter."""
     model = tiny_vlm()
+    quantized = attention(model, 0).v_proj
+    quantized.register_buffer("weight", quantized._parameters.pop("weight").detach())
     v_proj = attention(model, 1).v_proj.to("meta")
     v_proj._hf_hook = SimpleNamespace(execution_device="cpu")
     assert {parameter.device.type for parameter in attach(model).parameters()} == {"cpu"}
@@ -537,9 +540,15 @@ def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_
     assert loaded.train_gamma
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_save_takes_the_place_of_the_old_file_at_once_or_if_it_fails_not_at_all(tmp_path, monkeypatch):
     adapter, path = saved_adapter(tmp_path)
+    old = path.read_bytes()
+    adapter.layers["2"].gamma.data.zero_()
+    with path.open("rb") as reader:
+        adapter.save(path)
+        assert reader.read() == old
     saved = path.read_bytes()
+    assert saved != old
 
     def fill_the_disk(file, content):
         file.write_text("half")
@@ -733,6 +742,7 @@ ATTENTION = "language_model.layers.1.self_attn"
 MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
     ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
     ("", "language_model", None, "found none"),
+    ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
     (ATTENTION, "v_proj", None, "layers.1 has no self_attn.v_proj"),
     (ATTENTION, "v_proj", nn.Identity(), "v_proj is no linear layer but of type Identity"),
     (ATTENTION, "v_norm", nn.Identity(), "after v_proj, in .*v_norm"),
