@@ -260,32 +260,32 @@ OVERRIDES = ContextVar("OVERRIDES")
 
 
 class CallTracker:
-    """Tells each adapted layer which rows of its input X are visual, whenever the model is called.
+    """Tells each adapted layer which rows of its input X are visual. Only model(...) sees input_ids; its layers do not.
 
-    The layers never see input_ids. A variable with the rows of the last call would not do: gradient checkpointing runs
-    a layer a second time, in the backward pass, and by then the model may have been called with other images. But a
-    checkpoint keeps the layer's input, so the first run leaves its Call on that tensor, and the second finds it there:
+    A variable with the rows of the last call would not do: gradient checkpointing runs a layer a second time, in the
+    backward pass, and by then the model may have been called with other images. But a checkpoint keeps the layer's
+    input. So the first run leaves its Call on that tensor, and the second run finds it there:
 
                               first run, inside model(...)           second run, in the backward pass
         before model(...)     begin_call makes the Call, and puts    (is not run)
                               it into `running`
-        after a layer's norm  pass_on finds it in `running`, and     pass_on finds it on the norm's input, which is the
-                              leaves it on the norm's input and      layer's input, and leaves it on the norm's output,
-                              on the norm's output                   which is a new tensor
+        after a layer's norm  pass_on finds it in `running`, and     pass_on finds it on the norm's input, and leaves it
+                              leaves it on the norm's input, which   on the norm's output, which is a new tensor
+                              is the layer's input
         after v_proj          adapt finds it in `running`, and       adapt finds it on v_proj's input, which is that new
                               adds the update at its rows            tensor, and adds the update at its rows
         after model(...)      end_call takes it out of `running`,    (is not run)
                               and raises if an update is missing
 
-    "On a tensor" means as an attribute of its storage, which outlives the tensor objects that detach() and autograd
-    make of it. It is read in backward passes only, so a layer that is called alone, outside of model(...), is refused.
+    "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
 
-    `running` has a key for each thread and backward pass. So a layer that runs again never takes the Call of a model
-    call around it, nor of one that Ctrl-C has ended. A checkpoint that holds the whole model calls it again in the
-    backward pass; that is a first run.
+    `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
+    the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
+    tensors, so that a layer called alone is refused. A checkpoint that holds the whole model runs model(...) again in
+    the backward pass, and that counts as a first run.
 
-    The hook is at the norm, because transformers 5 runs a layer again without the layer's own hooks. Every child with
-    "norm" in its name has it, also those that do not feed attention: no v_proj reads what they mark. If there is no
+    The hook is at the norm, because transformers 5 runs a layer again without the layer's own hooks. All norms of a
+    layer have it; where v_proj does not read a norm's output, nothing reads what the hook leaves there. If there is no
     norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
 
     def __init__(self, model: nn.Module, image_token_ids: set[int], decoder: nn.ModuleList, adapters: nn.ModuleDict):
@@ -298,9 +298,8 @@ class CallTracker:
         for i, adapter in adapters.items():
             layer = decoder[int(i)]
             norms = [module for name, module in layer.named_children() if "norm" in name]
-            self.hooks += [norm.register_forward_hook(self.pass_on, with_kwargs=True) for norm in norms]
-            adapt = partial(self.adapt, adapter)
-            self.hooks += [layer.self_attn.v_proj.register_forward_hook(adapt, with_kwargs=True)]
+            self.hooks += [norm.register_forward_hook(self.pass_on) for norm in norms]
+            self.hooks += [layer.self_attn.v_proj.register_forward_hook(partial(self.adapt, adapter))]
 
     def begin_call(self, model, args, kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -326,16 +325,16 @@ class CallTracker:
         self.running[thread_and_backward_pass()] = call
         return args, kwargs
 
-    def pass_on(self, norm, args, kwargs, output):
-        x, *_ = *args, *kwargs.values()
+    def pass_on(self, norm, args, output):
+        x = args[0]
         call = self.find_call(x)
         if call is not None:
-            x.untyped_storage().image_lora_call = call
+            x.untyped_storage().image_lora_call = call  # this is what a checkpoint keeps
             output.untyped_storage().image_lora_call = call  # this is what v_proj will read
 
-    def adapt(self, adapter, v_proj, args, kwargs, value):
+    def adapt(self, adapter, v_proj, args, value):
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
-        x, *_ = *args, *kwargs.values()
+        x = args[0]
         call = self.find_call(x)
         if call is None:
             raise RuntimeError(
@@ -357,17 +356,15 @@ class CallTracker:
         if output is None or call is None:
             return  # The call has failed.
         if len(call.rows) > 0 and call.num_updates < self.num_layers:
-            raise RuntimeError(
-                "an adapted v_proj was not called in this call of the model; whatever replaces it (merging weights, "
-                "patching the attention) must be done before attach()"
-            )
+            raise RuntimeError("an adapted v_proj was not called; merge, replace or patch it before you call attach()")
 
     def find_call(self, x: Tensor) -> Call | None:
-        """The Call of the model(...) that runs here; or, where a layer runs again, that of the layer's tensor x."""
-        here = _, backward_pass = thread_and_backward_pass()
-        if here in self.running or backward_pass == -1:
-            return self.running.get(here)
-        return getattr(x.untyped_storage(), "image_lora_call", None)
+        """The Call of the model(...) that runs here; or, in the second run of a layer, the one on its tensor x."""
+        thread, backward_pass = thread_and_backward_pass()
+        call = self.running.get((thread, backward_pass))
+        if call is None and backward_pass != -1:
+            call = getattr(x.untyped_storage(), "image_lora_call", None)
+        return call
 
     @contextmanager
     def override(self, name: str, value):
@@ -392,7 +389,7 @@ def thread_and_backward_pass() -> tuple[int, int]:
 
 
 class PortableValueAdapter(ValueAdapter):
-    """A ValueAdapter that stays in float32 and keeps its heads, however its model is moved, converted or loaded."""
+    """A ValueAdapter that stays in float32 when its model is converted, and keeps its heads whatever happens to it."""
 
     def _apply(self, fn, recurse=True):
         """What .to(), .half(), .to_empty() and their like call to convert each tensor by fn."""
@@ -412,10 +409,10 @@ class PortableValueAdapter(ValueAdapter):
             del destination[f"{prefix}heads"]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        heads = state_dict.get(f"{prefix}heads", self.heads)
-        # An average of state_dicts can hold 1.9999998 for head 2, but a 1 could be the average of heads 0 and 2.
-        if heads.shape != self.heads.shape or (heads - self.heads).abs().max() > 1e-3:
-            errors.append(f"{prefix}B is of heads {heads.tolist()}, but this adapter has heads {self.heads.tolist()}")
+        heads = state_dict.get(f"{prefix}heads", self.heads).tolist()
+        # Rounded, because an average of state_dicts can hold 1.9999998 for head 2.
+        if [round(head, 3) for head in heads] != self.heads.tolist():
+            errors.append(f"{prefix}B is of heads {heads}, but this adapter has heads {self.heads.tolist()}")
             return
         state_dict[f"{prefix}heads"] = self.heads
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -488,9 +485,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
         raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
     if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-        raise ValueError(
-            "a parameter does not hold finite floats; if training has diverged, choose a lower learning rate"
-        )
+        raise ValueError("a parameter does not hold finite floats; if training has diverged, lower the learning rate")
     return tensor.cpu()
 
 
@@ -545,29 +540,26 @@ def checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
     fields = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, field, None) for field in fields} - {None}
     if not ids:
-        raise ValueError(
-            "model.config has no image_token_id to find visual tokens by; attach to the whole, unwrapped VLM"
-        )
-    by_transformers = getattr(config, "distributed_config", None)  # then its Trainer averages the gradients itself
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) and not by_transformers:
-        why = "nobody would average the adapter's gradients over the processes"
-        raise ValueError(f"the model is sharded already, and {why}; attach first, then shard")
+        raise ValueError("model.config has no image_token_id; attach to the whole vision-language model, unwrapped")
+    is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    # transformers' Trainer averages the gradients of what it has sharded. Nobody else would average the adapter's.
+    if is_sharded and not getattr(config, "distributed_config", None):
+        raise ValueError("the model is sharded already; attach first, then shard")
     return model, decoder, ids
 
 
 def check_attention(where: str, attention: nn.Module) -> None:
     parts = [name for name, _ in attention.named_children()]
-    later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if "v_proj" not in parts:
         raise ValueError(
             f"{where} has no self_attn.v_proj but {', '.join(parts)}; cross-attention to images, the other layers of "
             "hybrid models, fused qkv and latent values cannot be adapted"
         )
     if not hasattr(attention.v_proj, "out_features"):
-        kind = type(attention.v_proj).__name__
-        raise ValueError(f"{where}.self_attn.v_proj of type {kind} has no out_features; a linear layer was expected")
+        raise ValueError(f"{where}.self_attn.v_proj is no linear layer but of type {type(attention.v_proj).__name__}")
     if getattr(attention, "head_dim", None) is None:
         raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
+    later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if later:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
 
@@ -594,7 +586,7 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
             raise ValueError(f"{expected}, each once; layer {layer!r} has {count} heads, got {selected!r}")
     if not any(heads.values()):
         raise ValueError("no head is selected; name at least one")
-    return {layer: list(heads[layer]) for layer in sorted(heads) if heads[layer]}
+    return {int(layer): [int(head) for head in heads[layer]] for layer in sorted(heads) if heads[layer]}
 
 
 def check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
@@ -605,10 +597,7 @@ def check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
 
 def check_influence(scores: Tensor, num_batches: int) -> None:
     if not scores.isfinite().all():
-        raise ValueError(
-            "a gradient of the probe is not finite; if the model is in float16, probe it in bfloat16 or float32, or "
-            "let loss_fn make the loss smaller"
-        )
+        raise ValueError("a gradient of the probe is not finite; probe in bfloat16 or float32, or scale the loss down")
     if not scores.any():
         none = f"in none of the {num_batches} probe batches does the loss depend on a visual token"
         raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
