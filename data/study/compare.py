@@ -166,8 +166,7 @@ WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_probl
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
 SEEDS = {"seeds": seeds}
-GAMMA = {False: "", True: ", γ trained", EARLIER: f", γ trained {EARLIER}"}
-MODELS = {"models": models}
+GAMMA = {False: ", γ = 1", True: ", γ trained", EARLIER: f", γ trained {EARLIER}"}
 RATE = {"learning rate": mean_and_range("lr", "{:g}")}
 CHOICES = {  # of heads: {name: (the option of train.py, the column of the score that it goes by)}
     "the probe": ("top", "influence"),
@@ -224,21 +223,14 @@ def factor(runs: Runs) -> str:
     rows = []
     for method in ("Partial LoRA on v", "Image-LoRA"):
         rows += [(method, runs.of(method, SHIPPED, earlier=True, lr=lr)) for lr in GRID[2:7]]
-        few = [(method, runs.of(method, SKILLED, FEW, lr=lr)) for lr in GRID[1:5]]
-        rows += [(method, found) for method, found in few if len(found) > 1]
-    rows.append(("Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, train_gamma=True)))
-    for method, lr in (("Image-LoRA", RATES["Image-LoRA"]), ("Image-LoRA in 12 heads", FEW_HEADS_RATE)):
-        found = newest(runs, method, lr=lr)
-        if (method, found) not in rows:
-            rows.append((method, found))
-    named = [(name + GAMMA[found[0]["train_gamma"]], found) for name, found in rows if found]
-    return table("tiny models", MODELS | SEEDS | RATE | CLICKS | AFTER_IMAGE | OLD_TASK, named)
-
-
-def newest(runs: Runs, method: str, **settings) -> list[dict]:
-    """The rows of FEW models or, where only one model has them, those of the earlier version."""
-    rows = runs.of(method, SKILLED, FEW, **settings)
-    return rows if len(rows) > 1 else runs.of(method, SKILLED, FEW, earlier=True, **settings)
+    rows.append(("Image-LoRA", runs.of("Image-LoRA", SHIPPED, lr=RATES["Image-LoRA"])))
+    rows.append(("Image-LoRA", runs.of("Image-LoRA", SHIPPED, lr=RATES["Image-LoRA"], train_gamma=True)))
+    rows.append(("Image-LoRA in 12 heads", runs.of("Image-LoRA in 12 heads", SHIPPED, lr=FEW_HEADS_RATE)))
+    named = []
+    for name, found in rows:
+        if found:
+            named.append((name + GAMMA[found[0]["train_gamma"]] if "Image" in name else name, found))
+    return table("tiny model 1", SEEDS | RATE | CLICKS | AFTER_IMAGE | OLD_TASK, named)
 
 
 def heads(runs: Runs) -> str:
@@ -247,7 +239,10 @@ def heads(runs: Runs) -> str:
     correlation = mean_and_range("correlation", "{:.2f}")
     lines = []
     for name, (choice, score) in CHOICES.items():
-        four = newest(runs, "Image-LoRA", heads=choice, num_heads=4, lr=FEW_HEADS_RATE) if choice else []
+        four = []
+        if choice:
+            settings = {"heads": choice, "num_heads": 4, "lr": FEW_HEADS_RATE}
+            four = runs.of("Image-LoRA", SKILLED, FEW, earlier=True, **settings)
         alone = correlations_with_clicks(runs, score) if score else []
         lines.append((name, models(four), clicks(four), models(alone), correlation(alone)))
     titles = "models", "clicks with these 4 of 24 heads, %", "models", "rank correlation with what a head clicks alone"
