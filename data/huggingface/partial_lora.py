@@ -4,15 +4,14 @@
     model.save_pretrained("runs/partial_lora")
     model = load_partial_lora(base, "runs/partial_lora")    # later, on a fresh copy of the base model
 
-Prompts without images and videos get the output of the base model, bit for bit. PEFT's other options are not offered,
-because many of them (biases, DoRA, PiSSA, new embeddings, ...) would change text."""
+Prompts without images and videos get the output of the base model, bit for bit. So there are no biases, no PiSSA, no
+new embeddings, and whatever else of PEFT would change text."""
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-# Saved as init_lora_weights. PEFT refuses to open a folder where it does not know this value, and so it should, because
-# it would adapt all tokens.
+# Saved as init_lora_weights, so that PEFT refuses to open the folder, because it would adapt all tokens.
 MARK = "Partial LoRA: use load_partial_lora()"
 
 
@@ -39,10 +38,8 @@ def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
 
 def check_base(model) -> None:
     if getattr(model, "peft_config", None):
-        raise ValueError(
-            "Partial LoRA adds its own and only LoRA, and the model has an adapter already; give it the base model, "
-            "which unload() returns, and r, lora_alpha and projections=['q_proj', ...] in place of a LoraConfig"
-        )
+        choices = "r, lora_alpha and projections=['q_proj', ...]"
+        raise ValueError(f"Partial LoRA is a LoRA of its own; give it a model without an adapter, and {choices}")
 
 
 class VisualTokens:
@@ -51,7 +48,9 @@ class VisualTokens:
     def __init__(self, model: PeftModel):
         base = model.get_base_model()
         fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        self.ids = {getattr(base.config, field, None) for field in fields} - {None}
+        self.ids = [getattr(base.config, field) for field in fields if getattr(base.config, field, None) is not None]
+        if not self.ids:
+            raise ValueError("Partial LoRA finds visual tokens by image_token_id in the model's config, which lacks it")
         self.is_text = None  # [B, T], of the last call
         self.is_called = False
         self.hooks = [base.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
@@ -71,9 +70,7 @@ class VisualTokens:
         if ids is None or ids.is_floating_point():
             raise ValueError("Partial LoRA finds visual tokens in input_ids, which this call lacks; pass them")
         # Gradient checkpointing runs a layer again in backward(), which must come before the next call.
-        self.is_text = torch.ones_like(ids, dtype=torch.bool)
-        for visual_id in self.ids:
-            self.is_text &= ids != visual_id
+        self.is_text = torch.isin(ids, torch.tensor(self.ids, device=ids.device), invert=True)
         self.is_called = True
 
     def zero_at_text(self, A, args, z):  # z = x A, [B, T, r], and with it the update z B
@@ -81,7 +78,7 @@ class VisualTokens:
         if not self.is_called and not in_backward:
             raise RuntimeError("no call of model(...) says which tokens are visual; do not call a part of the model")
         if z.shape[:-1] != self.is_text.shape:
-            shapes = f"{list(z.shape[:-1])} tokens instead of {list(self.is_text.shape)}"
+            shapes = f"{list(z.shape[:-1])} instead of {list(self.is_text.shape)} tokens"
             raise RuntimeError(f"a layer with Partial LoRA got {shapes}; leave it out of projections")
         return z.masked_fill(self.is_text[..., None].to(z.device), 0)
 

@@ -53,9 +53,7 @@ def read_examples(file: str) -> Dataset:
 
 
 def check_examples(examples: Dataset, collate: Collator, placeholders: set[int], num_workers: int) -> None:
-    """Makes each example a batch once, so that a bad line is found now and not after hours.
-
-    placeholders: the token ids that stand for images."""
+    """Makes each example a batch once, so that a bad line is found now and not after hours."""
 
     def check(row):
         try:
