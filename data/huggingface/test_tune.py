@@ -144,46 +144,67 @@ def test_the_best_heads_are_chosen_printed_kept_in_the_file_and_kept_when_a_run_
     torch.testing.assert_close(weights(again.model), weights(trainer.model), rtol=0, atol=0)
 
 
-@pytest.fixture(scope="session", params=METHODS)
-def early(request, llava):
-    """The folder of a run that gets worse on its evaluation file, and so ends after three evaluations."""
-    (llava / "eval.jsonl").write_text(line(["a.png"], "40"))
-    options = f"--eval_file {llava}/eval.jsonl --save_steps 1 --early_stopping_patience 2 --learning_rate 0.1"
-    trainer = tuned(llava, request.param, f"early_{request.param}", *options.split())
+class HighLossIsGood(tune.SFTConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.greater_is_better = True
+
+
+@pytest.fixture
+def evaluated(llava, monkeypatch):
+    """Options with which a high loss counts as good, so that the first evaluation is the best."""
+    monkeypatch.setattr(tune, "SFTConfig", HighLossIsGood)
+    return f"--eval_file {llava}/train.jsonl --save_steps 1".split()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_stops_early_and_keeps_the_best_model(method, llava, evaluated):
+    trainer = tuned(llava, method, f"early_{method}", *evaluated, "--early_stopping_patience", "2")
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses == sorted(losses)
-    assert len(losses) == 3
-    return request.param, llava / f"early_{request.param}", options.split()
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) == 3  # the best one, and two more
+    files = [llava / f"early_{method}" / folder / FILES[method] for folder in (".", "checkpoint-1", "checkpoint-3")]
+    result, best, last = [file.read_bytes() for file in files]
+    assert result == best
+    assert best != last
 
 
-def test_the_result_is_the_best_model_also_if_the_runs_folder_was_renamed(early, llava):
-    method, run, options = early
-    result = (run / FILES[method]).read_bytes()
-    assert result == (run / "checkpoint-1" / FILES[method]).read_bytes()
-    assert result != (run / "checkpoint-3" / FILES[method]).read_bytes()
-    for after in (2, 3):
-        renamed = stopped(run, llava / f"renamed_{method}_{after}", after)
-        tuned(llava, method, renamed.name, *options, *RESUME)
-        assert (renamed / FILES[method]).read_bytes() == result
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_whose_folder_was_renamed_still_ends_with_its_best_model(method, llava, evaluated):
+    options = [*evaluated, "--max_steps", "3"]
+    tuned(llava, method, f"best_{method}", *options)
+    result = (llava / f"best_{method}" / FILES[method]).read_bytes()
+    renamed = stopped(llava / f"best_{method}", llava / f"renamed_{method}", after=2)
+    (llava / f"best_{method}").rename(llava / f"away_{method}")
+    tuned(llava, method, f"renamed_{method}", *options, *RESUME)
+    assert (renamed / FILES[method]).read_bytes() == result
 
 
-def test_a_checkpoint_is_complete_before_the_old_one_is_deleted(llava, monkeypatch):
+def test_a_run_that_has_ended_does_not_go_on(llava, evaluated, capsys):
+    """transformers would train one step more."""
+    options = [*evaluated, "--early_stopping_patience", "2"]
+    tuned(llava, "lora", "ended", *options)
+    (llava / "ended" / FILES["lora"]).unlink()  # it was killed before the result was saved
+    refused = refusal(capsys, llava, "lora", "ended", *options, *RESUME)
+    assert refused.endswith(f"the run in {llava}/ended has ended; its result is in {llava}/ended/checkpoint-1, too")
+
+
+def test_a_checkpoint_is_complete_before_the_old_one_is_deleted(llava, llava_run, monkeypatch):
     """However early the run is killed, it can go on."""
     folder = llava / "killed_early"
     rmtree = shutil.rmtree
 
     def kill(path, *args, **kwargs):
-        if "checkpoint-6" in str(path):
-            raise KeyboardInterrupt
-        rmtree(path, *args, **kwargs)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", kill)
+    options = "--save_steps 4 --save_total_limit 1".split()
     with pytest.raises(KeyboardInterrupt):
-        tuned(llava, "image_lora", "killed_early", "--save_total_limit", "1")
+        tuned(llava, "image_lora", folder.name, *options)
     monkeypatch.undo()
-    rmtree(folder / "checkpoint-6")
-    again = tuned(llava, "image_lora", "killed_early", "--save_total_limit", "1", *RESUME)
-    assert again.state.global_step == 12
+    rmtree(folder / "checkpoint-4")
+    tuned(llava, "image_lora", folder.name, *options, *RESUME)
+    assert (folder / "adapter.pt").read_bytes() == (llava_run / "adapter.pt").read_bytes()
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-12"]
 
 
@@ -289,11 +310,12 @@ def test_a_run_goes_on_only_with_what_it_began_with(options, llava, llava_run, c
 def test_it_goes_on_from_the_last_complete_checkpoint(llava, llava_run, capsys):
     """Also in other places and with other logs; and not from one that was killed while it was written."""
     expected = torch.load(llava_run / "adapter.pt")["layers"]["0"]["B"]
-    shutil.copytree(llava_run, llava / "killed")
+    stopped(llava_run, llava / "killed", after=8)
+    shutil.copytree(llava_run / "checkpoint-4", llava / "killed" / "checkpoint-9")
     for name in ("train.jsonl", "a.png", "b.png"):
         (llava / "moved").mkdir(exist_ok=True)
         shutil.copy(llava / name, llava / "moved")
-    state = llava / "killed" / "checkpoint-12" / "trainer_state.json"
+    state = llava / "killed" / "checkpoint-9" / "trainer_state.json"
     state.write_text(state.read_text()[:-3])
     (llava / "killed" / "checkpoint-8" / "training_args.bin").unlink()  # only the program that wrote it can read it
     options = f"--save_steps 4 --train_file {llava}/moved/train.jsonl --logging_steps 1".split()
@@ -380,7 +402,7 @@ BAD_OPTIONS = {
     "--model {}/no": "no",
     "--model {}/cut": "incomplete metadata, file not fully covered",
     "--dtype float16": "argument --dtype: invalid choice: 'float16'",
-    "--lr_scheduler_type no": "'no' is not a valid SchedulerType",
+    "--lr_scheduler_type no": "no is not a valid SchedulerType",
     "--push_to_hub true": "--push_to_hub true is no option of tune.py, which is there to be copied and changed",
     "--packing": "--packing is no option of tune.py",
     "--lr 1": "--lr 1 is no option of tune.py",  # no abbreviations
