@@ -114,6 +114,15 @@ def test_it_stays_partial_lora_however_often_it_is_saved(tmp_path):
                 open_alone(folder)
 
 
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_a_saved_one_is_loaded_to_be_used_or_to_be_trained_further(is_trainable, tmp_path):
+    trained().save_pretrained(tmp_path)
+    model = load_partial_lora(tiny_hf_vlm(), tmp_path, is_trainable=is_trainable)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == (2 * 2 * 4 if is_trainable else 0)  # A and B of four layers in two decoder layers
+    assert all(".lora_" in name for name in trainable)
+
+
 def test_lora_at_all_tokens_is_not_loaded_as_partial_lora(tmp_path):
     lora().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds no Partial LoRA; load it with PeftModel.from_pretrained\(\)"):
@@ -138,6 +147,7 @@ def test_after_unload_nothing_of_it_stays():
     assert torch.equal(logits_of(model, hf_prompt()), logits_of(base, hf_prompt()))
     embeddings = model.get_input_embeddings()(TEXT["input_ids"])
     model(inputs_embeds=embeddings)
+    partial_lora(model)  # a new one
 
 
 # 3. What it refuses
@@ -240,13 +250,22 @@ def test_it_never_takes_the_mask_of_another_call():
 
 
 def test_it_needs_input_ids_by_name_or_as_the_first_argument():
-    model, batch = trained(), hf_prompt()
+    model = trained()
+    batch = hf_prompt()
     expected = logits_of(model, batch)
     ids = batch.pop("input_ids")
     assert torch.equal(model(ids, **batch).logits, expected)
     embeddings = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="Partial LoRA finds visual tokens in input_ids"):
         model(inputs_embeds=embeddings, **batch)
+
+
+def test_a_model_whose_config_names_no_visual_token_is_refused():
+    model = tiny_hf_vlm()
+    for field in ("image_token_id", "video_token_id", "video_token_index"):
+        setattr(model.config, field, None)
+    with pytest.raises(ValueError, match="by image_token_id in the model's config, which lacks it"):
+        partial_lora(model)
 
 
 def test_layers_that_see_other_tokens_are_refused():
