@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_huggingface import PICTURE, TEXT, VIDEO, hf_prompt, tiny_hf_vlm
 
-from test_imagelora import logits_of, loss_of
+from test_imagelora import logits_of, loss_of, slopes
 
 peft = pytest.importorskip("peft")
 from partial_lora import load_partial_lora, partial_lora  # noqa: E402
@@ -42,10 +42,8 @@ def trained(family="Llava", **options):
 def updates_of(model, batch):
     """What lora_B adds in each layer, [B, T, features]."""
     updates = []
-    hooks = []
-    for name, module in model.named_modules():
-        if ".lora_B." in name:
-            hooks.append(module.register_forward_hook(lambda _, args, update: updates.append(update)))
+    layers = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
+    hooks = [layer.register_forward_hook(lambda _, args, update: updates.append(update)) for layer in layers]
     logits_of(model, batch)
     for hook in hooks:
         hook.remove()
@@ -78,17 +76,11 @@ def test_it_is_lora_at_the_tokens_of_images_and_videos_and_nothing_elsewhere(fam
         assert not update[~visual].any()
 
 
-def gradients(model, batch):
-    model.zero_grad()
-    loss_of(model, batch).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def test_gradient_checkpointing_changes_no_gradient():
     model = trained()
-    expected = gradients(model, hf_prompt())
+    expected = slopes(model, loss_of(model, hf_prompt()))
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    torch.testing.assert_close(gradients(model, hf_prompt()), expected)
+    torch.testing.assert_close(slopes(model, loss_of(model, hf_prompt())), expected)
 
 
 def test_a_copy_is_partial_lora_of_its_own():
@@ -189,12 +181,12 @@ def test_other_layers_than_linear_ones_of_the_decoder_are_not_found(projections)
         partial_lora(tiny_hf_vlm(), projections=projections)
 
 
-def add(model):
-    model.add_adapter("other", peft.LoraConfig(**CONFIG))
+def add(model, projection="v_proj"):
+    model.add_adapter("other", peft.LoraConfig(target_modules=rf".*language_model.*{projection}"))
 
 
 def add_elsewhere(model):
-    model.add_adapter("other", peft.LoraConfig(target_modules=r".*language_model.*down_proj"))
+    add(model, "down_proj")
 
 
 def add_and_set(model):
@@ -211,10 +203,7 @@ def add_past_peft_model(model):
     peft.inject_adapter_in_model(peft.LoraConfig(**CONFIG), model.get_base_model(), "other")
 
 
-SECOND = [add, add_elsewhere, add_and_set, delete_and_add_again, add_past_peft_model]
-
-
-@pytest.mark.parametrize("add", SECOND)
+@pytest.mark.parametrize("add", [add_elsewhere, add_and_set, delete_and_add_again, add_past_peft_model])
 def test_a_second_adapter_is_refused_at_the_next_call(add):
     model = trained()
     add(model)
