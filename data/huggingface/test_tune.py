@@ -361,7 +361,6 @@ BAD_LINES = {
     "a turn without a role": (line([]).replace('"role": "user", ', ""), TURN),
     "a key of a turn that would be lost": (line([]).replace('"role"', '"name": "Ada", "role"'), TURN),
     "a number for a content": (line([], 7), TURN),
-    "null for a content": (line([], None), TURN),
     "parts": (line([], prompt=[{"type": "text", "text": "a"}]), TURN),
     "a role that does not exist": (line([], role="ser"), ONE_TURN),
     "a completion without turns": (example(completion=[]), ONE_TURN),
