@@ -322,17 +322,3 @@ def test_a_model_that_cannot_be_adapted_is_refused_in_one_sentence(architecture)
         model = model_class(model_class.config_class(**config))
     with pytest.raises(ValueError, match=f"^[^\n]*{sentence}[^\n]*$"):
         attach(model)
-
-
-def test_the_manual_quotes_what_the_code_says():
-    """The first table imagelora.py, and the second the scripts, besides what other libraries say."""
-    folder = ROOT / "data" / "huggingface"
-    refused = re.search(r"^## What is refused\n(.*?)^## ", (folder / "README.md").read_text(), re.M | re.S).group(1)
-    first, second = refused.split("\n`tune.py` stops with")
-    scripts = ("tune.py", "training_file.py", "lora_at_visual_tokens.py")
-    sources = [Path(imagelora.__file__).read_text(), "".join((folder / name).read_text() for name in scripts)]
-    for table, source, count in zip((first, second), sources, (15, 22)):
-        rows = re.findall(r"^\|([^|]*)\|(`[^|]*`)\|[^|]*\|$", table, re.M)
-        quotes = [quote for what, quote in rows if "sentence)" not in what]
-        assert len(quotes) == count
-        assert [quote for quote in re.findall(r"`([^`]*)`", " ".join(quotes)) if quote not in source] == []

@@ -4,29 +4,28 @@ import json
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from test_huggingface import PICTURE, ROOT, TEXT, TWO_FAMILIES, hf_prompt, processor_for, tiny_hf_vlm
+from test_huggingface import ROOT, TEXT, processor_for, tiny_hf_vlm
 
 import imagelora
-from test_imagelora import logits_of, loss_of
+from test_imagelora import logits_of
 
 transformers = pytest.importorskip("transformers")
-peft, _, _ = map(pytest.importorskip, ("peft", "trl", "datasets"))
+peft = pytest.importorskip("peft")
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
 import tune  # noqa: E402
-from lora_at_visual_tokens import at_visual_tokens, load_at_visual_tokens  # noqa: E402
-from training_file import open_image, rows_of  # noqa: E402
+from partial_lora import load_partial_lora  # noqa: E402
+from training_file import open_image  # noqa: E402
 
-METHODS = ["image_lora", "lora", "lora_at_visual_tokens"]
+METHODS = ["image_lora", "lora", "partial_lora"]
 FILES = dict.fromkeys(METHODS, "adapter_model.safetensors") | {"image_lora": "adapter.pt"}
 OPTIONS = "--learning_rate 0.02 --num_train_epochs 3 --per_device_train_batch_size 1 --gradient_accumulation_steps 2"
-OPTIONS += " --logging_steps 4 --save_steps 6 --use_cpu true --disable_tqdm true"
-IMAGE = {"type": "image"}
-PARTS = [IMAGE, {"type": "text", "text": "a cat"}]  # where an image stands; or else images come first
+OPTIONS += " --logging_steps 4 --save_steps 6"
 ANSWERS = ["null", "7", "true", '"cat"', "[412, 88]"]  # strings that are JSON, too
 
 
@@ -45,7 +44,7 @@ def make_folder(family, folder):
     for name, pixels in zip(("a.png", "b.png"), torch.randint(256, (2, 12, 9, 3), dtype=torch.uint8)):
         Image.fromarray(pixels.numpy()).save(folder / name)
     (folder / "truncated.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    lines = [line(["a.png"], "7"), line(["a.png", "b.png"], "cat 3"), line(["b.png"], prompt=PARTS), line([], "a")]
+    lines = [line(["a.png"], "7"), line(["a.png", "b.png"], "cat 3"), line(["b.png"]), line([], "a")]
     (folder / "train.jsonl").write_text("\n".join(lines * 2))
     (folder / "text.jsonl").write_text(line([]))
     return folder
@@ -64,6 +63,18 @@ def llava(tmp_path_factory):
 def tuned(folder, method, out, *more):
     files = f"--model {folder}/base --train_file {folder}/train.jsonl --output_dir {folder}/{out}"
     return tune.main([*f"{files} --method {method} {OPTIONS}".split(), *more])
+
+
+def stopped(run, out, after):
+    """A copy of a run that was killed after this step."""
+    shutil.copytree(run, out)
+    for checkpoint in out.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > after:
+            shutil.rmtree(checkpoint)
+    return out
+
+
+RESUME = ["--resume_from_checkpoint", "true"]
 
 
 @pytest.fixture(scope="session", params=METHODS)
@@ -92,7 +103,8 @@ def test_it_learns_and_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(run)
     folder, method, trainer = run
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    again = tuned(folder, method, "again", "--resume_from_checkpoint", f"{folder}/{method}/checkpoint-6")
+    stopped(folder / method, folder / f"again_{method}", after=6)
+    again = tuned(folder, method, f"again_{method}", *RESUME)
     torch.testing.assert_close(weights(again.model), weights(trainer.model), rtol=0, atol=0)
 
 
@@ -111,7 +123,7 @@ def test_results_and_checkpoints_load_on_a_fresh_base_and_text_alone_stays_the_b
     elif method == "lora":
         model = peft.PeftModel.from_pretrained(model, saved)
     else:
-        model = load_at_visual_tokens(model, saved)
+        model = load_partial_lora(model, saved)
     assert torch.equal(logits_of(model, TEXT), text) == (method != "lora")
     assert torch.equal(logits_of(model, batch), logits_of(trainer.model.eval(), batch))
     assert type(transformers.AutoProcessor.from_pretrained(saved)) is type(trainer.processing_class)
@@ -125,22 +137,32 @@ def test_the_best_heads_are_chosen_printed_kept_in_the_file_and_kept_when_a_run_
     trainer = tuned(folder, "image_lora", "heads", *options)
     heads = torch.load(folder / "heads" / "adapter.pt")["kv_indices"]
     assert sum(map(len, heads.values())) == 3
-    assert f"3 of 4 value heads, by the exact probe: {trainer.model.image_lora.heads}" in capsys.readouterr().out
-    checkpoint = ["--resume_from_checkpoint", f"{folder}/heads/checkpoint-2"]
-    again = tuned(folder, "image_lora", "again", *options, *checkpoint)
+    assert f"3 of 4 value heads: {trainer.model.image_lora.heads}" in capsys.readouterr().out
+    stopped(folder / "heads", folder / "again_heads", after=2)
+    again = tuned(folder, "image_lora", "again_heads", *options, *RESUME)
     assert "value heads" not in capsys.readouterr().out  # they are not chosen again
     torch.testing.assert_close(weights(again.model), weights(trainer.model), rtol=0, atol=0)
 
 
+class HighLossIsGood(tune.SFTConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.greater_is_better = True
+
+
+@pytest.fixture
+def evaluated(llava, monkeypatch):
+    """Options with which a high loss counts as good, so that the first evaluation is the best."""
+    monkeypatch.setattr(tune, "SFTConfig", HighLossIsGood)
+    return f"--eval_file {llava}/train.jsonl --save_steps 1".split()
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluation_stops_early_and_keeps_the_best_model(llava, method):
-    """Here a high loss counts as good, so the first evaluation is the best, and two more end the run."""
-    options = f"--eval_file {llava}/train.jsonl --eval_strategy steps --eval_steps 1 --save_steps 1"
-    options += " --load_best_model_at_end true --greater_is_better true --early_stopping_patience 2"
-    trainer = tuned(llava, method, f"early_{method}", *options.split())
+def test_evaluation_stops_early_and_keeps_the_best_model(method, llava, evaluated):
+    trainer = tuned(llava, method, f"early_{method}", *evaluated, "--early_stopping_patience", "2")
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert losses == sorted(losses, reverse=True)
-    assert len(losses) == 3
+    assert len(losses) == 3  # the best one, and two more
     files = [llava / f"early_{method}" / folder / FILES[method] for folder in (".", "checkpoint-1", "checkpoint-3")]
     result, best, last = [file.read_bytes() for file in files]
     assert result == best
@@ -148,32 +170,64 @@ def test_evaluation_stops_early_and_keeps_the_best_model(llava, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_can_start_from_the_result_of_another_and_go_on(llava, method):
-    first = tuned(llava, method, f"first_{method}", "--max_steps", "2")
-    options = ["--init_from", f"{llava}/first_{method}", "--max_steps", "1", "--save_steps", "1"]
-    same = tuned(llava, method, f"second_{method}", *options, "--learning_rate", "0")
-    torch.testing.assert_close(weights(same.model), weights(first.model), rtol=0, atol=0)
-    second = tuned(llava, method, f"second_{method}", *options)
-    assert any(not torch.equal(a, b) for a, b in zip(weights(second.model).values(), weights(first.model).values()))
+def test_a_run_whose_folder_was_renamed_still_ends_with_its_best_model(method, llava, evaluated):
+    options = [*evaluated, "--max_steps", "3"]
+    tuned(llava, method, f"best_{method}", *options)
+    result = (llava / f"best_{method}" / FILES[method]).read_bytes()
+    renamed = stopped(llava / f"best_{method}", llava / f"renamed_{method}", after=2)
+    (llava / f"best_{method}").rename(llava / f"away_{method}")
+    tuned(llava, method, f"renamed_{method}", *options, *RESUME)
+    assert (renamed / FILES[method]).read_bytes() == result
 
 
-def test_options_of_the_model_reach_it(llava):
-    options = ["--model_init_kwargs", '{"dtype": "float32", "attn_implementation": "eager"}', "--max_steps", "1"]
-    model = tuned(llava, "image_lora", "float32", *options).model
+def test_a_run_that_has_ended_does_not_go_on(llava, evaluated, capsys):
+    """transformers would train one step more."""
+    options = [*evaluated, "--early_stopping_patience", "2"]
+    tuned(llava, "lora", "ended", *options)
+    (llava / "ended" / FILES["lora"]).unlink()  # it was killed before the result was saved
+    refused = refusal(capsys, llava, "lora", "ended", *options, *RESUME)
+    assert refused.endswith(f"the run in {llava}/ended has ended; its result is in {llava}/ended/checkpoint-1, too")
+
+
+def test_a_checkpoint_is_complete_before_the_old_one_is_deleted(llava, llava_run, monkeypatch):
+    """However early the run is killed, it can go on."""
+    folder = llava / "killed_early"
+    rmtree = shutil.rmtree
+
+    def kill(path, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", kill)
+    options = "--save_steps 4 --save_total_limit 1".split()
+    with pytest.raises(KeyboardInterrupt):
+        tuned(llava, "image_lora", folder.name, *options)
+    monkeypatch.undo()
+    rmtree(folder / "checkpoint-4")
+    tuned(llava, "image_lora", folder.name, *options, *RESUME)
+    assert (folder / "adapter.pt").read_bytes() == (llava_run / "adapter.pt").read_bytes()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_the_precision_of_the_model_is_chosen(llava):
+    model = tuned(llava, "image_lora", "float32", "--dtype", "float32", "--max_steps", "1").model
     assert model.dtype == torch.float32
-    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_has_diverged_stops_and_writes_no_result(method, llava):
+    with pytest.raises(SystemExit, match="the run has diverged: .*; try a lower --learning_rate"):
+        tuned(llava, method, f"diverged_{method}", "--learning_rate", "1e38", "--save_steps", "1")
+    assert not (llava / f"diverged_{method}" / FILES[method]).exists()
 
 
 # 2. The training file
-def test_no_text_is_rewritten(llava):
-    """Neither an answer that is JSON, nor one beside parts, nor in a conversation."""
+def test_no_text_is_rewritten_and_only_the_completion_is_learned(llava):
+    """Neither an answer that is JSON, nor one in a conversation."""
     lines = [line(["a.png"], answer) for answer in ANSWERS]
-    lines += [line(["a.png"], [{"type": "text", "text": answer}], PARTS) for answer in ANSWERS]
     for answer in ANSWERS:
-        prompt = [turn("user", PARTS), turn("assistant", [{"type": "text", "text": answer}]), turn("user", [IMAGE])]
-        turns = {"images": ["a.png", "b.png"], "prompt": prompt, "completion": [turn("assistant", answer)]}
-        lines.append(json.dumps(turns))
-    (llava / "json.jsonl").write_text("\n".join(lines))
+        prompt = [turn("user", "a cat"), turn("assistant", answer), turn("user", "3")]
+        lines.append(json.dumps({"images": ["a.png"], "prompt": prompt, "completion": [turn("assistant", answer)]}))
+    (llava / "json.jsonl").write_text("\n\n".join(lines))  # blank lines are skipped
     options = f"--train_file {llava}/json.jsonl --num_train_epochs 1".split()
     trainer = tuned(llava, "image_lora", "json", *options)
     tokenizer = trainer.processing_class.tokenizer
@@ -182,21 +236,19 @@ def test_no_text_is_rewritten(llava):
         batch = trainer.data_collator([row])
         learned = batch["labels"][batch["labels"] != -100]
         assert tokenizer.decode(learned) == f"{ANSWERS[i % 5]} </s>"
-        if i >= 10:
-            assert f"a cat {ANSWERS[i % 5]} </s>" in tokenizer.decode(batch["input_ids"][0])
+        if i >= 5:
+            assert f"a cat {ANSWERS[i % 5]} </s> 3" in tokenizer.decode(batch["input_ids"][0])
 
 
-def test_each_of_the_assistants_turns_in_a_completion_is_learned_and_a_users_is_not(llava):
-    """Images are shown from their turn on."""
-    completion = [turn("assistant", "1"), turn("user", PARTS), turn("assistant", "2"), turn("user", "3")]
-    example = {"images": ["a.png", "b.png"], "prompt": [turn("user", PARTS)], "completion": completion}
-    completion[-1]["content"] = [{"type": "text", "text": "3"}]
-    first, second = rows_of(example, llava)
-    assert first["images"] == [f"{llava}/a.png"]
-    assert json.loads(first["completion"]) == [turn("assistant", "1")]
-    assert second["images"] == [f"{llava}/a.png", f"{llava}/b.png"]
-    assert json.loads(second["prompt"]) == [turn("user", PARTS), *completion[:2]]
-    assert json.loads(second["completion"]) == [turn("assistant", "2")]
+def test_images_stand_before_the_first_message_of_the_user(llava):
+    prompt = [turn("system", "1"), turn("user", "2"), turn("assistant", "3"), turn("user", "4")]
+    example = {"images": ["a.png", "b.png"], "prompt": prompt, "completion": [turn("assistant", "5")]}
+    (llava / "two.jsonl").write_text(json.dumps(example))
+    (row,) = tune.read_examples(f"{llava}/two.jsonl")
+    batch = tune.Collator(processor_for("Llava"), None, True)([row])
+    words = processor_for("Llava").tokenizer.decode(batch["input_ids"][0]).replace("<image> ", "<image>")
+    words = re.sub("(<image>)+", "<image>", words)
+    assert words == "1 a <image>a a <image>a 2 3 </s> 4 5 </s>"
 
 
 def test_a_picture_of_16_bits_keeps_its_content(tmp_path):
@@ -209,87 +261,12 @@ def test_a_picture_of_16_bits_keeps_its_content(tmp_path):
 
 def test_workers_find_a_bad_line_as_one_process_does(llava, capsys):
     (llava / "bad.jsonl").write_text(f"{line(['a.png'])}\n{line(['truncated.png'])}\n")
-    options = ["--train_file", f"{llava}/bad.jsonl", "--dataset_num_proc", "2"]
+    options = ["--train_file", f"{llava}/bad.jsonl", "--dataloader_num_workers", "2"]
     refused = refusal(capsys, llava, "image_lora", "bad", *options)
     assert "bad.jsonl, line 2: OSError: image file is truncated" in refused
 
 
-# 3. LoRA at visual tokens
-def lora_at_visual_tokens(family="Llava"):
-    config = peft.LoraConfig(init_lora_weights=False, target_modules=r".*language_model.*v_proj")
-    return at_visual_tokens(peft.get_peft_model(tiny_hf_vlm(family), config))
-
-
-@TWO_FAMILIES
-def test_lora_at_visual_tokens_is_lora_there_and_nothing_elsewhere(family):
-    batch, updates = hf_prompt(family), []
-    config = peft.LoraConfig(init_lora_weights=False, target_modules=r".*language_model.*v_proj")
-    model = peft.get_peft_model(tiny_hf_vlm(family), config)
-    for name, module in model.named_modules():
-        if ".lora_B." in name:
-            module.register_forward_hook(lambda _, args, update: updates.append(update))
-    logits_of(model, batch)
-    logits_of(at_visual_tokens(model), batch)
-    visual = batch["input_ids"] == PICTURE
-    plain, _, first, second = updates  # of the two layers, at first of plain LoRA
-    assert torch.equal(first[visual], plain[visual])
-    assert second[visual].any()
-    assert not first[~visual].any()
-    assert not second[~visual].any()
-
-
-def test_lora_at_visual_tokens_stays_so_however_often_it_is_saved_and_is_never_merged(tmp_path):
-    model = lora_at_visual_tokens()
-    expected = logits_of(model, hf_prompt())
-    for folder in (tmp_path / "once", tmp_path / "twice"):
-        model.save_pretrained(folder)
-        model = load_at_visual_tokens(tiny_hf_vlm(), folder)
-        assert torch.equal(logits_of(model, hf_prompt()), expected)
-        for merge in (model.merge_and_unload, model.merge_adapter):
-            with pytest.raises(ValueError, match="cannot be merged"):
-                merge()
-        for open_alone in (partial(peft.PeftModel.from_pretrained, tiny_hf_vlm()), tiny_hf_vlm().load_adapter):
-            with pytest.raises(ValueError, match=r"at visual tokens: use load_at_visual_tokens\(\)"):
-                open_alone(folder)
-
-
-def test_lora_at_visual_tokens_never_takes_the_mask_of_another_call():
-    """A part of the model is refused, in training as well. With a gradient checkpoint a layer may run again."""
-    model, batch = lora_at_visual_tokens(), hf_prompt()
-    base = model.get_base_model()
-    logits_of(model, batch)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="no call of model"):
-            base.model(**batch)
-    expected = gradients(model, batch)
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    torch.testing.assert_close(gradients(model, batch), expected)
-
-
-def gradients(model, batch):
-    model.zero_grad()
-    loss_of(model, batch).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def test_lora_at_visual_tokens_needs_input_ids_by_name_or_as_the_first_argument():
-    model, batch = lora_at_visual_tokens(), hf_prompt()
-    expected = logits_of(model, batch)
-    ids = batch.pop("input_ids")
-    assert torch.equal(model(ids, **batch).logits, expected)
-    embeddings = model.get_input_embeddings()(ids)
-    with pytest.raises(ValueError, match="LoRA at visual tokens finds them in input_ids"):
-        model(inputs_embeds=embeddings, **batch)
-
-
-def test_lora_at_all_tokens_is_not_loaded_as_lora_at_visual_tokens(tmp_path):
-    config = peft.LoraConfig(target_modules=r".*language_model.*v_proj")
-    peft.get_peft_model(tiny_hf_vlm(), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="adapts all tokens"):
-        load_at_visual_tokens(tiny_hf_vlm(), tmp_path)
-
-
-# 4. Going on, or refusing to
+# 3. Going on, or refusing to
 def refusal(capsys, *command):
     """The one line that a refused command prints."""
     with pytest.raises(SystemExit) as refused:
@@ -303,90 +280,97 @@ OTHER = {
     "--r 4": "--r 8",
     "--num_heads 2": "--num_heads None",
     "--learning_rate 0.01": "--learning_rate 0.02",
-    "--optim sgd": "--optim adamw_torch",
+    "--dtype float32": "--dtype bfloat16",
     "--num_train_epochs 2": "--num_train_epochs 3",
-    "--train_file {}/text.jsonl": "--train_file of sha256 ",
+    "--train_file {}/text.jsonl --method lora": "--train_file of sha256 ",
+    "--train_file {}/elsewhere/train.jsonl": "--train_file of sha256 ",
     "--model {}/other": "--model of sha256 ",
 }
 
 
 @pytest.mark.parametrize("options", OTHER)
 def test_a_run_goes_on_only_with_what_it_began_with(options, llava, llava_run, capsys):
+    """With the same images, too: elsewhere there is another a.png."""
     if not (llava / "other").exists():
         shutil.copytree(llava / "base", llava / "other")
         other = tiny_hf_vlm()
         other.lm_head.weight.data += 1
         other.save_pretrained(llava / "other")
-    checkpoint = f"{llava_run}/checkpoint-4"
-    more = ["--save_steps", "4", "--resume_from_checkpoint", checkpoint, *options.format(llava).split()]
-    refused = refusal(capsys, llava, "image_lora", "bad", *more)
-    assert f"{checkpoint} was made with {OTHER[options]}" in refused
+        (llava / "elsewhere").mkdir()
+        shutil.copy(llava / "train.jsonl", llava / "elsewhere")
+        for name in ("a.png", "b.png"):
+            shutil.copy(llava / "b.png", llava / "elsewhere" / name)
+    more = ["--save_steps", "4", *RESUME, *options.format(llava).split()]
+    refused = refusal(capsys, llava, "image_lora", "run", *more)
+    assert f"{llava_run} was made with " in refused
+    assert OTHER[options] in refused
     assert refused.endswith("; resume it with these")
 
 
-def test_true_takes_the_last_complete_checkpoint(llava, llava_run, capsys):
-    """Without training_args.bin, which only the program that wrote it can read; and not one that was killed."""
+def test_it_goes_on_from_the_last_complete_checkpoint(llava, llava_run, capsys):
+    """Also in other places and with other logs; and not from one that was killed while it was written."""
     expected = torch.load(llava_run / "adapter.pt")["layers"]["0"]["B"]
-    shutil.copytree(llava_run, llava / "killed")
-    (llava / "killed" / "checkpoint-12" / "tune.json").unlink()
-    (llava / "killed" / "checkpoint-8" / "training_args.bin").unlink()
-    again = tuned(llava, "image_lora", "killed", "--save_steps", "4", "--resume_from_checkpoint", "true")
+    stopped(llava_run, llava / "killed", after=8)
+    shutil.copytree(llava_run / "checkpoint-4", llava / "killed" / "checkpoint-9")
+    for name in ("train.jsonl", "a.png", "b.png"):
+        (llava / "moved").mkdir(exist_ok=True)
+        shutil.copy(llava / name, llava / "moved")
+    state = llava / "killed" / "checkpoint-9" / "trainer_state.json"
+    state.write_text(state.read_text()[:-3])
+    (llava / "killed" / "checkpoint-8" / "training_args.bin").unlink()  # only the program that wrote it can read it
+    options = f"--save_steps 4 --train_file {llava}/moved/train.jsonl --logging_steps 1".split()
+    again = tuned(llava, "image_lora", "killed", *options, *RESUME)
     assert torch.equal(again.model.image_lora.layers["0"].B, expected)
     assert again.state.global_step == 12
     for number in (4, 8, 12):
-        (llava / "killed" / f"checkpoint-{number}" / "optimizer.pt").unlink()
-    refused = refusal(capsys, llava, "image_lora", "killed", "--save_steps", "4", "--resume_from_checkpoint", "true")
-    assert "--resume_from_checkpoint true: no complete checkpoint with an optimizer is there" in refused
+        (llava / "killed" / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    refused = refusal(capsys, llava, "image_lora", "killed", *options, *RESUME)
+    assert f"no checkpoint in {llava}/killed is complete; start again with a new --output_dir" in refused
 
 
-def test_a_checkpoint_without_an_optimizer_is_refused(llava, capsys):
-    tuned(llava, "lora", "only_model", "--save_only_model", "true", "--max_steps", "2", "--save_steps", "1")
-    more = ["--max_steps", "2", "--resume_from_checkpoint", f"{llava}/only_model/checkpoint-1"]
-    assert "no complete checkpoint with an optimizer is there" in refusal(capsys, llava, "lora", "bad", *more)
-
-
-@pytest.mark.parametrize("place", ["base", "link", "base/inside", "."])
-def test_no_base_is_destroyed(place, llava, capsys):
-    """Not through a link either."""
+@pytest.mark.parametrize("place", ["base", "link", ".", "run"])
+def test_nothing_is_overwritten(place, llava, llava_run, capsys):
+    """Neither a model nor another run, and not through a link either."""
     if place == "link" and not (llava / "link").exists():
         (llava / "link").symlink_to("base")
     before = {path: path.read_bytes() for path in (llava / "base").iterdir()}
     for method in METHODS:
-        refused = refusal(capsys, llava, method, place)
-        assert "could overwrite the model in it; choose another folder" in refused
+        assert "is not empty; choose a new one, or" in refusal(capsys, llava, method, place)
     assert {path: path.read_bytes() for path in (llava / "base").iterdir()} == before
 
 
-# 5. What else is refused
+# 4. What else is refused
+def example(images=(), prompt=({"role": "user", "content": "a"},), completion=({"role": "assistant", "content": "a"},)):
+    return json.dumps({"images": images, "prompt": prompt, "completion": completion})
+
+
+KEYS = "a line needs the keys images, prompt and completion, and no others"
+LISTS = "images, prompt and completion must be lists"
+TURN = "a turn needs a role and a content, which is a string, and no more"
+ONE_TURN = "a completion must be one turn of the assistant, after one of the user"
 BAD_LINES = {
     "no JSON": ("{'images'", "JSONDecodeError"),
-    "no object": ("[]", "a line needs the keys images, prompt, completion and no others; got []"),
-    "a key that is missing": ('{"images": [], "prompt": []}', "a line needs the keys images, prompt, completion and"),
-    "a key that would be lost": (line([])[:-1] + ', "tools": []}', "a line needs the keys images, prompt, completion"),
-    "strings for messages": ('{"images": [], "prompt": "a", "completion": "cat"}', "has no attribute 'get'"),
-    "a turn without a role": (line([]).replace('"role": "user", ', ""), "a turn needs a role and a content"),
-    "a number for a content": (line([], 7), "a turn needs a role and a content"),
-    "null for a content": (line([], None), "a turn needs a role and a content"),
-    "a part of an unknown form": (line([], prompt=[{"type": "image", "image": "a.png"}]), "a turn needs a role and a"),
-    "a part of an unknown type": (line([], [{"type": "video", "text": "a"}]), "a turn needs a role and a content"),
-    "a completion without turns": (
-        '{"images": [], "prompt": [], "completion": []}',
-        "no turn of the completion is the as",
-    ),
-    "an empty answer": (line([], ""), "a turn of the assistant in the completion is empty"),
-    "no prompt": (
-        '{"images": [], "prompt": [], "completion": [{"role": "assistant", "content": "a"}]}',
-        "no turn comes",
-    ),
+    "no object": ("[]", f"{KEYS}; got []"),
+    "a key that is missing": ('{"images": [], "prompt": []}', KEYS),
+    "a key that would be lost": (line([])[:-1] + ', "tools": []}', KEYS),
+    "a key that stands twice": ('{"images": ["a.png"], ' + line([])[1:], "a key stands twice in {'images'"),
+    "a string for images": (example(images="a.png"), LISTS),
+    "an empty string for images": (example(images=""), LISTS),
+    "a string for messages": (example(prompt="a"), LISTS),
+    "strings for messages": (example(prompt=["a"]), f"{TURN}; got 'a'"),
+    "a turn without a role": (line([]).replace('"role": "user", ', ""), TURN),
+    "a key of a turn that would be lost": (line([]).replace('"role"', '"name": "Ada", "role"'), TURN),
+    "a number for a content": (line([], 7), TURN),
+    "parts": (line([], prompt=[{"type": "text", "text": "a"}]), TURN),
+    "a role that does not exist": (line([], role="ser"), ONE_TURN),
+    "a completion without turns": (example(completion=[]), ONE_TURN),
+    "a completion of two turns": (example(completion=[turn("user", "a"), turn("assistant", "a")]), ONE_TURN),
+    "a prompt that ends with the assistant": (line([], role="assistant"), ONE_TURN),
+    "no prompt": (example(prompt=[]), ONE_TURN),
+    "an empty answer": (line([], " "), "the completion is empty"),
     "a missing image": (line(["c.png"]), "FileNotFoundError"),
     "a truncated image": (line(["truncated.png"]), "OSError: image file is truncated"),
     "a placeholder in a text": (line([], prompt="a <image> <|image_pad|>"), "a text contains the placeholder of an"),
-    "two images, one place": (line(["a.png", "b.png"], prompt=PARTS), "1 parts are images, but images names 2 files"),
-    "images in turns of strings": (
-        json.dumps({"images": ["a.png", "b.png"], "prompt": [turn("user", "a"), turn("assistant", "a")] * 2})[:-1]
-        + ', "completion": [{"role": "assistant", "content": "a"}]}',
-        "write all turns as parts",
-    ),
 }
 
 
@@ -402,35 +386,37 @@ def test_a_bad_line_is_named_before_training_begins(name, llava, capsys):
 
 def test_a_bad_line_of_the_evaluation_file_is_named_as_well(llava, capsys):
     (llava / "bad.jsonl").write_text(line(["truncated.png"]))
-    options = f"--eval_file {llava}/bad.jsonl --eval_strategy epoch".split()
-    assert f"{llava}/bad.jsonl, line 1: OSError" in refusal(capsys, llava, "image_lora", "bad", *options)
+    refused = refusal(capsys, llava, "image_lora", "bad", "--eval_file", f"{llava}/bad.jsonl")
+    assert f"{llava}/bad.jsonl, line 1: OSError" in refused
 
 
 BAD_OPTIONS = {
-    "--train_file {}/text.jsonl": "text.jsonl has an image, and image_lora learns from images alone",
-    "--train_file {}/text.jsonl --method lora_at_visual_tokens": "lora_at_visual_tokens learns from images alone",
-    "--resume_from_checkpoint no": "--resume_from_checkpoint no: no complete checkpoint with an optimizer is there",
+    "--train_file {}/text.jsonl": "no example of {}/text.jsonl has an image, as image_lora needs",
+    "--train_file {}/text.jsonl --method partial_lora": "has an image, as partial_lora needs",
     "--num_heads 5": "num_heads must be in 1..4, got 5",
-    "--num_heads 2 --method lora": "--num_heads chooses heads of a new --method image_lora",
+    "--num_heads 2 --method lora": "--num_heads is for --method image_lora; leave it out",
     "--max_length 2": "train.jsonl, line 1: ValueError: no token of the completion is left to learn",
-    "--push_to_hub true": "--push_to_hub would upload what from_pretrained() cannot load",
-    "--completion_only_loss false": "--completion_only_loss false is not supported",
-    "--eval_strategy epoch": "--eval_file and --eval_strategy need each other",
-    "--eval_file {}/text.jsonl": "--eval_file and --eval_strategy need each other",
-    "--load_best_model_at_end true": "requires the save and eval strategy to match",
-    "--early_stopping_patience 2": "--early_stopping_patience needs --eval_file and --load_best_model_at_end true",
+    "--early_stopping_patience 2": "--early_stopping_patience needs --eval_file",
+    "--resume_from_checkpoint true": "no checkpoint in {}/bad is complete",
     "--model {}/no": "no",
+    "--model {}/cut": "incomplete metadata, file not fully covered",
+    "--dtype float16": "argument --dtype: invalid choice: 'float16'",
+    "--lr_scheduler_type no": "no is not a valid SchedulerType",
+    "--push_to_hub true": "--push_to_hub true is no option of tune.py, which is there to be copied and changed",
+    "--packing": "--packing is no option of tune.py",
+    "--lr 1": "--lr 1 is no option of tune.py",  # no abbreviations
+    "--model_init_kwargs [] --init_from run": "is no option of tune.py",
 }
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_a_bad_option_is_refused_in_a_sentence(options, llava, capsys):
-    assert BAD_OPTIONS[options] in refusal(capsys, llava, "image_lora", "bad", *options.format(llava).split())
-
-
-def test_a_result_of_another_rank_is_refused_as_a_start(llava, llava_run, capsys):
-    refused = refusal(capsys, llava, "image_lora", "bad", "--init_from", str(llava_run), "--r", "4")
-    assert f"--init_from {llava_run} has rank 8; give --r 8" in refused
+    if not (llava / "cut").exists():
+        shutil.copytree(llava / "base", llava / "cut")
+        weights = (llava / "cut" / "model.safetensors").read_bytes()
+        (llava / "cut" / "model.safetensors").write_bytes(weights[:-100])
+    refused = refusal(capsys, llava, "image_lora", "bad", *options.format(llava).split())
+    assert BAD_OPTIONS[options].format(llava) in refused
 
 
 def test_the_extra_tune_installs_what_the_scripts_import():
@@ -438,9 +424,9 @@ def test_the_extra_tune_installs_what_the_scripts_import():
     extra = re.search(r"^tune = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M).group(1)
     installed = set(re.findall(r'"([a-z]+)', extra))
     imported = set()
-    for name in ("tune.py", "training_file.py", "lora_at_visual_tokens.py"):
+    for name in ("tune.py", "training_file.py", "partial_lora.py"):
         source = (Path(tune.__file__).parent / name).read_text()
         imported |= set(re.findall(r"^ *(?:from|import) (\w+)", source, re.M))
-    own = {"torch", "imagelora", "training_file", "lora_at_visual_tokens"}
+    own = {"torch", "imagelora", "training_file", "partial_lora"}
     packages = {"pillow" if name == "PIL" else name for name in imported - own - set(sys.stdlib_module_names)}
     assert packages | {"torchvision"} == installed

@@ -1,16 +1,12 @@
 """Reads the training file of tune.py, finds what is wrong with its lines, and makes batches of its examples.
 
-Each line is one example, and what the assistant says in its completion is learned. Image paths are relative to the
-file's folder. Examples without an image ("images": []) are useful to LoRA only, because the other two methods get no
-gradient from them.
+Each line is one example. Only its completion is learned. Images are placed before the user's first message, and their
+paths are relative to the file's folder. Examples without an image ("images": []) are useful to LoRA only, because the
+other two methods get no gradient from them.
 
     {"images": ["page.png"],
      "prompt": [{"role": "user", "content": "Where is the search box?"}],
      "completion": [{"role": "assistant", "content": "(412, 88)"}]}
-
-Here the image stands before the question. To say where images stand, write the content of every turn as parts:
-
-    {"role": "user", "content": [{"type": "text", "text": "Where is the search box?"}, {"type": "image"}]}
 """
 
 import json
@@ -19,8 +15,6 @@ from pathlib import Path
 from datasets import Dataset
 from PIL import Image, ImageOps
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
-IMAGE = {"type": "image"}  # a part of a turn, where an image stands
 
 
 class Collator(DataCollatorForVisionLanguageModeling):
@@ -43,73 +37,55 @@ def open_image(path: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_examples(file: str, collate: Collator, placeholders: set[int], share=(0, 1), num_proc=None) -> Dataset:
-    """The examples of a file. Each becomes a batch once, so that a bad line is found now and not after hours.
-
-    placeholders: the token ids that stand for images. share (i, n): this is process i of n, which share this work; None
-    skips it. num_proc: the number of workers for it."""
+def read_examples(file: str) -> Dataset:
     rows = []
     for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
         place = f"{file}, line {number}"
         try:
-            rows += [row | {"place": place} for row in rows_of(json.loads(line), Path(file).parent)]
+            if line.strip():
+                example = json.loads(line, object_pairs_hook=object_of)
+                rows.append(row_of(example, Path(file).parent) | {"place": place})
         except Exception as error:
             raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
     if not rows:
         raise ValueError(f"{file} is empty")
-    examples = Dataset.from_list(rows)
+    return Dataset.from_list(rows)
 
-    def try_row(row):
+
+def check_examples(examples: Dataset, collate: Collator, placeholders: set[int], num_workers: int) -> None:
+    """Makes each example a batch once, so that a bad line is found now and not after hours."""
+
+    def check(row):
         try:
-            if not placeholders.isdisjoint(collate.processor.tokenizer(row["text"])["input_ids"]):
+            if not placeholders.isdisjoint(collate.processor.tokenizer(row["prompt"] + row["completion"])["input_ids"]):
                 raise ValueError("a text contains the placeholder of an image; leave it out, it is added for you")
             if (collate([row])["labels"] == -100).all():
                 raise ValueError("no token of the completion is left to learn")
         except Exception as error:
             raise ValueError(f"{row['place']}: {type(error).__name__}: {error}") from None
 
-    if share is not None:
-        index, count = share
-        mine = examples.select(range(index, len(rows), count))
-        mine.map(try_row, num_proc=num_proc, desc=f"checking {file}", new_fingerprint="tried")
-    return examples
+    examples.map(check, num_proc=num_workers or None, desc="checking", new_fingerprint="checked")
 
 
-def rows_of(example: dict, folder: Path) -> list[dict]:
-    """A row for each of the assistant's turns in the completion; the turns before it become its prompt."""
-    keys = ["images", "prompt", "completion"]
-    if not isinstance(example, dict) or sorted(example) != sorted(keys):
-        raise ValueError(f"a line needs the keys {', '.join(keys)} and no others; got {example!r:.80}")
-    images = [str(folder / path) for path in example["images"]]
+def object_of(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice in {dict(pairs)!r:.80}")
+    return dict(pairs)
+
+
+def row_of(example: dict, folder: Path) -> dict:
+    if not isinstance(example, dict) or sorted(example) != ["completion", "images", "prompt"]:
+        raise ValueError(f"a line needs the keys images, prompt and completion, and no others; got {example!r:.80}")
+    if not all(isinstance(value, list) for value in example.values()):
+        raise ValueError(f"images, prompt and completion must be lists; got {example!r:.80}")
     turns = example["prompt"] + example["completion"]
-    parts = [parts_of(turn) for turn in turns]
-    num_images = [turn_parts.count(IMAGE) for turn_parts in parts]  # in each turn
-    texts = [" ".join(part["text"] for part in turn_parts if part != IMAGE) for turn_parts in parts]
-    users = [turn["content"] for turn in turns if turn["role"] == "user"]
-    has_strings = any(isinstance(content, str) for content in users)
-    if has_strings and len(users) > 1 and (len(images) > 1 or any(num_images)):
-        raise ValueError("a string does not say which images stand in its turn; write all turns as parts")
-    if any(num_images) and sum(num_images) != len(images):
-        raise ValueError(f"{sum(num_images)} parts are images, but images names {len(images)} files")
-    rows = []
-    for i in range(len(example["prompt"]), len(turns)):
-        if turns[i]["role"] == "assistant":
-            if i == 0 or not texts[i].strip():
-                raise ValueError("a turn of the assistant in the completion is empty, or no turn comes before it")
-            shown = images[: sum(num_images[:i])] if any(num_images) else images
-            row = {"images": shown, "prompt": json.dumps(turns[:i]), "completion": json.dumps([turns[i]])}
-            rows.append(row | {"text": " ".join(texts)})
-    if not rows:
-        raise ValueError("no turn of the completion is the assistant's, so there is nothing to learn")
-    return rows
-
-
-def parts_of(turn: dict) -> list[dict]:
-    """The content of a turn as a list of parts."""
-    content = turn.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    texts = [part for part in parts if part != IMAGE] if isinstance(parts, list) else [{}]
-    if "role" not in turn or any(part != {"type": "text", "text": part.get("text")} for part in texts):
-        form = 'a string, or parts like {"type": "text", "text": "a cat"} and {"type": "image"}'
-        raise ValueError(f"a turn needs a role and a content, which is {form}; got {turn!r:.80}")
-    return parts
+    for turn in turns:
+        if not isinstance(turn, dict) or sorted(turn) != ["content", "role"] or not isinstance(turn["content"], str):
+            raise ValueError(f"a turn needs a role and a content, which is a string, and no more; got {turn!r:.80}")
+    # Were the turn before the completion another one of the assistant, TRL would learn its end, too.
+    if len(example["completion"]) != 1 or [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+        raise ValueError("a completion must be one turn of the assistant, after one of the user at the prompt's end")
+    if not turns[-1]["content"].strip():
+        raise ValueError("the completion is empty")
+    row = {"images": [str(folder / path) for path in example["images"]]}
+    return row | {name: json.dumps(example[name], ensure_ascii=False) for name in ("prompt", "completion")}

@@ -1,0 +1,96 @@
+"""Partial LoRA (arXiv 2401.16420) for Hugging Face models: a LoRA of PEFT that adapts visual tokens only.
+
+    model = partial_lora(model, r=8, lora_alpha=16)         # then train it as any model of PEFT
+    model.save_pretrained("runs/partial_lora")
+    model = load_partial_lora(base, "runs/partial_lora")    # later, on a fresh copy of the base model
+
+Prompts without images and videos get the output of the base model, bit for bit. So there are no biases, no PiSSA, no
+new embeddings, and whatever else of PEFT would change text."""
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+# Saved as init_lora_weights, so that PEFT refuses to open the folder, because it would adapt all tokens.
+MARK = "Partial LoRA: use load_partial_lora()"
+
+
+def partial_lora(model, r=8, lora_alpha=16, projections=("q_proj", "k_proj", "v_proj", "o_proj")) -> PeftModel:
+    """Adds a new LoRA to these linear layers of the decoder, which starts as zero and adapts visual tokens only."""
+    check_base(model)
+    targets = rf".*(language|text)_model\.layers\..*\.({'|'.join(projections)})"  # vision towers have a v_proj, too
+    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
+    VisualTokens(model)
+    return model
+
+
+def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
+    """Adds the Partial LoRA that save_pretrained() has written to a base model."""
+    check_base(model)
+    config = PeftConfig.from_pretrained(folder)
+    if getattr(config, "init_lora_weights", None) != MARK:
+        raise ValueError(f"{folder} holds no Partial LoRA; load it with PeftModel.from_pretrained()")
+    config.init_lora_weights = True
+    model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
+    VisualTokens(model)
+    return model
+
+
+def check_base(model) -> None:
+    if getattr(model, "peft_config", None):
+        choices = "r, lora_alpha and projections=['q_proj', ...]"
+        raise ValueError(f"Partial LoRA is a LoRA of its own; give it a model without an adapter, and {choices}")
+
+
+class VisualTokens:
+    """Knows which tokens of a call are visual, and sets what LoRA adds to all others to zero."""
+
+    def __init__(self, model: PeftModel):
+        base = model.get_base_model()
+        fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        self.ids = [getattr(base.config, field) for field in fields if getattr(base.config, field, None) is not None]
+        if not self.ids:
+            raise ValueError("Partial LoRA finds visual tokens by image_token_id in the model's config, which lacks it")
+        self.is_text = None  # [B, T], of the last call
+        self.is_called = False
+        self.hooks = [base.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
+        self.hooks += [base.register_forward_hook(self.end_call, always_call=True)]
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.lora_A["default"].register_forward_hook(self.zero_at_text)
+                layer.merge = refuse_to_merge
+        self.lora_model = model.base_model
+        self.lora_model.unload = self.unload
+        model.peft_config["default"].init_lora_weights = MARK
+
+    def begin_call(self, base, args, kwargs):
+        if [config.init_lora_weights for config in base.peft_config.values()] != [MARK]:
+            raise ValueError("Partial LoRA must be the only adapter, but one was added or deleted; call unload()")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or ids.is_floating_point():
+            raise ValueError("Partial LoRA finds visual tokens in input_ids, which this call lacks; pass them")
+        # Gradient checkpointing runs a layer again in backward(), which must come before the next call.
+        self.is_text = torch.isin(ids, torch.tensor(self.ids, device=ids.device), invert=True)
+        self.is_called = True
+
+    def zero_at_text(self, A, args, z):  # z = x A, [B, T, r], and with it the update z B
+        in_backward = torch._C._current_graph_task_id() != -1  # torch's checkpointing asks like this, too
+        if not self.is_called and not in_backward:
+            raise RuntimeError("no call of model(...) says which tokens are visual; do not call a part of the model")
+        if z.shape[:-1] != self.is_text.shape:
+            shapes = f"{list(z.shape[:-1])} instead of {list(self.is_text.shape)} tokens"
+            raise RuntimeError(f"a layer with Partial LoRA got {shapes}; leave it out of projections")
+        return z.masked_fill(self.is_text[..., None].to(z.device), 0)
+
+    def end_call(self, *_):
+        self.is_called = False
+
+    def unload(self):
+        """PEFT's own, which would leave the hooks on the base."""
+        for hook in self.hooks:
+            hook.remove()
+        return type(self.lora_model).unload(self.lora_model)
+
+
+def refuse_to_merge(*_, **__):
+    raise ValueError("Partial LoRA cannot be merged, because merged weights would adapt all tokens")
