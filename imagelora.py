@@ -193,9 +193,9 @@ def score_heads(
     _, decoder, _ = checked_model(model)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
     required_grad = requires_grad(model)
-    with torch.random.fork_rng(devices=[]):  # attach draws an A that is not used, and the caller's numbers stay
+    with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
-    model.requires_grad_(False)  # Gradients of what PEFT has added would stay behind.
+    model.requires_grad_(False)  # Otherwise backward() would leave gradients in PEFT's parameters.
     for layer in adapter.layers.values():
         layer.B.requires_grad_(True)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -284,7 +284,7 @@ class CallTracker:
     tensors, so that a layer called alone is refused. A checkpoint that holds the whole model runs model(...) again in
     the backward pass, and that counts as a first run.
 
-    The hook is at the norm, because transformers 5 runs a layer again without the layer's own hooks. All norms of a
+    pass_on hooks the norm, because transformers 5 runs a layer again without the layer's own hooks. All norms of a
     layer have it; where v_proj does not read a norm's output, nothing reads what the hook leaves there. If there is no
     norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
 
@@ -307,8 +307,8 @@ class CallTracker:
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is not None:
-            # They may be the first layer's input, and the caller may give them again under another mask, whose Call
-            # would replace this one before its backward pass.
+            # Cloned, because the first layer may read this very tensor. If the caller passed it again with another mask
+            # before this call's backward pass, the new Call would replace this one on it.
             kwargs["inputs_embeds"] = embeddings.clone()
         overrides = OVERRIDES.get({})
         mask = overrides.get((self, "mask"))
@@ -434,7 +434,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         options = content.get("normalize", True), content.get("train_gamma", True)  # the authors' files have neither
-        with torch.random.fork_rng(devices=[]):  # attach draws an A that is replaced, and the caller's numbers stay
+        with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
             adapter = attach(model, content["r"], content["alpha"], heads, *options)
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise ValueError("the model is on the meta device; give it its weights first")
@@ -490,7 +490,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def write_whole_file(content: dict, path: Path) -> None:
-    """torch.save, which alone does not notice a full disk and leaves half a file if it is killed."""
+    """Write all of a file or nothing. torch.save alone ignores a full disk, and leaves half a file if it is killed."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)

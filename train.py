@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and check what the paper says.
 
-python train.py                  measure, probe, select, train, measure again: less than a minute on two CPU cores
+python train.py                  measure, probe, select, train, measure again: about a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 Image-LoRA is imagelora.py. LoRA and Partial LoRA are in data/methods.py, with the settings of all methods compared.

@@ -29,8 +29,8 @@ class Method:
     projections: str = option("qkvo", "which of q, k, v and o lora and partial_lora adapt", ("qkvo", "v"))
     heads: str = option(
         "top",
-        "top: the most influential by the probe; bottom: the least; random: any, and like bottom\n"
-        "as many in each layer as top; gate: top by the score of the authors' release; all;\n"
+        "top: the most influential by the probe; bottom: the least; random: any (bottom and random take\n"
+        "as many heads in each layer as top does); gate: top by the score of the authors' release; all;\n"
         "or a list of layer.head, such as 1.3,2.0",
     )
     num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", least=1)
@@ -71,7 +71,7 @@ class LoRA(nn.Module):
     visual_only: only visual tokens are adapted, which makes it Partial LoRA.
     As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
 
-    Partial LoRA keeps the visual rows of the model's last call. It may, because here a layer only ever runs inside that
+    Partial LoRA keeps the visual rows of the model's last call. That is safe: here a layer only ever runs inside that
     call: one thread calls the model, and without checkpoints no layer runs again in the backward pass."""
 
     def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", visual_only: bool = False):

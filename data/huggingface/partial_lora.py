@@ -5,18 +5,18 @@
     model = load_partial_lora(base, "runs/partial_lora")    # later, on a fresh copy of the base model
 
 Prompts without images and videos get the output of the base model, bit for bit. So there are no biases, no PiSSA, no
-new embeddings, and whatever else of PEFT would change text."""
+new embeddings, and no other option of PEFT that would change those outputs."""
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-# Saved as init_lora_weights, so that PEFT refuses to open the folder, because it would adapt all tokens.
+# Saved as init_lora_weights, which makes PEFT refuse the folder. Otherwise PEFT would load it and adapt all tokens.
 MARK = "Partial LoRA: use load_partial_lora()"
 
 
 def partial_lora(model, r=8, lora_alpha=16, projections=("q_proj", "k_proj", "v_proj", "o_proj")) -> PeftModel:
-    """Adds a new LoRA to these linear layers of the decoder, which starts as zero and adapts visual tokens only."""
+    """Adds a new LoRA to these linear layers of the decoder. It starts at zero and adapts visual tokens only."""
     check_base(model)
     targets = rf".*(language|text)_model\.layers\..*\.({'|'.join(projections)})"  # vision towers have a v_proj, too
     model = get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
@@ -25,7 +25,7 @@ def partial_lora(model, r=8, lora_alpha=16, projections=("q_proj", "k_proj", "v_
 
 
 def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
-    """Adds the Partial LoRA that save_pretrained() has written to a base model."""
+    """Adds to a base model the Partial LoRA that save_pretrained() has written."""
     check_base(model)
     config = PeftConfig.from_pretrained(folder)
     if getattr(config, "init_lora_weights", None) != MARK:
@@ -86,7 +86,7 @@ class VisualTokens:
         self.is_called = False
 
     def unload(self):
-        """PEFT's own, which would leave the hooks on the base."""
+        """Does what PEFT's unload() does, and also removes our hooks, which PEFT would leave on the base."""
         for hook in self.hooks:
             hook.remove()
         return type(self.lora_model).unload(self.lora_model)
