@@ -8,17 +8,16 @@ heads.png          what each head alone can learn, against its influence; drawn 
 """
 
 import csv
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import train
 from data import pictures
-from data.base import ROOT, load_base, screens_and_features
+from data.base import ROOT, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
-from data.walk import show_attention, show_changes
+from data.walk import show_attention, show_question
 
 FRAMES = 32  # of the moving picture, about
 
@@ -36,30 +35,27 @@ def make_figures(cfg: FiguresConfig) -> None:
     run = train.Config(device=cfg.device)
     # Many frames at the start, where clicks move, and few at the end.
     filmed_steps = {round(run.steps * (frame / FRAMES) ** 2) for frame in range(FRAMES + 1)}
-    film = []  # [(step, answers), ...]
+    base = load_base(run.base, find_device(run.device))
+    test = screens_and_features(base, "switches", "test", 9)
+    _, base_answers = evaluate(base, *test)
+    frames = []
 
-    def look(step: int, model) -> None:
+    def film(step: int, model) -> None:
         if step in filmed_steps:
-            # Every seventh answer about nine screens: six, each about another screen, of words and icons.
-            _, answers = evaluate(model, *screens_and_features(model, "switches", "test", 9))
-            film.append((step, answers[::7]))
+            _, answers = evaluate(model, *test)
+            # Every seventh of the answers: six, each about another screen, of words and icons.
+            frames.append(pictures.frame(f"step {step:,} of {run.steps:,}", base_answers[::7], answers[::7]))
 
-    look(0, load_base(run.base))
-    tuned = train.finetune(run, verbose=True, after_step=look)
+    film(0, base)
+    tuned = train.finetune(run, verbose=True, after_step=film)
+    pictures.save(frames, out / "training.gif")
     pictures.save([pictures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
-    pictures.save(pictures.moving_picture(film), out / "training.gif")
-    show_changes(tuned.model, tuned.adapter, tuned.answers[0], out / "tensors.png")
-    show_attention(tuned.model, tuned.adapter, tuned.base_answers, tuned.answers, out / "look.png")
-    rows = runs_of_one_head()
+    show_question(tuned, out / "tensors.png")
+    show_attention(tuned, out / "look.png")
+    with open(ROOT / "data/study/runs.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("influence")]  # those that adapt one head
     if rows:
         pictures.save([pictures.heads_alone(rows)], out / "heads.png")
-
-
-def runs_of_one_head() -> list[dict]:
-    """The study's runs that adapt one head, which is named as layer.head."""
-    with open(ROOT / "data/study/runs.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if row["task"] == "grounding" and re.fullmatch(r"\d+\.\d+", row["heads"])]
 
 
 if __name__ == "__main__":
