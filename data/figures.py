@@ -14,7 +14,7 @@ from pathlib import Path
 
 import train
 from data import pictures
-from data.base import ROOT, find_device, load_base, screens_and_features
+from data.base import ROOT, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.walk import show_attention, show_question
@@ -25,29 +25,30 @@ FRAMES = 32  # of the moving picture, about
 @dataclass
 class FiguresConfig:
     out: str = option("data/figures", "directory of the pictures")
-    device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
 
 
 def make_figures(cfg: FiguresConfig) -> None:
     """The demo's run, filmed; then its pictures."""
     out = Path(cfg.out)
     make_directory(out)
-    run = train.Config(device=cfg.device)
+    run = train.Config()
     # Many frames at the start, where clicks move, and few at the end.
     filmed_steps = {round(run.steps * (frame / FRAMES) ** 2) for frame in range(FRAMES + 1)}
-    base = load_base(run.base, find_device(run.device))
-    test = screens_and_features(base, "switches", "test", 9)
-    _, base_answers = evaluate(base, *test)
-    frames = []
+    film = {}  # {step: answers, ...}
 
-    def film(step: int, model) -> None:
+    def look(step: int, model) -> None:
         if step in filmed_steps:
-            _, answers = evaluate(model, *test)
-            # Every seventh of the answers: six, each about another screen, of words and icons.
-            frames.append(pictures.frame(f"step {step:,} of {run.steps:,}", base_answers[::7], answers[::7]))
+            # Every seventh answer about nine screens: six, each about another screen, of words and icons.
+            _, answers = evaluate(model, *screens_and_features(model, "switches", "test", 9))
+            film[step] = answers[::7]
 
-    film(0, base)
-    tuned = train.finetune(run, verbose=True, after_step=film)
+    look(0, load_base(run.base))
+    tuned = train.finetune(run, verbose=True, after_step=look)
+    frames = []
+    for step, answers in film.items():
+        hits = sum(map(pictures.is_correct, answers))
+        headline = f"step {step:,} of {run.steps:,}:  {hits} of {len(answers)} clicks hit"
+        frames.append(pictures.page(list(map(pictures.clicks_panel, film[0], answers)), 3, headline))
     pictures.save(frames, out / "training.gif")
     pictures.save([pictures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
     show_question(tuned, out / "tensors.png")

@@ -117,32 +117,8 @@ def clicks_panel(base_answer: Answer, answer: Answer) -> tuple:
     return Image.fromarray(answer.screen.image), answer.sample, verdict, (base_answer.output, answer.output)
 
 
-def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Image:
-    """Eleven of the answers, evenly chosen, and the first one that is wrong, if any is."""
-    wrong = [i for i, answer in enumerate(answers) if not is_correct(answer)]
-    evenly = [twelfth * len(answers) // 12 for twelfth in range(11)]
-    panels = [clicks_panel(base_answers[i], answers[i]) for i in sorted({*evenly, *wrong[:1]})]
-    return page(panels, 4, f"{1 - len(wrong) / len(answers):.1%} of {len(answers):,} are correct")
-
-
-def frame(step: str, base_answers: list[Answer], answers: list[Answer]) -> Image.Image:
-    """The answers at a step of training, for the moving picture."""
-    hits = sum(map(is_correct, answers))
-    panels = [clicks_panel(*pair) for pair in zip(base_answers, answers)]
-    return page(panels, 3, f"{step}:  {hits} of {len(answers)} clicks hit")
-
-
-def attention_picture(columns: list[tuple], head_name: str) -> Image.Image:
-    """Where a head looks. columns: (base answer, answer, base weights, weights), its attention on patches."""
-    before = f"Before fine-tuning: where {head_name} looks (bright), and how much of its attention is on the target"
-    panels = [attention_panel(answer, base_weights) for _, answer, base_weights, _ in columns]
-    panels += [attention_panel(answer, weights) for _, answer, _, weights in columns]
-    panels += [clicks_panel(base_answer, answer) for base_answer, answer, _, _ in columns]
-    return page(panels, len(columns), titles=(before, "After fine-tuning", "The clicks"))
-
-
 def attention_panel(answer: Answer, weights: torch.Tensor) -> tuple:
-    """A screen, the darker the less a head looks there."""
+    """A screen, the darker the less a head looks there, and its attention to the target. weights: [side, side]."""
     shade = 205 - 205 * (weights / weights.max()).sqrt()
     mask = Image.fromarray(shade.byte().cpu().numpy()).resize((SIZE, SIZE), Image.Resampling.NEAREST)
     picture = Image.composite(Image.new("RGB", mask.size, "#101828"), Image.fromarray(answer.screen.image), mask)
@@ -156,6 +132,14 @@ def share_on(box: Box, weights: torch.Tensor) -> torch.Tensor:
     rows = slice(top // size, (bottom - 1) // size + 1)
     columns = slice(left // size, (right - 1) // size + 1)
     return weights[..., rows, columns].sum((-2, -1))
+
+
+def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Image:
+    """Eleven of the answers, evenly chosen, and the first one that is wrong, if any is."""
+    wrong = [i for i, answer in enumerate(answers) if not is_correct(answer)]
+    evenly = [twelfth * len(answers) // 12 for twelfth in range(11)]
+    panels = [clicks_panel(base_answers[i], answers[i]) for i in sorted({*evenly, *wrong[:1]})]
+    return page(panels, 4, f"{1 - len(wrong) / len(answers):.1%} of {len(answers):,} are correct")
 
 
 def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: list, screen: np.ndarray) -> Image.Image:
@@ -238,8 +222,7 @@ def heads_alone(rows: list[dict]) -> Image.Image:
     # The axes
     sheet = Sheet(1940)
     sheet.write(MARGIN, MARGIN + 36, "switches clicked with one head alone, %", font=LARGE)
-    for percent in range(0, 101, 20):
-        height = np.interp(percent, (0, 100), (bottom, top))
+    for percent, height in zip(range(0, 101, 20), np.linspace(bottom, top, 6)):
         sheet.draw.line((left, height, right, height), PALE, 4)
         sheet.write(left - 24, height, str(percent), GREY, "rm")
     for power in range(math.ceil(lowest), math.floor(highest) + 1):

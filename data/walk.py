@@ -122,20 +122,22 @@ def show_attention(tuned: train.Finetuned, path: Path) -> None:
     answers = tuned.answers
     questions = answers[:100]  # enough for a mean
     shares = [pictures.share_on(answer.sample["bbox"], attention_maps(tuned, answer)) for answer in questions]
-    before, after = torch.stack(shares).mean(0)  # [L, H_q]
-    layer, head = divmod(int((after - before).argmax()), after.shape[1])
-
+    base_share, share = torch.stack(shares).mean(0)  # [L, H_q]
+    layer, head = divmod(int((share - base_share).argmax()), share.shape[1])
     wrong = [i for i, answer in enumerate(answers) if not pictures.is_correct(answer)]
     last = max(wrong, default=len(answers) - 1)
-    columns = []
+    before, after, clicks = [], [], []  # panels
     for i in (0, len(answers) // 5, 2 * len(answers) // 5, last):
         base_weights, weights = attention_maps(tuned, answers[i])[:, layer, head]
-        columns.append((tuned.base_answers[i], answers[i], base_weights, weights))
-
+        before.append(pictures.attention_panel(answers[i], base_weights))
+        after.append(pictures.attention_panel(answers[i], weights))
+        clicks.append(pictures.clicks_panel(tuned.base_answers[i], answers[i]))
     name = f"head {head} of layer {layer}"
-    pictures.save([pictures.attention_picture(columns, name)], path)
+    title = f"Before fine-tuning: where {name} looks (bright), and how much of its attention is on the target"
+    picture = pictures.page(before + after + clicks, 4, titles=(title, "After fine-tuning", "The clicks"))
+    pictures.save([picture], path)
     station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
-    growth = f"from {before[layer, head]:.0%} to {after[layer, head]:.0%}"
+    growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}"
     station("", f"their share of its attention went {growth}, the mean over {len(questions)} questions")
 
 
@@ -162,21 +164,19 @@ def attention_maps(tuned: train.Finetuned, answer: Answer) -> Tensor:
 @torch.no_grad()
 def queries_keys_values(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> list[Tensor]:
     """Rotated queries [2, L, H_q, T, d_h] and keys, and values [2, L, H, T, d_h], before and after fine-tuning."""
-    layers = []
+    queries = []
 
-    def keep(attention, arguments, output):
+    def keep_queries(attention, arguments):
         x, angles, *_ = arguments
-        _, (keys, values) = output
-        queries = rotate(attention.split_heads(attention.q_proj(x)), angles)
-        layers.append((queries, keys, values))
+        queries.append(rotate(attention.split_heads(attention.q_proj(x)), angles))
 
-    hooks = [layer.self_attn.register_forward_hook(keep) for layer in model.language_model.layers]
+    hooks = [layer.self_attn.register_forward_pre_hook(keep_queries) for layer in model.language_model.layers]
     with adapter.disabled():
-        model(**prompt)
-    model(**prompt)
+        layers = model(**prompt).past_key_values.layers
+    layers += model(**prompt).past_key_values.layers
     for hook in hooks:
         hook.remove()
-    return [torch.cat(tensors).unflatten(0, (2, -1)) for tensors in zip(*layers)]
+    return [torch.cat(tensors).unflatten(0, (2, -1)) for tensors in (queries, *zip(*layers))]
 
 
 if __name__ == "__main__":
