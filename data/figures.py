@@ -19,8 +19,6 @@ from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.walk import show_attention, show_question
 
-FRAMES = 32  # of the moving picture, about
-
 
 @dataclass
 class FiguresConfig:
@@ -33,7 +31,7 @@ def make_figures(cfg: FiguresConfig) -> None:
     make_directory(out)
     run = train.Config()
     # Many frames at the start, where clicks move, and few at the end.
-    filmed_steps = {round(run.steps * (frame / FRAMES) ** 2) for frame in range(FRAMES + 1)}
+    filmed_steps = {round(run.steps * (frame / 32) ** 2) for frame in range(33)}
     film = {}  # {step: answers, ...}
 
     def look(step: int, model) -> None:

@@ -60,7 +60,6 @@ class Sheet:
             self.draw.line((x - radius, y + radius, x + radius, y - radius), fill, width)
 
     def ring(self, x, y):
-        """A ring around a dot."""
         self.draw.circle((x, y), 30, None, "white", 18)
         self.draw.circle((x, y), 26, None, BLUE, 9)
         self.draw.circle((x, y), 9, "white")

@@ -2,8 +2,7 @@
 
 python -m data.walk          takes the adapter that `python train.py` has saved, and trains one if there is none
 
-It draws two pictures into the directory of the run: tensors.png, what fine-tuning has changed in every value and query,
-and look.png, where a head looks before and after fine-tuning.
+It draws two of the pictures of data/figures.py, tensors.png and look.png, into the directory of the run.
 """
 
 import inspect
@@ -21,10 +20,9 @@ import train
 from data import pictures
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import Answer, evaluate, generate_answers
+from data.evaluate import Answer, evaluate
 from data.methods import attach_adapter
 from data.prompts import prompt_batch, training_batch
-from data.questions import parse_point
 from data.tokens import VOCABULARY
 from imagelora import ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
@@ -75,22 +73,20 @@ def saved_run(out: Path, device: str) -> train.Finetuned | None:
 
 def show_question(tuned: train.Finetuned, path: Path) -> None:
     """Follow a word problem, a screen and a question through the model, and draw what fine-tuning changes."""
-    model = tuned.model
-    adapter = tuned.adapter
-    screen, sample, _ = tuned.answers[0]
+    result, model, adapter, base_answers, answers = tuned
+    screen, sample, click = answers[0]
     features = image_features(model.get_image_features, [screen], model.device)
     prompt = prompt_batch([sample], features, history=1)
     station("1 prompt", f"<bos>, a word problem, {model.config.num_patches} x <image>, {sample['instruction']}")
 
     # The first backward pass, on a fresh base
-    run = SimpleNamespace(**tuned.result | {"steps": 1})  # few screens are enough for one batch
+    run = SimpleNamespace(**result | {"steps": 1})  # few screens are enough for one batch
     base = load_base(run.base, model.device)
     lowest = min(adapter.heads)
     first = attach_adapter(run, base, adapter.heads, run.seed).layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0", attach)
     base(**training_batch(run, train.training_data(run, base), 0)).loss.backward()
-    norms = f"A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}"
-    station("", f"first backward pass, norms of the gradients: {norms}")
+    station("", f"first gradients, their norms: A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}")
 
     # What fine-tuning has changed
     values, queries = relative_changes(model, adapter, prompt)
@@ -108,13 +104,11 @@ def show_question(tuned: train.Finetuned, path: Path) -> None:
     # The answer
     counts = []
     hook = adapter.layers[str(lowest)].register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
-    (after,) = generate_answers(model, [sample], features, history=1)
+    model.generate(**prompt, max_new_tokens=3)
     hook.remove()
     station("6 decoding", f"rows adapted as the model answers: {counts} (a generated token would add 1)", visual_rows)
-    with adapter.disabled():
-        (before,) = generate_answers(model, [sample], features, history=1)
-    clicks = f"{parse_point(before)} before, {parse_point(after)} after"
-    station("7 answer", f"{clicks}; a click in {sample['bbox']} is correct")
+    clicks = f"{base_answers[0].output} before, {click} after"
+    station("7 answer", f"without the word problem: {clicks}; a click in {sample['bbox']} is correct")
 
 
 def show_attention(tuned: train.Finetuned, path: Path) -> None:
