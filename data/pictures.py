@@ -210,7 +210,6 @@ def heads_alone(rows: list[dict]) -> Image.Image:
 
     rows: {base, heads, influence, task_acc}, where heads is layer.head."""
     bases = sorted({row["base"] for row in rows})
-    models = [bases.index(row["base"]) for row in rows]
     influence = np.log10([float(row["influence"]) for row in rows])
     clicks = np.array([float(row["task_acc"]) for row in rows])
     left, right, top, bottom = MARGIN + 120, WIDTH - 780, 190, 1720
@@ -232,7 +231,8 @@ def heads_alone(rows: list[dict]) -> Image.Image:
 
     # The points, and a name beside each where there is room
     taken = list(zip(x, y))
-    for point_x, point_y, model, row in zip(x, y, models, rows):
+    for point_x, point_y, row in zip(x, y, rows):
+        model = bases.index(row["base"])
         sheet.point(point_x, point_y, model)
         for dx, dy in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
             name_x, name_y = point_x + dx, point_y + dy
@@ -242,8 +242,8 @@ def heads_alone(rows: list[dict]) -> Image.Image:
                 break
 
     # The legend
-    for model in range(len(bases)):
-        of_model = np.equal(models, model)
+    for model, base in enumerate(bases):
+        of_model = [row["base"] == base for row in rows]
         correlation = rank_correlation(influence[of_model], clicks[of_model])
         height = top + 50 + 220 * model
         sheet.point(right + 80, height, model)
@@ -275,7 +275,7 @@ def save(frames: list[Image.Image], path: Path) -> None:
     if not others:
         first = palette  # With a given palette, quantize rounds colours, black and white among them.
     durations = [160] * len(others) + [3000]  # milliseconds
-    options = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
     buffer = io.BytesIO()
-    first.save(buffer, path.suffix[1:], optimize=True, **options)
+    options = {"optimize": True, "save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    first.save(buffer, path.suffix[1:], **options)
     write_file(path, buffer.getbuffer())

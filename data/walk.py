@@ -7,7 +7,6 @@ It draws two of the pictures of data/figures.py, tensors.png and look.png, into 
 
 import inspect
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ def show_question(tuned: train.Finetuned, path: Path) -> None:
     first = attach_adapter(run, base, adapter.heads, run.seed).layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0", attach)
     base(**training_batch(run, train.training_data(run, base), 0)).loss.backward()
-    station("", f"first gradients, their norms: A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}")
+    station("", f"first backward pass, norms of the gradients: A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}")
 
     # What fine-tuning has changed
     values, queries = relative_changes(model, adapter, prompt)
@@ -120,15 +119,14 @@ def show_attention(tuned: train.Finetuned, path: Path) -> None:
     layer, head = divmod(int((share - base_share).argmax()), share.shape[1])
     wrong = [i for i, answer in enumerate(answers) if not pictures.is_correct(answer)]
     last = max(wrong, default=len(answers) - 1)
-    before, after, clicks = [], [], []  # panels
-    for i in (0, len(answers) // 5, 2 * len(answers) // 5, last):
-        base_weights, weights = attention_maps(tuned, answers[i])[:, layer, head]
-        before.append(pictures.attention_panel(answers[i], base_weights))
-        after.append(pictures.attention_panel(answers[i], weights))
-        clicks.append(pictures.clicks_panel(tuned.base_answers[i], answers[i]))
+    shown = [0, len(answers) // 5, 2 * len(answers) // 5, last]
+
+    maps = {i: attention_maps(tuned, answers[i])[:, layer, head] for i in shown}
+    panels = [pictures.attention_panel(answers[i], maps[i][moment]) for moment in (0, 1) for i in shown]
+    panels += [pictures.clicks_panel(tuned.base_answers[i], answers[i]) for i in shown]
     name = f"head {head} of layer {layer}"
-    title = f"Before fine-tuning: where {name} looks (bright), and how much of its attention is on the target"
-    picture = pictures.page(before + after + clicks, 4, titles=(title, "After fine-tuning", "The clicks"))
+    before = f"Before fine-tuning: where {name} looks (bright), and how much of its attention is on the target"
+    picture = pictures.page(panels, len(shown), titles=(before, "After fine-tuning", "The clicks"))
     pictures.save([picture], path)
     station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
     growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}"
@@ -142,22 +140,23 @@ def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> list[T
 
 
 def attention_maps(tuned: train.Finetuned, answer: Answer) -> Tensor:
-    """Where every head looks from the last token of a question, before and after fine-tuning: its weights on the
-    patches of the screen, [2, L, H_q, side, side]."""
-    features = image_features(tuned.model.get_image_features, [answer.screen], tuned.model.device)
+    """How much every head looks at each patch from the last token of a question, before and after fine-tuning:
+    [2, L, H_q, rows, columns]."""
+    model = tuned.model
+    features = image_features(model.get_image_features, [answer.screen], model.device)
     prompt = prompt_batch([answer.sample], features)
-    queries, keys, _ = queries_keys_values(tuned.model, tuned.adapter, prompt)
+    queries, keys, _ = queries_keys_values(model, tuned.adapter, prompt)
     keys = keys.repeat_interleave(queries.shape[2] // keys.shape[2], dim=2)  # [2, L, H_q, T, d_h]
     scores = queries[..., -1:, :] @ keys.mT / queries.shape[-1] ** 0.5  # [2, L, H_q, 1, T]
-    is_visual = prompt["input_ids"][0] == tuned.model.config.image_token_id  # [T]
-    weights = scores.softmax(-1)[..., 0, is_visual]  # [2, L, H_q, P]
-    side = math.isqrt(weights.shape[-1])
-    return weights.unflatten(-1, (side, side))
+    is_visual = prompt["input_ids"][0] == model.config.image_token_id  # [T]
+    side = model.config.image_size // model.config.patch_size  # patches in a row
+    return scores.softmax(-1)[..., 0, is_visual].unflatten(-1, (side, side))
 
 
 @torch.no_grad()
 def queries_keys_values(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> list[Tensor]:
-    """Rotated queries [2, L, H_q, T, d_h] and keys, and values [2, L, H, T, d_h], before and after fine-tuning."""
+    """Queries [2, L, H_q, T, d_h], keys and values [2, L, H, T, d_h] of one sequence, before and after fine-tuning;
+    queries and keys are rotated."""
     queries = []
 
     def keep_queries(attention, arguments):
