@@ -230,15 +230,15 @@ def heads_alone(rows: list[dict]) -> Image.Image:
     sheet.write((left + right) / 2, bottom + 144, "influence of the head before training", font=LARGE, anchor="mm")
 
     # The points, and a name beside each where there is room
-    taken = list(zip(x, y))
-    for point_x, point_y, row in zip(x, y, rows):
+    taken = np.stack([x, y], 1)  # places of points and names, [.., 2]
+    for point, row in zip(taken, rows):
         model = bases.index(row["base"])
-        sheet.point(point_x, point_y, model)
-        for dx, dy in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
-            name_x, name_y = point_x + dx, point_y + dy
-            if all(abs(name_x - other_x) >= 60 or abs(name_y - other_y) >= 46 for other_x, other_y in taken):
-                sheet.write(name_x, name_y, row["heads"], COLOURS[model], "mm", SMALL)
-                taken.append((name_x, name_y))
+        sheet.point(*point, model)
+        for shift in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
+            place = point + shift
+            if (abs(taken - place) >= (60, 46)).any(1).all():
+                sheet.write(*place, row["heads"], COLOURS[model], "mm", SMALL)
+                taken = np.vstack([taken, place])
                 break
 
     # The legend

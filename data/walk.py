@@ -85,7 +85,8 @@ def show_question(tuned: train.Finetuned, path: Path) -> None:
     first = attach_adapter(run, base, adapter.heads, run.seed).layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0", attach)
     base(**training_batch(run, train.training_data(run, base), 0)).loss.backward()
-    station("", f"first backward pass, norms of the gradients: A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}")
+    norms = f"A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}"
+    station("", f"first backward pass, norms of the gradients: {norms}")
 
     # What fine-tuning has changed
     values, queries = relative_changes(model, adapter, prompt)
