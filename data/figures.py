@@ -8,7 +8,6 @@ heads.png          what each head alone can learn, against its influence; drawn 
 """
 
 import csv
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,48 +17,44 @@ from data import pictures
 from data.base import ROOT, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
-from data.walk import show_attention, show_changes
-
-FRAMES = 32  # of the moving picture, about
+from data.walk import show_attention, show_question
 
 
 @dataclass
 class FiguresConfig:
     out: str = option("data/figures", "directory of the pictures")
-    device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
 
 
 def make_figures(cfg: FiguresConfig) -> None:
     """The demo's run, filmed; then its pictures."""
     out = Path(cfg.out)
     make_directory(out)
-    run = train.Config(device=cfg.device)
+    run = train.Config()
     # Many frames at the start, where clicks move, and few at the end.
-    filmed_steps = {round(run.steps * (frame / FRAMES) ** 2) for frame in range(FRAMES + 1)}
-    film = []  # [(step, answers), ...]
+    filmed_steps = {round(run.steps * (frame / 32) ** 2) for frame in range(33)}
+    film = {}  # {step: answers, ...}
 
     def look(step: int, model) -> None:
         if step in filmed_steps:
             # Every seventh answer about nine screens: six, each about another screen, of words and icons.
             _, answers = evaluate(model, *screens_and_features(model, "switches", "test", 9))
-            film.append((step, answers[::7]))
+            film[step] = answers[::7]
 
     look(0, load_base(run.base))
     tuned = train.finetune(run, verbose=True, after_step=look)
+    frames = []
+    for step, answers in film.items():
+        hits = sum(map(pictures.is_correct, answers))
+        headline = f"step {step:,} of {run.steps:,}:  {hits} of {len(answers)} clicks hit"
+        frames.append(pictures.page(list(map(pictures.clicks_panel, film[0], answers)), 3, headline))
+    pictures.save(frames, out / "training.gif")
     pictures.save([pictures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
-    pictures.save(pictures.moving_picture(film), out / "training.gif")
-    show_changes(tuned.model, tuned.adapter, tuned.answers[0], out / "tensors.png")
-    show_attention(tuned.model, tuned.adapter, tuned.base_answers, tuned.answers, out / "look.png")
-    rows = runs_of_one_head()
+    show_question(tuned, out / "tensors.png")
+    show_attention(tuned, out / "look.png")
+    with open(ROOT / "data/study/runs.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("influence")]  # those that adapt one head
     if rows:
         pictures.save([pictures.heads_alone(rows)], out / "heads.png")
-
-
-def runs_of_one_head() -> list[dict]:
-    """The study's runs that adapt one head, which is named as layer.head."""
-    with open(ROOT / "data/study/runs.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if row["task"] == "grounding" and re.fullmatch(r"\d+\.\d+", row["heads"])]
 
 
 if __name__ == "__main__":

@@ -27,14 +27,10 @@ SMALL = ImageFont.load_default(44)
 LINE = 72  # from one line of text to the next
 WIDTH = 3320  # of a page
 MARGIN = 52
-GAP = 48  # between panels
-HEADER = MARGIN + 2 * LINE + 36  # height of the legend and what is free below it
-CAPTION = LINE + 56  # height of the text below a panel
-RULE = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
 
 
 class Sheet:
-    """A white sheet as wide as a page."""
+    """A white sheet, and what the pictures draw on it."""
 
     def __init__(self, height: int):
         self.image = Image.new("RGB", (WIDTH, height), "white")
@@ -53,28 +49,6 @@ class Sheet:
         else:
             self.draw.regular_polygon((x, y, 25), model + 2, 0, COLOURS[model], "white")
 
-
-class Page(Sheet):
-    """A sheet with a legend, and below it panels in rows and columns."""
-
-    def __init__(self, rows: int, columns: int, titles=(), headline=""):
-        """titles: what stands above each row; none by default. headline: stands right of the legend."""
-        self.side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP  # of a panel
-        self.title_height = LINE if titles else 0
-        self.row_height = self.title_height + self.side + CAPTION
-        super().__init__(HEADER + rows * self.row_height)
-        y = MARGIN + 24  # middle of the legend
-        self.frame(MARGIN + 16, y - 24, MARGIN + 80, y + 24)
-        self.write(172, y, "target")
-        self.cross(438, y)
-        self.write(492, y, "base model's click")
-        self.ring(1070, y)
-        self.write(1124, y, "tuned model's click")
-        self.write(WIDTH - MARGIN, y, headline, anchor="rm")
-        self.write(MARGIN, y + LINE, RULE, GREY)
-        for row, title in enumerate(titles):
-            self.write(MARGIN, HEADER + row * self.row_height + 24, title)
-
     def frame(self, left, top, right, bottom):
         """A black frame, with a white rim that shows on dark ground."""
         self.draw.rectangle((left - 4, top - 4, right + 4, bottom + 4), None, "white", 4)
@@ -86,33 +60,49 @@ class Page(Sheet):
             self.draw.line((x - radius, y + radius, x + radius, y - radius), fill, width)
 
     def ring(self, x, y):
-        """A ring around a dot."""
         self.draw.circle((x, y), 30, None, "white", 18)
         self.draw.circle((x, y), 26, None, BLUE, 9)
         self.draw.circle((x, y), 9, "white")
         self.draw.circle((x, y), 6, BLUE)
 
-    def panel(self, row: int, column: int, picture: Image.Image, target: Box, caption: str, fill=INK, clicks=()):
-        """The picture of a screen, with its target and clicks (the base model's, the tuned model's), and a caption."""
-        x = MARGIN + column * (self.side + GAP)
-        y = HEADER + row * self.row_height + self.title_height
-        zoom = self.side / SIZE
-        self.image.paste(picture.resize((self.side, self.side)), (x, y))
-        left, top, right, bottom = target
-        self.frame(x + zoom * left, y + zoom * top, x + zoom * right, y + zoom * bottom)
-        for click, mark in zip(clicks, (self.cross, self.ring)):
+
+def page(panels: list[tuple], columns: int, headline="", titles=()) -> Image.Image:
+    """Screens with a question's target and clicks, row by row, below a legend.
+
+    panels: (picture, sample, verdict, clicks of the base model and of the tuned one). titles: stand above the rows."""
+    gap = 48  # between panels
+    side = (WIDTH - 2 * MARGIN + gap) // columns - gap  # of a panel
+    header = MARGIN + 2 * LINE + 36  # height of the legend and what is free below it
+    title_height = LINE if titles else 0
+    row_height = title_height + side + LINE + 56
+    sheet = Sheet(header + math.ceil(len(panels) / columns) * row_height)
+    y = MARGIN + 24  # middle of the legend
+    sheet.frame(MARGIN + 16, y - 24, MARGIN + 80, y + 24)
+    sheet.write(172, y, "target")
+    sheet.cross(438, y)
+    sheet.write(492, y, "base model's click")
+    sheet.ring(1070, y)
+    sheet.write(1124, y, "tuned model's click")
+    sheet.write(WIDTH - MARGIN, y, headline, anchor="rm")
+    rule = "A click is correct if its point is inside the target, whose right and bottom edges are excluded."
+    sheet.write(MARGIN, y + LINE, rule, GREY)
+    for row, title in enumerate(titles):
+        sheet.write(MARGIN, header + row * row_height + 24, title)
+
+    zoom = side / SIZE
+    for i, (picture, sample, verdict, clicks) in enumerate(panels):
+        row, column = divmod(i, columns)
+        x = MARGIN + column * (side + gap)
+        y = header + row * row_height + title_height
+        sheet.image.paste(picture.resize((side, side)), (x, y))
+        left, top, right, bottom = sample["bbox"]
+        sheet.frame(x + zoom * left, y + zoom * top, x + zoom * right, y + zoom * bottom)
+        for click, mark in zip(clicks, (sheet.cross, sheet.ring)):
             if click is not None:  # otherwise the answer is no point
                 mark(x + zoom * click[0], y + zoom * click[1])
-        self.write(x, y + self.side + 48, caption, fill)
-
-    def answer(self, row: int, column: int, base_answer: Answer, answer: Answer):
-        """A panel of two answers to one question, before and after fine-tuning."""
-        picture = Image.fromarray(answer.screen.image)
-        target = answer.sample["bbox"]
-        caption, fill = f"{answer.sample['instruction']}: correct", INK
-        if not is_correct(answer):
-            caption, fill = f"{answer.sample['instruction']}: wrong", RED
-        self.panel(row, column, picture, target, caption, fill, clicks=(base_answer.output, answer.output))
+        caption = f"{sample['instruction']}: {verdict}"
+        sheet.write(x, y + side + 48, caption, RED if verdict == "wrong" else INK)
+    return sheet.image.reduce(2)
 
 
 def is_correct(answer: Answer) -> bool:
@@ -120,70 +110,35 @@ def is_correct(answer: Answer) -> bool:
     return is_hit(answer.output, answer.sample["bbox"])
 
 
-def page_of_answers(base_answers: list[Answer], answers: list[Answer], columns: int, headline: str) -> Image.Image:
-    """A panel for each question, with the clicks before and after fine-tuning."""
-    page = Page(math.ceil(len(answers) / columns), columns, headline=headline)
-    for i, (base_answer, answer) in enumerate(zip(base_answers, answers)):
-        row, column = divmod(i, columns)
-        page.answer(row, column, base_answer, answer)
-    return page.image.reduce(2)
+def clicks_panel(base_answer: Answer, answer: Answer) -> tuple:
+    """The clicks before and after fine-tuning."""
+    verdict = "correct" if is_correct(answer) else "wrong"
+    return Image.fromarray(answer.screen.image), answer.sample, verdict, (base_answer.output, answer.output)
+
+
+def attention_panel(answer: Answer, weights: torch.Tensor) -> tuple:
+    """A screen, the darker the less a head looks there, and its attention to the target. weights: [side, side]."""
+    shade = 205 - 205 * (weights / weights.max()).sqrt()
+    mask = Image.fromarray(shade.byte().cpu().numpy()).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    picture = Image.composite(Image.new("RGB", mask.size, "#101828"), Image.fromarray(answer.screen.image), mask)
+    return picture, answer.sample, f"{share_on(answer.sample['bbox'], weights):.0%}", ()
+
+
+def share_on(box: Box, weights: torch.Tensor) -> torch.Tensor:
+    """How much of attention weights [..., side, side] is on the patches that this box touches, [...]."""
+    size = SIZE // weights.shape[-1]  # of a patch, in pixels
+    left, top, right, bottom = box
+    rows = slice(top // size, (bottom - 1) // size + 1)
+    columns = slice(left // size, (right - 1) // size + 1)
+    return weights[..., rows, columns].sum((-2, -1))
 
 
 def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Image:
     """Eleven of the answers, evenly chosen, and the first one that is wrong, if any is."""
     wrong = [i for i, answer in enumerate(answers) if not is_correct(answer)]
     evenly = [twelfth * len(answers) // 12 for twelfth in range(11)]
-    chosen = sorted({*evenly, *wrong[:1]})
-    headline = f"{1 - len(wrong) / len(answers):.1%} of {len(answers):,} are correct"
-    before = [base_answers[i] for i in chosen]
-    after = [answers[i] for i in chosen]
-    return page_of_answers(before, after, columns=4, headline=headline)
-
-
-def moving_picture(film: list) -> list[Image.Image]:
-    """The frames of film = [(step, answers), ...], which begins before training."""
-    _, base_answers = film[0]
-    last_step, _ = film[-1]
-    frames = []
-    for step, answers in film:
-        hits = sum(is_correct(answer) for answer in answers)
-        headline = f"step {step:,} of {last_step:,}:  {hits} of {len(answers)} clicks hit"
-        frames.append(page_of_answers(base_answers, answers, columns=3, headline=headline))
-    return frames
-
-
-def attention_picture(columns: list[tuple], head_name: str) -> Image.Image:
-    """Where a head looks. columns: (base answer, answer, base weights, weights), its attention to visual tokens [P]."""
-    before = f"Before fine-tuning: where {head_name} looks (bright), and how much of its attention is on the target"
-    titles = before, "After fine-tuning", "The clicks"
-    page = Page(3, len(columns), titles)
-    for column, (base_answer, answer, base_weights, weights) in enumerate(columns):
-        target = answer.sample["bbox"]
-        for row, head_weights in enumerate((base_weights, weights)):
-            caption = f"{answer.sample['instruction']}: {share_on(target, head_weights):.0%}"
-            page.panel(row, column, darken(answer.screen.image, head_weights), target, caption)
-        page.answer(2, column, base_answer, answer)
-    return page.image.reduce(2)
-
-
-def share_on(box: Box, weights: torch.Tensor) -> torch.Tensor:
-    """How much of attention weights [..., P] is on the patches that this box touches, [...]."""
-    side = round(weights.shape[-1] ** 0.5)  # patches in a row
-    size = SIZE // side  # of a patch, in pixels
-    left, top, right, bottom = box
-    grid = weights.unflatten(-1, (side, side))
-    rows = slice(top // size, (bottom - 1) // size + 1)
-    columns = slice(left // size, (right - 1) // size + 1)
-    return grid[..., rows, columns].sum((-2, -1))
-
-
-def darken(image: np.ndarray, weights: torch.Tensor) -> Image.Image:
-    """The picture of a screen, the darker the less a head looks there: weights [P]."""
-    side = round(len(weights) ** 0.5)
-    shade = 205 - 205 * (weights / weights.max()).sqrt()
-    mask = Image.fromarray(shade.byte().view(side, side).cpu().numpy())
-    mask = mask.resize((SIZE, SIZE), Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", mask.size, "#101828"), Image.fromarray(image), mask)
+    panels = [clicks_panel(base_answers[i], answers[i]) for i in sorted({*evenly, *wrong[:1]})]
+    return page(panels, 4, f"{1 - len(wrong) / len(answers):.1%} of {len(answers):,} are correct")
 
 
 def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: list, screen: np.ndarray) -> Image.Image:
@@ -195,8 +150,8 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
     end = start + tokens.count(IMAGE)
     left = 1208  # edge of the image's tokens
     spans = [(slice(start), 384, 760), (slice(start, end), left, 1600), (slice(end, None), 2860, 408)]
-    height = (values.shape[1] + queries.shape[1]) * row + 2 * gap  # of a layer, in both parts
-    sheet = Sheet(top + height * len(values) + 2 * MARGIN)
+    height_of_layer = (values.shape[1] + queries.shape[1]) * row + 2 * gap  # in both parts
+    sheet = Sheet(top + len(values) * height_of_layer + 2 * MARGIN)
 
     # The title and the legend
     y = MARGIN + 36
@@ -223,7 +178,7 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
 
     # The changes
     y = top
-    for name, moves in (("values", values), ("queries", queries)):
+    for name, moves, selected in (("values", values, heads), ("queries", queries, {})):
         height = row * moves.shape[1]
         middle = y + (len(moves) * (height + gap) - gap) / 2
         upwards = ImageFont.TransposedFont(LARGE, Image.Transpose.ROTATE_90)
@@ -234,9 +189,8 @@ def changes(values: torch.Tensor, queries: torch.Tensor, heads: dict, tokens: li
             for part, x, width in spans:
                 cells = shades(moves_of_layer[:, part])
                 sheet.image.paste(cells.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            if name == "values":
-                for head in heads.get(layer, []):
-                    sheet.arrow(left - 36, y + row * (head + 0.5))
+            for head in selected.get(layer, []):
+                sheet.arrow(left - 36, y + row * (head + 0.5))
             y += height + gap
         y += MARGIN
     return sheet.image.reduce(2)
@@ -256,7 +210,6 @@ def heads_alone(rows: list[dict]) -> Image.Image:
 
     rows: {base, heads, influence, task_acc}, where heads is layer.head."""
     bases = sorted({row["base"] for row in rows})
-    models = [bases.index(row["base"]) for row in rows]
     influence = np.log10([float(row["influence"]) for row in rows])
     clicks = np.array([float(row["task_acc"]) for row in rows])
     left, right, top, bottom = MARGIN + 120, WIDTH - 780, 190, 1720
@@ -267,8 +220,7 @@ def heads_alone(rows: list[dict]) -> Image.Image:
     # The axes
     sheet = Sheet(1940)
     sheet.write(MARGIN, MARGIN + 36, "switches clicked with one head alone, %", font=LARGE)
-    for percent in range(0, 101, 20):
-        height = np.interp(percent, (0, 100), (bottom, top))
+    for percent, height in zip(range(0, 101, 20), np.linspace(bottom, top, 6)):
         sheet.draw.line((left, height, right, height), PALE, 4)
         sheet.write(left - 24, height, str(percent), GREY, "rm")
     for power in range(math.ceil(lowest), math.floor(highest) + 1):
@@ -278,19 +230,20 @@ def heads_alone(rows: list[dict]) -> Image.Image:
     sheet.write((left + right) / 2, bottom + 144, "influence of the head before training", font=LARGE, anchor="mm")
 
     # The points, and a name beside each where there is room
-    taken = list(zip(x, y))
-    for point_x, point_y, model, row in zip(x, y, models, rows):
-        sheet.point(point_x, point_y, model)
-        for dx, dy in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
-            name_x, name_y = point_x + dx, point_y + dy
-            if all(abs(name_x - other_x) >= 60 or abs(name_y - other_y) >= 46 for other_x, other_y in taken):
-                sheet.write(name_x, name_y, row["heads"], COLOURS[model], "mm", SMALL)
-                taken.append((name_x, name_y))
+    taken = np.stack([x, y], 1)  # places of points and names, [.., 2]
+    for point, row in zip(taken, rows):
+        model = bases.index(row["base"])
+        sheet.point(*point, model)
+        for shift in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
+            place = point + shift
+            if (abs(taken - place) >= (60, 46)).any(1).all():
+                sheet.write(*place, row["heads"], COLOURS[model], "mm", SMALL)
+                taken = np.vstack([taken, place])
                 break
 
     # The legend
-    for model in range(len(bases)):
-        of_model = np.equal(models, model)
+    for model, base in enumerate(bases):
+        of_model = [row["base"] == base for row in rows]
         correlation = rank_correlation(influence[of_model], clicks[of_model])
         height = top + 50 + 220 * model
         sheet.point(right + 80, height, model)
@@ -300,25 +253,19 @@ def heads_alone(rows: list[dict]) -> Image.Image:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: the correlation of the ranks."""
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
-def ranks(numbers: np.ndarray) -> np.ndarray:
-    """Twice the rank of each number; equal ones share the mean of theirs."""
-    return (numbers[:, None] > numbers).sum(1) + (numbers[:, None] >= numbers).sum(1)
+    """Spearman's: the correlation of the ranks, where equal numbers share the mean of theirs."""
+    ranks = [np.sign(numbers[:, None] - numbers).sum(1) for numbers in (x, y)]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:
     """A bar for each head, layer by layer, scaled to the largest score; selected heads are bracketed."""
     heights = (8 * scores / scores.max()).ceil().int()
-    layers = []
-    for layer, row in enumerate(heights.tolist()):
-        marks = ["▁▁▂▃▄▅▆▇█"[height] for height in row]  # even a head without influence gets a bar
-        for head in heads.get(layer, []):
-            marks[head] = f"[{marks[head]}]"
-        layers.append("".join(marks))
-    return " · ".join(layers)
+    marks = [["▁▁▂▃▄▅▆▇█"[height] for height in row] for row in heights]  # even without influence, a head gets a bar
+    for layer, selected in heads.items():
+        for head in selected:
+            marks[layer][head] = f"[{marks[layer][head]}]"
+    return " · ".join(map("".join, marks))
 
 
 def save(frames: list[Image.Image], path: Path) -> None:
@@ -328,7 +275,7 @@ def save(frames: list[Image.Image], path: Path) -> None:
     if not others:
         first = palette  # With a given palette, quantize rounds colours, black and white among them.
     durations = [160] * len(others) + [3000]  # milliseconds
-    options = {"save_all": len(frames) > 1, "append_images": others, "duration": durations, "loop": 0}
     buffer = io.BytesIO()
-    first.save(buffer, path.suffix[1:], optimize=True, **options)
+    options = {"optimize": True, "save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    first.save(buffer, path.suffix[1:], **options)
     write_file(path, buffer.getbuffer())

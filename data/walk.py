@@ -2,15 +2,15 @@
 
 python -m data.walk          takes the adapter that `python train.py` has saved, and trains one if there is none
 
-It draws two pictures into the directory of the run: tensors.png, what fine-tuning has changed in every value and query,
-and look.png, where a head looks before and after fine-tuning.
+It draws two of the pictures of data/figures.py, tensors.png and look.png, into the directory of the run.
 """
 
 import inspect
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -19,12 +19,11 @@ import train
 from data import pictures
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import Answer, evaluate, generate_answers
+from data.evaluate import Answer, evaluate
 from data.methods import attach_adapter
 from data.prompts import prompt_batch, training_batch
-from data.questions import parse_point
 from data.tokens import VOCABULARY
-from imagelora import Heads, ImageLoRA, ValueAdapter, attach, load, visual_rows
+from imagelora import ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
 
@@ -42,164 +41,136 @@ def station(title: str, text: str, code=None) -> None:
 
 def walk(cfg: WalkConfig) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
-    device = find_device(cfg.device)
     out = Path(cfg.out)
     make_directory(out)
-    run = saved_run(out)
-    if run:
+    tuned = saved_run(out, find_device(cfg.device))
+    if tuned:
         print(f"walking with {out / 'adapter.pt'}\n")
-        model = load_base(run.base, device)
-        adapter = load(model, out / "adapter.pt")
-        test = screens_and_features(model, "switches", "test", run.test_screens)
-        _, answers = evaluate(model, *test)
-        with adapter.disabled():
-            _, base_answers = evaluate(model, *test)
     else:
         print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
-        run = train.Config(device=cfg.device)
-        tuned = train.finetune(run, verbose=True)
-        model, adapter = tuned.model, tuned.adapter
-        base_answers, answers = tuned.base_answers, tuned.answers
+        tuned = train.finetune(train.Config(device=cfg.device), verbose=True)
         print()
-
-    sample = answers[0].sample
-    features = image_features(model.get_image_features, [answers[0].screen], model.device)
-    station("1 prompt", f"<bos>, a word problem, {model.config.num_patches} x <image>, {sample['instruction']}")
-    show_start(run, load_base(run.base, device), adapter.heads)
-    show_changes(model, adapter, answers[0], out / "tensors.png")
-    show_decoding(model, adapter, sample, features)
-    show_attention(model, adapter, base_answers, answers, out / "look.png")
+    show_question(tuned, out / "tensors.png")
+    show_attention(tuned, out / "look.png")
 
 
-def saved_run(out: Path) -> train.Config | None:
-    """The Config of the run that train.py has left; None unless it is an Image-LoRA that clicks, and has no history."""
+def saved_run(out: Path, device: str) -> train.Finetuned | None:
+    """The run that train.py has left; None unless it is an Image-LoRA that clicks, and has no history."""
     if not (out / "adapter.pt").exists() or not (out / "metrics.json").exists():
         return None
     result = json.loads((out / "metrics.json").read_text())
     if result["task"] != "grounding" or result["history"] > 0:
         return None
-    return train.Config(**{f.name: result[f.name] for f in fields(train.Config)})
+    model = load_base(result["base"], device)
+    adapter = load(model, out / "adapter.pt")
+    test = screens_and_features(model, "switches", "test", result["test_screens"])
+    _, answers = evaluate(model, *test)
+    with adapter.disabled():
+        _, base_answers = evaluate(model, *test)
+    return train.Finetuned(result, model, adapter, base_answers, answers)
 
 
-def show_start(run: train.Config, model: TinyVLM, heads: Heads) -> None:
-    """The first backward pass, on a fresh base."""
-    adapter = attach_adapter(run, model, heads, run.seed)
-    lowest = min(heads)
-    values = adapter.layers[str(lowest)]
-    station("2 attach", f"layer {lowest}: A {list(values.A.shape)}, B {list(values.B.shape)} = 0", attach)
-    data = train.training_data(replace(run, steps=1), model)  # few screens are enough for one batch
-    model(**training_batch(run, data, 0)).loss.backward()
-    norms = f"A {values.A.grad.norm():.2g}, B {values.B.grad.norm():.2g}"
+def show_question(tuned: train.Finetuned, path: Path) -> None:
+    """Follow a word problem, a screen and a question through the model, and draw what fine-tuning changes."""
+    result, model, adapter, base_answers, answers = tuned
+    screen, sample, click = answers[0]
+    features = image_features(model.get_image_features, [screen], model.device)
+    prompt = prompt_batch([sample], features, history=1)
+    station("1 prompt", f"<bos>, a word problem, {model.config.num_patches} x <image>, {sample['instruction']}")
+
+    # The first backward pass, on a fresh base
+    run = SimpleNamespace(**result | {"steps": 1})  # few screens are enough for one batch
+    base = load_base(run.base, model.device)
+    lowest = min(adapter.heads)
+    first = attach_adapter(run, base, adapter.heads, run.seed).layers[str(lowest)]
+    station("2 attach", f"layer {lowest}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0", attach)
+    base(**training_batch(run, train.training_data(run, base), 0)).loss.backward()
+    norms = f"A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}"
     station("", f"first backward pass, norms of the gradients: {norms}")
 
-
-def show_changes(model: TinyVLM, adapter: ImageLoRA, answer: Answer, path: Path) -> None:
-    """What fine-tuning changes while the model reads a word problem, a screen and a question; and its picture."""
-    features = image_features(model.get_image_features, [answer.screen], model.device)
-    prompt = prompt_batch([answer.sample], features, history=1)
+    # What fine-tuning has changed
     values, queries = relative_changes(model, adapter, prompt)
-    lowest = min(adapter.heads)
     rows = values[lowest].sum(0).nonzero().squeeze(1)
     station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
     sizes = "  ".join(f"{size:.0%}" for size in values[lowest][:, rows].mean(1))
     station("4 update", f"layer {lowest}, its size relative to X W_V(h), head by head: {sizes}", ValueAdapter.forward)
-
     tokens = [VOCABULARY[i] for i in prompt["input_ids"][0]]
-    pictures.save([pictures.changes(values, queries, adapter.heads, tokens, answer.screen.image)], path)
+    pictures.save([pictures.changes(values, queries, adapter.heads, tokens, screen.image)], path)
     station("5 changes", f"{path}: how far each head's value and query moved at each token;")
     moves = ", ".join(f"{move:.0%} in layer {layer}" for layer, move in enumerate(queries.mean((1, 2))))
     station("", f"queries moved by {moves}:")
     station("", "the lowest adapted layer looks where it looked before")
 
-
-def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> tuple[Tensor, Tensor]:
-    """How far the adapter moves values [L, H, T] and queries [L, H_q, T]: norm of the change over the base's norm."""
-    queries, _, values = queries_keys_values(model, prompt)
-    with adapter.disabled():
-        base_queries, _, base_values = queries_keys_values(model, prompt)
-    value_changes = (values - base_values).norm(dim=-1) / base_values.norm(dim=-1)
-    query_changes = (queries - base_queries).norm(dim=-1) / base_queries.norm(dim=-1)
-    return value_changes, query_changes
-
-
-@torch.no_grad()
-def queries_keys_values(model: TinyVLM, prompt: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [L, H_q, T, d_h], keys and values [L, H, T, d_h] of one sequence, queries and keys rotated."""
-    layers = []
-
-    def keep(attention, arguments, output):
-        x, angles, *_ = arguments
-        _, (keys, values) = output
-        queries = rotate(attention.split_heads(attention.q_proj(x)), angles)
-        layers.append((queries[0], keys[0], values[0]))
-
-    hooks = [layer.self_attn.register_forward_hook(keep) for layer in model.language_model.layers]
-    model(**prompt)
-    for hook in hooks:
-        hook.remove()
-    queries, keys, values = zip(*layers)
-    return torch.stack(queries), torch.stack(keys), torch.stack(values)
-
-
-def show_decoding(model: TinyVLM, adapter: ImageLoRA, sample: dict, features: Tensor) -> None:
-    """How many rows are adapted while the model answers, and the answers before and after fine-tuning."""
+    # The answer
     counts = []
-
-    def count_rows(layer_adapter, inputs):
-        (x_vis,) = inputs  # [N, D]
-        counts.append(len(x_vis))
-
-    hook = adapter.layers[str(min(adapter.heads))].register_forward_pre_hook(count_rows)
-    (after,) = generate_answers(model, [sample], features, history=1)
+    hook = adapter.layers[str(lowest)].register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    model.generate(**prompt, max_new_tokens=3)
     hook.remove()
     station("6 decoding", f"rows adapted as the model answers: {counts} (a generated token would add 1)", visual_rows)
-    with adapter.disabled():
-        (before,) = generate_answers(model, [sample], features, history=1)
-    clicks = f"{parse_point(before)} before, {parse_point(after)} after"
-    station("7 answer", f"{clicks}; a click in {sample['bbox']} is correct")
+    clicks = f"{base_answers[0].output} before, {click} after"
+    station("7 answer", f"without the word problem: {clicks}; a click in {sample['bbox']} is correct")
 
 
-def show_attention(
-    model: TinyVLM, adapter: ImageLoRA, base_answers: list[Answer], answers: list[Answer], path: Path
-) -> None:
+def show_attention(tuned: train.Finetuned, path: Path) -> None:
     """Find the head that has turned to the targets the most, and draw where it looks for four of the answers."""
+    answers = tuned.answers
     questions = answers[:100]  # enough for a mean
-    shares = mean_share(model, questions)
-    with adapter.disabled():
-        base_shares = mean_share(model, questions)
-    layer, head = divmod(int((shares - base_shares).argmax()), shares.shape[1])
-
+    shares = [pictures.share_on(answer.sample["bbox"], attention_maps(tuned, answer)) for answer in questions]
+    base_share, share = torch.stack(shares).mean(0)  # [L, H_q]
+    layer, head = divmod(int((share - base_share).argmax()), share.shape[1])
     wrong = [i for i, answer in enumerate(answers) if not pictures.is_correct(answer)]
     last = max(wrong, default=len(answers) - 1)
-    columns = []
-    for i in (0, len(answers) // 5, 2 * len(answers) // 5, last):
-        weights = attention_maps(model, answers[i])[layer, head]
-        with adapter.disabled():
-            base_weights = attention_maps(model, answers[i])[layer, head]
-        columns.append((base_answers[i], answers[i], base_weights, weights))
+    shown = [0, len(answers) // 5, 2 * len(answers) // 5, last]
 
+    maps = {i: attention_maps(tuned, answers[i])[:, layer, head] for i in shown}
+    panels = [pictures.attention_panel(answers[i], maps[i][moment]) for moment in (0, 1) for i in shown]
+    panels += [pictures.clicks_panel(tuned.base_answers[i], answers[i]) for i in shown]
     name = f"head {head} of layer {layer}"
-    pictures.save([pictures.attention_picture(columns, name)], path)
+    before = f"Before fine-tuning: where {name} looks (bright), and how much of its attention is on the target"
+    picture = pictures.page(panels, len(shown), titles=(before, "After fine-tuning", "The clicks"))
+    pictures.save([picture], path)
     station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
-    growth = f"from {base_shares[layer, head]:.0%} to {shares[layer, head]:.0%}"
+    growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}"
     station("", f"their share of its attention went {growth}, the mean over {len(questions)} questions")
 
 
-def mean_share(model: TinyVLM, answers: list[Answer]) -> Tensor:
-    """The share of its attention that each head gives to the targets, [L, H_q]; the mean over questions."""
-    shares = [pictures.share_on(answer.sample["bbox"], attention_maps(model, answer)) for answer in answers]
-    return torch.stack(shares).mean(0)
+def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> list[Tensor]:
+    """How far the adapter moves values [L, H, T] and queries [L, H_q, T]: norm of the change over the base's norm."""
+    queries, _, values = queries_keys_values(model, adapter, prompt)
+    return [(after - before).norm(dim=-1) / before.norm(dim=-1) for before, after in (values, queries)]
 
 
-def attention_maps(model: TinyVLM, answer: Answer) -> Tensor:
-    """Where every head looks from the last token of a question: its weights on visual tokens [L, H_q, P]."""
-    features = image_features(model.get_image_features, [answer.screen], model.device)  # [1, P, D]
+def attention_maps(tuned: train.Finetuned, answer: Answer) -> Tensor:
+    """How much every head looks at each patch from the last token of a question, before and after fine-tuning:
+    [2, L, H_q, rows, columns]."""
+    model = tuned.model
+    features = image_features(model.get_image_features, [answer.screen], model.device)
     prompt = prompt_batch([answer.sample], features)
-    queries, keys, _ = queries_keys_values(model, prompt)
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)  # [L, H_q, T, d_h]
-    scores = queries[:, :, -1:] @ keys.mT / queries.shape[-1] ** 0.5  # [L, H_q, 1, T]
+    queries, keys, _ = queries_keys_values(model, tuned.adapter, prompt)
+    keys = keys.repeat_interleave(queries.shape[2] // keys.shape[2], dim=2)  # [2, L, H_q, T, d_h]
+    scores = queries[..., -1:, :] @ keys.mT / queries.shape[-1] ** 0.5  # [2, L, H_q, 1, T]
     is_visual = prompt["input_ids"][0] == model.config.image_token_id  # [T]
-    return scores.softmax(-1)[:, :, 0, is_visual]
+    side = model.config.image_size // model.config.patch_size  # patches in a row
+    return scores.softmax(-1)[..., 0, is_visual].unflatten(-1, (side, side))
+
+
+@torch.no_grad()
+def queries_keys_values(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> list[Tensor]:
+    """Queries [2, L, H_q, T, d_h], keys and values [2, L, H, T, d_h] of one sequence, before and after fine-tuning;
+    queries and keys are rotated."""
+    queries = []
+
+    def keep_queries(attention, arguments):
+        x, angles, *_ = arguments
+        queries.append(rotate(attention.split_heads(attention.q_proj(x)), angles))
+
+    hooks = [layer.self_attn.register_forward_pre_hook(keep_queries) for layer in model.language_model.layers]
+    with adapter.disabled():
+        layers = model(**prompt).past_key_values.layers
+    layers += model(**prompt).past_key_values.layers
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(tensors).unflatten(0, (2, -1)) for tensors in (queries, *zip(*layers))]
 
 
 if __name__ == "__main__":
