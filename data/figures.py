@@ -14,7 +14,7 @@ from pathlib import Path
 
 import train
 from data import pictures
-from data.base import ROOT, load_base, screens_and_features
+from data.base import ROOT, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.walk import show_attention, show_question
@@ -23,13 +23,14 @@ from data.walk import show_attention, show_question
 @dataclass
 class FiguresConfig:
     out: str = option("data/figures", "directory of the pictures")
+    device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
 
 
 def make_figures(cfg: FiguresConfig) -> None:
     """The demo's run, filmed; then its pictures."""
     out = Path(cfg.out)
     make_directory(out)
-    run = train.Config()
+    run = train.Config(device=cfg.device)
     # Many frames at the start, where clicks move, and few at the end.
     filmed_steps = {round(run.steps * (frame / 32) ** 2) for frame in range(33)}
     film = {}  # {step: answers, ...}
@@ -40,7 +41,7 @@ def make_figures(cfg: FiguresConfig) -> None:
             _, answers = evaluate(model, *screens_and_features(model, "switches", "test", 9))
             film[step] = answers[::7]
 
-    look(0, load_base(run.base))
+    look(0, load_base(run.base, find_device(run.device)))
     tuned = train.finetune(run, verbose=True, after_step=look)
     frames = []
     for step, answers in film.items():
@@ -52,9 +53,8 @@ def make_figures(cfg: FiguresConfig) -> None:
     show_question(tuned, out / "tensors.png")
     show_attention(tuned, out / "look.png")
     with open(ROOT / "data/study/runs.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("influence")]  # those that adapt one head
-    if rows:
-        pictures.save([pictures.heads_alone(rows)], out / "heads.png")
+        rows = [row for row in csv.DictReader(file) if row["influence"]]  # those that adapt one head
+    pictures.save([pictures.heads_alone(rows)], out / "heads.png")
 
 
 if __name__ == "__main__":
