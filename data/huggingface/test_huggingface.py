@@ -224,9 +224,10 @@ def test_a_lora_of_peft_that_was_there_before_is_left_alone_by_a_probe_and_train
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_hf_vlm(), peft.LoraConfig(target_modules=r".*language_model.*q_proj"))
     loras = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = state_of(model)
+    _, before = state_of(model)
     score_heads(model, [hf_prompt()], loss_of)
-    assert state_of(model) == before
+    _, after = state_of(model)
+    assert after == before
     adapter = attach(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
@@ -235,9 +236,6 @@ def test_a_lora_of_peft_that_was_there_before_is_left_alone_by_a_probe_and_train
     loss_of(model, hf_prompt()).backward()
     torch.optim.SGD(trainable, lr=0.1).step()
     assert all(parameter.any() for parameter in trainable)  # both B have left zero
-    model.zero_grad()
-    adapter.detach()
-    assert state_of(model) == before
 
 
 @pytest.mark.parametrize("attach_first", [True, False])

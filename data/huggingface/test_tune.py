@@ -146,15 +146,21 @@ def test_the_best_heads_are_chosen_printed_kept_in_the_file_and_kept_when_a_run_
     assert adapter_of(llava / "again_heads") == adapter_of(llava / "heads")
 
 
+class HighLossIsGood(tune.SFTConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.greater_is_better = True
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluation_stops_early_and_keeps_the_best_model_also_in_a_folder_that_was_renamed(method, llava, capsys):
-    """The answers of the evaluation become less likely in training, so the first of them is the best."""
-    (llava / "eval.jsonl").write_text(line(["a.png"], "true"))
-    options = f"--eval_file {llava}/eval.jsonl --save_steps 1 --early_stopping_patience 2".split()
+def test_evaluation_stops_early_and_keeps_the_best_model_also_if_it_was_renamed(method, llava, capsys, monkeypatch):
+    """Here a high loss counts as good, so the first evaluation is the best."""
+    monkeypatch.setattr(tune, "SFTConfig", HighLossIsGood)
+    options = f"--eval_file {llava}/train.jsonl --save_steps 1 --early_stopping_patience 2".split()
     run = llava / f"early_{method}"
     trainer = tuned(llava, method, run.name, *options)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses == sorted(losses)
+    assert losses == sorted(losses, reverse=True)
     assert len(losses) == 3  # the best one, and two more
     result = adapter_of(run)
     assert result == adapter_of(run / "checkpoint-1")
@@ -193,7 +199,7 @@ def test_the_precision_of_the_model_is_chosen(llava):
     assert model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("rate, what", [("1e38", "the loss is nan"), ("1e39", "a weight is not finite")])
+@pytest.mark.parametrize("rate, what", [("1e20", "the loss is nan"), ("1e39", "a weight is not finite")])
 def test_a_run_that_has_diverged_stops_and_writes_no_result(rate, what, llava):
     with pytest.raises(SystemExit, match=f"the run has diverged: {what}; try a lower --learning_rate"):
         tuned(llava, "lora", f"diverged_{rate}", "--learning_rate", rate, "--save_steps", "1")
