@@ -15,7 +15,7 @@ import train
 from data import evaluate, figures, prompts, questions, screens, tokens, walk
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
-from data.methods import LoRA, choose_heads
+from data.methods import choose_heads
 from imagelora import load
 from test_imagelora import EARLY, TEXT, tiny_vlm
 
@@ -127,18 +127,6 @@ def test_answers_without_an_image_are_compared_by_logits_and_by_kl_divergence():
 
 
 # 3. Methods
-def test_loras_update_is_computed_in_float32_if_the_model_has_16_bits():
-    model = tiny_vlm().bfloat16()
-    lora = LoRA(model, r=2, lora_alpha=4)
-    torch.nn.init.normal_(lora.B[0])
-    q_proj = model.language_model.layers[0].self_attn.q_proj
-    x = torch.randn(1, 5, q_proj.in_features).bfloat16()
-    with lora.disabled():
-        y = q_proj(x)
-    update = 2 * (x.float() @ lora.A[0]) @ lora.B[0]
-    assert torch.equal(q_proj(x), y + update.bfloat16())
-
-
 def test_the_other_choices_of_heads_are_what_they_are_called():
     """The least influential and the random heads are as many in each layer as the most influential ones."""
     scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0.2, 6, 0.1]])

@@ -15,7 +15,6 @@ from test_imagelora import logits_of
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("trl")
-pytest.importorskip("datasets")
 import tune  # noqa: E402
 from partial_lora import load_partial_lora  # noqa: E402
 from training_file import open_image  # noqa: E402
@@ -245,7 +244,6 @@ def test_a_picture_of_16_bits_keeps_its_content(tmp_path):
 
 # 3. Going on, or refusing to
 OTHER = {
-    "--method lora": "--method image_lora",
     "--learning_rate 0.01": "--learning_rate 0.02",
     "--train_file {}/text.jsonl --method lora": "--train_file of sha256 ",
     "--train_file {}/elsewhere/train.jsonl": "--train_file of sha256 ",
