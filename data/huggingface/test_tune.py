@@ -172,6 +172,7 @@ def test_evaluation_stops_early_and_keeps_the_best_model_also_if_it_was_renamed(
     run.rename(llava / f"away_{method}")
     tuned(llava, method, renamed.name, *options, *RESUME)
     assert adapter_of(renamed) == result
+    assert not (renamed / "checkpoint-4").exists()  # it has gone on counting
 
 
 def test_a_checkpoint_is_complete_before_the_old_one_is_deleted(llava, llava_run, monkeypatch):
