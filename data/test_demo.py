@@ -15,10 +15,9 @@ import train
 from data import evaluate, figures, prompts, questions, screens, tokens, walk
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
-from data.costs import run_costs
-from data.methods import METHODS, LoRA, Method, attach_adapter, choose_heads
+from data.methods import choose_heads
 from imagelora import load
-from test_imagelora import EARLY, TEXT, logits_of, prompt, tiny_vlm
+from test_imagelora import EARLY, TEXT, tiny_vlm
 
 ROOT = Path(train.__file__).parent
 
@@ -128,39 +127,6 @@ def test_answers_without_an_image_are_compared_by_logits_and_by_kl_divergence():
 
 
 # 3. Methods
-def trained(adapter) -> list[torch.nn.Parameter]:
-    """The parameters that training changes; none without an adapter."""
-    return [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_methods_name_is_enough_to_attach_it(name):
-    """What is trained is what it costs, and only LoRA changes prompts without an image."""
-    method = Method(**METHODS[name])
-    model = tiny_vlm()
-    base = logits_of(model, prompt(TEXT))
-    heads = choose_heads(method.heads, torch.rand(3, 3), 4, seed=0)
-    adapter = attach_adapter(method, model, heads, seed=0)
-    costs = run_costs(method, model, EARLY["input_ids"], heads)
-    assert costs["trainable_parameters"] == sum(parameter.numel() for parameter in trained(adapter))
-    for parameter in trained(adapter):
-        torch.nn.init.normal_(parameter)  # as after training
-    text_stays = torch.equal(logits_of(model, prompt(TEXT)), base)
-    assert text_stays == (method.method != "lora")
-
-
-def test_loras_update_is_computed_in_float32_if_the_model_has_16_bits():
-    model = tiny_vlm().bfloat16()
-    lora = LoRA(model, r=2, lora_alpha=4)
-    torch.nn.init.normal_(lora.B[0])
-    q_proj = model.language_model.layers[0].self_attn.q_proj
-    x = torch.randn(1, 5, q_proj.in_features).bfloat16()
-    with lora.disabled():
-        y = q_proj(x)
-    update = 2 * (x.float() @ lora.A[0]) @ lora.B[0]
-    assert torch.equal(q_proj(x), y + update.bfloat16())
-
-
 def test_the_other_choices_of_heads_are_what_they_are_called():
     """The least influential and the random heads are as many in each layer as the most influential ones."""
     scores = torch.tensor([[9.0, 8, 1, 2], [7, 3, 4, 5], [0, 0.2, 6, 0.1]])
@@ -199,29 +165,24 @@ def demo(options: str) -> int:
 
 RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring", "replay": 1}, {"history": 1}, {"train_gamma": True}]
 RUNS += [{"heads": heads} for heads in ("top", "bottom", "gate", "random", "all", "2.1,0.0,2.0")]
-RUNS += [{"method": "lora"}, {"method": "partial_lora"}, {"method": "lora", "projections": "v"}]
+RUNS += [{"method": "lora"}, {"method": "partial_lora"}]
+RUNS += [{"method": "lora", "projections": "v"}, {"method": "partial_lora", "projections": "v"}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
-def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed(changes, directory, capsys):
-    """It prints nothing, writes no file, and returns the Config's fields and what was measured."""
+def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed(changes, directory):
     cfg = train.Config(**SHORT | changes)
     tuned = train.finetune(cfg)
-    assert capsys.readouterr().out == ""
-    assert [path.name for path in directory.iterdir()] == ["base.pt"]
-
     result = tuned.result
     assert result | asdict(cfg) == result
-    assert result["lr"] == train.RATES[cfg.method]
     measured = {"task_acc", "source_acc", "word_problem_acc", "word_problem_after_image_acc"}
     assert measured <= result["before"].keys() <= result.keys()
-    assert {"adapter_flops_per_screen", "lora_trainable_parameters", "lora_flops_per_screen"} <= result.keys()
-    assert {"seconds", "device", "torch"} <= result.keys()
     num_selected = {"image_lora": 9 if cfg.heads == "all" else 3}.get(cfg.method, 0)
     assert sum(len(heads) for heads in (result["selected"] or {}).values()) == num_selected
 
-    assert result["trainable_parameters"] == sum(parameter.numel() for parameter in trained(tuned.adapter))
+    trained = [p for p in tuned.adapter.parameters() if p.requires_grad] if tuned.adapter else []
+    assert result["trainable_parameters"] == sum(parameter.numel() for parameter in trained)
     for change in ("text_logits_max_abs_diff", "word_problem_kl", "question_without_image_kl"):
         assert (result[change] != 0) == (cfg.method == "lora")
     flops = result["adapter_flops_per_screen"]
@@ -234,15 +195,11 @@ def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, cap
     """It writes the result of `run`, which is the same to the last digit again, and the controls beside it."""
     assert demo("") == 0
     printed = capsys.readouterr().out
-    starts = [line.split()[0] for line in printed.splitlines() if line[0] != " "]
-    assert starts == "base before probe select after text controls cost saved".split()
     assert "identical" in printed
     out = Path("runs/switches")
     assert {path.name for path in out.iterdir()} == {*train.FILES}
     assert all(name in printed.splitlines()[-1] for name in train.FILES)
-    assert Image.open(out / "predictions.png").size[0] == 1660
     assert load(load_base("base.pt"), out / "adapter.pt")
-
     written = json.loads((out / "metrics.json").read_text())
     result = json.loads(json.dumps(train.run(train.Config(**SHORT))))
     assert {name for name in result if result[name] != written[name]} <= {"seconds"}
@@ -252,10 +209,7 @@ def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, cap
     printed = capsys.readouterr().out
     assert "walking with runs/switches/adapter.pt" in printed
     assert re.search(r"rows adapted: (?!1 )\d+ .. \d+, the image's", printed)
-    assert re.search(r"model answers: \[16\]", printed)
     assert re.search(r"moved by 0% in layer 0, [1-9]", printed)
-    for name in ("tensors.png", "look.png"):
-        assert Image.open(out / name).size[0] == 1660
 
     assert demo("--task=referring") == 0
     assert "correct names on switch screens" in capsys.readouterr().out
@@ -267,7 +221,6 @@ def test_the_walk_trains_where_there_is_no_adapter(directory, capsys, monkeypatc
     walk.walk(walk.WalkConfig(out="out"))
     printed = capsys.readouterr().out
     assert "train.py has left no Image-LoRA that clicks in out/" in printed
-    assert "7 answer" in printed
     assert {path.name for path in Path("out").iterdir()} == {"look.png", "tensors.png"}
 
 
@@ -278,11 +231,6 @@ def test_the_pictures_of_the_pages_are_those_of_the_demos_run(directory, capsys,
     shown = {path.name for path in (ROOT / "data/figures").iterdir()}
     assert {path.name for path in Path("pictures").iterdir()} == shown
     assert Image.open("pictures/training.gif").n_frames == 4
-
-
-def test_lora_prints_how_far_text_has_moved(directory, capsys):
-    assert demo("--method=lora") == 0
-    assert "changed (max |difference|" in capsys.readouterr().out
 
 
 BAD_OPTIONS = ["--method=dora", "--what=1", "extra", "--steps=many", "--steps=0", "--seed=-1", "--lr=nan", "--r=25"]
@@ -308,14 +256,6 @@ def test_a_loss_that_is_not_finite_ends_the_demo_with_status_1(directory, capsys
     assert demo("--lr=1e18 --steps=40") == 1
     error = capsys.readouterr().err
     assert re.search(r"error: the loss is \w+ at step \d+; try a smaller --lr than 1e\+18\n$", error)
-
-
-def test_an_interrupted_command_says_so_and_returns_130(capsys):
-    def interrupted(cfg):
-        raise KeyboardInterrupt
-
-    assert command(train.Config, interrupted, "", []) == 130
-    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):

@@ -4,7 +4,6 @@ import asyncio
 import copy
 import math
 import pickle
-import re
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -93,23 +92,6 @@ def test_after_detach_everything_is_as_it_was_down_to_the_hooks():
         adapter.disabled()  # would not disable the next adapter
 
 
-def test_what_peft_has_added_before_stays_trainable_and_a_probe_leaves_it_alone():
-    model = tiny_vlm().requires_grad_(False)
-    attention(model, 0).q_proj.requires_grad_(True)
-    peft_model = nn.ModuleDict({"base": model})  # PEFT's wrapper, with a parameter of its own
-    peft_model.prompt = nn.Parameter(torch.zeros(2))
-    peft_model.get_base_model = lambda: model
-    before = state_of(peft_model)
-    score_heads(peft_model, [EARLY], loss_fn=lambda peft_model, batch: model(**batch).loss)
-    assert state_of(peft_model) == before
-    adapter = attach(peft_model, train_gamma=True)
-    trainable = {parameter for parameter in peft_model.parameters() if parameter.requires_grad}
-    assert trainable == {peft_model.prompt, attention(model, 0).q_proj.weight, *adapter.parameters()}
-    check_refusal("already has an Image-LoRA", attach, peft_model)
-    adapter.detach()
-    assert state_of(peft_model) == before
-
-
 def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_random_number():
     model = tiny_vlm()
     before = torch.get_rng_state()
@@ -152,16 +134,10 @@ def test_embeddings_are_refused_without_a_mask_and_adapted_with_one():
     with adapter.disabled(), adapter.visual_mask(MASK):
         assert torch.equal(model(inputs_embeds=x), base)
     assert torch.equal(adapted, model(input_ids=IDS))
-    assert torch.autograd.grad(adapted.sum(), x)[0].any()
-
-
-def test_input_ids_win_over_a_mask():
-    model, x = model_and_embeddings()
-    adapter = attach_trained(model)
-    adapted = model(input_ids=IDS)
     with adapter.visual_mask(MASK.flip(0)):
-        assert torch.equal(model(input_ids=IDS), adapted)
-        assert not torch.equal(model(inputs_embeds=x), adapted)
+        assert torch.equal(adapted, model(input_ids=IDS))  # input_ids take precedence
+        assert not torch.equal(adapted, model(inputs_embeds=x))
+    assert torch.autograd.grad(adapted.sum(), x)[0].any()
 
 
 def test_a_mask_has_the_shape_of_the_batch():
@@ -173,8 +149,6 @@ def test_a_mask_has_the_shape_of_the_batch():
         torch.testing.assert_close(model(inputs_embeds=beams), model(input_ids=IDS).repeat_interleave(2, 0))
     with adapter.visual_mask(MASK), pytest.raises(RuntimeError, match="repeat_interleave"):
         model(inputs_embeds=beams)
-    with adapter.visual_mask(torch.zeros_like(MASK)):
-        model(inputs_embeds=beams)  # any shape will do where no token is visual
 
 
 @pytest.mark.parametrize("field", ["image_token_id", "image_token_index", "video_token_id", "video_token_index"])
@@ -273,26 +247,23 @@ def test_a_state_dict_fits_the_heads_that_it_was_saved_with_and_no_others():
     torch.testing.assert_close(adapter.layers.state_dict(), state)
 
 
-def test_after_to_empty_reset_parameters_starts_anew():
-    """As PyTorch's convention has it: to_empty() leaves what was in memory, and whoever calls it resets each module."""
-    adapter = attach(tiny_vlm().to("meta"), heads=SOME_HEADS).to_empty(device="cpu")
-    for layer in adapter.layers.values():
-        nn.init.constant_(layer.gamma, math.nan)
-        layer.reset_parameters()
-        assert 0.9 / math.sqrt(D) < layer.A.abs().max() <= 1 / math.sqrt(D)
-        assert not layer.B.any()
-        assert layer.gamma.item() == 1
-
-
-def test_the_meta_device_and_to_empty_do_not_forget_the_heads():
-    """accelerate takes each entry of the state_dict of a model on the meta device for a parameter."""
+def test_the_meta_device_and_to_empty_forget_no_heads_and_reset_parameters_starts_anew():
+    """accelerate takes each entry of the state_dict of a model on the meta device for a parameter. to_empty() leaves
+    what was in memory, and by PyTorch's convention whoever calls it resets each module."""
     state = attach_trained(tiny_vlm(), heads=SOME_HEADS).state_dict()
     adapter = attach(tiny_vlm(), heads=SOME_HEADS).to("meta")
     own = {name: state[name] for name, _ in adapter.named_parameters()}
     assert adapter.state_dict().keys() == own.keys()
     adapter.load_state_dict(own, assign=True)
     torch.testing.assert_close(adapter.state_dict(), state, rtol=0, atol=0)
-    assert adapter.to("meta").to_empty(device="cpu").heads == SOME_HEADS
+    adapter.to("meta").to_empty(device="cpu")
+    assert adapter.heads == SOME_HEADS
+    for layer in adapter.layers.values():
+        nn.init.constant_(layer.gamma, math.nan)
+        layer.reset_parameters()
+        assert 0.9 / math.sqrt(D) < layer.A.abs().max() <= 1 / math.sqrt(D)
+        assert not layer.B.any()
+        assert layer.gamma.item() == 1
 
 
 # 4. Gradient checkpointing runs a layer again
@@ -527,7 +498,6 @@ def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_
     del content["normalize"]
     del content["train_gamma"]
     assert content.keys() == {"model_name", "r", "alpha", "kv_indices", "layers"}
-    assert content["model_name"] == "TinyVLM"
     assert content["kv_indices"] == {"0": [1], "2": [0, 1]}
     saved = content["layers"]["2"]
     assert saved["A"].shape == (D, 2)
@@ -566,27 +536,18 @@ def test_a_save_takes_the_place_of_the_old_file_at_once_or_if_it_fails_not_at_al
     assert list(path.parent.iterdir()) == [path]
 
 
-def named(name: str):
-    """A model that came from the file of this name; a model of transformers that came from none is named ''."""
-    model = tiny_vlm()
-    object.__setattr__(model.config, "_name_or_path", name)  # the dataclass is frozen
-    return model
-
-
 def test_an_adapter_that_was_saved_with_a_model_of_another_name_is_loaded_with_a_warning(tmp_path):
     adapter, path = saved_adapter(tmp_path)
+    other = tiny_vlm()
+    object.__setattr__(other.config, "_name_or_path", "models/other")  # the dataclass is frozen
     with pytest.warns(UserWarning, match="saved with 'TinyVLM', but this model is 'models/other'"):
-        assert load(named("models/other"), path).heads == adapter.heads
+        assert load(other, path).heads == adapter.heads
+    unnamed = tiny_vlm()
+    object.__setattr__(unnamed.config, "_name_or_path", "")  # as of a model that came from no file
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        load(unnamed, path).save(path)
         load(tiny_vlm(), path)
-        load(named(""), path).save(path)
-        load(tiny_vlm(), path)
-
-
-def test_a_save_warns_if_nothing_was_learned(tmp_path):
-    with pytest.warns(UserWarning, match=r"get_peft_model\(\)"):
-        attach(tiny_vlm()).save(tmp_path / "untrained.pt")
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -707,7 +668,6 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (attach, {"heads": [1]}, "heads must be {layer: .*, got .1."),
     (attach, {"heads": {0: 1}}, "layer 0 has 3 heads, got 1"),
     (attach, {"heads": {0: [1, 1]}}, "each once; layer 0"),
-    (attach, {"heads": {3: [0]}}, "layer 3 has 0 heads"),
     (attach, {"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
     (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads, got .3."),  # would be head 0 of the next token
     (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
@@ -725,7 +685,6 @@ def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentenc
 
 SELECTIONS = [  # scores of two layers' heads, the number of heads to select, and why that cannot be
     ([1.0, 1.0], 0, "^num_heads must be in 1..4, got 0$"),
-    ([1.0, 1.0], 5, "^num_heads must be in 1..4, got 5$"),
     ([0.0, 0.0], 1, "^select_heads got scores between .* not all zero$"),
     ([1.0, -1.0], 1, "^select_heads got scores between .* not negative"),
     ([1.0, math.inf], 1, "^select_heads got scores between .* must be finite"),
@@ -757,45 +716,14 @@ def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sen
     check_refusal(sentence, attach, model)
 
 
-# 9. What the tiny model refuses
-SIZES = [
-    ({"image_size": 40}, "image_size 40 is not a multiple of patch_size 16"),
-    ({"vision_num_attention_heads": 3}, "vision_hidden_size 16 is not a multiple of vision_num_attention_heads 3"),
-    ({"hidden_size": 20}, "hidden_size 20 is not a multiple of num_attention_heads 6"),
-    ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
-]
-
-
-@pytest.mark.parametrize("sizes, sentence", SIZES, ids=str)
-def test_a_tiny_model_whose_sizes_do_not_divide_is_refused(sizes, sentence):
-    with pytest.raises(ValueError, match=f"^{sentence}$"):
-        tiny_vlm(**sizes)
-
-
-def test_a_tiny_model_refuses_pictures_of_another_size_or_number():
+def test_the_tiny_model_refuses_other_pictures_and_padding_behind_a_prompt():
     model = tiny_vlm()
-    for shape in ([1, 3, 32, 48], [3, 32, 32]):
-        sentence = f"pixel_values must have shape [images, 3, 32, 32], got {shape}"
-        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-            model(EARLY["input_ids"], torch.zeros(shape))
-    for num_images in (0, 2):
-        with pytest.raises(ValueError, match=f"^4 image placeholder tokens for {num_images} images; each needs 4$"):
-            model(EARLY["input_ids"], torch.zeros(num_images, 3, 32, 32))
-
-
-def test_a_tiny_model_generates_from_prompts_that_are_padded_on_the_left_only():
-    model = tiny_vlm()
-    ids = torch.tensor([TEXT, TEXT])
-    mask = torch.ones_like(ids)
-    mask[1, -1] = 0
+    ids = EARLY["input_ids"]
+    with pytest.raises(ValueError, match=r"must have shape \[images, 3, 32, 32\], got \[1, 3, 32, 48\]"):
+        model(ids, torch.zeros(1, 3, 32, 48))
+    with pytest.raises(ValueError, match="4 image placeholder tokens for 2 images; each needs 4"):
+        model(ids, torch.zeros(2, 3, 32, 32))
     with pytest.raises(ValueError, match="padded on the left"):
-        model.generate(ids, attention_mask=mask)
-    assert model.generate(ids, attention_mask=mask.flip(1)).shape[0] == 2
-
-
-def test_what_is_not_a_saved_tiny_model_is_refused(tmp_path):
-    of_other_sizes = tmp_path / "model.pt"
-    torch.save({"config": {}, "state": tiny_vlm().state_dict()}, of_other_sizes)
-    for path in (of_other_sizes, tmp_path / "missing.pt"):
-        with pytest.raises(ValueError, match=f"{path.name} is missing, damaged or not a saved TinyVLM"):
-            TinyVLM.from_pretrained(path)
+        model.generate(**prompt(TEXT), attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]))
+    with pytest.raises(ValueError, match="num_attention_heads 6 is not a multiple of num_key_value_heads 4"):
+        tiny_vlm(num_key_value_heads=4)
