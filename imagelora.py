@@ -207,10 +207,9 @@ def score_heads(
                 A = scores.new_zeros(layer.A.shape)
                 A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
                 layer.A.copy_(A)
+                layer.B.grad = torch.zeros_like(layer.B)  # and zero it stays where the loss does not depend on B
             loss = loss_fn(model, batch)
-            if loss is None or not loss.isfinite():
-                raise ValueError(f"the loss of probe batch {count} is {loss}; check that its labels hold an answer")
-            adapter.zero_grad()
+            check_loss(loss, count)
             loss.backward()
             for i, layer in enumerate(adapter.layers.values()):
                 # I(l, h) = ||dL/dB_l(h)||^2
@@ -228,7 +227,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
 
     Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
     tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
-    check_selection(scores, num_heads)
+    check_selection(scores, num_heads, tau)
     # Influence of each layer, [L]. The largest comes first, so that it wins a tie.
     influence, order = scores.double().sum(1).sort(descending=True, stable=True)
     weights = (influence / influence.max()).pow(tau)
@@ -318,6 +317,8 @@ class CallTracker:
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
         elif mask is not None and embeddings is not None:
+            if mask.dtype != torch.bool:  # in a float mask of attention, 0 means True
+                raise ValueError(f"a visual mask must be bool, True where a token is visual, got {mask.dtype}")
             call = Call(mask.flatten().nonzero().squeeze(1), mask.shape)
         else:
             known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
@@ -581,8 +582,9 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
         raise ValueError(f"{expected}, got {heads!r}")
     for layer, selected in heads.items():
         # Unchecked, head H would write into head 0 of the next token, and layer -1 would be the last one.
-        count = head_counts[layer] if layer in range(len(head_counts)) else 0
-        if not isinstance(selected, (list, tuple, range)) or len(set(selected) & set(range(count))) < len(selected):
+        count = head_counts[int(layer)] if layer in range(len(head_counts)) else 0
+        is_list = isinstance(selected, (list, tuple, range))
+        if not is_list or sum(head in selected for head in range(count)) < len(selected):
             raise ValueError(f"{expected}, each once; layer {layer!r} has {count} heads, got {selected!r}")
     if not any(heads.values()):
         raise ValueError("no head is selected; name at least one")
@@ -595,6 +597,15 @@ def check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
         raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
 
 
+def check_loss(loss: Tensor, batch: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
+        raise ValueError(
+            f"the loss of probe batch {batch} is {loss}, not a number; check that its labels hold an answer"
+        )
+    if not loss.requires_grad:
+        raise ValueError(f"the loss of probe batch {batch} has no gradient; do not call score_heads under no_grad()")
+
+
 def check_influence(scores: Tensor, num_batches: int) -> None:
     if not scores.isfinite().all():
         raise ValueError("a gradient of the probe is not finite; probe in bfloat16 or float32, or scale the loss down")
@@ -603,7 +614,9 @@ def check_influence(scores: Tensor, num_batches: int) -> None:
         raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
 
 
-def check_selection(scores: Tensor, num_heads: int) -> None:
+def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:
+    if not 0 <= tau < float("inf"):
+        raise ValueError(f"tau must be a finite number that is not negative, got {tau}")
     if not 1 <= num_heads <= scores.numel():
         raise ValueError(f"num_heads must be in 1..{scores.numel()}, got {num_heads}")
     if not (scores.isfinite().all() and (scores >= 0).all() and scores.any()):

@@ -100,6 +100,25 @@ def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_r
     assert torch.equal(score_heads(model, [EARLY], seed=1), scores)
 
 
+class PeftModel(nn.Module):
+    """PEFT's wrapper, with a parameter of its own as in prompt tuning."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_vlm()
+        self.prompt = nn.Parameter(torch.zeros(2))
+
+    def get_base_model(self):
+        return self.model
+
+
+def test_a_probe_leaves_what_is_trainable_as_it_was_on_a_wrapper_too():
+    wrapper = PeftModel()
+    before = state_of(wrapper)
+    score_heads(wrapper, [EARLY], loss_fn=lambda wrapper, batch: wrapper.model(**batch).loss)
+    assert state_of(wrapper) == before
+
+
 # 2. The visual tokens of a call
 class FromEmbeddings(TinyVLM):
     """Hugging Face's other way to call a model: by inputs_embeds instead of input_ids."""
@@ -134,6 +153,8 @@ def test_embeddings_are_refused_without_a_mask_and_adapted_with_one():
     with adapter.disabled(), adapter.visual_mask(MASK):
         assert torch.equal(model(inputs_embeds=x), base)
     assert torch.equal(adapted, model(input_ids=IDS))
+    with adapter.visual_mask(MASK.float()), pytest.raises(ValueError, match="must be bool"):
+        model(inputs_embeds=x)
     with adapter.visual_mask(MASK.flip(0)):
         assert torch.equal(adapted, model(input_ids=IDS))  # input_ids take precedence
         assert not torch.equal(adapted, model(inputs_embeds=x))
@@ -668,11 +689,14 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (attach, {"heads": [1]}, "heads must be {layer: .*, got .1."),
     (attach, {"heads": {0: 1}}, "layer 0 has 3 heads, got 1"),
     (attach, {"heads": {0: [1, 1]}}, "each once; layer 0"),
+    (attach, {"heads": {0: [[1]]}}, "each once; layer 0"),
     (attach, {"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
     (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads, got .3."),  # would be head 0 of the next token
     (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
     (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
+    (score_heads, {"batches": [EARLY], "loss_fn": logits_of}, "loss of probe batch 0 is .*, not a number"),
+    (score_heads, {"batches": [EARLY], "loss_fn": torch.no_grad()(loss_of)}, "has no gradient"),
     (score_heads, {"batches": [EARLY], "loss_fn": huge_loss}, "a gradient of the probe is not finite"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
 ]
@@ -695,6 +719,12 @@ SELECTIONS = [  # scores of two layers' heads, the number of heads to select, an
 def test_a_selection_that_cannot_be_is_refused(scores, num_heads, sentence):
     with pytest.raises(ValueError, match=sentence):
         select_heads(torch.tensor([scores, scores]), num_heads)
+
+
+@pytest.mark.parametrize("tau", [-1.0, math.inf, math.nan])
+def test_a_tau_that_would_prefer_the_worst_layers_is_refused(tau):
+    with pytest.raises(ValueError, match="^tau must be a finite number that is not negative"):
+        select_heads(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 2, tau)
 
 
 ATTENTION = "language_model.layers.1.self_attn"
