@@ -598,10 +598,10 @@ def check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
 
 
 def check_loss(loss: Tensor, batch: int) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
-        raise ValueError(
-            f"the loss of probe batch {batch} is {loss}, not a number; check that its labels hold an answer"
-        )
+    if isinstance(loss, Tensor) and loss.numel() > 1:
+        raise ValueError(f"the loss of probe batch {batch} has shape {list(loss.shape)}; average it to one number")
+    if not isinstance(loss, Tensor) or not loss.isfinite():
+        raise ValueError(f"the loss of probe batch {batch} is {loss}; check that its labels hold an answer")
     if not loss.requires_grad:
         raise ValueError(f"the loss of probe batch {batch} has no gradient; do not call score_heads under no_grad()")
 

@@ -695,7 +695,7 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
     (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
-    (score_heads, {"batches": [EARLY], "loss_fn": logits_of}, "loss of probe batch 0 is .*, not a number"),
+    (score_heads, {"batches": [EARLY], "loss_fn": logits_of}, "loss of probe batch 0 has shape"),
     (score_heads, {"batches": [EARLY], "loss_fn": torch.no_grad()(loss_of)}, "has no gradient"),
     (score_heads, {"batches": [EARLY], "loss_fn": huge_loss}, "a gradient of the probe is not finite"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
