@@ -42,6 +42,10 @@ def make_folder(family, folder):
     for name, pixels in zip(("a.png", "b.png"), torch.randint(256, (2, 12, 9, 3), dtype=torch.uint8)):
         Image.fromarray(pixels.numpy()).save(folder / name)
     (folder / "truncated.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    frames = [Image.new("L", (8, 8), color) for color in (0, 255)]
+    frames[0].save(folder / "animation.gif", save_all=True, append_images=frames[1:])
+    for mode in ("F", "I"):
+        Image.new(mode, (8, 8), 1).save(folder / f"{mode}.tiff")
     lines = [line(["a.png"], "7"), line(["a.png", "b.png"], "cat 3"), line(["b.png"]), line([], "a")]
     (folder / "train.jsonl").write_text("\n".join(lines))
     (folder / "text.jsonl").write_text(line([]))
@@ -243,6 +247,12 @@ def test_a_picture_of_16_bits_keeps_its_content(tmp_path):
     assert [image.getpixel((i, 0)) for i in range(256)] == [(i, i, i) for i in range(256)]
 
 
+@pytest.mark.parametrize("mode, color", [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)])
+def test_what_is_transparent_becomes_white(mode, color, tmp_path):
+    Image.new(mode, (1, 1), color).save(tmp_path / "clear.png", **({"transparency": 0} if mode == "P" else {}))
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
 # 3. Going on, or refusing to
 OTHER = {
     "--learning_rate 0.01": "--learning_rate 0.02",
@@ -298,8 +308,8 @@ def test_nothing_is_overwritten(llava, llava_run, capsys):
 
 # 4. What else is refused
 KEYS = "a line needs the keys images, prompt and completion, and no others"
-LISTS = "images, prompt and completion must be lists"
-TURN = "a turn needs a role and a content, which is a string, and no more"
+LISTS = "images must be a list of paths, prompt and completion lists of turns"
+TURN = "a turn needs a role and a content, which are strings, and no more"
 ONE_TURN = "a completion must be one turn of the assistant, after one of the user"
 BAD_LINES = {
     "no JSON": ("{'images'", "JSONDecodeError"),
@@ -310,6 +320,12 @@ BAD_LINES = {
     "a string for images": (line("a"), LISTS),
     "a string for messages": (line([], prompt="a"), LISTS),
     "strings for messages": (line([], prompt=["a"]), f"{TURN}; got 'a'"),
+    "nothing as an image": (line([None]), LISTS),
+    "a list as a role": (line([], prompt=[turn(["user"], "a")]), TURN),
+    "half a surrogate pair": (line([], "\ud800"), "half a surrogate pair, such as \\ud83d alone, is no character"),
+    "an animation": (line(["animation.gif"]), "animation.gif has 2 frames; save the one that is meant"),
+    "an image of floats": (line(["F.tiff"]), "F.tiff has 32 bits a pixel, and no range that is known"),
+    "an image of 32 bits": (line(["I.tiff"]), "I.tiff has 32 bits a pixel, and no range that is known"),
     "a turn without a role": (line([], prompt=[{"content": "a"}]), TURN),
     "a key of a turn that would be lost": (line([], prompt=[turn("user", "a") | {"name": "Ada"}]), TURN),
     "parts": (line([], prompt=[turn("user", [{"type": "text", "text": "a"}])]), TURN),
