@@ -280,6 +280,31 @@ def test_a_run_goes_on_only_with_what_it_began_with(options, llava, llava_run, c
     assert refused.endswith("; resume it with these")
 
 
+CHANGED_FILES = {
+    "config.json": ('"rms_norm_eps": ', '"rms_norm_eps": 1'),
+    "processor_config.json": ("0.48145466", "0.5"),
+    "chat_template.jinja": ("</s>", "<s>"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_FILES)
+def test_a_run_does_not_go_on_with_another_config_or_processor(name, llava, llava_run, capsys):
+    changed = shutil.copytree(llava / "base", llava / f"changed_{name}") / name
+    before = changed.read_text()
+    changed.write_text(before.replace(*CHANGED_FILES[name]))
+    assert changed.read_text() != before
+    refused = refusal(capsys, llava, "image_lora", "run", *RESUME, "--model", str(changed.parent))
+    assert "was made with --model of sha256 " in refused
+
+
+def test_a_run_goes_on_with_a_copy_of_its_model_in_another_place(llava, llava_run):
+    shutil.copytree(llava / "base", llava / "copy")
+    stopped(llava_run, llava / "again_copy", after=3)
+    tuned(llava, "image_lora", "again_copy", *RESUME, "--model", f"{llava}/copy")
+    again, expected = (torch.load(run / "adapter.pt")["layers"] for run in (llava / "again_copy", llava_run))
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+
 def test_it_goes_on_from_the_last_complete_checkpoint(llava, llava_run, capsys):
     """Also in other places and with other logs; and not from one that was killed while it was written."""
     killed = llava / "killed"
