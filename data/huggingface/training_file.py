@@ -10,7 +10,6 @@ other two methods get no gradient from them.
 """
 
 import json
-import re
 from pathlib import Path
 
 from datasets import Dataset
@@ -31,11 +30,9 @@ class Collator(DataCollatorForVisionLanguageModeling):
 
 def open_image(path: str) -> Image.Image:
     image = Image.open(path)
-    # An MPO is a photo of a phone, whose other frames are previews.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise ValueError(f"{path} has {image.n_frames} frames; save the one that is meant as an image of its own")
-    if image.mode in ("F", "I"):
-        raise ValueError(f"{path} has 32 bits a pixel, and no range that is known; save it with 8 or 16 bits")
+    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's photo, with previews behind it
+    if several or image.mode in ("F", "I"):
+        raise ValueError(f"{path} has several frames or 32 bits a pixel; save one frame with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel; convert() alone would make nearly all of them 255
         image = image.point(lambda value: value * (1 / 256))
@@ -83,8 +80,7 @@ def object_of(pairs: list[tuple]) -> dict:
 def row_of(example: dict, folder: Path) -> dict:
     if not isinstance(example, dict) or sorted(example) != ["completion", "images", "prompt"]:
         raise ValueError(f"a line needs the keys images, prompt and completion, and no others; got {example!r:.80}")
-    if re.search("[\ud800-\udfff]", json.dumps(example, ensure_ascii=False)):
-        raise ValueError(f"half a surrogate pair, such as \\ud83d alone, is no character; got {example!a:.80}")
+    json.dumps(example, ensure_ascii=False).encode()  # names half a surrogate pair, such as \ud83d alone
     if not all(isinstance(value, list) for value in example.values()) or {*map(type, example["images"])} - {str}:
         raise ValueError(f"images must be a list of paths, prompt and completion lists of turns; got {example!r:.80}")
     turns = example["prompt"] + example["completion"]
