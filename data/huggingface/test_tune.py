@@ -253,6 +253,12 @@ def test_what_is_transparent_becomes_white(mode, color, tmp_path):
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_photo_of_a_phone_is_opened_without_the_previews_behind_it(tmp_path):
+    photo, preview = (Image.new("RGB", (8, 8), color) for color in ("white", "black"))
+    photo.save(tmp_path / "photo.mpo", save_all=True, append_images=[preview])
+    assert open_image(tmp_path / "photo.mpo").getpixel((0, 0)) == (255, 255, 255)
+
+
 # 3. Going on, or refusing to
 OTHER = {
     "--learning_rate 0.01": "--learning_rate 0.02",
