@@ -7,8 +7,10 @@
 Prompts without images and videos get the output of the base model, bit for bit. So there are no biases, no PiSSA, no
 new embeddings, and no other option of PEFT that would change those outputs."""
 
+import warnings
+
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 # Saved as init_lora_weights, which makes PEFT refuse the folder. Otherwise PEFT would load it and adapt all tokens.
@@ -31,7 +33,17 @@ def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
     if getattr(config, "init_lora_weights", None) != MARK:
         raise ValueError(f"{folder} holds no Partial LoRA; load it with PeftModel.from_pretrained()")
     config.init_lora_weights = True
+    weights = load_peft_weights(folder, device="cpu")
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ValueError(f"{folder} holds weights that are not finite; train it again with a lower learning rate")
+    saved_with, name = config.base_model_name_or_path, model.config.name_or_path
     model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
+    if weights.keys() != get_peft_model_state_dict(model).keys():
+        model.unload()
+        raise ValueError(f"{folder} has weights for other layers than this model; load it on the base of its training")
+    if saved_with and name and saved_with != name:
+        why = "an adapter works only with the base that it was trained on; ignore this if the model was only moved"
+        warnings.warn(f"{folder} was saved with {saved_with!r}, but this model is {name!r}; {why}", stacklevel=2)
     VisualTokens(model)
     return model
 
@@ -79,7 +91,8 @@ class VisualTokens:
             raise RuntimeError("no call of model(...) says which tokens are visual; do not call a part of the model")
         if z.shape[:-1] != self.is_text.shape:
             shapes = f"{list(z.shape[:-1])} instead of {list(self.is_text.shape)} tokens"
-            raise RuntimeError(f"a layer with Partial LoRA got {shapes}; leave it out of projections")
+            what = "call backward() before the next call of the model" if in_backward else "leave it out of projections"
+            raise RuntimeError(f"a layer with Partial LoRA got {shapes}; {what}")
         return z.masked_fill(self.is_text[..., None].to(z.device), 0)
 
     def end_call(self, *_):

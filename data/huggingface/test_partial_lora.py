@@ -10,6 +10,7 @@ from test_huggingface import PICTURE, TEXT, VIDEO, hf_prompt, tiny_hf_vlm
 from test_imagelora import logits_of, loss_of, slopes
 
 peft = pytest.importorskip("peft")
+safetensors = pytest.importorskip("safetensors.torch")
 from partial_lora import load_partial_lora, partial_lora  # noqa: E402
 
 CHOICES = [
@@ -123,6 +124,40 @@ def test_a_saved_one_is_loaded_to_be_used_or_to_be_trained_further(tmp_path):
 def test_lora_at_all_tokens_is_not_loaded_as_partial_lora(tmp_path):
     lora().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds no Partial LoRA; load it with PeftModel.from_pretrained\(\)"):
+        load_partial_lora(tiny_hf_vlm(), tmp_path)
+
+
+def test_one_of_another_model_is_refused_and_the_model_stays_the_base(tmp_path):
+    """It has weights for layers that this model lacks, or none for layers that it has."""
+    trained().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = safetensors.load_file(file)
+    more = {name.replace("layers.1", "layers.2"): weight.clone() for name, weight in weights.items()}
+    fewer = {name: weight for name, weight in weights.items() if "layers.1" not in name}
+    for other in (more | weights, fewer):
+        safetensors.save_file(other, file)
+        base = tiny_hf_vlm()
+        with pytest.raises(ValueError, match="has weights for other layers than this model"):
+            load_partial_lora(base, tmp_path)
+        assert not hasattr(base, "peft_config")
+
+
+def test_a_base_of_another_name_is_warned_of(tmp_path):
+    base = tiny_hf_vlm()
+    base.name_or_path = base.config.name_or_path = "Qwen"
+    partial_lora(base).save_pretrained(tmp_path)
+    other = tiny_hf_vlm()
+    other.config.name_or_path = "Llava"
+    with pytest.warns(UserWarning, match="was saved with 'Qwen', but this model is 'Llava'"):
+        load_partial_lora(other, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """They would change text as well, because 0 times infinity is NaN."""
+    model = trained()
+    model.get_base_model().model.language_model.layers[0].self_attn.v_proj.lora_B["default"].weight.data[0] = torch.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds weights that are not finite"):
         load_partial_lora(tiny_hf_vlm(), tmp_path)
 
 
@@ -245,3 +280,12 @@ def test_layers_that_see_other_tokens_are_refused():
     layer.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1),))
     with pytest.raises(RuntimeError, match=r"got \[20\] instead of \[2, 10\] tokens"):
         model(**hf_prompt())
+
+
+def test_with_checkpointing_a_call_before_backward_is_named_as_the_cause():
+    model = trained().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = loss_of(model, hf_prompt())
+    model(**TEXT)
+    with pytest.raises(RuntimeError, match=r"call backward\(\) before the next call of the model"):
+        loss.backward()

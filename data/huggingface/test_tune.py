@@ -42,6 +42,10 @@ def make_folder(family, folder):
     for name, pixels in zip(("a.png", "b.png"), torch.randint(256, (2, 12, 9, 3), dtype=torch.uint8)):
         Image.fromarray(pixels.numpy()).save(folder / name)
     (folder / "truncated.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    frames = [Image.new("L", (8, 8), color) for color in (0, 255)]
+    frames[0].save(folder / "animation.gif", save_all=True, append_images=frames[1:])
+    for mode in ("F", "I"):
+        Image.new(mode, (8, 8), 1).save(folder / f"{mode}.tiff")
     lines = [line(["a.png"], "7"), line(["a.png", "b.png"], "cat 3"), line(["b.png"]), line([], "a")]
     (folder / "train.jsonl").write_text("\n".join(lines))
     (folder / "text.jsonl").write_text(line([]))
@@ -243,6 +247,18 @@ def test_a_picture_of_16_bits_keeps_its_content(tmp_path):
     assert [image.getpixel((i, 0)) for i in range(256)] == [(i, i, i) for i in range(256)]
 
 
+@pytest.mark.parametrize("mode, color", [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)])
+def test_what_is_transparent_becomes_white(mode, color, tmp_path):
+    Image.new(mode, (1, 1), color).save(tmp_path / "clear.png", **({"transparency": 0} if mode == "P" else {}))
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_photo_of_a_phone_is_opened_without_the_previews_behind_it(tmp_path):
+    photo, preview = (Image.new("RGB", (8, 8), color) for color in ("white", "black"))
+    photo.save(tmp_path / "photo.mpo", save_all=True, append_images=[preview])
+    assert open_image(tmp_path / "photo.mpo").getpixel((0, 0)) == (255, 255, 255)
+
+
 # 3. Going on, or refusing to
 OTHER = {
     "--learning_rate 0.01": "--learning_rate 0.02",
@@ -268,6 +284,31 @@ def test_a_run_goes_on_only_with_what_it_began_with(options, llava, llava_run, c
     assert f"{llava_run} was made with " in refused
     assert OTHER[options] in refused
     assert refused.endswith("; resume it with these")
+
+
+CHANGED_FILES = {
+    "config.json": ('"rms_norm_eps": ', '"rms_norm_eps": 1'),
+    "processor_config.json": ("0.48145466", "0.5"),
+    "chat_template.jinja": ("</s>", "<s>"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_FILES)
+def test_a_run_does_not_go_on_with_another_config_or_processor(name, llava, llava_run, capsys):
+    changed = shutil.copytree(llava / "base", llava / f"changed_{name}") / name
+    before = changed.read_text()
+    changed.write_text(before.replace(*CHANGED_FILES[name]))
+    assert changed.read_text() != before
+    refused = refusal(capsys, llava, "image_lora", "run", *RESUME, "--model", str(changed.parent))
+    assert "was made with --model of sha256 " in refused
+
+
+def test_a_run_goes_on_with_a_copy_of_its_model_in_another_place(llava, llava_run):
+    shutil.copytree(llava / "base", llava / "copy")
+    stopped(llava_run, llava / "again_copy", after=3)
+    tuned(llava, "image_lora", "again_copy", *RESUME, "--model", f"{llava}/copy")
+    again, expected = (torch.load(run / "adapter.pt")["layers"] for run in (llava / "again_copy", llava_run))
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
 
 
 def test_it_goes_on_from_the_last_complete_checkpoint(llava, llava_run, capsys):
@@ -298,8 +339,8 @@ def test_nothing_is_overwritten(llava, llava_run, capsys):
 
 # 4. What else is refused
 KEYS = "a line needs the keys images, prompt and completion, and no others"
-LISTS = "images, prompt and completion must be lists"
-TURN = "a turn needs a role and a content, which is a string, and no more"
+LISTS = "images must be a list of paths, prompt and completion lists of turns"
+TURN = "a turn needs a role and a content, which are strings, and no more"
 ONE_TURN = "a completion must be one turn of the assistant, after one of the user"
 BAD_LINES = {
     "no JSON": ("{'images'", "JSONDecodeError"),
@@ -310,6 +351,12 @@ BAD_LINES = {
     "a string for images": (line("a"), LISTS),
     "a string for messages": (line([], prompt="a"), LISTS),
     "strings for messages": (line([], prompt=["a"]), f"{TURN}; got 'a'"),
+    "nothing as an image": (line([None]), LISTS),
+    "a list as a role": (line([], prompt=[turn(["user"], "a")]), TURN),
+    "half a surrogate pair": (line([], "\ud800"), "can't encode character '\\ud800' in position"),
+    "an animation": (line(["animation.gif"]), "animation.gif has several frames or 32 bits a pixel"),
+    "an image of floats": (line(["F.tiff"]), "F.tiff has several frames or 32 bits a pixel; save one"),
+    "an image of 32 bits": (line(["I.tiff"]), "I.tiff has several frames or 32 bits a pixel; save one"),
     "a turn without a role": (line([], prompt=[{"content": "a"}]), TURN),
     "a key of a turn that would be lost": (line([], prompt=[turn("user", "a") | {"name": "Ada"}]), TURN),
     "parts": (line([], prompt=[turn("user", [{"type": "text", "text": "a"}])]), TURN),

@@ -23,17 +23,21 @@ class Collator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, rows: list[dict]) -> dict:
         examples = []
         for row in rows:
-            images = [open_image(path) for path in row["images"]]
-            prompt = json.loads(row["prompt"])
-            completion = json.loads(row["completion"])
-            examples.append({"images": images, "prompt": prompt, "completion": completion})
+            turns = {name: json.loads(row[name]) for name in ("prompt", "completion")}
+            examples.append({"images": [open_image(path) for path in row["images"]]} | turns)
         return super().torch_call(examples)
 
 
 def open_image(path: str) -> Image.Image:
-    image = ImageOps.exif_transpose(Image.open(path))
+    image = Image.open(path)
+    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's photo, with previews behind it
+    if several or image.mode in ("F", "I"):
+        raise ValueError(f"{path} has several frames or 32 bits a pixel; save one frame with 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel; convert() alone would make nearly all of them 255
         image = image.point(lambda value: value * (1 / 256))
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -76,12 +80,13 @@ def object_of(pairs: list[tuple]) -> dict:
 def row_of(example: dict, folder: Path) -> dict:
     if not isinstance(example, dict) or sorted(example) != ["completion", "images", "prompt"]:
         raise ValueError(f"a line needs the keys images, prompt and completion, and no others; got {example!r:.80}")
-    if not all(isinstance(value, list) for value in example.values()):
-        raise ValueError(f"images, prompt and completion must be lists; got {example!r:.80}")
+    json.dumps(example, ensure_ascii=False).encode()  # names half a surrogate pair, such as \ud83d alone
+    if not all(isinstance(value, list) for value in example.values()) or {*map(type, example["images"])} - {str}:
+        raise ValueError(f"images must be a list of paths, prompt and completion lists of turns; got {example!r:.80}")
     turns = example["prompt"] + example["completion"]
     for turn in turns:
-        if not isinstance(turn, dict) or sorted(turn) != ["content", "role"] or not isinstance(turn["content"], str):
-            raise ValueError(f"a turn needs a role and a content, which is a string, and no more; got {turn!r:.80}")
+        if not isinstance(turn, dict) or sorted(turn) != ["content", "role"] or {*map(type, turn.values())} != {str}:
+            raise ValueError(f"a turn needs a role and a content, which are strings, and no more; got {turn!r:.80}")
     # Were the turn before the completion another one of the assistant, TRL would learn its end, too.
     if len(example["completion"]) != 1 or [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
         raise ValueError("a completion must be one turn of the assistant, after one of the user at the prompt's end")
