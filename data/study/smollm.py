@@ -131,6 +131,11 @@ def text_logits(vlm: SmolVLM, texts: Tensor, features: Tensor | None = None) -> 
     return logits[:, screen_ids.shape[1] :]
 
 
+def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    """The KL divergence of predictions [B, T, V] from those of the base, a mean over all tokens."""
+    return kl_divergence(base_logits.float(), logits.float()).mean()
+
+
 def make_base(cfg: SmolConfig) -> None:
     """See, then learn to answer. Writes the base model, and beside it what it can do."""
     start = time.time()
@@ -163,7 +168,7 @@ def make_base(cfg: SmolConfig) -> None:
         with torch.no_grad():
             logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the Partial LoRA needs a screen
         seen = vlm.projector(features[rng.choice(len(features), num_texts)])
-        return answer_loss + kl_divergence(logits_alone.float(), text_logits(vlm, texts[:, 1:], seen).float()).mean()
+        return answer_loss + divergence(logits_alone, text_logits(vlm, texts[:, 1:], seen))
 
     learned = [*vlm.projector.parameters(), *vlm.partial_lora.parameters()]
     first, *more = BASE_STEPS
@@ -220,9 +225,6 @@ class TrainingData:
         samples, features, _ = self.questions(index)
         return self.vlm.batch(samples) | {"image_features": features}
 
-    def loss(self, index: int) -> Tensor:
-        return self.vlm.model(**self.batch(index)).loss
-
     def loss_with_replay(self, index: int, adapter: nn.Module) -> Tensor:
         """In turn, one of the 8 sequences is replaced by a screen without switches with old questions, a text after a
         screen, or a text alone. A text's loss is the KL divergence from the base model's predictions."""
@@ -238,7 +240,7 @@ class TrainingData:
         screen = features[:1] if turn == "text after a screen" else None
         with torch.no_grad(), adapter.disabled():
             base_logits = text_logits(self.vlm, text, screen)
-        return answer_loss + kl_divergence(base_logits.float(), text_logits(self.vlm, text, screen).float()).mean()
+        return answer_loss + divergence(base_logits, text_logits(self.vlm, text, screen))
 
 
 def run(cfg: SmolConfig, lr: float) -> dict:
@@ -255,7 +257,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
         if settings.replay:
             optimize("train", trained, lr, cfg.steps, lambda step: data.loss_with_replay(step, adapter))
         else:
-            optimize("train", trained, lr, cfg.steps, data.loss)
+            optimize("train", trained, lr, cfg.steps, lambda step: vlm.model(**data.batch(step)).loss)
     row = {"method": cfg.method, "steps": cfg.steps, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_clicks(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
@@ -320,12 +322,11 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
     divergences, identical = [], True
     for part in texts.split(2):
         with disabled():
-            original_logits = text_logits(vlm, part)[:, :-1].float()
-        logits = text_logits(vlm, part)[:, :-1].float()
-        logits_after_screen = text_logits(vlm, part, screen)[:, :-1].float()
+            original_logits = text_logits(vlm, part)[:, :-1]
+        logits = text_logits(vlm, part)[:, :-1]
+        logits_after_screen = text_logits(vlm, part, screen)[:, :-1]
         identical &= torch.equal(logits, original_logits)
-        pair = (logits, logits_after_screen)
-        divergences.append([kl_divergence(original_logits, changed).mean().item() for changed in pair])
+        divergences.append([divergence(original_logits, changed).item() for changed in (logits, logits_after_screen)])
     openings = [vlm.ids(opening) for opening in OPENINGS]
     with disabled():
         original_continuations = vlm.generate(openings, max_new_tokens=16)
