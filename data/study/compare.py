@@ -21,7 +21,7 @@ from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.methods import METHODS, gate_scores
 from data.pictures import rank_correlation
-from data.questions import at_the_left, click_right_of
+from data.questions import click_right_of
 from data.study.tables import markdown, mean_and_range, rate_table, read_runs, seeds, table, write_runs
 from imagelora import score_heads
 
@@ -46,10 +46,10 @@ FEW_HEADS_RATE = 0.02  # of Image-LoRA in 12 heads or fewer
 
 
 def chosen_rate(method: str, bases: dict, task: str) -> float:
-    rates = REFERRING_RATES if task == "referring" else RATES
-    if bases == UNSKILLED:
-        rates = UNSKILLED_RATES
-    return 0.0 if method == "base model" else rates[method.removesuffix(", with replay")]
+    if method == "base model":
+        return 0.0
+    rates = UNSKILLED_RATES if bases == UNSKILLED else REFERRING_RATES if task == "referring" else RATES
+    return rates[method.removesuffix(", with replay")]
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ MEASURES = (
     "word_problem_acc",
     "word_problem_after_image_acc",
     "source_acc",  # the old task
-    "reworded_acc",  # the task asked in other words; measured only where nothing is fine-tuned
+    "reworded_acc",  # of the base model, asked to click right of the name
     "influence",  # of the head, by the probe of rank 1; this and the next two only where a single head is adapted
     "influence_exact",
     "gate_score",
@@ -89,21 +89,24 @@ class Runs:
         self.rows = {key(row): row for row in rows}
         self.is_shipped = cfg.runs == CompareConfig.runs
 
-    def of(self, method: str, bases: dict, numbers=None, earlier=False, **changes) -> list[dict]:
+    def of(self, method: str, bases: dict, numbers=None, **changes) -> list[dict]:
         """The rows of a method on the base models of these numbers, or on all of them. changes: of train.Config.
 
-        earlier: take the rows of an earlier version, too, where the file has them."""
+        A row of the earlier version comes first, unless the changes say whether gamma is trained."""
         settings = {"device": self.cfg.device} | METHODS[method] | changes
         if "lr" not in changes:
             settings["lr"] = chosen_rate(method, bases, changes.get("task", "grounding"))
         wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in numbers or bases]
         if not self.is_shipped:
-            self.make([cfg for cfg in wanted if not self.find(cfg, earlier)])
-        return [self.find(cfg, earlier) for cfg in wanted if self.find(cfg, earlier)]
-
-    def find(self, cfg: train.Config, earlier: bool) -> dict | None:
-        row = self.rows.get(key(vars(cfg) | {"train_gamma": EARLIER})) if earlier else None
-        return row or self.rows.get(key(vars(cfg)))
+            self.make([cfg for cfg in wanted if key(vars(cfg)) not in self.rows])
+        rows = []
+        for cfg in wanted:
+            row = self.rows.get(key(vars(cfg)))
+            if "train_gamma" not in changes:
+                row = self.rows.get(key(vars(cfg) | {"train_gamma": EARLIER}), row)
+            if row:
+                rows.append(row)
+        return rows
 
     def make(self, missing: list[train.Config]) -> None:
         """Run these, and write each row at once. ValueError, before anything runs, if a base model is not there."""
@@ -131,9 +134,8 @@ def run(cfg: train.Config) -> dict:
     validation, _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
     row = tuned.result | {"validation_acc": validation["task_acc"]}
     if cfg.method == "none":
-        reword = click_right_of if cfg.task == "grounding" else at_the_left
         test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
-        reworded, _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, reword)
+        reworded, _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, click_right_of)
         row["reworded_acc"] = reworded["task_acc"]
     if cfg.heads in SINGLE_HEADS:
         row |= head_scores(cfg)
@@ -156,17 +158,11 @@ def head_scores(cfg: train.Config) -> dict:
 # ---- Tables, in the order of the page --------------------------------------------------------------------------------
 
 
-def models(rows: list[dict]) -> str:
-    """The numbers of their base models, each once."""
-    return ", ".join(str(seed) for seed, base in SKILLED.items() if base in [row["base"] for row in rows])
-
-
 CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_problem_acc")}
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
 SEEDS = {"seeds": seeds}
-GAMMA = {False: ", γ = 1", True: ", γ trained", EARLIER: f", γ trained {EARLIER}"}
 RATE = {"learning rate": mean_and_range("lr", "{:g}")}
 CHOICES = {  # of heads: {name: (the option of train.py, the column of the score that it goes by)}
     "the probe": ("top", "influence"),
@@ -179,15 +175,18 @@ CHOICES = {  # of heads: {name: (the option of train.py, the column of the score
 
 def rates(runs: Runs) -> str:
     """Means of FEW models."""
+    clicks, word_problems = "clicks on validation screens, %", "word problems after an image, %"
     lines = []
-    for method, chosen in RATES.items():
-        for name, measure in (
-            ("clicks on validation screens", "validation_acc"),
-            ("word problems after an image", "word_problem_after_image_acc"),
-        ):
-            rows_of = {lr: runs.of(method, SKILLED, FEW, earlier=True, lr=lr) for lr in GRID}
-            means = {lr: np.mean([row[measure] for row in rows]) for lr, rows in rows_of.items()}
-            lines.append((f"{method}: {name}, %", means, chosen))
+    for method, name, measure in (
+        ("LoRA", clicks, "validation_acc"),
+        ("LoRA", word_problems, "word_problem_after_image_acc"),
+        ("Partial LoRA", clicks, "validation_acc"),
+        ("Image-LoRA", clicks, "validation_acc"),
+        ("Image-LoRA", word_problems, "word_problem_after_image_acc"),
+    ):
+        rows_of = {lr: runs.of(method, SKILLED, FEW, lr=lr) for lr in GRID}
+        means = {lr: np.mean([row[measure] for row in rows]) for lr, rows in rows_of.items()}
+        lines.append((f"{method}: {name}", means, RATES[method]))
     return rate_table("tiny models 1 to 3, learning rate", lines)
 
 
@@ -195,7 +194,7 @@ def after_an_image(runs: Runs) -> str:
     rows = []
     for kind, bases, replayed in (("with", SKILLED, RATES), ("without", UNSKILLED, ("LoRA", "Image-LoRA"))):
         for method in ("base model", *RATES, *(f"{name}, with replay" for name in replayed)):
-            rows.append((f"{kind} the skill: {method}", runs.of(method, bases, earlier=True)))
+            rows.append((f"{kind} the skill: {method}", runs.of(method, bases)))
     return table("tiny models", WITHOUT_IMAGE | AFTER_IMAGE | OLD_TASK, rows)
 
 
@@ -204,74 +203,69 @@ def each_model(runs: Runs) -> str:
     lines = []
     for kind, bases in (("with", SKILLED), ("without", UNSKILLED)):
         methods = ("base model", *RATES, "LoRA, with replay", "Image-LoRA, with replay")
-        rows_of = {method: runs.of(method, bases, earlier=True) for method in methods}
+        rows_of = {method: runs.of(method, bases) for method in methods}
         for i, seed in enumerate(bases):
             clicks = {method: 100 * rows[i]["task_acc"] for method, rows in rows_of.items()}
+            gap_with_replay = clicks["LoRA, with replay"] - clicks["Image-LoRA, with replay"]
             cells = {
                 "base model, asked to click right of the name, %": 100 * rows_of["base model"][i]["reworded_acc"],
                 "LoRA clicks, %": clicks["LoRA"],
                 "Partial LoRA is behind by": clicks["LoRA"] - clicks["Partial LoRA"],
                 "Image-LoRA is behind by": clicks["LoRA"] - clicks["Image-LoRA"],
-                "the same, both with replay": clicks["LoRA, with replay"] - clicks["Image-LoRA, with replay"],
+                "Image-LoRA is behind LoRA, both with replay": gap_with_replay,
             }
             lines.append((f"{seed}, {kind} the skill", *(f"{number:.1f}" for number in cells.values())))
     return markdown(("tiny model", *cells), *lines)
 
 
 def factor(runs: Runs) -> str:
-    """Image-LoRA and its exact rival at several rates; gamma; half of the heads."""
+    """Image-LoRA beside its closest rival at half its rate; gamma; half of the heads."""
     rows = []
-    for method in ("Partial LoRA on v", "Image-LoRA"):
-        rows += [(method, runs.of(method, SHIPPED, earlier=True, lr=lr)) for lr in GRID[2:7]]
-    rows.append(("Image-LoRA", runs.of("Image-LoRA", SHIPPED, lr=RATES["Image-LoRA"])))
-    rows.append(("Image-LoRA", runs.of("Image-LoRA", SHIPPED, lr=RATES["Image-LoRA"], train_gamma=True)))
-    rows.append(("Image-LoRA in 12 heads", runs.of("Image-LoRA in 12 heads", SHIPPED, lr=FEW_HEADS_RATE)))
-    named = []
-    for name, found in rows:
-        if found:
-            named.append((name + GAMMA[found[0]["train_gamma"]] if "Image" in name else name, found))
-    return table("tiny model 1", SEEDS | RATE | CLICKS | AFTER_IMAGE | OLD_TASK, named)
+    for lr in GRID[3:7]:
+        rows.append(("Partial LoRA on v", runs.of("Partial LoRA on v", SHIPPED, lr=lr)))
+        rows.append(("Image-LoRA", runs.of("Image-LoRA", SHIPPED, lr=2 * lr)))
+    for name, changes in (
+        ("Image-LoRA", {}),
+        ("Image-LoRA, γ = 1", {"train_gamma": False}),
+        ("Image-LoRA, γ trained at the full rate", {"train_gamma": True}),
+    ):
+        rows.append((name, runs.of("Image-LoRA", SHIPPED, **changes)))
+    rows.append(("Image-LoRA in 12 heads, γ = 1", runs.of("Image-LoRA in 12 heads", SHIPPED, lr=FEW_HEADS_RATE)))
+    return table("tiny model 1", SEEDS | RATE | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
 
 
 def heads(runs: Runs) -> str:
     """Four heads of each choice; and whether a score tells before training what each head will click alone."""
-    clicks = CLICKS["switches clicked, %"]
-    correlation = mean_and_range("correlation", "{:.2f}")
-    lines = []
-    for name, (choice, score) in CHOICES.items():
-        four = []
-        if choice:
-            settings = {"heads": choice, "num_heads": 4, "lr": FEW_HEADS_RATE}
-            four = runs.of("Image-LoRA", SKILLED, FEW, earlier=True, **settings)
-        alone = correlations_with_clicks(runs, score) if score else []
-        lines.append((name, models(four), clicks(four), models(alone), correlation(alone)))
-    titles = "models", "clicks with these 4 of 24 heads, %", "models", "rank correlation with what a head clicks alone"
-    return markdown(("heads chosen by", *titles), *lines)
-
-
-def correlations_with_clicks(runs: Runs, score: str) -> list[dict]:
-    """Of a score with what each head clicks alone, on each of FEW models whose 24 runs are there."""
-    correlations = []
+    alone = []  # the runs in a single head, for each model that has them all
     for seed in FEW:
         rows = []
         for head in SINGLE_HEADS:
             rows += runs.of("Image-LoRA", SKILLED, [seed], heads=head, lr=FEW_HEADS_RATE)
         if len(rows) == len(SINGLE_HEADS):
+            alone.append(rows)
+    lines = []
+    for name, (choice, score) in CHOICES.items():
+        four, correlations = [], []
+        if choice:
+            four = runs.of("Image-LoRA", SKILLED, FEW, heads=choice, num_heads=4, lr=FEW_HEADS_RATE)
+        for rows in alone if score else []:
             scores, clicks = np.array([(row[score], row["task_acc"]) for row in rows]).T
-            correlations.append({"base": SKILLED[seed], "correlation": rank_correlation(scores, clicks)})
-    return correlations
+            correlations.append({"correlation": rank_correlation(scores, clicks)})
+        texts = mean_and_range("task_acc")(four), mean_and_range("correlation", "{:.2f}")(correlations)
+        lines.append((name, *texts))
+    titles = "clicks with these 4 of 24 heads, %", "rank correlation with what a head clicks alone"
+    return markdown(("heads chosen by", *titles), *lines)
 
 
 def other_tasks(runs: Runs) -> str:
-    frozen = runs.of("base model", SKILLED, FEW, task="referring")
-    asked_to_the_left = [row | {"task_acc": row["reworded_acc"]} for row in frozen]
-    rows = [("referring: base model, asked about the left end of the line", asked_to_the_left)]
+    rows = []
     for method in REFERRING_RATES:
-        rows.append((f"referring: {method}", runs.of(method, SKILLED, FEW, earlier=True, task="referring")))
+        rows.append((f"referring: {method}", runs.of(method, SKILLED, FEW, task="referring")))
+    rows.append(("referring: Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, task="referring", lr=0.01)))
     for method in ("LoRA", "Image-LoRA"):
-        rows.append((f"after nine word problems: {method}", runs.of(method, SKILLED, FEW, earlier=True, history=9)))
+        rows.append((f"after nine word problems: {method}", runs.of(method, SKILLED, FEW, history=9)))
     correct = {"correct answers, %": mean_and_range("task_acc")}
-    return table("tiny models 1 to 3", correct | AFTER_IMAGE | OLD_TASK | RATE, rows)
+    return table("tiny models 1 to 3", RATE | correct | AFTER_IMAGE | OLD_TASK, rows)
 
 
 TABLES = (rates, after_an_image, each_model, factor, heads, other_tasks)

@@ -1,6 +1,6 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
-python -m data.study.smollm                              print the tables; the runs stand in smollm.csv, one per line
+python -m data.study.smollm                              print the tables of the runs in smollm.csv
 python -m data.study.smollm --method LoRA --seed 3       make one more run: about twenty minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
@@ -131,6 +131,11 @@ def text_logits(vlm: SmolVLM, texts: Tensor, features: Tensor | None = None) -> 
     return logits[:, screen_ids.shape[1] :]
 
 
+def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    """The KL divergence of predictions [B, T, V] from those of the base, a mean over all tokens."""
+    return kl_divergence(base_logits.float(), logits.float()).mean()
+
+
 def make_base(cfg: SmolConfig) -> None:
     """See, then learn to answer. Writes the base model, and beside it what it can do."""
     start = time.time()
@@ -163,7 +168,7 @@ def make_base(cfg: SmolConfig) -> None:
         with torch.no_grad():
             logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the Partial LoRA needs a screen
         seen = vlm.projector(features[rng.choice(len(features), num_texts)])
-        return answer_loss + kl_divergence(logits_alone.float(), text_logits(vlm, texts[:, 1:], seen).float()).mean()
+        return answer_loss + divergence(logits_alone, text_logits(vlm, texts[:, 1:], seen))
 
     learned = [*vlm.projector.parameters(), *vlm.partial_lora.parameters()]
     first, *more = BASE_STEPS
@@ -174,7 +179,9 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.save(path)
     vlm = load_base_model(cfg)  # what was written, because it is in 16 bits
     record = {"seconds": round(time.time() - start)} | versions(vlm)
-    record |= measure_skill(vlm) | measure_english(vlm, nullcontext)
+    record["source_acc"] = click_accuracy(vlm, "source", "test", TEST_SCREENS)
+    record["reworded_acc"] = click_accuracy(vlm, "switches", "test", TEST_SCREENS, reword=click_right_of)
+    record |= measure_english(vlm, nullcontext)
     write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -218,9 +225,6 @@ class TrainingData:
         samples, features, _ = self.questions(index)
         return self.vlm.batch(samples) | {"image_features": features}
 
-    def loss(self, index: int) -> Tensor:
-        return self.vlm.model(**self.batch(index)).loss
-
     def loss_with_replay(self, index: int, adapter: nn.Module) -> Tensor:
         """In turn, one of the 8 sequences is replaced by a screen without switches with old questions, a text after a
         screen, or a text alone. A text's loss is the KL divergence from the base model's predictions."""
@@ -236,7 +240,7 @@ class TrainingData:
         screen = features[:1] if turn == "text after a screen" else None
         with torch.no_grad(), adapter.disabled():
             base_logits = text_logits(self.vlm, text, screen)
-        return answer_loss + kl_divergence(base_logits.float(), text_logits(self.vlm, text, screen).float()).mean()
+        return answer_loss + divergence(base_logits, text_logits(self.vlm, text, screen))
 
 
 def run(cfg: SmolConfig, lr: float) -> dict:
@@ -253,7 +257,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
         if settings.replay:
             optimize("train", trained, lr, cfg.steps, lambda step: data.loss_with_replay(step, adapter))
         else:
-            optimize("train", trained, lr, cfg.steps, data.loss)
+            optimize("train", trained, lr, cfg.steps, lambda step: vlm.model(**data.batch(step)).loss)
     row = {"method": cfg.method, "steps": cfg.steps, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_clicks(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
@@ -281,15 +285,14 @@ OPENINGS = (
     " … Scientists have discovered that … She opened the door and … The most important thing in life is … An apple a"
     " day … Python is a programming language that … Click the button to"
 ).split(" … ")
-NUM_SHOWN = 2  # of these stand on the page, with what each model makes of them
 
 
-def click_accuracy(vlm: SmolVLM, domain: str, split: str, count: int, erased=False, ask=all_samples) -> float:
-    """Share of the targets on `count` screens that are clicked.
-
-    ask: a function of the screens, whose questions it returns as pairs (number of the screen, sample)."""
+def click_accuracy(vlm: SmolVLM, domain: str, split: str, count: int, erased=False, reword=None) -> float:
+    """Share of the targets on `count` screens that are clicked. reword: a function that asks for one in other words."""
     screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
-    numbers, samples = zip(*ask(screens))
+    numbers, samples = zip(*all_samples(screens))
+    if reword:
+        samples = [reword(sample) for sample in samples]
     prompts = [vlm.prompt(sample) for sample in samples]
     answers = vlm.generate(prompts, 3, vlm.see(screens), numbers)
     return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
@@ -302,23 +305,6 @@ def measure_clicks(vlm: SmolVLM) -> dict:
         "validation_acc": click_accuracy(vlm, "switches", "validation", TEST_SCREENS // 2),
         "erased_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS // 2, erased=True),
         "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS // 2),
-    }
-
-
-def measure_skill(vlm: SmolVLM) -> dict:
-    """The old task; and clicks right of a name, on the screens where this was learned, and on those with switches."""
-
-    def right_of_names(screens: list[Screen]) -> list[tuple[int, dict]]:
-        samples = [neighbour_samples(screen, np.random.default_rng(i)) for i, screen in enumerate(screens)]
-        return [(i, sample) for i, of_screen in enumerate(samples) for sample in of_screen if "bbox" in sample]
-
-    def reworded(screens: list[Screen]) -> list[tuple[int, dict]]:
-        return [(i, click_right_of(sample)) for i, sample in all_samples(screens)]
-
-    return {
-        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS),
-        "right_of_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS, ask=right_of_names),
-        "reworded_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS, ask=reworded),
     }
 
 
@@ -336,12 +322,11 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
     divergences, identical = [], True
     for part in texts.split(2):
         with disabled():
-            original_logits = text_logits(vlm, part)[:, :-1].float()
-        logits = text_logits(vlm, part)[:, :-1].float()
-        logits_after_screen = text_logits(vlm, part, screen)[:, :-1].float()
+            original_logits = text_logits(vlm, part)[:, :-1]
+        logits = text_logits(vlm, part)[:, :-1]
+        logits_after_screen = text_logits(vlm, part, screen)[:, :-1]
         identical &= torch.equal(logits, original_logits)
-        pair = (logits, logits_after_screen)
-        divergences.append([kl_divergence(original_logits, changed).mean().item() for changed in pair])
+        divergences.append([divergence(original_logits, changed).item() for changed in (logits, logits_after_screen)])
     openings = [vlm.ids(opening) for opening in OPENINGS]
     with disabled():
         original_continuations = vlm.generate(openings, max_new_tokens=16)
@@ -352,7 +337,7 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
         "divergence_after_screen": after_screen,
         "identical": "yes" if identical else "no",
         "same_continuations": sum(map(str.__eq__, continuations, original_continuations)),
-        "continuations": continuations[:NUM_SHOWN],
+        "continuation": " ".join(continuations[0].split()),  # of the opening that the page shows
     }
 
 
@@ -361,39 +346,34 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
 SEEDS = {"seeds": seeds}
 PARAMETERS = {"parameters": mean_and_range("parameters", "{:,.0f}")}
 CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
+VALIDATION = {"clicked on validation screens, %": mean_and_range("validation_acc")}
 ERASED = {"hits where the switches are erased, %": mean_and_range("erased_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
 ENGLISH = {
     "KL divergence of English without an image": mean_and_range("divergence", "{:.3f}"),
-    "the same after an image": mean_and_range("divergence_after_screen", "{:.3f}"),
+    "KL divergence after an image": mean_and_range("divergence_after_screen", "{:.3f}"),
 }
 OPENINGS_KEPT = {"openings continued as before, of 20": mean_and_range("same_continuations", "{:g}")}
-FRONT_PAGE = [name for name in RATES if name not in ("base model", "LoRA on v") and "random" not in name]
 
 
 def print_tables(runs: list[dict]) -> None:
     """The front page's table, then those of the study's page."""
     runs = sorted(runs, key=lambda run: run["seed"])
-    of_method = {}
-    for method, lr in RATES.items():
-        of_method[method] = [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
-    front_page = [(method, of_method[method]) for method in FRONT_PAGE]
-    print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
-    columns = SEEDS | PARAMETERS | CLICKS | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
-    print(table("SmolLM2", columns, [*of_method.items()]))
-    print(continuations(of_method))
+
+    def of(method: str, lr: float) -> list[dict]:
+        return [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
+
+    base_model, *tuned = [(method, of(method, lr)) for method, lr in RATES.items()]
+    print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, tuned))
+    columns = SEEDS | PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
+    print(table("SmolLM2", columns, [base_model, *tuned, ("LoRA, at four times the rate", of("LoRA", 0.004))]))
+    print(f"{OPENINGS[0]} …")
+    # The original is the base model without an image.
+    for name, method in {"the original": "base model", "LoRA": "LoRA", "with replay": "LoRA, with replay"}.items():
+        for run in of(method, RATES[method])[:1]:
+            print(f"    {name:14}{run['continuation']}")
+    print()
     print(rates(runs))
-
-
-def continuations(of_method: dict[str, list[dict]]) -> str:
-    """How the original, which is the base model without an image, and LoRA with its first seed go on."""
-    lines = []
-    for i, opening in enumerate(OPENINGS[:NUM_SHOWN]):
-        lines.append(f"{opening} …\n")
-        for name, method in {"the original": "base model", "LoRA": "LoRA", "with replay": "LoRA, with replay"}.items():
-            for run in of_method[method][:1]:
-                lines.append(f"    {name:14}{' '.join(run['continuations'][i].split())}\n")
-    return "".join(lines)
 
 
 def rates(runs: list[dict]) -> str:

@@ -86,13 +86,12 @@ def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkey
     cfg = compare.CompareConfig(runs=str(tmp_path / "new" / "runs.csv"))
     shipped = {1: "data/tiny_vlm.pt"}
     short = {"steps": 1, "test_screens": 2}
-    (frozen,) = compare.Runs(cfg).of("base model", shipped, task="referring", **short)
-    assert frozen["task"] == "referring"
+    (frozen,) = compare.Runs(cfg).of("base model", shipped, **short)
     assert frozen["task_acc"] < 0.5 < frozen["reworded_acc"]
     (head,) = compare.Runs(cfg).of("Image-LoRA", shipped, heads="1.3", **short)
     assert min(head["influence"], head["influence_exact"], head["gate_score"]) > 0
     monkeypatch.setattr(compare, "run", None)  # nothing can run
-    assert compare.Runs(cfg).of("base model", shipped, task="referring") == [frozen]
+    assert compare.Runs(cfg).of("base model", shipped) == [frozen]
     assert compare.Runs(cfg).of("Image-LoRA", shipped, heads="1.3") == [head]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["runs.csv"]
 
@@ -128,7 +127,7 @@ def test_the_chosen_rates_follow_from_the_runs(runs, bases, changes, rates):
     for method, chosen in rates.items():
         accuracies = {}
         for lr in compare.GRID:
-            rows = runs.of(method, bases, compare.FEW, earlier=True, lr=lr, **changes)
+            rows = runs.of(method, bases, compare.FEW, lr=lr, **changes)
             if rows:
                 assert len(rows) == len(compare.FEW)
                 accuracies[lr] = np.mean([row["validation_acc"] for row in rows])
