@@ -81,11 +81,6 @@ def referring_sample(element: Element) -> dict:
     return {"instruction": f"what is at {place(element.click)}", "answer": element.full_name()}
 
 
-def at_the_left(sample: dict) -> dict:
-    """The same question about the left end of the line, where the name is and not the switch."""
-    return sample | {"instruction": re.sub(r"<x\d+>", "<x2>", sample["instruction"])}
-
-
 # ---- What is right of a name, and where? -----------------------------------------------------------------------------
 
 

@@ -175,7 +175,8 @@ CHOICES = {  # of heads: {name: (the option of train.py, the column of the score
 
 def rates(runs: Runs) -> str:
     """Means of FEW models."""
-    clicks, word_problems = "clicks on validation screens, %", "word problems after an image, %"
+    clicks = "clicks on validation screens, %"
+    word_problems = "word problems after an image, %"
     lines = []
     for method, name, measure in (
         ("LoRA", clicks, "validation_acc"),
@@ -245,14 +246,15 @@ def heads(runs: Runs) -> str:
             alone.append(rows)
     lines = []
     for name, (choice, score) in CHOICES.items():
-        four, correlations = [], []
+        four = []
         if choice:
             four = runs.of("Image-LoRA", SKILLED, FEW, heads=choice, num_heads=4, lr=FEW_HEADS_RATE)
-        for rows in alone if score else []:
-            scores, clicks = np.array([(row[score], row["task_acc"]) for row in rows]).T
-            correlations.append({"correlation": rank_correlation(scores, clicks)})
-        texts = mean_and_range("task_acc")(four), mean_and_range("correlation", "{:.2f}")(correlations)
-        lines.append((name, *texts))
+        correlations = []
+        if score:
+            for rows in alone:
+                scores, clicks = np.array([(row[score], row["task_acc"]) for row in rows]).T
+                correlations.append({"correlation": rank_correlation(scores, clicks)})
+        lines.append((name, mean_and_range("task_acc")(four), mean_and_range("correlation", "{:.2f}")(correlations)))
     titles = "clicks with these 4 of 24 heads, %", "rank correlation with what a head clicks alone"
     return markdown(("heads chosen by", *titles), *lines)
 

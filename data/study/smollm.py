@@ -41,13 +41,12 @@ from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, fastest_type, parse_le
 from data.study.tables import mean_and_range, rate_table, read_runs, seeds, table, write_runs
 from imagelora import Heads, score_heads, select_heads
 
-# {method: its learning rate}, in the order of the tables. With replay and in 9 heads a method keeps its rate, and LoRA
-# on v has that of Partial LoRA. The page says how the others were chosen.
+# {method: its learning rate}, in the order of the tables. The page says how they were chosen.
 RATES = {
     "base model": 0.0,
     "LoRA": 0.001,
     "LoRA, with replay": 0.001,
-    "LoRA on v": 0.004,
+    "LoRA on v": 0.004,  # that of Partial LoRA; there is no run
     "Partial LoRA": 0.004,
     "Partial LoRA on v": 0.016,
     "Image-LoRA": 0.016,
