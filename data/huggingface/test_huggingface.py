@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import imagelora
 from data.test_guarantees import check_refusal, state_of
@@ -28,28 +27,30 @@ def block(text: str) -> str:
     return found
 
 
-def adapt_by_the_pages(model, adapter, visual, **options):
-    """Replaces the adapter by that of the pages' thirty lines, with its weights.
+def adapt_by_the_front_page(model, adapter, visual, heads, r, lora_alpha):
+    """Puts the front page's class around the v_proj of each layer of heads, with the adapter's weights.
 
     visual: [B, T], True where a token is visual."""
     lines = {}
-    exec(block("class NaiveImageLoRA"), lines)  # on the front page
-    exec(block("def adapt"), lines)  # on the demo's page
+    exec(block("class NaiveImageLoRA"), lines)
+    model.requires_grad_(False)
     decoder = next(m for name, m in model.named_modules() if re.search(r"(language|text)_model$", name))
-    naive_adapters = lines["adapt"](nn.ModuleDict({"model": model, "language_model": decoder}), **options)
-    for layer, naive in zip(adapter.layers.values(), naive_adapters, strict=True):
-        naive.load_state_dict(layer.state_dict(), strict=False)
+    for layer, selected in heads.items():
+        attention = decoder.layers[layer].self_attn
+        naive = lines["NaiveImageLoRA"](attention.v_proj, attention.head_dim, selected, r, lora_alpha)
+        naive.load_state_dict(adapter.layers[str(layer)].state_dict(), strict=False)
         naive.M = visual[..., None]
+        attention.v_proj = naive
 
 
-def test_the_thirty_lines_of_the_pages_compute_what_imagelora_does():
+def test_the_class_of_the_front_page_computes_what_imagelora_does():
     batch = {name: torch.cat([EARLY[name], LATE[name]]) for name in EARLY}
     options = {"r": 4, "lora_alpha": 6, "heads": {0: [1], 1: [0, 2], 2: [0, 1, 2]}}
     model = tiny_vlm()
     adapter = attach_trained(model, **options)
     ours = logits_of(model, batch), slopes(model, loss_of(model, batch))
     adapter.detach()
-    adapt_by_the_pages(model, adapter, batch["input_ids"] == IMG, **options)
+    adapt_by_the_front_page(model, adapter, batch["input_ids"] == IMG, **options)
     theirs = logits_of(model, batch), slopes(model, loss_of(model, batch))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
@@ -206,7 +207,7 @@ def test_every_family_is_adapted_as_the_thirty_lines_of_the_pages_say(family, ki
     assert adapter.detach() is model
     assert torch.equal(logits_of(model, batch), base)
 
-    adapt_by_the_pages(model, adapter, batch["input_ids"] == kind, **options)
+    adapt_by_the_front_page(model, adapter, batch["input_ids"] == kind, **options)
     expected = slopes(model, loss_of(model, batch))
     assert (ours - base).abs().max() > 1e-2
     close(ours, logits_of(model, batch))

@@ -53,6 +53,7 @@ RATES = {
     "Image-LoRA, with replay": 0.016,
     "Image-LoRA in 9 heads": 0.016,
     "Image-LoRA in 9 random heads": 0.016,
+    "Image-LoRA in 9 random heads of the same layers": 0.016,
 }
 SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
@@ -264,14 +265,21 @@ def run(cfg: SmolConfig, lr: float) -> dict:
 
 
 def nine_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads:
-    """Nine of the 90 value heads: the most influential ones by the exact probe, or random ones in any layer."""
-    if cfg.method == "Image-LoRA in 9 heads":
+    """Nine of the 90 value heads: the most influential ones by the exact probe; or random ones in any layer, or in the
+    layers from the lowest to the highest of those that the probe chooses."""
+    first_layer, last_layer = 0, vlm.model.config.num_hidden_layers - 1
+    if cfg.method != "Image-LoRA in 9 random heads":
         probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
-        return select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
+        probed_heads = select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
+        if cfg.method == "Image-LoRA in 9 heads":
+            return probed_heads
+        first_layer, last_layer = min(probed_heads), max(probed_heads)
+    heads_per_layer = vlm.model.config.num_key_value_heads
+    num_heads = (last_layer - first_layer + 1) * heads_per_layer
     heads = {}
-    for number in sorted(np.random.default_rng(cfg.seed).permutation(90)[:9].tolist()):
-        layer, head = divmod(number, vlm.model.config.num_key_value_heads)
-        heads.setdefault(layer, []).append(head)
+    for number in sorted(np.random.default_rng(cfg.seed).permutation(num_heads)[:9].tolist()):
+        layer, head = divmod(number, heads_per_layer)
+        heads.setdefault(first_layer + layer, []).append(head)
     return heads
 
 
@@ -363,7 +371,8 @@ def print_tables(runs: list[dict]) -> None:
         return [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
 
     base_model, *tuned = [(method, of(method, lr)) for method, lr in RATES.items()]
-    print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, tuned))
+    front_page = [(method, rows) for method, rows in tuned if "replay" not in method and "random" not in method]
+    print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
     columns = SEEDS | PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
     print(table("SmolLM2", columns, [base_model, *tuned, ("LoRA, at four times the rate", of("LoRA", 0.004))]))
     print(f"{OPENINGS[0]} …")
