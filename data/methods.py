@@ -45,6 +45,7 @@ METHODS = {  # the fields of Method; those that are not named have their default
     "LoRA on v": {"method": "lora", "projections": "v"},
     "Partial LoRA": {"method": "partial_lora"},  # arXiv 2401.16420, there on all linear layers
     "Partial LoRA on v": {"method": "partial_lora", "projections": "v"},
+    "Partial LoRA on v, rank 2": {"method": "partial_lora", "projections": "v", "r": 2},
     "Image-LoRA": {"heads": "all"},
     "Image-LoRA in 12 heads": {"heads": "top", "num_heads": 12},
 }

@@ -184,7 +184,7 @@ def processor_for(family):
 
 
 @pytest.mark.parametrize("family, kind", WALKS)
-def test_every_family_is_adapted_as_the_thirty_lines_of_the_pages_say(family, kind):
+def test_every_family_is_adapted_as_the_class_of_the_front_page_says(family, kind):
     """In training, checkpointed or not, and in generate(). Without an image, disabled or detached it is the base."""
     batch = hf_prompt(family, kind)
     model = tiny_hf_vlm(family)

@@ -51,6 +51,7 @@ RATES = {
     "Partial LoRA on v": 0.016,
     "Image-LoRA": 0.016,
     "Image-LoRA, with replay": 0.016,
+    "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
     "Image-LoRA in 9 heads": 0.016,
     "Image-LoRA in 9 random heads": 0.016,
     "Image-LoRA in 9 random heads of the same layers": 0.016,
