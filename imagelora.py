@@ -132,7 +132,8 @@ class ImageLoRA(nn.Module):
             adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(device_of(attention.v_proj))
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
-        # The model changes only from here on. At each call the tracker finds the visual rows for the adapters.
+        # The model changes only from here on. In each call the tracker finds the visual rows, and its hook on every
+        # adapted v_proj calls add_update with them.
         self._tracker = CallTracker(base, image_token_ids, decoder, self.layers)
         self._required_grad = requires_grad(base)
         if model is base:  # otherwise PEFT has frozen it

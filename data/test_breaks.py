@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 CODE = (ROOT / "imagelora.py").read_text()
 TESTS = (ROOT / "test_imagelora.py").read_text()
 PAGE = (ROOT / "data/README.md").read_text()
-BREAKS = re.findall(r"^\|`([^`]+)`\|`([^`]+)`\|`pytest -k (\w+)`\|", PAGE, re.M)  # (a line, in its place, what fails)
+# [(a line, what stands in its place, what fails), ...]
+BREAKS = re.findall(r"^\|`([^`]+)`\|`([^`]+)`\|`pytest test_imagelora.py -k (\w+)`\|", PAGE, re.M)
 
 
 def functions_testing(code: str, monkeypatch) -> dict:

@@ -45,7 +45,7 @@ def walk(cfg: WalkConfig) -> None:
     make_directory(out)
     tuned = saved_run(out, find_device(cfg.device))
     if tuned:
-        print(f"walking with {out / 'adapter.pt'}\n")
+        print(f"walking with {out / 'adapter.pt'}, of the run with heads={tuned.result['heads']}\n")
     else:
         print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
         tuned = train.finetune(train.Config(device=cfg.device), verbose=True)
@@ -76,7 +76,8 @@ def show_question(tuned: train.Finetuned, path: Path) -> None:
     screen, sample, click = answers[0]
     features = image_features(model.get_image_features, [screen], model.device)
     prompt = prompt_batch([sample], features, history=1)
-    station("1 prompt", f"<bos>, a word problem, {model.config.num_patches} x <image>, {sample['instruction']}")
+    image = f"{model.config.num_patches} x <image>"
+    station("1 prompt", f"<bos>, a word problem that should stay as it was, {image}, {sample['instruction']}")
 
     # The first backward pass, on a fresh base
     run = SimpleNamespace(**result | {"steps": 1})  # few screens are enough for one batch
@@ -106,7 +107,7 @@ def show_question(tuned: train.Finetuned, path: Path) -> None:
     hook = adapter.layers[str(lowest)].register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
     model.generate(**prompt, max_new_tokens=3)
     hook.remove()
-    station("6 decoding", f"rows adapted as the model answers: {counts} (a generated token would add 1)", visual_rows)
+    station("6 decoding", f"rows adapted as the model answers: {counts}, the image's; no generated token", visual_rows)
     clicks = f"{base_answers[0].output} before, {click} after"
     station("7 answer", f"without the word problem: {clicks}; a click in {sample['bbox']} is correct")
 

@@ -220,19 +220,23 @@ def each_model(runs: Runs) -> str:
 
 
 def factor(runs: Runs) -> str:
-    """Image-LoRA beside its closest rival at half its rate; gamma; half of the heads."""
+    """Image-LoRA beside its closest rival at half its rate; gamma; half of the heads. Here gamma is 1."""
+
+    def of(method: str, bases=SKILLED, numbers=FEW, **changes) -> list[dict]:
+        return runs.of(method, bases, numbers, **{"train_gamma": False} | changes)
+
     rows = []
-    for lr in GRID[3:7]:
-        rows.append(("Partial LoRA on v", runs.of("Partial LoRA on v", SHIPPED, lr=lr)))
-        rows.append(("Image-LoRA", runs.of("Image-LoRA", SHIPPED, lr=2 * lr)))
-    for name, changes in (
-        ("Image-LoRA", {}),
-        ("Image-LoRA, γ = 1", {"train_gamma": False}),
-        ("Image-LoRA, γ trained at the full rate", {"train_gamma": True}),
-    ):
-        rows.append((name, runs.of("Image-LoRA", SHIPPED, **changes)))
-    rows.append(("Image-LoRA in 12 heads, γ = 1", runs.of("Image-LoRA in 12 heads", SHIPPED, lr=FEW_HEADS_RATE)))
-    return table("tiny model 1", SEEDS | RATE | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
+    for lr in GRID[2:7]:
+        rows.append(("Partial LoRA on v", of("Partial LoRA on v", lr=lr)))
+        rows.append(("Image-LoRA", of("Image-LoRA", lr=2 * lr)))
+    rows.append(("Image-LoRA, γ trained", of("Image-LoRA", lr=0.01, train_gamma=True)))
+    rows.append(("Image-LoRA in 12 heads", of("Image-LoRA in 12 heads", lr=FEW_HEADS_RATE)))
+    rows.append(("Partial LoRA on v, with replay", of("Partial LoRA on v, with replay", lr=0.005)))
+    rows.append(("Image-LoRA, with replay", of("Image-LoRA, with replay", lr=0.01)))
+    for lr in GRID[4:7]:
+        rows.append(("without the skill: Partial LoRA on v", of("Partial LoRA on v", UNSKILLED, (2, 3), lr=lr)))
+        rows.append(("without the skill: Image-LoRA", of("Image-LoRA", UNSKILLED, (2, 3), lr=2 * lr)))
+    return table("tiny models 1 to 3", RATE | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
 
 
 def heads(runs: Runs) -> str:
