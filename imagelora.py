@@ -178,14 +178,14 @@ def score_heads(
     """How much each value head could lower the loss: its influence I(l, h), [L, H] float32.
 
     An Image-LoRA in every head with B = 0 leaves the output as it is, and I(l, h) = ||dL/dB_l(h)||^2. That gradient is
-    dL/dB = A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
-    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. The score's mean over A is the exact one: E[A A^T] = I.
-    probe="exact": r = D and A = I: the squared gradient of the whole W_V(h) over visual tokens. It has no noise and
-    takes little longer, but it needs memory for a few float32 matrices [D, D] in each layer.
+    A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
+    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. As E[A A^T] = I, the score's mean is the exact score.
+    probe="exact": r = D and A = I, so the score is ||X_vis^T G||^2, the squared norm of W_V(h)'s gradient from visual
+    tokens. It has no noise and takes little longer, but it needs memory for a few float32 matrices [D, D] per layer.
 
     batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
     `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
-    ones. Where a layer has fewer heads than others, the rest of its row is 0. A has a random generator of its own.
+    ones. Where a layer has fewer heads than others, the rest of its row is 0. seed: of the generator that draws A.
     ValueError if a loss or gradient is not finite, or if no loss depends on a visual token. In float16 gradients can
     also underflow, unless loss_fn scales the loss."""
     if probe not in ("rank1", "exact"):
@@ -208,7 +208,7 @@ def score_heads(
                 A = scores.new_zeros(layer.A.shape)
                 A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
                 layer.A.copy_(A)
-                layer.B.grad = torch.zeros_like(layer.B)  # and zero it stays where the loss does not depend on B
+                layer.B.grad = torch.zeros_like(layer.B)  # stays zero where the loss does not depend on B
             loss = loss_fn(model, batch)
             check_loss(loss, count)
             loss.backward()
@@ -234,7 +234,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     weights = (influence / influence.max()).pow(tau)
     budget = torch.zeros_like(weights, dtype=torch.long)  # k_l
     for _ in range(num_heads):
-        # Give out one head at a time, as Sainte-Lague's method does with seats, so that they add up to num_heads.
+        # One head at a time, as Sainte-Lague's method gives seats to parties, so that budgets add up to num_heads.
         quotient = weights / (2 * budget + 1)
         budget[quotient.where(budget < scores.shape[1], -1).argmax()] += 1
     best_first = scores.argsort(dim=1, descending=True, stable=True).tolist()
@@ -340,8 +340,8 @@ class CallTracker:
         call = self.find_call(x)
         if call is None:
             raise RuntimeError(
-                "no call of model(...) is known in which this v_proj runs; call model(...), not its forward(), a layer "
-                "or v_proj, and let a gradient checkpoint hold one layer, whose input is neither copied nor offloaded"
+                "no call of model(...) is known to run this v_proj; call model(...) itself, not model.forward() or a "
+                "part of it, and if you checkpoint, checkpoint single layers and do not copy or offload their inputs"
             )
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
@@ -391,7 +391,7 @@ def thread_and_backward_pass() -> tuple[int, int]:
 
 
 class PortableValueAdapter(ValueAdapter):
-    """A ValueAdapter that stays in float32 when its model is converted, and keeps its heads whatever happens to it."""
+    """A ValueAdapter that never drops below float32 when its model is converted, and never loses its heads."""
 
     def _apply(self, fn, recurse=True):
         """What .to(), .half(), .to_empty() and their like call to convert each tensor by fn."""
@@ -461,8 +461,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
 def file_content(adapter: ImageLoRA) -> dict:
     """What a file of this adapter holds. ValueError if `load` would refuse it."""
     layers = {}
-    for layer, values in adapter.layers.items():
-        tensors = values.state_dict()  # parameters() may be FSDP2's copies in 16 bits
+    for layer, value_adapter in adapter.layers.items():
+        tensors = value_adapter.state_dict()  # parameters() may be FSDP2's copies in 16 bits
         layers[layer] = {name: whole_tensor(tensors[name]) for name in ("A", "B", "gamma")}
         layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())
     if not any(tensors["B"].any() for tensors in layers.values()):
@@ -554,11 +554,11 @@ def check_attention(where: str, attention: nn.Module) -> None:
     parts = [name for name, _ in attention.named_children()]
     if "v_proj" not in parts:
         raise ValueError(
-            f"{where} has no self_attn.v_proj but {', '.join(parts)}; cross-attention to images, the other layers of "
+            f"{where} has no self_attn.v_proj, only {', '.join(parts)}; cross-attention to images, the other layers of "
             "hybrid models, fused qkv and latent values cannot be adapted"
         )
     if not hasattr(attention.v_proj, "out_features"):
-        raise ValueError(f"{where}.self_attn.v_proj is no linear layer but of type {type(attention.v_proj).__name__}")
+        raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
     if getattr(attention, "head_dim", None) is None:
         raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
@@ -575,7 +575,7 @@ def check_rank_and_alpha(r: int, lora_alpha: float, decoder: nn.ModuleList) -> N
 
 
 def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
-    """The selected heads without empty layers."""
+    """The selected heads as integers, in order of layers, without empty ones. ValueError if the model lacks one."""
     if heads is None:
         heads = dict(enumerate(map(range, head_counts)))
     expected = "heads must be {layer: [value head, ...]}"

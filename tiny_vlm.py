@@ -228,13 +228,13 @@ class TinyVLM(nn.Module):
         past_key_values: KVCache | None = None,
         image_features: Tensor | None = None,
     ) -> TinyVLMOutput:
-        """input_ids [B, T], with P placeholders for each image, images in row-major order of their placeholders.
+        """The logits of the next token at every position and, if there are labels, the loss.
+
+        input_ids [B, T], with P placeholders for each image, images in row-major order of their placeholders.
         pixel_values [N, 3, S, S] in 0..1, or image_features [N, P, D], what `get_image_features` made of them.
         labels [B, T], -100 where nothing is to be predicted: `loss` is the mean cross-entropy of next tokens.
         attention_mask [B, T_past + T], 0 for padding on either side; default: no padding.
-        past_key_values: the KVCache of the tokens before these.
-        Raises ValueError where placeholders and images do not match.
-        """
+        past_key_values: the KVCache of the tokens before these. ValueError if placeholders and images do not match."""
         visual = input_ids == self.config.image_token_id  # [B, T]
         text = ~visual
         if attention_mask is not None:
@@ -276,8 +276,7 @@ class TinyVLM(nn.Module):
         if attention_mask is None and not num_past:
             return None
         total = num_past + num_new
-        may_look = torch.ones(num_new, total, dtype=torch.bool, device=input_ids.device)
-        causal = may_look.tril(num_past)[None, None]
+        causal = torch.ones(num_new, total, dtype=torch.bool, device=input_ids.device).tril(num_past)[None, None]
         if attention_mask is None:
             return causal
         # A padding token looks at itself, because a softmax over nothing would be nan.

@@ -66,7 +66,7 @@ class Config(Method):
 # ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
 
 
-class Finetuned(NamedTuple):
+class FinetuningRun(NamedTuple):
     result: dict  # the Config's fields and what was measured
     model: TinyVLM
     adapter: nn.Module | None
@@ -79,7 +79,7 @@ def run(cfg: Config) -> dict:
     return finetune(cfg).result
 
 
-def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> Finetuned:
+def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> FinetuningRun:
     """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file.
 
     after_step(step, model), if given, is called after each training step."""
@@ -127,7 +127,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     }
     if verbose:
         print_tuned(result)
-    return Finetuned(result, model, adapter, base_answers, answers)
+    return FinetuningRun(result, model, adapter, base_answers, answers)
 
 
 def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
@@ -143,8 +143,8 @@ def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, verbose=False, after_step=None) -> None:
     """Train the adapter with AdamW. FloatingPointError if the loss is not finite."""
-    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
     on_gpu = model.device.type == "cuda"
 
@@ -169,7 +169,7 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
         # Gradients flow down to the lowest adapted layer, but only the adapter's parameters keep them and change.
         optimizer.zero_grad()
         output.loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
         bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)

@@ -30,16 +30,16 @@ def find_device(name: str) -> str:
     return name
 
 
-def base_path(base: str) -> Path:
-    """A base's path from the current directory or, if it exists only there, from the project's."""
+def file_path(base: str) -> Path:
+    """A file's path from the current directory or, if it exists only there, from the project's."""
     if not Path(base).exists() and (ROOT / base).exists():
         return ROOT / base
     return Path(base)
 
 
 def load_base(base: str, device="cpu") -> TinyVLM:
-    """The model in this file, see `base_path`. ValueError if it holds none."""
-    return TinyVLM.from_pretrained(base_path(base)).to(device)
+    """The model in this file, see `file_path`. ValueError if it holds none."""
+    return TinyVLM.from_pretrained(file_path(base)).to(device)
 
 
 def save_base(model: TinyVLM, path: Path) -> None:

@@ -17,7 +17,7 @@ def option(default, help: str, choices: tuple[str, ...] | None = None, least: fl
 def command(settings_class, job: Callable, description: str, arguments: list[str] | None = None) -> int:
     """Runs job(settings), with a command-line option for each field of the dataclass, and returns the exit status.
 
-    The status is 0; 1 if the loss was not finite, 2 for bad options, 130 if it was interrupted."""
+    The status is 0; 1 if the loss was not finite, 2 for bad options or files, 130 if it was interrupted."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]  (--help lists them)",
         description=description,

@@ -25,7 +25,7 @@ MODELS = {
     "Qwen2.5-VL-7B": Shape(28, 3584, 28, 4, 128, 3 * 3584 * 18944),
     "LLaVA-1.5-7B": Shape(32, 4096, 32, 32, 128, 3 * 4096 * 11008),
 }
-VISUAL_TOKENS = 576  # one image of LLaVA-1.5, 672 x 672 pixels of Qwen2.5-VL
+VISUAL_TOKENS = 576  # of an image in LLaVA-1.5, or of 672 x 672 pixels in Qwen2.5-VL
 TOKENS = 720
 
 

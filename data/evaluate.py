@@ -1,4 +1,4 @@
-"""Answers and their score: the task, what else the model can do, and the controls that a score is compared with."""
+"""Asks a model questions and scores the answers: on the task, on what else it can do, and in the controls."""
 
 from typing import NamedTuple
 
@@ -94,8 +94,8 @@ def measure(cfg, model, test: tuple, old_test: tuple) -> tuple[dict, list[Answer
 
 
 def measure_controls(cfg, model) -> dict:
-    """Click accuracy on switch screens of the base, asked to click right of the name, and of the tuned model, with the
-    switches erased."""
+    """Click accuracies on switch screens: of the base, asked to click right of the name; and of the tuned model, where
+    the switches are erased."""
     base = load_base(cfg.base, model.device)
     test = screens_and_features(base, "switches", "test", cfg.test_screens)
     reworded, _ = evaluate(base, *test, history=cfg.history, reword=click_right_of)

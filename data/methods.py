@@ -72,8 +72,8 @@ class LoRA(nn.Module):
     visual_only: only visual tokens are adapted, which makes it Partial LoRA.
     As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
 
-    Partial LoRA keeps the visual rows of the model's last call. That is safe: here a layer only ever runs inside that
-    call: one thread calls the model, and without checkpoints no layer runs again in the backward pass."""
+    Partial LoRA keeps the visual rows of the model's last call. That is safe here, because a layer runs only inside
+    that call: one thread calls the model, and without checkpoints no layer runs again in the backward pass."""
 
     def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", visual_only: bool = False):
         super().__init__()
@@ -128,7 +128,7 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
     """The score of the authors' release: the squared gradient of a gate on a head's values, [L, H].
 
     The mean over batches; each holds the model's arguments, with labels."""
-    # With a gate g, g V(h) in place of V(h), dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h) at g = 1.
+    # If a gate g turns V(h) into g V(h), then at g = 1 dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h).
     layers = model.language_model.layers
     weights = [layer.self_attn.v_proj.weight for layer in layers]  # of [H * d_h, D]
     scores = torch.zeros(len(layers), model.config.num_key_value_heads, device=model.device)

@@ -117,7 +117,7 @@ def clicks_panel(base_answer: Answer, answer: Answer) -> tuple:
 
 
 def attention_panel(answer: Answer, weights: torch.Tensor) -> tuple:
-    """A screen, the darker the less a head looks there, and its attention to the target. weights: [side, side]."""
+    """A screen, darker where a head looks less, and the share of its attention on the target. weights: [side, side]."""
     shade = 205 - 205 * (weights / weights.max()).sqrt()
     mask = Image.fromarray(shade.byte().cpu().numpy()).resize((SIZE, SIZE), Image.Resampling.NEAREST)
     picture = Image.composite(Image.new("RGB", mask.size, "#101828"), Image.fromarray(answer.screen.image), mask)

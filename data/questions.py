@@ -1,4 +1,4 @@
-"""Asks about screens and reads the answers; and word problems, the stand-in for GSM8K.
+"""Makes questions about screens, and word problems, which stand in for GSM8K; and reads the answers.
 
 grounding      click wifi                  <x3> <y5>      where is a name?
 referring      what is at <x3> <y5>        wifi           which name does a click there act on?

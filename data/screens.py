@@ -165,7 +165,7 @@ def _switch(is_on: bool) -> Image.Image:
 
 
 def _random_items(rng, count: int) -> list[tuple]:
-    """`count` times (name, colour, size), half of them text. Names of texts differ, and so do icons with their colour.
+    """`count` items (name, colour, size), half of them texts. No text occurs twice, and no icon twice in one colour.
 
     Icons are of three shapes only, so that a shape alone is often ambiguous."""
     texts = rng.choice(len(LABELS), count // 2, replace=False)

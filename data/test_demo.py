@@ -220,7 +220,7 @@ def test_the_walk_trains_where_there_is_no_adapter(directory, capsys, monkeypatc
     monkeypatch.setattr(train, "Config", partial(train.Config, **SHORT | {"device": "auto"}))
     walk.walk(walk.WalkConfig(out="out"))
     printed = capsys.readouterr().out
-    assert "train.py has left no Image-LoRA that clicks in out/" in printed
+    assert "out/ holds no Image-LoRA trained to click without history" in printed
     assert {path.name for path in Path("out").iterdir()} == {"look.png", "tensors.png"}
 
 

@@ -733,7 +733,7 @@ MODELS = [  # a module of the model, its attribute, and a value with which it ca
     ("", "language_model", None, "found none"),
     ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
     (ATTENTION, "v_proj", None, "layers.1 has no self_attn.v_proj"),
-    (ATTENTION, "v_proj", nn.Identity(), "v_proj is no linear layer but of type Identity"),
+    (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
     (ATTENTION, "v_norm", nn.Identity(), "after v_proj, in .*v_norm"),
     (ATTENTION, "head_dim", None, "has no head_dim"),
 ]

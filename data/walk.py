@@ -47,14 +47,14 @@ def walk(cfg: WalkConfig) -> None:
     if tuned:
         print(f"walking with {out / 'adapter.pt'}, of the run with heads={tuned.result['heads']}\n")
     else:
-        print(f"train.py has left no Image-LoRA that clicks in {out}/, so here is its run, which is not saved\n")
+        print(f"{out}/ holds no Image-LoRA trained to click without history, so here is a new run, not saved\n")
         tuned = train.finetune(train.Config(device=cfg.device), verbose=True)
         print()
     show_question(tuned, out / "tensors.png")
     show_attention(tuned, out / "look.png")
 
 
-def saved_run(out: Path, device: str) -> train.Finetuned | None:
+def saved_run(out: Path, device: str) -> train.FinetuningRun | None:
     """The run that train.py has left; None unless it is an Image-LoRA that clicks, and has no history."""
     if not (out / "adapter.pt").exists() or not (out / "metrics.json").exists():
         return None
@@ -67,10 +67,10 @@ def saved_run(out: Path, device: str) -> train.Finetuned | None:
     _, answers = evaluate(model, *test)
     with adapter.disabled():
         _, base_answers = evaluate(model, *test)
-    return train.Finetuned(result, model, adapter, base_answers, answers)
+    return train.FinetuningRun(result, model, adapter, base_answers, answers)
 
 
-def show_question(tuned: train.Finetuned, path: Path) -> None:
+def show_question(tuned: train.FinetuningRun, path: Path) -> None:
     """Follow a word problem, a screen and a question through the model, and draw what fine-tuning changes."""
     result, model, adapter, base_answers, answers = tuned
     screen, sample, click = answers[0]
@@ -79,7 +79,7 @@ def show_question(tuned: train.Finetuned, path: Path) -> None:
     image = f"{model.config.num_patches} x <image>"
     station("1 prompt", f"<bos>, a word problem that should stay as it was, {image}, {sample['instruction']}")
 
-    # The first backward pass, on a fresh base
+    # A first backward pass, on a fresh base; it is not on the batch that the run's training began with
     run = SimpleNamespace(**result | {"steps": 1})  # few screens are enough for one batch
     base = load_base(run.base, model.device)
     lowest = min(adapter.heads)
@@ -112,7 +112,7 @@ def show_question(tuned: train.Finetuned, path: Path) -> None:
     station("7 answer", f"without the word problem: {clicks}; a click in {sample['bbox']} is correct")
 
 
-def show_attention(tuned: train.Finetuned, path: Path) -> None:
+def show_attention(tuned: train.FinetuningRun, path: Path) -> None:
     """Find the head that has turned to the targets the most, and draw where it looks for four of the answers."""
     answers = tuned.answers
     questions = answers[:100]  # enough for a mean
@@ -141,7 +141,7 @@ def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> list[T
     return [(after - before).norm(dim=-1) / before.norm(dim=-1) for before, after in (values, queries)]
 
 
-def attention_maps(tuned: train.Finetuned, answer: Answer) -> Tensor:
+def attention_maps(tuned: train.FinetuningRun, answer: Answer) -> Tensor:
     """How much every head looks at each patch from the last token of a question, before and after fine-tuning:
     [2, L, H_q, rows, columns]."""
     model = tuned.model

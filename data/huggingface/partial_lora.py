@@ -40,7 +40,7 @@ def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
     model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
     if weights.keys() != get_peft_model_state_dict(model).keys():
         model.unload()
-        raise ValueError(f"{folder} has weights for other layers than this model; load it on the base of its training")
+        raise ValueError(f"{folder} has weights for other layers than this model; load it onto its own base model")
     if saved_with and name and saved_with != name:
         why = "an adapter works only with the base that it was trained on; ignore this if the model was only moved"
         warnings.warn(f"{folder} was saved with {saved_with!r}, but this model is {name!r}; {why}", stacklevel=2)
@@ -55,7 +55,7 @@ def check_base(model) -> None:
 
 
 class VisualTokens:
-    """Knows which tokens of a call are visual, and sets what LoRA adds to all others to zero."""
+    """Remembers which tokens of a call are visual, and removes LoRA's update from all others."""
 
     def __init__(self, model: PeftModel):
         base = model.get_base_model()
@@ -85,7 +85,7 @@ class VisualTokens:
         self.is_text = torch.isin(ids, torch.tensor(self.ids, device=ids.device), invert=True)
         self.is_called = True
 
-    def zero_at_text(self, A, args, z):  # z = x A, [B, T, r], and with it the update z B
+    def zero_at_text(self, A, args, z):  # z = x A [B, T, r]; where z is 0, so is the update z B
         in_backward = torch._C._current_graph_task_id() != -1  # torch's checkpointing asks like this, too
         if not self.is_called and not in_backward:
             raise RuntimeError("no call of model(...) says which tokens are visual; do not call a part of the model")

@@ -30,7 +30,7 @@ class Collator(DataCollatorForVisionLanguageModeling):
 
 def open_image(path: str) -> Image.Image:
     image = Image.open(path)
-    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's photo, with previews behind it
+    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # MPO: a phone's photo, with previews
     if several or image.mode in ("F", "I"):
         raise ValueError(f"{path} has several frames or 32 bits a pixel; save one frame with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
@@ -64,7 +64,7 @@ def check_examples(examples: Dataset, collate: Collator, placeholders: set[int],
             if not placeholders.isdisjoint(collate.processor.tokenizer(row["prompt"] + row["completion"])["input_ids"]):
                 raise ValueError("a text contains the placeholder of an image; leave it out, it is added for you")
             if (collate([row])["labels"] == -100).all():
-                raise ValueError("no token of the completion is left to learn")
+                raise ValueError("no token of the completion is left to learn; raise --max_length or leave it out")
         except Exception as error:
             raise ValueError(f"{row['place']}: {type(error).__name__}: {error}") from None
 
@@ -80,16 +80,16 @@ def object_of(pairs: list[tuple]) -> dict:
 def row_of(example: dict, folder: Path) -> dict:
     if not isinstance(example, dict) or sorted(example) != ["completion", "images", "prompt"]:
         raise ValueError(f"a line needs the keys images, prompt and completion, and no others; got {example!r:.80}")
-    json.dumps(example, ensure_ascii=False).encode()  # names half a surrogate pair, such as \ud83d alone
+    json.dumps(example, ensure_ascii=False).encode()  # raises for half a surrogate pair, such as \ud83d alone
     if not all(isinstance(value, list) for value in example.values()) or {*map(type, example["images"])} - {str}:
         raise ValueError(f"images must be a list of paths, prompt and completion lists of turns; got {example!r:.80}")
     turns = example["prompt"] + example["completion"]
     for turn in turns:
         if not isinstance(turn, dict) or sorted(turn) != ["content", "role"] or {*map(type, turn.values())} != {str}:
             raise ValueError(f"a turn needs a role and a content, which are strings, and no more; got {turn!r:.80}")
-    # Were the turn before the completion another one of the assistant, TRL would learn its end, too.
+    # If the assistant also had the turn before the completion, TRL would learn the end of that turn, too.
     if len(example["completion"]) != 1 or [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
-        raise ValueError("a completion must be one turn of the assistant, after one of the user at the prompt's end")
+        raise ValueError("a completion must be one turn of the assistant, after one of the user that ends the prompt")
     if not turns[-1]["content"].strip():
         raise ValueError("the completion is empty")
     row = {"images": [str(folder / path) for path in example["images"]]}

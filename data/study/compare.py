@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import train
 from data import prompts
-from data.base import base_path, find_device, load_base, screens_and_features
+from data.base import file_path, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.methods import METHODS, gate_scores
@@ -74,17 +74,17 @@ EARLIER = "at a tenth of the rate"
 
 @dataclass(frozen=True)
 class CompareConfig:
-    runs: str = option("data/study/runs.csv", "file of runs; those that another file than this one lacks are made")
+    runs: str = option("data/study/runs.csv", "file of runs; in any file but this one, missing runs are made")
     workers: int = option(2, "processes that make runs, of one thread each", least=1)
     device: str = option("cpu", "where to compute: cpu, cuda, mps, or auto")
 
 
 class Runs:
-    """The rows of a file of runs. What is missing is run, and written at once; of runs.csv it is left out."""
+    """The rows of a file of runs. Missing runs are made, and each is written at once; runs.csv itself never grows."""
 
     def __init__(self, cfg: CompareConfig):
         self.cfg = cfg
-        self.path = base_path(cfg.runs)
+        self.path = file_path(cfg.runs)
         rows = [row | {"heads": str(row["heads"])} for row in read_runs(self.path, SETTINGS)]  # 1.3 is no number here
         self.rows = {key(row): row for row in rows}
         self.is_shipped = cfg.runs == CompareConfig.runs
@@ -92,7 +92,7 @@ class Runs:
     def of(self, method: str, bases: dict, numbers=None, **changes) -> list[dict]:
         """The rows of a method on the base models of these numbers, or on all of them. changes: of train.Config.
 
-        A row of the earlier version comes first, unless the changes say whether gamma is trained."""
+        A row of the earlier version is preferred, unless the changes say whether gamma is trained."""
         settings = {"device": self.cfg.device} | METHODS[method] | changes
         if "lr" not in changes:
             settings["lr"] = chosen_rate(method, bases, changes.get("task", "grounding"))
@@ -111,7 +111,7 @@ class Runs:
     def make(self, missing: list[train.Config]) -> None:
         """Run these, and write each row at once. ValueError, before anything runs, if a base model is not there."""
         for cfg in missing:
-            if not base_path(cfg.base).exists():
+            if not file_path(cfg.base).exists():
                 raise ValueError(f"there is no {cfg.base}; first make it by data.study.pretrain, as its page says")
         if not missing:
             return
@@ -220,10 +220,10 @@ def each_model(runs: Runs) -> str:
 
 
 def factor(runs: Runs) -> str:
-    """Image-LoRA beside its closest rival at half its rate; gamma; half of the heads. Here gamma is 1."""
+    """What the factor 1/sqrt|S|, gamma (1 in all but one row) and half of the heads do. The rival has half the rate."""
 
-    def of(method: str, bases=SKILLED, numbers=FEW, **changes) -> list[dict]:
-        return runs.of(method, bases, numbers, **{"train_gamma": False} | changes)
+    def of(method: str, **changes) -> list[dict]:
+        return runs.of(method, SKILLED, FEW, **{"train_gamma": False} | changes)
 
     rows = []
     for lr in GRID[2:7]:
@@ -233,9 +233,6 @@ def factor(runs: Runs) -> str:
     rows.append(("Image-LoRA in 12 heads", of("Image-LoRA in 12 heads", lr=FEW_HEADS_RATE)))
     rows.append(("Partial LoRA on v, with replay", of("Partial LoRA on v, with replay", lr=0.005)))
     rows.append(("Image-LoRA, with replay", of("Image-LoRA, with replay", lr=0.01)))
-    for lr in GRID[4:7]:
-        rows.append(("without the skill: Partial LoRA on v", of("Partial LoRA on v", UNSKILLED, (2, 3), lr=lr)))
-        rows.append(("without the skill: Image-LoRA", of("Image-LoRA", UNSKILLED, (2, 3), lr=2 * lr)))
     return table("tiny models 1 to 3", RATE | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
 
 

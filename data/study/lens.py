@@ -44,7 +44,7 @@ def patch_targets(screen: Screen, patch_size: int, places: bool) -> np.ndarray:
 
 
 def lens_loss(features: Tensor, targets: Tensor, words: list[Tensor], log_scale: Tensor) -> Tensor:
-    """The loss of what patches are read as through the embeddings of words. features: [N, P, D].
+    """The cross-entropy of reading patches as words, by products with the words' embeddings. features: [N, P, D].
 
     words: the embeddings of k lists of words, each [V, D]. targets [N, P, k]: an index into each list, or -1."""
     loss = 0

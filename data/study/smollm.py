@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.base import base_path, image_features
+from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import click_metrics, kl_divergence
 from data.methods import METHODS, Method, attach_adapter
 from data.questions import all_samples, click_right_of, neighbour_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
-from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, fastest_type, parse_letters
+from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, compute_type, parse_letters
 from data.study.tables import mean_and_range, rate_table, read_runs, seeds, table, write_runs
 from imagelora import Heads, score_heads, select_heads
 
@@ -153,7 +153,7 @@ def make_base(cfg: SmolConfig) -> None:
     features = image_features(vlm.tower, screens + switch_screens)
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
-    vlm.model.to(fastest_type())
+    vlm.model.to(compute_type())
     vlm.texts = vlm.write_texts(256)
     torch.manual_seed(cfg.seed)
     vlm.add_partial_lora()
@@ -171,12 +171,12 @@ def make_base(cfg: SmolConfig) -> None:
         seen = vlm.projector(features[rng.choice(len(features), num_texts)])
         return answer_loss + divergence(logits_alone, text_logits(vlm, texts[:, 1:], seen))
 
-    learned = [*vlm.projector.parameters(), *vlm.partial_lora.parameters()]
+    parameters = [*vlm.projector.parameters(), *vlm.partial_lora.parameters()]
     first, *more = BASE_STEPS
-    optimize("learn", learned, 2e-3, first, lambda step: loss_of(4, num_texts=int(step >= 0.6 * first)))
+    optimize("learn", parameters, 2e-3, first, lambda step: loss_of(4, num_texts=int(step >= 0.6 * first)))
     for steps in more:
-        optimize("learn more", learned, 2e-3, steps, lambda step: loss_of(8, num_texts=2))
-    path = base_path(cfg.base)
+        optimize("learn more", parameters, 2e-3, steps, lambda step: loss_of(8, num_texts=2))
+    path = file_path(cfg.base)
     vlm.save(path)
     vlm = load_base_model(cfg)  # what was written, because it is in 16 bits
     record = {"seconds": round(time.time() - start)} | versions(vlm)
@@ -187,11 +187,11 @@ def make_base(cfg: SmolConfig) -> None:
 
 
 def load_base_model(cfg: SmolConfig) -> SmolVLM:
-    """SmolLM2 with what --make-base wrote, in the type that is fastest on this processor."""
+    """SmolLM2 with what --make-base wrote, in bfloat16 unless this processor is slow at it."""
     vlm = SmolVLM()
     vlm.load(cfg.base)
-    vlm.model.to(fastest_type())
-    print(f"SmolLM2 computes in {vlm.model.dtype}, the fastest type on this processor")
+    vlm.model.to(compute_type())
+    print(f"SmolLM2 computes in {vlm.model.dtype}, chosen by the speed of this processor")
     return vlm
 
 
@@ -399,7 +399,7 @@ def rates(runs: list[dict]) -> str:
 def main(cfg: SmolConfig) -> None:
     path = Path(cfg.runs)
     if cfg.make_base:
-        make_directory(Path(cfg.base).parent)  # before an hour of work, because it may be impossible
+        make_directory(Path(cfg.base).parent)  # now, because it is better to fail before hours of work
         make_base(cfg)
     elif cfg.method:
         lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
@@ -411,7 +411,7 @@ def main(cfg: SmolConfig) -> None:
             row = run(cfg, lr)
             write_runs(path, [*read_runs(path, SETTINGS), row])  # Another process may have added one meanwhile.
     else:
-        print_tables(read_runs(base_path(cfg.runs), SETTINGS))
+        print_tables(read_runs(file_path(cfg.runs), SETTINGS))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ tower          the vision tower of data/tiny_vlm.pt: pictures -> a feature for e
 projector      shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
 partial_lora   the base model's own Partial LoRA (arXiv 2401.16420): LoRA on all linear layers, at visual tokens alone
 
-The weights of SmolLM2 stay as they are, and text tokens use them alone. So a prompt without an image is answered by the
+The weights of SmolLM2 stay as they are, and text tokens use no others. So a prompt without an image is answered by the
 original SmolLM2, bit for bit. For the same reason the Partial LoRA is never merged: merged weights would change text.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.base import base_path, image_features, load_base
+from data.base import file_path, image_features, load_base
 from data.command import write_file
 from data.methods import LoRA
 from data.prompts import IGNORED, pad
@@ -54,8 +54,8 @@ def parse_letters(answer: str) -> Point | None:
     return parse_point(f"<x{COLUMNS.index(letters[1])}> <y{ROWS.index(letters[2])}>")
 
 
-def fastest_type() -> torch.dtype:
-    """bfloat16, or float32 on a processor without bfloat16 units, where such products take a hundred times as long."""
+def compute_type() -> torch.dtype:
+    """bfloat16, unless its products take over twice as long as float32's, as on processors without bfloat16 units."""
     seconds = {torch.float32: [], torch.bfloat16: []}
     for _ in range(4):
         for dtype, times in seconds.items():
@@ -123,7 +123,7 @@ class SmolVLM:
         self.texts = None  # [count, T], what the original has written
 
     def add_projector(self) -> nn.Module:
-        """A projector that has learned nothing. Its outputs are as long as the embeddings of SmolLM2's words."""
+        """An untrained projector. Its outputs have about the same norm as the word embeddings of SmolLM2."""
         embeddings = self.model.model.embed_tokens.weight  # [V, D]
         norm = nn.RMSNorm(embeddings.shape[1])
         nn.init.constant_(norm.weight, embeddings.std().item())
@@ -132,7 +132,7 @@ class SmolVLM:
         return self.projector
 
     def add_partial_lora(self) -> LoRA:
-        """A Partial LoRA on all linear layers of SmolLM2 that has learned nothing."""
+        """An untrained Partial LoRA on all linear layers of SmolLM2."""
         self.partial_lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, visual_only=True)
         return self.partial_lora
 
@@ -165,8 +165,8 @@ class SmolVLM:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, features=None, numbers=None) -> list[str]:
-        """Greedy continuations of prompts without a screen; or each after a screen: number numbers[i] of features
-        [N, P, D] stands before prompts[i]."""
+        """Greedy continuations of prompts. With features [N, P, D] of screens, prompts[i] comes after the screen whose
+        features are features[numbers[i]]."""
         texts = []
         never = [self.model.config.image_token_id]
         options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
@@ -184,8 +184,8 @@ class SmolVLM:
         return texts
 
     def _read_screens(self, features: Tensor, numbers: Tensor) -> DynamicCache:
-        """The keys and values of screens number numbers [B]. Each screen is computed once, although several prompts can
-        come after it."""
+        """The keys and values of the screens `numbers` [B]. Each is computed only once, even if several prompts come
+        after it."""
         screens, which = numbers.unique(return_inverse=True)
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([self.screen_ids]).expand(len(screens), -1)
@@ -216,7 +216,7 @@ class SmolVLM:
 
     def load(self, base: str) -> None:
         """Adds what `save` wrote, frozen. ValueError if the file does not hold it."""
-        path = base_path(base)
+        path = file_path(base)
         try:
             content = torch.load(path, weights_only=True)
             projector, partial_lora, texts = content["projector"], content["expert"], content["texts"]

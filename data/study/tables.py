@@ -62,13 +62,13 @@ def seeds(runs: list[dict]) -> str:
 
 
 def table(title: str, columns: dict[str, Callable], rows: list[tuple[str, list[dict]]]) -> str:
-    """columns: {title: function of runs that returns the text of a cell}. rows: (name, its runs); none without runs."""
+    """A Markdown table. columns: {title: function, runs -> a cell's text}. rows: (name, runs), left out if no runs."""
     texts = [(name, *(cell(runs) for cell in columns.values())) for name, runs in rows if runs]
     return markdown((title, *columns), *texts)
 
 
 def rate_table(title: str, lines: list[tuple[str, dict[float, float], float]]) -> str:
-    """lines: (name, {learning rate: accuracy}, the chosen rate, which is bold)."""
+    """A Markdown table of accuracies. lines: (name, {learning rate: accuracy}, the chosen rate, which is bold)."""
     tried = sorted({rate for _, accuracies, _ in lines for rate in accuracies})
     rows = []
     for name, accuracies, chosen in lines:

@@ -26,7 +26,7 @@ def rows() -> list[dict]:
 def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     """The original is SmolLM2 as transformers loads it. The base model and what is attached to it leave it as it is."""
     vlm = smollm_vlm.SmolVLM()
-    vlm.model.to(smollm_vlm.fastest_type())
+    vlm.model.to(smollm_vlm.compute_type())
     openings = [vlm.ids(opening) for opening in smollm.OPENINGS[:4]]
     english = torch.tensor(openings[:1])
     original = smollm_vlm.LlamaForCausalLM.forward(vlm.model, input_ids=english).logits
