@@ -375,7 +375,7 @@ def print_tables(runs: list[dict]) -> None:
     front_page = [(method, rows) for method, rows in tuned if "replay" not in method and "random" not in method]
     print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
     columns = SEEDS | PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
-    print(table("SmolLM2", columns, [base_model, *tuned, ("LoRA, at four times the rate", of("LoRA", 0.004))]))
+    print(table("SmolLM2", columns, [base_model, *tuned]))
     print(f"{OPENINGS[0]} …")
     # The original is the base model without an image.
     for name, method in {"the original": "base model", "LoRA": "LoRA", "with replay": "LoRA, with replay"}.items():
