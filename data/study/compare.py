@@ -22,7 +22,7 @@ from data.evaluate import evaluate
 from data.methods import METHODS, gate_scores
 from data.pictures import rank_correlation
 from data.questions import click_right_of
-from data.study.tables import markdown, mean_and_range, rate_table, read_runs, seeds, table, write_runs
+from data.study.tables import markdown, mean_and_range, rate_table, read_runs, table, write_runs
 from imagelora import score_heads
 
 # ---- Base models and learning rates ----------------------------------------------------------------------------------
@@ -30,7 +30,6 @@ from imagelora import score_heads
 # {seed of pretraining: file}. The models without the skill were never asked what is right of a name. Each model is
 # fine-tuned with the seed that it was pretrained with.
 SKILLED = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
-SHIPPED = dict.fromkeys((1, 2, 3), SKILLED[1])  # one model, fine-tuned with three seeds
 UNSKILLED = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
 FEW = (1, 2, 3)  # the models on which learning rates are chosen and heads are compared
 SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
@@ -54,7 +53,7 @@ def chosen_rate(method: str, bases: dict, task: str) -> float:
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-SETTINGS = tuple("base seed method projections heads num_heads train_gamma lr task history replay".split())
+SETTINGS = tuple("base seed method projections heads num_heads r train_gamma lr task history replay".split())
 MEASURES = (
     "task_acc",  # clicks in their box, or correct names in referring
     "validation_acc",  # the same on validation screens, by which learning rates are chosen
@@ -162,7 +161,6 @@ CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_problem_acc")}
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
-SEEDS = {"seeds": seeds}
 RATE = {"learning rate": mean_and_range("lr", "{:g}")}
 CHOICES = {  # of heads: {name: (the option of train.py, the column of the score that it goes by)}
     "the probe": ("top", "influence"),
@@ -220,19 +218,22 @@ def each_model(runs: Runs) -> str:
 
 
 def factor(runs: Runs) -> str:
-    """What the factor 1/sqrt|S|, gamma (1 in all but one row) and half of the heads do. The rival has half the rate."""
+    """Partial LoRA on v beside Image-LoRA at twice its rate; gamma, which is 1 elsewhere; fewer heads, a lower rank."""
 
-    def of(method: str, **changes) -> list[dict]:
-        return runs.of(method, SKILLED, FEW, **{"train_gamma": False} | changes)
+    def add(method: str, lr: float, name="", **changes) -> None:
+        rows.append((name or method, runs.of(method, SKILLED, FEW, lr=lr, **{"train_gamma": False} | changes)))
 
     rows = []
     for lr in GRID[2:7]:
-        rows.append(("Partial LoRA on v", of("Partial LoRA on v", lr=lr)))
-        rows.append(("Image-LoRA", of("Image-LoRA", lr=2 * lr)))
-    rows.append(("Image-LoRA, γ trained", of("Image-LoRA", lr=0.01, train_gamma=True)))
-    rows.append(("Image-LoRA in 12 heads", of("Image-LoRA in 12 heads", lr=FEW_HEADS_RATE)))
-    rows.append(("Partial LoRA on v, with replay", of("Partial LoRA on v, with replay", lr=0.005)))
-    rows.append(("Image-LoRA, with replay", of("Image-LoRA, with replay", lr=0.01)))
+        add("Partial LoRA on v", lr)
+        add("Image-LoRA", 2 * lr)
+    for lr in (0.01, 0.04, 0.08, 0.16):
+        add("Image-LoRA", lr, "Image-LoRA, γ trained", train_gamma=True)
+    add("Partial LoRA on v, with replay", 0.005)
+    add("Image-LoRA, with replay", 0.01)
+    add("Image-LoRA in 12 heads", FEW_HEADS_RATE)
+    add("Image-LoRA in 12 heads", FEW_HEADS_RATE, "Image-LoRA in 4 heads", num_heads=4)
+    add("Partial LoRA on v", FEW_HEADS_RATE, "Partial LoRA on v, rank 4", r=4)
     return table("tiny models 1 to 3", RATE | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
 
 
