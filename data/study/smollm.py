@@ -46,7 +46,7 @@ RATES = {
     "base model": 0.0,
     "LoRA": 0.001,
     "LoRA, with replay": 0.001,
-    "LoRA on v": 0.004,  # that of Partial LoRA; there is no run
+    "LoRA on v": 0.004,  # that of Partial LoRA, without a search of its own
     "Partial LoRA": 0.004,
     "Partial LoRA on v": 0.016,
     "Image-LoRA": 0.016,
@@ -372,7 +372,8 @@ def print_tables(runs: list[dict]) -> None:
         return [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
 
     base_model, *tuned = [(method, of(method, lr)) for method, lr in RATES.items()]
-    front_page = [(method, rows) for method, rows in tuned if "replay" not in method and "random" not in method]
+    others = ("LoRA on v", "Image-LoRA in 9 random heads", "Image-LoRA in 9 random heads of the same layers")
+    front_page = [(method, rows) for method, rows in tuned if "replay" not in method and method not in others]
     print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
     columns = SEEDS | PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
     print(table("SmolLM2", columns, [base_model, *tuned]))
