@@ -227,7 +227,7 @@ def factor(runs: Runs) -> str:
     for lr in GRID[2:7]:
         add("Partial LoRA on v", lr)
         add("Image-LoRA", 2 * lr)
-    for lr in (0.01, 0.04, 0.16):
+    for lr in (0.01, 0.04, 0.08, 0.16):
         add("Image-LoRA", lr, "Image-LoRA, γ trained", train_gamma=True)
     add("Partial LoRA on v, with replay", 0.005)
     add("Image-LoRA, with replay", 0.01)
