@@ -250,7 +250,8 @@ def heads(runs: Runs) -> str:
     for name, (choice, score) in CHOICES.items():
         four = []
         if choice:
-            four = runs.of("Image-LoRA", SKILLED, FEW, heads=choice, num_heads=4, lr=FEW_HEADS_RATE)
+            options = {"heads": choice, "num_heads": 4, "train_gamma": False}
+            four = runs.of("Image-LoRA", SKILLED, FEW, lr=FEW_HEADS_RATE, **options)
         correlations = []
         if score:
             for rows in alone:
