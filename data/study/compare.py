@@ -67,7 +67,7 @@ MEASURES = (
 )
 REWORDED_SCREENS = 400  # test screens of reworded_acc
 # What train_gamma holds in rows of an earlier version of train.py. It trained gamma, at a tenth of the rate of A and B,
-# and chose 12 heads with tau = 0.
+# and chose heads with tau = 0.
 EARLIER = "at a tenth of the rate"
 
 
