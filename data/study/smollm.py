@@ -46,7 +46,7 @@ RATES = {
     "base model": 0.0,
     "LoRA": 0.001,
     "LoRA, with replay": 0.001,
-    "LoRA on v": 0.004,  # that of Partial LoRA, without a search of its own
+    "LoRA on v": 0.004,
     "Partial LoRA": 0.004,
     "Partial LoRA on v": 0.016,
     "Image-LoRA": 0.016,
@@ -389,11 +389,12 @@ def print_tables(runs: list[dict]) -> None:
 def rates(runs: list[dict]) -> str:
     """Clicks on validation screens at the learning rates that were tried with seed 1."""
     lines = []
-    for method in ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
+    for method in ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
         for steps in (100, STEPS):
             tried = [run for run in runs if (run["method"], run["steps"], run["seed"]) == (method, steps, 1)]
             accuracies = {run["lr"]: run["validation_acc"] for run in tried}
-            lines.append((f"{method}, {steps} steps", accuracies, RATES[method]))
+            if accuracies:
+                lines.append((f"{method}, {steps} steps", accuracies, RATES[method]))
     return rate_table("SmolLM2, learning rate", lines)
 
 

@@ -102,7 +102,8 @@ def test_an_answer_is_a_point_only_if_it_is_two_letters():
 
 
 @pytest.mark.parametrize(
-    "method, steps", [("LoRA", 300), ("Partial LoRA", 100), ("Partial LoRA on v", 100), ("Image-LoRA", 300)]
+    "method, steps",
+    [("LoRA", 300), ("LoRA on v", 300), ("Partial LoRA", 100), ("Partial LoRA on v", 100), ("Image-LoRA", 300)],
 )
 def test_the_chosen_rates_follow_from_the_runs(method, steps):
     accuracies = {}
