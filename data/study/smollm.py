@@ -56,6 +56,14 @@ RATES = {
     "Image-LoRA in 9 random heads": 0.016,
     "Image-LoRA in 9 random heads of the same layers": 0.016,
 }
+FRONT_PAGE = (
+    "LoRA",
+    "Partial LoRA",
+    "Partial LoRA on v",
+    "Image-LoRA",
+    "Partial LoRA on v, rank 2",
+    "Image-LoRA in 9 heads",
+)
 SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
 STEPS = 300  # of fine-tuning
@@ -372,8 +380,7 @@ def print_tables(runs: list[dict]) -> None:
         return [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
 
     base_model, *tuned = [(method, of(method, lr)) for method, lr in RATES.items()]
-    others = ("LoRA on v", "Image-LoRA in 9 random heads", "Image-LoRA in 9 random heads of the same layers")
-    front_page = [(method, rows) for method, rows in tuned if "replay" not in method and method not in others]
+    front_page = [(method, of(method, RATES[method])) for method in FRONT_PAGE]
     print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
     columns = SEEDS | PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
     print(table("SmolLM2", columns, [base_model, *tuned]))
