@@ -29,26 +29,25 @@ from imagelora import score_heads
 
 # {seed of pretraining: file}. The models without the skill were never asked what is right of a name. Each model is
 # fine-tuned with the seed that it was pretrained with.
-SKILLED = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
+SKILLED = {1: "data/tiny_vlm.pt", 2: "runs/bases/2.pt", 3: "runs/bases/3.pt"}
 UNSKILLED = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
-FEW = (1, 2, 3)  # the models on which learning rates are chosen and heads are compared
+FEW = (1, 2, 3)  # the models on which learning rates are chosen
 SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
 
 # The learning rates that `choose_rate` chose, by the mean validation accuracy on FEW models. With the skill all of GRID
-# was tried; without it, and in referring, a part of it. No table shows that part, so its runs are not made anew, but
-# runs.csv holds them for the test of this rule. With replay and after word problems a method keeps its rate.
+# was tried; without it a part. No table shows that part, so its runs are not made anew, but runs.csv holds them for the
+# test of this rule. With replay, in fewer heads, at another rank and after word problems a method keeps its rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
-RATES = {"LoRA": 0.0025, "Partial LoRA": 0.0025, "Image-LoRA": 0.01}
+RATES = {"LoRA": 0.0025, "Partial LoRA": 0.0025, "Partial LoRA on v": 0.01, "Image-LoRA": 0.02}
 UNSKILLED_RATES = {"LoRA": 0.005, "Partial LoRA": 0.005, "Image-LoRA": 0.08}
-REFERRING_RATES = {"LoRA": 0.00125, "Partial LoRA": 0.00125, "Image-LoRA": 0.00125}
-FEW_HEADS_RATE = 0.02  # of Image-LoRA in 12 heads or fewer
+TRAINED_GAMMA_RATES = (0.01, 0.04, 0.08, 0.16)
 
 
-def chosen_rate(method: str, bases: dict, task: str) -> float:
+def chosen_rate(method: str, bases: dict) -> float:
     if method == "base model":
         return 0.0
-    rates = UNSKILLED_RATES if bases == UNSKILLED else REFERRING_RATES if task == "referring" else RATES
-    return rates[method.removesuffix(", with replay")]
+    rates = UNSKILLED_RATES if bases == UNSKILLED else RATES
+    return rates[method.removesuffix(", with replay").removesuffix(" in 12 heads")]
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -91,18 +90,17 @@ class Runs:
     def of(self, method: str, bases: dict, numbers=None, **changes) -> list[dict]:
         """The rows of a method on the base models of these numbers, or on all of them. changes: of train.Config.
 
-        A row of the earlier version is preferred, unless the changes say whether gamma is trained."""
+        A row of the earlier version stands in for one that is not there."""
         settings = {"device": self.cfg.device} | METHODS[method] | changes
         if "lr" not in changes:
-            settings["lr"] = chosen_rate(method, bases, changes.get("task", "grounding"))
+            settings["lr"] = chosen_rate(method, bases)
         wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in numbers or bases]
         if not self.is_shipped:
             self.make([cfg for cfg in wanted if key(vars(cfg)) not in self.rows])
         rows = []
         for cfg in wanted:
-            row = self.rows.get(key(vars(cfg)))
-            if "train_gamma" not in changes:
-                row = self.rows.get(key(vars(cfg) | {"train_gamma": EARLIER}), row)
+            earlier_row = self.rows.get(key(vars(cfg) | {"train_gamma": EARLIER}))
+            row = self.rows.get(key(vars(cfg)), earlier_row)
             if row:
                 rows.append(row)
         return rows
@@ -162,118 +160,99 @@ WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_probl
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
 RATE = {"learning rate": mean_and_range("lr", "{:g}")}
-CHOICES = {  # of heads: {name: (the option of train.py, the column of the score that it goes by)}
-    "the probe": ("top", "influence"),
-    "the exact probe": (None, "influence_exact"),
-    "the gate of the authors' release": ("gate", "gate_score"),
-    "chance, as many in each layer as the probe's": ("random", None),
-    "the probe, the least influential ones": ("bottom", None),
+CHOICES = {  # of heads: {name: (method, changes, the column of the score that it goes by)}
+    "all 24 heads": ("Image-LoRA", {}, None),
+    "12 heads by the probe": ("Image-LoRA in 12 heads", {}, None),
+    "4 heads by the probe": ("Image-LoRA in 12 heads", {"num_heads": 4}, "influence"),
+    "by the exact probe": (None, {}, "influence_exact"),
+    "4 heads by the gate of the authors' release": ("Image-LoRA", {"num_heads": 4, "heads": "gate"}, "gate_score"),
+    "4 random heads, as many in each layer": ("Image-LoRA", {"num_heads": 4, "heads": "random"}, None),
+    "the 4 least influential heads by the probe": ("Image-LoRA", {"num_heads": 4, "heads": "bottom"}, None),
+    "for comparison: Partial LoRA on v, rank 4, in all heads": ("Partial LoRA on v", {"r": 4}, None),
 }
 
 
 def rates(runs: Runs) -> str:
     """Means of FEW models."""
-    clicks = "clicks on validation screens, %"
-    word_problems = "word problems after an image, %"
     lines = []
-    for method, name, measure in (
-        ("LoRA", clicks, "validation_acc"),
-        ("LoRA", word_problems, "word_problem_after_image_acc"),
-        ("Partial LoRA", clicks, "validation_acc"),
-        ("Image-LoRA", clicks, "validation_acc"),
-        ("Image-LoRA", word_problems, "word_problem_after_image_acc"),
+    for title, measure in (
+        ("clicks on validation screens, %", "validation_acc"),
+        ("word problems after an image, %", "word_problem_after_image_acc"),
     ):
-        rows_of = {lr: runs.of(method, SKILLED, FEW, lr=lr) for lr in GRID}
-        means = {lr: np.mean([row[measure] for row in rows]) for lr, rows in rows_of.items()}
-        lines.append((f"{method}: {name}", means, RATES[method]))
+        for method in (*RATES, "Image-LoRA, γ trained"):
+            tried = GRID if method in RATES else TRAINED_GAMMA_RATES
+            rows_of = {lr: runs.of(method, SKILLED, FEW, lr=lr) for lr in tried}
+            means = {lr: np.mean([row[measure] for row in rows]) for lr, rows in rows_of.items()}
+            lines.append((f"{method}: {title}", means, RATES.get(method)))
     return rate_table("tiny models 1 to 3, learning rate", lines)
 
 
 def after_an_image(runs: Runs) -> str:
     rows = []
-    for kind, bases, replayed in (("with", SKILLED, RATES), ("without", UNSKILLED, ("LoRA", "Image-LoRA"))):
-        for method in ("base model", *RATES, *(f"{name}, with replay" for name in replayed)):
+    for kind, bases, methods, replayed in (
+        ("with", SKILLED, RATES, RATES),
+        ("without", UNSKILLED, UNSKILLED_RATES, ("LoRA", "Image-LoRA")),
+    ):
+        for method in ("base model", *methods, *(f"{name}, with replay" for name in replayed)):
             rows.append((f"{kind} the skill: {method}", runs.of(method, bases)))
     return table("tiny models", WITHOUT_IMAGE | AFTER_IMAGE | OLD_TASK, rows)
 
 
 def each_model(runs: Runs) -> str:
     """How many points of clicks the other methods are behind LoRA."""
+    rivals = [method for method in RATES if method != "LoRA"]
     lines = []
-    for kind, bases in (("with", SKILLED), ("without", UNSKILLED)):
-        methods = ("base model", *RATES, "LoRA, with replay", "Image-LoRA, with replay")
-        rows_of = {method: runs.of(method, bases) for method in methods}
-        for i, seed in enumerate(bases):
-            clicks = {method: 100 * rows[i]["task_acc"] for method, rows in rows_of.items()}
-            gap_with_replay = clicks["LoRA, with replay"] - clicks["Image-LoRA, with replay"]
-            cells = {
-                "base model, asked to click right of the name, %": 100 * rows_of["base model"][i]["reworded_acc"],
-                "LoRA clicks, %": clicks["LoRA"],
-                "Partial LoRA is behind by": clicks["LoRA"] - clicks["Partial LoRA"],
-                "Image-LoRA is behind by": clicks["LoRA"] - clicks["Image-LoRA"],
-                "Image-LoRA is behind LoRA, both with replay": gap_with_replay,
-            }
-            lines.append((f"{seed}, {kind} the skill", *(f"{number:.1f}" for number in cells.values())))
-    return markdown(("tiny model", *cells), *lines)
-
-
-def factor(runs: Runs) -> str:
-    """Partial LoRA on v beside Image-LoRA at twice its rate; gamma, which is 1 elsewhere; fewer heads, a lower rank."""
-
-    def add(method: str, lr: float, name="", **changes) -> None:
-        rows.append((name or method, runs.of(method, SKILLED, FEW, lr=lr, **{"train_gamma": False} | changes)))
-
-    rows = []
-    for lr in GRID[2:7]:
-        add("Partial LoRA on v", lr)
-        add("Image-LoRA", 2 * lr)
-    for lr in (0.01, 0.04, 0.08, 0.16):
-        add("Image-LoRA", lr, "Image-LoRA, γ trained", train_gamma=True)
-    add("Partial LoRA on v, with replay", 0.005)
-    add("Image-LoRA, with replay", 0.01)
-    add("Image-LoRA in 12 heads", FEW_HEADS_RATE)
-    add("Image-LoRA in 12 heads", FEW_HEADS_RATE, "Image-LoRA in 4 heads", num_heads=4)
-    add("Partial LoRA on v", FEW_HEADS_RATE, "Partial LoRA on v, rank 4", r=4)
-    return table("tiny models 1 to 3", RATE | CLICKS | AFTER_IMAGE | OLD_TASK, rows)
+    for kind, bases, methods in (("with", SKILLED, RATES), ("without", UNSKILLED, UNSKILLED_RATES)):
+        for seed in bases:
+            (base_row,) = runs.of("base model", bases, [seed])
+            clicks = {}
+            for method in (*methods, "LoRA, with replay", "Image-LoRA, with replay"):
+                (row,) = runs.of(method, bases, [seed])
+                clicks[method] = 100 * row["task_acc"]
+            texts = [f"{seed}, {kind} the skill", f"{100 * base_row['reworded_acc']:.1f}", f"{clicks['LoRA']:.1f}"]
+            for method in rivals:
+                texts.append(f"{clicks['LoRA'] - clicks[method]:.1f}" if method in methods else "")
+            texts.append(f"{clicks['LoRA, with replay'] - clicks['Image-LoRA, with replay']:.1f}")
+            lines.append(tuple(texts))
+    titles = "tiny model", "base model, asked to click right of the name, %", "LoRA clicks, %"
+    gaps = *(f"{method} is behind by" for method in rivals), "Image-LoRA is behind LoRA, both with replay"
+    return markdown((*titles, *gaps), *lines)
 
 
 def heads(runs: Runs) -> str:
-    """Four heads of each choice; and whether a score tells before training what each head will click alone."""
+    """Few heads of each choice; and whether a score tells before training what each head will click alone."""
     alone = []  # the runs in a single head, for each model that has them all
-    for seed in FEW:
+    for seed in SKILLED:
         rows = []
         for head in SINGLE_HEADS:
-            rows += runs.of("Image-LoRA", SKILLED, [seed], heads=head, lr=FEW_HEADS_RATE)
+            rows += runs.of("Image-LoRA", SKILLED, [seed], heads=head)
         if len(rows) == len(SINGLE_HEADS):
             alone.append(rows)
+    columns = CLICKS | AFTER_IMAGE | OLD_TASK
     lines = []
-    for name, (choice, score) in CHOICES.items():
-        four = []
-        if choice:
-            options = {"heads": choice, "num_heads": 4, "train_gamma": False}
-            four = runs.of("Image-LoRA", SKILLED, FEW, lr=FEW_HEADS_RATE, **options)
+    for name, (method, changes, score) in CHOICES.items():
+        rows = runs.of(method, SKILLED, **changes) if method else []
         correlations = []
         if score:
-            for rows in alone:
-                scores, clicks = np.array([(row[score], row["task_acc"]) for row in rows]).T
+            for rows_of_model in alone:
+                scores, clicks = np.array([(row[score], row["task_acc"]) for row in rows_of_model]).T
                 correlations.append({"correlation": rank_correlation(scores, clicks)})
-        lines.append((name, mean_and_range("task_acc")(four), mean_and_range("correlation", "{:.2f}")(correlations)))
-    titles = "clicks with these 4 of 24 heads, %", "rank correlation with what a head clicks alone"
-    return markdown(("heads chosen by", *titles), *lines)
+        correlation = mean_and_range("correlation", "{:.2f}")(correlations)
+        lines.append((name, *(cell(rows) for cell in columns.values()), correlation))
+    return markdown(("Image-LoRA in", *columns, "rank correlation with what a head clicks alone"), *lines)
 
 
 def other_tasks(runs: Runs) -> str:
     rows = []
-    for method in REFERRING_RATES:
-        rows.append((f"referring: {method}", runs.of(method, SKILLED, FEW, task="referring")))
-    rows.append(("referring: Image-LoRA", runs.of("Image-LoRA", SKILLED, FEW, task="referring", lr=0.01)))
+    for method, lr in (("LoRA", GRID[0]), ("Partial LoRA", GRID[0]), ("Image-LoRA", GRID[0]), ("Image-LoRA", GRID[3])):
+        rows.append((f"referring: {method}", runs.of(method, SKILLED, task="referring", lr=lr)))
     for method in ("LoRA", "Image-LoRA"):
-        rows.append((f"after nine word problems: {method}", runs.of(method, SKILLED, FEW, history=9)))
+        rows.append((f"after nine word problems: {method}", runs.of(method, SKILLED, history=9)))
     correct = {"correct answers, %": mean_and_range("task_acc")}
     return table("tiny models 1 to 3", RATE | correct | AFTER_IMAGE | OLD_TASK, rows)
 
 
-TABLES = (rates, after_an_image, each_model, factor, heads, other_tasks)
+TABLES = (rates, after_an_image, each_model, heads, other_tasks)
 
 
 def compare(cfg: CompareConfig) -> None:
