@@ -31,12 +31,11 @@ from imagelora import score_heads
 # fine-tuned with the seed that it was pretrained with.
 SKILLED = {1: "data/tiny_vlm.pt", 2: "runs/bases/2.pt", 3: "runs/bases/3.pt"}
 UNSKILLED = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5, 6, 7, 8)}
-FEW = (1, 2, 3)  # the models on which learning rates are chosen
 SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
 
-# The learning rates that `choose_rate` chose, by the mean validation accuracy on FEW models. With the skill all of GRID
-# was tried; without it a part. No table shows that part, so its runs are not made anew, but runs.csv holds them for the
-# test of this rule. With replay, in fewer heads, at another rank and on other tasks a method keeps its rate.
+# The learning rates that `choose_rate` chose, by the mean validation accuracy on models 1 to 3. With the skill all of
+# GRID was tried; without it a part. No table shows that part, so its runs are not made anew, but runs.csv holds them for
+# the test of this rule. With replay, in fewer heads, at another rank and on other tasks a method keeps its rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 RATES = {"LoRA": 0.0025, "Partial LoRA": 0.0025, "Partial LoRA on v": 0.01, "Image-LoRA": 0.02}
 UNSKILLED_RATES = {"LoRA": 0.005, "Partial LoRA": 0.005, "Image-LoRA": 0.08}
@@ -173,7 +172,7 @@ CHOICES = {  # of heads: {name: (method, changes, the column of the score that i
 
 
 def rates(runs: Runs) -> str:
-    """Means of FEW models."""
+    """Means of the models with the skill."""
     lines = []
     for title, measure in (
         ("clicks on validation screens, %", "validation_acc"),
@@ -181,7 +180,7 @@ def rates(runs: Runs) -> str:
     ):
         for method in (*RATES, "Image-LoRA, γ trained"):
             tried = GRID if method in RATES else TRAINED_GAMMA_RATES
-            rows_of = {lr: runs.of(method, SKILLED, FEW, lr=lr) for lr in tried}
+            rows_of = {lr: runs.of(method, SKILLED, lr=lr) for lr in tried}
             means = {lr: np.mean([row[measure] for row in rows]) for lr, rows in rows_of.items()}
             lines.append((f"{method}: {title}", means, RATES.get(method)))
     return rate_table("tiny models 1 to 3, learning rate", lines)

@@ -122,9 +122,9 @@ def test_the_chosen_rates_follow_from_the_runs(runs, bases, rates):
     for method, chosen in rates.items():
         accuracies = {}
         for lr in compare.GRID:
-            rows = runs.of(method, bases, compare.FEW, lr=lr)
+            rows = runs.of(method, bases, [1, 2, 3], lr=lr)
             if rows:
-                assert len(rows) == len(compare.FEW)
+                assert len(rows) == 3
                 accuracies[lr] = np.mean([row["validation_acc"] for row in rows])
         best = max(accuracies, key=accuracies.get)
         assert chosen == choose_rate(accuracies), method
