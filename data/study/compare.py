@@ -34,8 +34,8 @@ UNSKILLED = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5,
 SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
 
 # The learning rates that `choose_rate` chose, by the mean validation accuracy on models 1 to 3. With the skill all of
-# GRID was tried; without it a part. No table shows that part, so its runs are not made anew, but runs.csv holds them for
-# the test of this rule. With replay, in fewer heads, at another rank and on other tasks a method keeps its rate.
+# GRID was tried; without it a part. No table shows that part, so its runs are not made anew, but runs.csv holds them
+# for the test of this rule. With replay, in fewer heads, at another rank and on other tasks a method keeps its rate.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 RATES = {"LoRA": 0.0025, "Partial LoRA": 0.0025, "Partial LoRA on v": 0.01, "Image-LoRA": 0.02}
 UNSKILLED_RATES = {"LoRA": 0.005, "Partial LoRA": 0.005, "Image-LoRA": 0.08}
