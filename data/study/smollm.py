@@ -1,7 +1,7 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
 python -m data.study.smollm                              print the tables of the runs in smollm.csv
-python -m data.study.smollm --method LoRA --seed 3       make one more run: about twenty minutes on one core
+python -m data.study.smollm --method LoRA --seed 4       make one more run: 20 to 30 minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
