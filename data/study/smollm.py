@@ -369,7 +369,7 @@ ENGLISH = {
     "KL divergence of English without an image": mean_and_range("divergence", "{:.3f}"),
     "KL divergence after an image": mean_and_range("divergence_after_screen", "{:.3f}"),
 }
-OPENINGS_KEPT = {"openings continued as before, of 20": mean_and_range("same_continuations", "{:g}")}
+OPENINGS_KEPT = {"openings continued as before, of 20": mean_and_range("same_continuations", "{:.2g}")}
 
 
 def print_tables(runs: list[dict]) -> None:
