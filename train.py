@@ -35,7 +35,7 @@ from data.methods import Method, attach_adapter, choose_heads, gate_scores
 from data.prompts import TrainingData, training_batch
 from tiny_vlm import TinyVLM
 
-# Chosen on switch screens, for Image-LoRA in 12 heads and for the others on q, k, v and o (data/study/README.md).
+# Chosen on switch screens, for Image-LoRA in all heads and for the others on q, k, v and o (data/study/README.md).
 RATES = {"image_lora": 0.02, "lora": 0.0025, "partial_lora": 0.0025, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 

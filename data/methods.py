@@ -48,7 +48,6 @@ METHODS = {  # the fields of Method; those that are not named have their default
     "Partial LoRA on v, rank 2": {"method": "partial_lora", "projections": "v", "r": 2},
     "Image-LoRA": {"heads": "all"},
     "Image-LoRA, γ trained": {"heads": "all", "train_gamma": True},
-    "Image-LoRA in 12 heads": {"heads": "top", "num_heads": 12},
 }
 METHODS |= {f"{name}, with replay": METHODS[name] | {"replay": 1} for name in METHODS if name != "base model"}
 

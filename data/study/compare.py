@@ -46,7 +46,7 @@ def chosen_rate(method: str, bases: dict) -> float:
     if method == "base model":
         return 0.0
     rates = UNSKILLED_RATES if bases == UNSKILLED else RATES
-    return rates[method.removesuffix(", with replay").removesuffix(" in 12 heads")]
+    return rates[method.removesuffix(", with replay")]
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -159,10 +159,10 @@ WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_probl
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
 RATE = {"learning rate": mean_and_range("lr", "{:g}")}
-CHOICES = {  # of heads: {name: (method, changes, the column of the score that it goes by)}
+CHOICES = {  # {name: (method, or None if only its score was measured; changes; the column of its score)}
     "all 24 heads": ("Image-LoRA", {}, None),
-    "12 heads by the probe": ("Image-LoRA in 12 heads", {}, None),
-    "4 heads by the probe": ("Image-LoRA in 12 heads", {"num_heads": 4}, "influence"),
+    "12 heads by the probe": ("Image-LoRA", {"heads": "top"}, None),
+    "4 heads by the probe": ("Image-LoRA", {"num_heads": 4, "heads": "top"}, "influence"),
     "by the exact probe": (None, {}, "influence_exact"),
     "4 heads by the gate of the authors' release": ("Image-LoRA", {"num_heads": 4, "heads": "gate"}, "gate_score"),
     "4 random heads, as many in each layer": ("Image-LoRA", {"num_heads": 4, "heads": "random"}, None),
