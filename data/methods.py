@@ -46,6 +46,7 @@ METHODS = {  # the fields of Method; those that are not named have their default
     "Partial LoRA": {"method": "partial_lora"},  # arXiv 2401.16420, there on all linear layers
     "Partial LoRA on v": {"method": "partial_lora", "projections": "v"},
     "Partial LoRA on v, rank 2": {"method": "partial_lora", "projections": "v", "r": 2},
+    "Partial LoRA on v, rank 32": {"method": "partial_lora", "projections": "v", "r": 32},
     "Image-LoRA": {"heads": "all"},
     "Image-LoRA, γ trained": {"heads": "all", "train_gamma": True},
 }
