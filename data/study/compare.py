@@ -235,10 +235,9 @@ def heads(runs: Runs) -> str:
 
 def other_tasks(runs: Runs) -> str:
     rows = []
-    for method in RATES:
-        rows.append((f"referring: {method}", runs.of(method, SKILLED, task="referring")))
-    for method in ("LoRA", "Image-LoRA"):
-        rows.append((f"after nine word problems: {method}", runs.of(method, SKILLED, history=9)))
+    for name, changes in (("referring", {"task": "referring"}), ("after nine word problems", {"history": 9})):
+        for method in RATES:
+            rows.append((f"{name}: {method}", runs.of(method, SKILLED, **changes)))
     correct = {"correct answers, %": mean_and_range("task_acc")}
     return table("tiny models with the skill", RATE | correct | AFTER_IMAGE | OLD_TASK, rows)
 
