@@ -35,7 +35,7 @@ FIRST_MODELS = (1, 2, 3)  # on which learning rates are chosen and single heads 
 SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
 
 # The learning rates that were tried, and those that `choose_rate` chose by the mean validation accuracy. With replay,
-# in fewer heads, at another rank and on other tasks a method keeps its rate.
+# in fewer heads and on other tasks a method keeps its rate; so does another rank, unless rates were tried for it.
 GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 TRIED = {method: GRID for method in ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")}
 TRIED |= {"Image-LoRA, γ trained": (0.01, 0.04, 0.08, 0.16)}
