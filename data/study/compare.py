@@ -7,6 +7,7 @@ The base models that the runs need are made by data.study.pretrain.
 """
 
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -22,7 +23,7 @@ from data.evaluate import evaluate
 from data.methods import METHODS, gate_scores
 from data.pictures import rank_correlation
 from data.questions import click_right_of
-from data.study.tables import markdown, mean_and_range, rate_table, read_runs, table, write_runs
+from data.study.tables import markdown, mean_and_range, rate_table, read_runs, write_runs
 from imagelora import score_heads
 
 # ---- Base models and learning rates ----------------------------------------------------------------------------------
@@ -162,7 +163,6 @@ CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_problem_acc")}
 AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
 OLD_TASK = {"old task, %": mean_and_range("source_acc")}
-RATE = {"learning rate": mean_and_range("lr", "{:g}")}
 CHOICES = {  # {name: (method, or None if only its score was measured; changes; the column of its score)}
     "all 24 heads": ("Image-LoRA", {}, None),
     "12 heads by the probe": ("Image-LoRA", {"heads": "top"}, None),
@@ -192,11 +192,12 @@ def rates(runs: Runs) -> str:
 
 
 def after_an_image(runs: Runs) -> str:
-    methods = "base model", *UNSKILLED_RATES, *(f"{method}, with replay" for method in RATES)
-    rows = []
-    for kind, bases in (("with", SKILLED), ("without", UNSKILLED)):
-        rows += [(f"{kind} the skill: {method}", runs.of(method, bases)) for method in methods]
-    return table("tiny models", WITHOUT_IMAGE | AFTER_IMAGE | OLD_TASK, rows)
+    methods = "base model", *RATES, *(f"{method}, with replay" for method in RATES)
+    groups = {
+        "with the skill": lambda method: runs.of(method, SKILLED),
+        "without the skill": lambda method: runs.of(method, UNSKILLED),
+    }
+    return side_by_side("tiny models", methods, groups, WITHOUT_IMAGE | AFTER_IMAGE | OLD_TASK)
 
 
 def each_model(runs: Runs) -> str:
@@ -234,12 +235,21 @@ def heads(runs: Runs) -> str:
 
 
 def other_tasks(runs: Runs) -> str:
-    rows = []
-    for name, changes in (("referring", {"task": "referring"}), ("after nine word problems", {"history": 9})):
-        for method in RATES:
-            rows.append((f"{name}: {method}", runs.of(method, SKILLED, **changes)))
+    groups = {
+        "referring": lambda method: runs.of(method, SKILLED, task="referring"),
+        "after nine word problems": lambda method: runs.of(method, SKILLED, history=9),
+    }
     correct = {"correct answers, %": mean_and_range("task_acc")}
-    return table("tiny models with the skill", RATE | correct | AFTER_IMAGE | OLD_TASK, rows)
+    return side_by_side("tiny models with the skill", RATES, groups, correct | AFTER_IMAGE | OLD_TASK)
+
+
+def side_by_side(title: str, methods: Iterable[str], groups: dict[str, Callable], columns: dict[str, Callable]) -> str:
+    """A row for each method. groups: {name: function, method -> its runs}; each has all columns."""
+    titles = [f"{group}: {column}" for group in groups for column in columns]
+    lines = []
+    for method in methods:
+        lines.append((method, *(cell(runs_of(method)) for runs_of in groups.values() for cell in columns.values())))
+    return markdown((title, *titles), *lines)
 
 
 TABLES = (rates, after_an_image, each_model, heads, other_tasks)

@@ -38,7 +38,7 @@ from data.questions import all_samples, click_right_of, neighbour_samples, rando
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, compute_type, parse_letters
-from data.study.tables import mean_and_range, rate_table, read_runs, seeds, table, write_runs
+from data.study.tables import mean_and_range, rate_table, read_runs, table, write_runs
 from imagelora import Heads, score_heads, select_heads
 
 # {method: its learning rate}, in the order of the tables. The page says how they were chosen.
@@ -54,7 +54,11 @@ RATES = {
     "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
     "Image-LoRA in 9 heads": 0.016,
     "Image-LoRA in 9 random heads": 0.016,
-    "Image-LoRA in 9 random heads of the same layers": 0.016,
+    "Image-LoRA in 9 random heads of layers 12 to 23": 0.016,
+}
+RANDOM_LAYERS = {  # from which random heads are drawn: all layers, or those where the probe's heads are
+    "Image-LoRA in 9 random heads": range(30),
+    "Image-LoRA in 9 random heads of layers 12 to 23": range(12, 24),
 }
 FRONT_PAGE = (
     "LoRA",
@@ -274,21 +278,17 @@ def run(cfg: SmolConfig, lr: float) -> dict:
 
 
 def nine_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads:
-    """Nine of the 90 value heads: the most influential ones by the exact probe; or random ones in any layer, or in the
-    layers from the lowest to the highest of those that the probe chooses."""
-    first_layer, last_layer = 0, vlm.model.config.num_hidden_layers - 1
-    if cfg.method != "Image-LoRA in 9 random heads":
+    """Nine of the 90 value heads: the most influential ones by the exact probe, or random ones."""
+    if cfg.method == "Image-LoRA in 9 heads":
         probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
-        probed_heads = select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
-        if cfg.method == "Image-LoRA in 9 heads":
-            return probed_heads
-        first_layer, last_layer = min(probed_heads), max(probed_heads)
+        return select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
+    layers = RANDOM_LAYERS[cfg.method]
     heads_per_layer = vlm.model.config.num_key_value_heads
-    num_heads = (last_layer - first_layer + 1) * heads_per_layer
+    numbers = np.random.default_rng(cfg.seed).permutation(len(layers) * heads_per_layer)[:9]
     heads = {}
-    for number in sorted(np.random.default_rng(cfg.seed).permutation(num_heads)[:9].tolist()):
+    for number in sorted(numbers.tolist()):
         layer, head = divmod(number, heads_per_layer)
-        heads.setdefault(first_layer + layer, []).append(head)
+        heads.setdefault(layers[layer], []).append(head)
     return heads
 
 
@@ -359,7 +359,6 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-SEEDS = {"seeds": seeds}
 PARAMETERS = {"parameters": mean_and_range("parameters", "{:,.0f}")}
 CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 VALIDATION = {"clicked on validation screens, %": mean_and_range("validation_acc")}
@@ -381,8 +380,8 @@ def print_tables(runs: list[dict]) -> None:
 
     base_model, *tuned = [(method, of(method, lr)) for method, lr in RATES.items()]
     front_page = [(method, of(method, RATES[method])) for method in FRONT_PAGE]
-    print(table("SmolLM2, fine-tuned with", SEEDS | PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
-    columns = SEEDS | PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
+    print(table("SmolLM2, fine-tuned with", PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK, front_page))
+    columns = PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
     print(table("SmolLM2", columns, [base_model, *tuned]))
     print(f"{OPENINGS[0]} …")
     # The original is the base model without an image.

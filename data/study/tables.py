@@ -57,10 +57,6 @@ def mean_and_range(measure: str, layout="{:.1%}") -> Callable[[list[dict]], str]
     return cell
 
 
-def seeds(runs: list[dict]) -> str:
-    return ", ".join(str(run["seed"]) for run in runs)
-
-
 def table(title: str, columns: dict[str, Callable], rows: list[tuple[str, list[dict]]]) -> str:
     """A Markdown table. columns: {title: function, runs -> a cell's text}. rows: (name, runs), left out if no runs."""
     texts = [(name, *(cell(runs) for cell in columns.values())) for name, runs in rows if runs]
