@@ -170,7 +170,7 @@ CHOICES = {  # {name: (method, or None if only its score was measured; changes; 
     "by the exact probe": (None, {}, "influence_exact"),
     "4 heads by the gate of the authors' release": ("Image-LoRA", {"num_heads": 4, "heads": "gate"}, "gate_score"),
     "4 random heads, as many in each layer": ("Image-LoRA", {"num_heads": 4, "heads": "random"}, None),
-    "the 4 least influential heads by the probe": ("Image-LoRA", {"num_heads": 4, "heads": "bottom"}, None),
+    "4 least influential heads, as many in each layer": ("Image-LoRA", {"num_heads": 4, "heads": "bottom"}, None),
     "for comparison: Partial LoRA on v, rank 4, in all heads": ("Partial LoRA on v", {"r": 4}, None),
 }
 
@@ -209,7 +209,8 @@ def each_model(runs: Runs) -> str:
             clicks = [mean_and_range("task_acc")(runs.of(method, bases, [seed])) for method in methods]
             reworded = mean_and_range("reworded_acc")(runs.of("base model", bases, [seed]))
             lines.append((f"{seed}, {kind} the skill", reworded, *clicks))
-    return markdown(("clicks in %, tiny model", "base model, asked to click right of the name", *methods), *lines)
+    reworded_title = "base model, asked to click right of the name"
+    return markdown(("clicks on test screens in %, tiny model", reworded_title, *methods), *lines)
 
 
 def heads(runs: Runs) -> str:
@@ -237,7 +238,7 @@ def heads(runs: Runs) -> str:
 def other_tasks(runs: Runs) -> str:
     groups = {
         "referring": lambda method: runs.of(method, SKILLED, task="referring"),
-        "after nine word problems": lambda method: runs.of(method, SKILLED, history=9),
+        "long text": lambda method: runs.of(method, SKILLED, history=9),
     }
     correct = {"correct answers, %": mean_and_range("task_acc")}
     return side_by_side("tiny models with the skill", RATES, groups, correct | AFTER_IMAGE | OLD_TASK)
