@@ -48,7 +48,7 @@ RATES = {
     "LoRA, with replay": 0.001,
     "LoRA on v": 0.004,
     "Partial LoRA": 0.004,
-    "Partial LoRA on v": 0.016,
+    "Partial LoRA on v": 0.004,
     "Image-LoRA": 0.016,
     "Image-LoRA, with replay": 0.016,
     "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
@@ -63,7 +63,7 @@ RANDOM_LAYERS = {  # from which random heads are drawn: all layers, or those whe
 FRONT_PAGE = (
     "LoRA",
     "Partial LoRA",
-    "Partial LoRA on v",
+    "Partial LoRA on v, rate 0.016",
     "Image-LoRA",
     "Partial LoRA on v, rank 2",
     "Image-LoRA in 9 heads",
@@ -384,15 +384,16 @@ def print_tables(runs: list[dict]) -> None:
     def of(method: str, lr: float) -> list[dict]:
         return [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
 
-    base_model, *tuned = [(method, of(method, lr)) for method, lr in RATES.items()]
-    front_page = [(method, of(method, RATES[method])) for method in FRONT_PAGE]
+    rows = {method: of(method, lr) for method, lr in RATES.items()}
+    rows["Partial LoRA on v, rate 0.016"] = of("Partial LoRA on v", 0.016)  # the rate of Image-LoRA
+    front_page = [(name, rows[name]) for name in FRONT_PAGE]
     print(table("SmolLM2, fine-tuned with", FRONT_PAGE_COLUMNS, front_page))
     columns = PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
-    print(table("SmolLM2", columns, [base_model, *tuned]))
+    print(table("SmolLM2", columns, list(rows.items())))
     print(f"{OPENINGS[0]} …")
     # The original is the base model without an image.
     for name, method in {"the original": "base model", "LoRA": "LoRA", "with replay": "LoRA, with replay"}.items():
-        for run in of(method, RATES[method])[:1]:
+        for run in rows[method][:1]:
             print(f"    {name:14}{run['continuation']}")
     print()
     print(rates(runs))
@@ -401,12 +402,13 @@ def print_tables(runs: list[dict]) -> None:
 def rates(runs: list[dict]) -> str:
     """Clicks on validation screens at the learning rates that were tried with seed 1."""
     lines = []
-    for method in ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
-        for steps in (100, STEPS):
+    for steps in (STEPS, 100):
+        for method in ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
             tried = [run for run in runs if (run["method"], run["steps"], run["seed"]) == (method, steps, 1)]
             accuracies = {run["lr"]: run["validation_acc"] for run in tried}
             if accuracies:
-                lines.append((f"{method}, {steps} steps", accuracies, RATES[method]))
+                chosen = RATES[method] if steps == STEPS else None
+                lines.append((f"{method}, {steps} steps", accuracies, chosen))
     return rate_table("SmolLM2, learning rate", lines)
 
 
