@@ -38,7 +38,7 @@ from data.questions import all_samples, click_right_of, neighbour_samples, rando
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, compute_type, parse_letters
-from data.study.tables import mean, mean_and_range, rate_table, read_runs, table, write_runs
+from data.study.tables import mean_and_range, rate_table, read_runs, table, write_runs
 from imagelora import Heads, score_heads, select_heads
 
 # {method: its learning rate}, in the order of the tables. The page says how they were chosen.
@@ -359,12 +359,6 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-FRONT_PAGE_COLUMNS = {
-    "parameters": mean("parameters", "{:,.0f}"),
-    "switches clicked, %": mean("task_acc"),
-    "openings continued as before, of 20": mean("same_continuations", "{:.2g}"),
-    "old task, %": mean("source_acc"),
-}
 PARAMETERS = {"parameters": mean_and_range("parameters", "{:,.0f}")}
 CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
 VALIDATION = {"clicked on validation screens, %": mean_and_range("validation_acc")}
@@ -387,7 +381,9 @@ def print_tables(runs: list[dict]) -> None:
     rows = {method: of(method, lr) for method, lr in RATES.items()}
     rows["Partial LoRA on v, rate 0.016"] = of("Partial LoRA on v", 0.016)  # the rate of Image-LoRA
     front_page = [(name, rows[name]) for name in FRONT_PAGE]
-    print(table("SmolLM2, fine-tuned with", FRONT_PAGE_COLUMNS, front_page))
+    columns = PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK
+    without_ranges = re.sub(r" \(.*? to .*?\)", "", table("SmolLM2, fine-tuned with", columns, front_page))
+    print(without_ranges)
     columns = PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
     print(table("SmolLM2", columns, list(rows.items())))
     print(f"{OPENINGS[0]} …")

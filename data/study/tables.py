@@ -42,11 +42,6 @@ def write_runs(path: Path, runs: list[dict]) -> None:
     write_file(path, file.getvalue().encode())
 
 
-def mean(measure: str, layout="{:.1%}") -> Callable[[list[dict]], str]:
-    """A column's function, runs -> text: the mean of a measure. The % is left out, because the title has it."""
-    return lambda runs: layout.format(np.mean([run[measure] for run in runs])).rstrip("%")
-
-
 def mean_and_range(measure: str, layout="{:.1%}") -> Callable[[list[dict]], str]:
     """A column's function, runs -> text: the mean and, in brackets, the range of a measure; or what all runs share.
 
