@@ -7,7 +7,6 @@ The base models that the runs need are made by data.study.pretrain.
 """
 
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -23,7 +22,7 @@ from data.evaluate import evaluate
 from data.methods import METHODS, gate_scores
 from data.pictures import rank_correlation
 from data.questions import click_right_of
-from data.study.tables import markdown, mean_and_range, rate_table, read_runs, write_runs
+from data.study.tables import markdown, mean_and_range, rate_table, read_runs, side_by_side, write_runs
 from imagelora import score_heads
 
 # ---- Base models and learning rates ----------------------------------------------------------------------------------
@@ -242,15 +241,6 @@ def other_tasks(runs: Runs) -> str:
     }
     correct = {"correct answers, %": mean_and_range("task_acc")}
     return side_by_side("tiny models with the skill", RATES, groups, correct | AFTER_IMAGE | OLD_TASK)
-
-
-def side_by_side(title: str, methods: Iterable[str], groups: dict[str, Callable], columns: dict[str, Callable]) -> str:
-    """A row for each method. groups: {name: function, method -> its runs}; each has all columns."""
-    titles = [f"{group}: {column}" for group in groups for column in columns]
-    lines = []
-    for method in methods:
-        lines.append((method, *(cell(runs_of(method)) for runs_of in groups.values() for cell in columns.values())))
-    return markdown((title, *titles), *lines)
 
 
 TABLES = (rates, after_an_image, each_model, heads, other_tasks)

@@ -1,7 +1,7 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
 python -m data.study.smollm                              print the tables of the runs in smollm.csv
-python -m data.study.smollm --method LoRA --seed 4       make one more run: 20 to 30 minutes on one core
+python -m data.study.smollm --method LoRA --seed 4       make one more run: 20 to 40 minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
@@ -379,11 +379,11 @@ def print_tables(runs: list[dict]) -> None:
         return [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
 
     rows = {method: of(method, lr) for method, lr in RATES.items()}
-    rows["Partial LoRA on v, rate 0.016"] = of("Partial LoRA on v", 0.016)  # the rate of Image-LoRA
+    rows["Partial LoRA on v, rate 0.016"] = of("Partial LoRA on v", RATES["Image-LoRA"])
     front_page = [(name, rows[name]) for name in FRONT_PAGE]
     columns = PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK
-    without_ranges = re.sub(r" \(.*? to .*?\)", "", table("SmolLM2, fine-tuned with", columns, front_page))
-    print(without_ranges)
+    with_ranges = table("SmolLM2, fine-tuned with", columns, front_page)
+    print(re.sub(r" \(.*? to .*?\)", "", with_ranges))  # because the next table has them
     columns = PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
     print(table("SmolLM2", columns, list(rows.items())))
     print(f"{OPENINGS[0]} …")

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +63,21 @@ def table(title: str, columns: dict[str, Callable], rows: list[tuple[str, list[d
     return markdown((title, *columns), *texts)
 
 
-def rate_table(title: str, lines: list[tuple[str, dict[float, float], float]]) -> str:
-    """A Markdown table of accuracies. lines: (name, {learning rate: accuracy}, the chosen rate, which is bold)."""
+def side_by_side(title: str, methods: Iterable[str], groups: dict[str, Callable], columns: dict[str, Callable]) -> str:
+    """A Markdown table with a row for each method. groups: {name: function, method -> runs}; each has all columns."""
+    titles = [f"{group}: {column}" for group in groups for column in columns]
+    lines = []
+    for method in methods:
+        texts = []
+        for runs_of in groups.values():
+            runs = runs_of(method)
+            texts += [cell(runs) for cell in columns.values()]
+        lines.append((method, *texts))
+    return markdown((title, *titles), *lines)
+
+
+def rate_table(title: str, lines: list[tuple[str, dict[float, float], float | None]]) -> str:
+    """A Markdown table of accuracies. lines: (name, {learning rate: accuracy}, the chosen rate, bold, or None)."""
     tried = sorted({rate for _, accuracies, _ in lines for rate in accuracies})
     rows = []
     for name, accuracies, chosen in lines:
