@@ -35,17 +35,17 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 
 def evaluate(
-    model, screens: list[Screen], features: Tensor, task="grounding", history=0, reword=None
+    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None
 ) -> tuple[dict, list[Answer]]:
-    """Ask for all targets of these screens -> (task_acc, and of clicks the accuracies by kind; the answers).
+    """Ask one question of a kind (see `all_samples`) about each target -> (metrics, answers).
 
-    features: of the screens, [N, P, D]. history: word problems before each of them. reword: a function that asks for a
-    sample's target in other words."""
-    numbers, samples = zip(*all_samples(screens, task))
+    The metrics are task_acc and, of clicks, the accuracies on text and on icons. features: of the screens, [N, P, D].
+    history: word problems before each of them. reword: a function that asks for a sample's target in other words."""
+    numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
     outputs = generate_answers(model, samples, features[list(numbers)], history)
-    if task == "grounding":
+    if kind in ("grounding", "relation_clicks"):
         outputs = [parse_point(text) for text in outputs]
         metrics = click_metrics(outputs, samples)
     else:
@@ -79,15 +79,31 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     return correct / count
 
 
-def measure(cfg, model, test: tuple, old_test: tuple) -> tuple[dict, list[Answer]]:
-    """What the model can do: the task, the old task (clicks on screens without switches), and word problems without
-    and after an image. Returns the metrics, and the answers of the task.
+OTHER_QUESTIONS = {"what_is_at_acc": "referring", "what_is_right_of_acc": "relations"}
+OTHER_QUESTIONS |= {"click_right_of_acc": "relation_clicks"}
 
-    test, old_test: (screens, features) with and without switches."""
-    metrics, answers = evaluate(model, *test, cfg.task, cfg.history)
-    old_metrics, _ = evaluate(model, *old_test)
-    _, features = test
-    metrics["source_acc"] = old_metrics["task_acc"]
+
+def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, list[Answer]]:
+    """What the model can do on test screens, and the answers of its task.
+
+    switch_test, source_test: (screens, features) with and without switches.
+
+    task_acc, text_acc, icon_acc  the new task, on screens with switches
+    other_questions_acc           questions that were learned in pretraining and that the demo's fine-tuning never asks,
+                                  on screens without switches: the mean of the three kinds of OTHER_QUESTIONS
+    same_words_acc                a click on a name, on screens without switches. The new task asks for it in the same
+                                  words and means the switch, so this tells whether a model distinguishes the screens
+    word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
+    metrics, answers = evaluate(model, *switch_test, cfg.task, cfg.history)
+    accuracies = {}
+    for name, kind in OTHER_QUESTIONS.items():
+        other_metrics, _ = evaluate(model, *source_test, kind)
+        accuracies[name] = other_metrics["task_acc"]
+    metrics["other_questions_acc"] = float(np.mean([*accuracies.values()]))
+    metrics |= accuracies
+    same_words, _ = evaluate(model, *source_test)
+    metrics["same_words_acc"] = same_words["task_acc"]
+    _, features = switch_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
     return metrics, answers
@@ -111,9 +127,18 @@ def summary(task: str, metrics: dict) -> str:
     else:
         kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
         line = f"click accuracy on switch screens {metrics['task_acc']:6.1%}  ({kinds})"
-    old_task = f"old task, clicks on screens without switches {metrics['source_acc']:.1%}"
+    parts = [
+        f"{name} {metrics[field]:.1%}"
+        for name, field in (
+            ("what is at", "what_is_at_acc"),
+            ("what is right of", "what_is_right_of_acc"),
+            ("click right of", "click_right_of_acc"),
+        )
+    ]
     problems = f"word problems {metrics['word_problem_acc']:.1%}"
-    return f"{line}\n         {old_task} · {problems}, after an image {metrics['word_problem_after_image_acc']:.1%}"
+    return f"""{line}
+         without switches: {" · ".join(parts)} · same words {metrics["same_words_acc"]:.1%}
+         {problems}, after an image {metrics["word_problem_after_image_acc"]:.1%}"""
 
 
 # ---- Prompts without an image ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.questions import random_samples, word_problem
+from data.questions import old_samples, random_samples, word_problem
 from data.screens import Screen
 from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
 
@@ -96,11 +96,11 @@ def training_batch(cfg, data: TrainingData, index: int, probe=False) -> dict:
         problems = [word_problem("train", number * cfg.history + k) for k in range(cfg.history)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
 
-    # Replay: the first sequences hold what the base was asked before, in place of the new task.
+    # Replay: the first sequences hold every kind of question that the base has learned, in place of the new task.
     for sequence in range(0 if probe else cfg.replay):
         pick = rng.integers(len(data.replay_screens))
         features[sequence] = data.replay_features[pick]
-        samples[sequence] = random_samples(data.replay_screens[pick], QUESTIONS_PER_SCREEN, rng, 0.0, distinct=True)
+        samples[sequence] = old_samples(data.replay_screens[pick], QUESTIONS_PER_SCREEN, rng)
         for _ in range(REPLAYED_PROBLEMS):
             samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 

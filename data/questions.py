@@ -108,14 +108,20 @@ def relation_samples(screen: Screen) -> list[dict]:
     return samples
 
 
-def neighbour_samples(screen: Screen, rng) -> list[dict]:
-    """Those of `relation_samples`, and clicks on the same neighbours, in random order."""
-    samples = relation_samples(screen)
+def relation_click_samples(screen: Screen, rng) -> list[dict]:
+    """Ask for a click on what is right of each target that has a neighbour there: *click right of wifi*."""
+    samples = []
     for target in screen.targets():
         neighbour = right_neighbour(screen, target)
         if neighbour:
             instruction = f"{VERBS[rng.integers(len(VERBS))]} right of {description(screen, target)}"
             samples.append(grounding_sample(screen, neighbour, rng) | {"instruction": instruction})
+    return samples
+
+
+def neighbour_samples(screen: Screen, rng) -> list[dict]:
+    """Those of `relation_samples` and `relation_click_samples`, in random order."""
+    samples = relation_samples(screen) + relation_click_samples(screen, rng)
     return rng.permutation(samples).tolist()
 
 
@@ -145,15 +151,29 @@ def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0,
     return samples
 
 
-def all_samples(screens: list[Screen], task="grounding") -> list[tuple[int, dict]]:
-    """One question about every target of every screen, as pairs (number of the screen, sample). In the task relations,
-    it is what is right of the target."""
+def old_samples(screen: Screen, count: int, rng) -> list[dict]:
+    """`count` random questions about a screen without switches, of every kind that a base model learns.
+
+    Up to half of them are about what is right of a name and where that is, the others about where a name is and what is
+    at a place."""
+    about_right = neighbour_samples(screen, rng)[: count // 2]
+    samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
+    return rng.permutation(samples + about_right).tolist()
+
+
+def all_samples(screens: list[Screen], kind="grounding") -> list[tuple[int, dict]]:
+    """One question of a kind about every target of every screen, as pairs (number of the screen, sample).
+
+    kind: grounding, referring, relations or relation_clicks; the last two leave out targets with nothing on their
+    right."""
     rng = np.random.default_rng(0)
     numbers_and_samples = []
     for i, screen in enumerate(screens):
-        if task == "relations":
+        if kind == "relations":
             samples = relation_samples(screen)
-        elif task == "referring":
+        elif kind == "relation_clicks":
+            samples = relation_click_samples(screen, rng)
+        elif kind == "referring":
             samples = [referring_sample(target) for target in screen.targets()]
         else:
             samples = [grounding_sample(screen, target, rng) for target in screen.targets()]

@@ -72,7 +72,11 @@ MEASURES = (
     "validation_acc",  # the same on validation screens, by which learning rates are chosen
     "word_problem_acc",
     "word_problem_after_image_acc",
-    "source_acc",  # the old task
+    "other_questions_acc",  # the mean of the next three
+    "what_is_at_acc",
+    "what_is_right_of_acc",
+    "click_right_of_acc",
+    "same_words_acc",
     "reworded_acc",  # of the base model, asked to click right of the name
     "influence",  # of the head, by the probe of rank 1; this and the next two only where a single head is adapted
     "influence_exact",

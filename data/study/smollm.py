@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import click_metrics, kl_divergence
+from data.evaluate import OTHER_QUESTIONS, kl_divergence
 from data.methods import METHODS, Method, attach_adapter
-from data.questions import all_samples, click_right_of, neighbour_samples, random_samples, relation_samples
+from data.questions import all_samples, click_right_of, is_hit, old_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
-from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, compute_type, parse_letters
+from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, parse_letters
 from data.study.tables import mean_and_range, rate_table, read_runs, table, write_runs
 from imagelora import Heads, score_heads, select_heads
 
@@ -55,6 +55,9 @@ RATES = {
     "Image-LoRA in 9 heads": 0.016,
     "Image-LoRA in 9 random heads": 0.016,
     "Image-LoRA in 9 random heads of layers 12 to 23": 0.016,
+    "Image-LoRA in layers 0 to 9": 0.016,
+    "Image-LoRA in layers 10 to 19": 0.016,
+    "Image-LoRA in layers 20 to 29": 0.016,
 }
 RANDOM_LAYERS = {  # from which random heads are drawn: all layers, or those where the probe's heads are
     "Image-LoRA in 9 random heads": range(30),
@@ -68,6 +71,7 @@ FRONT_PAGE = (
     "Partial LoRA on v, rank 2",
     "Image-LoRA in 9 heads",
 )
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
 STEPS = 300  # of fine-tuning
@@ -86,6 +90,7 @@ class SmolConfig:
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
+    dtype: str = option("float32", "bfloat16 halves the time on processors that have units for it", tuple(DTYPES))
     make_base: bool = option(False, "make the base model and write it to --base")
 
 
@@ -107,14 +112,6 @@ def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-def base_samples(screen: Screen, rng, count: int) -> list[dict]:
-    """`count` questions about a screen without switches: up to half of them about what is right of a name and where
-    that is, the others about where a name is and what is at a place."""
-    about_right = neighbour_samples(screen, rng)[: count // 2]
-    samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
-    return rng.permutation(samples + about_right).tolist()
 
 
 def optimize(name: str, trained: list[nn.Parameter], lr: float, steps: int, loss_of) -> None:
@@ -165,7 +162,7 @@ def make_base(cfg: SmolConfig) -> None:
     features = image_features(vlm.tower, screens + switch_screens)
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
-    vlm.model.to(compute_type())
+    vlm.model.to(DTYPES[cfg.dtype])
     vlm.texts = vlm.write_texts(256)
     torch.manual_seed(cfg.seed)
     vlm.add_partial_lora()
@@ -173,7 +170,7 @@ def make_base(cfg: SmolConfig) -> None:
 
     def loss_of(num_screens: int, num_texts: int) -> Tensor:
         picks = rng.choice(len(screens), num_screens, replace=False)
-        batch = vlm.batch([base_samples(screens[pick], rng, 14) for pick in picks])
+        batch = vlm.batch([old_samples(screens[pick], 14, rng) for pick in picks])
         answer_loss = vlm.model(**batch, image_features=vlm.projector(features[picks])).loss
         if num_texts == 0:
             return answer_loss
@@ -192,18 +189,18 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.save(path)
     vlm = load_base_model(cfg)  # what was written, because it is in 16 bits
     record = {"seconds": round(time.time() - start)} | versions(vlm)
-    record["source_acc"] = click_accuracy(vlm, "source", "test", TEST_SCREENS)
-    record["reworded_acc"] = click_accuracy(vlm, "switches", "test", TEST_SCREENS, reword=click_right_of)
+    screens, switch_screens = (test_screens(domain, TEST_SCREENS) for domain in ("source", "switches"))
+    record["source_acc"] = accuracy(*ask(vlm, screens))
+    record["reworded_acc"] = accuracy(*ask(vlm, switch_screens, reword=click_right_of))
     record |= measure_english(vlm, nullcontext)
     write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
 
 def load_base_model(cfg: SmolConfig) -> SmolVLM:
-    """SmolLM2 with what --make-base wrote, in bfloat16 unless this processor is slow at it."""
+    """SmolLM2 with what --make-base wrote."""
     vlm = SmolVLM()
     vlm.load(cfg.base)
-    vlm.model.to(compute_type())
-    print(f"SmolLM2 computes in {vlm.model.dtype}, chosen by the speed of this processor")
+    vlm.model.to(DTYPES[cfg.dtype])
     return vlm
 
 
@@ -245,7 +242,7 @@ class TrainingData:
         turn = ("old questions", "text after a screen", "text alone")[index % 3]
         if turn == "old questions":
             pick = rng.integers(len(self.source_screens))
-            samples[0] = base_samples(self.source_screens[pick], rng, 5)
+            samples[0] = old_samples(self.source_screens[pick], 5, rng)
             features[0] = self.source_features[pick]
             return self.vlm.model(**self.vlm.batch(samples), image_features=features).loss
         answer_loss = self.vlm.model(**self.vlm.batch(samples[1:]), image_features=features[1:]).loss
@@ -262,7 +259,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     vlm = load_base_model(cfg)
     data = TrainingData(vlm, cfg.seed)
     settings = Method(**METHODS.get(cfg.method, {}))
-    heads = nine_heads(cfg, vlm, data) if "in 9" in cfg.method else None  # None: all of them
+    heads = chosen_heads(cfg, vlm, data)
     adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
     trained = []
     if adapter:
@@ -273,23 +270,29 @@ def run(cfg: SmolConfig, lr: float) -> dict:
             optimize("train", trained, lr, cfg.steps, lambda step: vlm.model(**data.batch(step)).loss)
     row = {"method": cfg.method, "steps": cfg.steps, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
-    row |= measure_clicks(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
+    row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
     return row | {"selected": heads, "seconds": round(time.time() - start)} | versions(vlm)
 
 
-def nine_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads:
-    """Nine of the 90 value heads: the most influential ones by the exact probe, or random ones."""
+def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | None:
+    """The value heads that the method's name says: the most influential ones by the exact probe, random ones, or all of
+    some layers. None means all of them."""
+    num_heads = vlm.model.config.num_key_value_heads  # of a layer
     if cfg.method == "Image-LoRA in 9 heads":
         probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
         return select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
-    layers = RANDOM_LAYERS[cfg.method]
-    heads_per_layer = vlm.model.config.num_key_value_heads
-    numbers = np.random.default_rng(cfg.seed).permutation(len(layers) * heads_per_layer)[:9]
-    heads = {}
-    for number in sorted(numbers.tolist()):
-        layer, head = divmod(number, heads_per_layer)
-        heads.setdefault(layers[layer], []).append(head)
-    return heads
+    if cfg.method in RANDOM_LAYERS:
+        layers = RANDOM_LAYERS[cfg.method]
+        numbers = np.random.default_rng(cfg.seed).permutation(len(layers) * num_heads)[:9]
+        heads = {}
+        for number in sorted(numbers.tolist()):
+            layer, head = divmod(number, num_heads)
+            heads.setdefault(layers[layer], []).append(head)
+        return heads
+    if "in layers" in cfg.method:
+        first, last = map(int, re.findall(r"\d+", cfg.method))
+        return {layer: list(range(num_heads)) for layer in range(first, last + 1)}
+    return None
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
@@ -303,25 +306,56 @@ OPENINGS = (
 ).split(" … ")
 
 
-def click_accuracy(vlm: SmolVLM, domain: str, split: str, count: int, erased=False, reword=None) -> float:
-    """Share of the targets on `count` screens that are clicked. reword: a function that asks for one in other words."""
-    screens = [draw_screen(domain, split, i, erased=erased) for i in range(count)]
-    numbers, samples = zip(*all_samples(screens))
+def test_screens(domain: str, count: int, split="test", erased=False) -> list[Screen]:
+    return [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+
+
+def ask(vlm: SmolVLM, screens: list[Screen], kind="grounding", reword=None) -> tuple[list[dict], list[str]]:
+    """(One sample of a kind about each target of these screens, see all_samples; what the model answers to them).
+
+    reword: a function that asks for a sample's target in other words."""
+    numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
     prompts = [vlm.prompt(sample) for sample in samples]
-    answers = vlm.generate(prompts, 3, vlm.see(screens), numbers)
-    return click_metrics([parse_letters(answer) for answer in answers], samples)["task_acc"]
+    return samples, vlm.generate(prompts, 4, vlm.see(screens), numbers)
 
 
-def measure_clicks(vlm: SmolVLM) -> dict:
-    """Clicks on the switches of test and validation screens, and where the switches are erased; and the old task."""
-    return {
-        "task_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS),
-        "validation_acc": click_accuracy(vlm, "switches", "validation", TEST_SCREENS // 2),
-        "erased_acc": click_accuracy(vlm, "switches", "test", TEST_SCREENS // 2, erased=True),
-        "source_acc": click_accuracy(vlm, "source", "test", TEST_SCREENS // 2),
+def accuracy(samples: list[dict], answers: list[str]) -> float:
+    """Share of correct answers: points in their box, and names."""
+    correct = []
+    for sample, answer in zip(samples, answers):
+        if "bbox" in sample:
+            correct.append(is_hit(parse_letters(answer), sample["bbox"]))
+        else:
+            correct.append(answer.startswith(f" {sample['answer']}\n"))
+    return float(np.mean(correct))
+
+
+def measure_questions(vlm: SmolVLM) -> dict:
+    """The measures of data/evaluate.py, on test screens; and clicks on validation screens and on erased switches.
+
+    places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
+    are a place. example: one such question with its answer."""
+    source = test_screens("source", TEST_SCREENS // 2)
+    metrics = {
+        "task_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS))),
+        "validation_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS // 2, "validation"))),
+        "erased_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS // 2, erased=True))),
     }
+    names = []  # the answers to questions that ask for a name
+    for name, kind in OTHER_QUESTIONS.items():
+        samples, answers = ask(vlm, source, kind)
+        metrics[name] = accuracy(samples, answers)
+        if kind != "relation_clicks":
+            names += answers
+    metrics["other_questions_acc"] = float(np.mean([metrics[name] for name in OTHER_QUESTIONS]))
+    metrics["same_words_acc"] = accuracy(*ask(vlm, source))
+    metrics["places_for_names"] = float(np.mean([parse_letters(answer) is not None for answer in names]))
+    samples, answers = ask(vlm, source, "relations")
+    first_answer = answers[0].split("\n")[0]
+    metrics["example"] = f"{samples[0]['instruction']}:{first_answer} (correct: {samples[0]['answer']})"
+    return metrics
 
 
 @torch.no_grad()

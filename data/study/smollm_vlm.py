@@ -13,7 +13,6 @@ Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of
 import importlib.util
 import io
 import re
-import time
 from pathlib import Path
 
 import torch
@@ -52,20 +51,6 @@ def parse_letters(answer: str) -> Point | None:
     if not letters:
         return None
     return parse_point(f"<x{COLUMNS.index(letters[1])}> <y{ROWS.index(letters[2])}>")
-
-
-def compute_type() -> torch.dtype:
-    """bfloat16, unless its products take over twice as long as float32's, as on processors without bfloat16 units."""
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(4):
-        for dtype, times in seconds.items():
-            x = torch.ones(256, 576, dtype=dtype)
-            weight = torch.ones(576, 1536, dtype=dtype)
-            start = time.perf_counter()
-            x @ weight
-            times.append(time.perf_counter() - start)
-    # The least of four, because the first product also sets things up, and other processes can interrupt.
-    return torch.bfloat16 if min(seconds[torch.bfloat16]) < 2 * min(seconds[torch.float32]) else torch.float32
 
 
 class SeeingLlama(LlamaForCausalLM):
