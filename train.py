@@ -1,17 +1,21 @@
-"""Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and check what the paper says.
+"""Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and see what that changes and what it cannot.
 
-python train.py                  measure, probe, select, train, measure again: about a minute on two CPU cores
+python train.py                  measure, probe, select, attach, train, measure again: about a minute on two CPU cores
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
-Image-LoRA is imagelora.py. LoRA and Partial LoRA are in data/methods.py, with the settings of all methods compared.
+Image-LoRA is imagelora.py, and its rivals are in data/methods.py. The questions and the batches that are made of them
+are in data/questions.py and data/prompts.py, and the measures in data/evaluate.py.
 
 python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
 python -m data.study.compare     every method on several base models, and the tables of the pages
+
+Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size
 """
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,20 +23,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.command import command, make_directory, option, write_file  # before torch: it sets how torch's threads wait
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # Torch reads it once: a waiting thread soon sleeps instead of spinning.
 
-# isort: split
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
-from data import pictures, prompts
+from data import costs, evaluate, methods, pictures, prompts
 from data.base import find_device, load_base, screens_and_features
-from data.costs import run_costs
-from data.evaluate import Answer, measure, measure_controls, summary, text_only_changes, text_only_logits
-from data.methods import Method, attach_adapter, choose_heads, gate_scores
-from data.prompts import TrainingData, training_batch
+from data.command import command, make_directory, option, write_file
 from tiny_vlm import TinyVLM
 
 # Chosen on switch screens, for Image-LoRA in all heads and for the others on q, k, v and o (data/study/README.md).
@@ -41,24 +43,39 @@ FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leav
 
 
 @dataclass
-class Config(Method):
-    """One fine-tuning run. Each field is an option of the command line, too.
+class Config:
+    """One fine-tuning run. Each field is an option of the command line, too."""
 
-    method, projections, heads, num_heads, r, train_gamma and replay are those of Method, in data/methods.py."""
-
+    method: str = option(
+        "image_lora",
+        "partial_lora is LoRA at visual tokens only; none measures the frozen model",
+        ("image_lora", "lora", "partial_lora", "none"),
+    )
+    projections: str = option("qkvo", "which of q, k, v and o lora and partial_lora adapt", ("qkvo", "v"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
-    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", least=0)
-    steps: int = option(500, "training steps", least=1)
-    history: int = option(0, "word problems before each screen: longer text, same image", least=0)
-    test_screens: int = option(100, "test screens of the task, and about half as many of the old task", least=1)
-    seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", least=0)
+    heads: str = option(
+        "top",
+        "top: the most influential by the probe; bottom: the least; random: any (bottom and random take\n"
+        "as many heads in each layer as top does); gate: top by the score of the authors' release; all;\n"
+        "or a list of layer.head, such as 1.3,2.0",
+    )
+    num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", minimum=1)
+    r: int = option(8, "rank; alpha is 2 r", minimum=1)
+    train_gamma: bool = option(False, "image_lora also trains gamma, as in the paper")
+    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", minimum=0)
+    steps: int = option(500, "training steps", minimum=1)
+    history: int = option(0, "word problems before each screen: longer text, same image", minimum=0)
+    replay: int = option(0, "how many of a step's 8 sequences hold old questions and word problems", minimum=0)
+    test_screens: int = option(100, "test screens with switches, and about half as many without", minimum=1)
+    seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", minimum=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
     out: str = option("runs/switches", "output directory")
 
     def __post_init__(self):
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
+        methods.check_choice(self.heads)
         if self.lr is None:
             self.lr = RATES[self.method]
 
@@ -70,8 +87,8 @@ class FinetuningRun(NamedTuple):
     result: dict  # the Config's fields and what was measured
     model: TinyVLM
     adapter: nn.Module | None
-    base_answers: list[Answer]
-    answers: list[Answer]
+    base_answers: list[evaluate.Answer]
+    answers: list[evaluate.Answer]
 
 
 def run(cfg: Config) -> dict:
@@ -85,64 +102,58 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     after_step(step, model), if given, is called after each training step."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
-    heads = None
-    if cfg.method == "image_lora":
-        # Choose by any scores now, so that heads which the model does not have are refused before anything is measured.
-        any_scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
-        choose_heads(cfg.heads, any_scores, cfg.num_heads, cfg.seed)
-    test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    # A screen without switches has more targets, so half as many screens are enough.
-    old_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
-    base_metrics, base_answers = measure(cfg, model, test, old_test)
-    base_logits = text_only_logits(model)
-    if verbose:
-        print_base(cfg, model, base_metrics)
 
-    data = training_data(cfg, model)
-    probe_batches = [training_batch(cfg, data, i, probe=True) for i in range(prompts.PROBE_BATCHES)]
+    # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
+    num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
+    train_data = screens_and_features(model, "switches", "train", num_train)
+    replay_data = screens_and_features(model, "source", "train", num_train) if cfg.replay else None
+    switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
+    # A screen without switches has more targets, so half as many screens are enough.
+    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
+
+    before, base_answers = evaluate.measure(cfg, model, switch_test, source_test)
+    base_logits = evaluate.text_only_logits(model)
+    if verbose:
+        print_base(cfg, model, before)
+
+    # The probe: how much could each value head lower the loss? Then select heads.
+    heads = None
+    probe_batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
     if cfg.method == "image_lora":
         if cfg.heads == "gate":
-            scores = gate_scores(model, probe_batches)
+            scores = methods.gate_scores(model, probe_batches)
         else:
-            scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)
-        heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
+            scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
+        heads = methods.choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
         if verbose:
             print_heads(scores, heads)
 
-    adapter = attach_adapter(cfg, model, heads, cfg.seed)
+    # Freeze the model and attach the adapter. It starts at B = 0, as the base model.
+    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
+    adapter = None
+    if cfg.method == "image_lora":
+        adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads, train_gamma=cfg.train_gamma)
+    elif cfg.method != "none":
+        visual_only = cfg.method == "partial_lora"
+        adapter = methods.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only)
     if adapter:
-        train(cfg, model, adapter, data, verbose, after_step)
+        train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
 
-    metrics, answers = measure(cfg, model, test, old_test)
-    result = {
-        **asdict(cfg),
-        "selected": heads,
-        "before": base_metrics,
-        **metrics,
-        **text_only_changes(base_logits, text_only_logits(model)),
-        **run_costs(cfg, model, probe_batches[0]["input_ids"], heads),
-        "seconds": round(time.time() - start, 1),
-        "device": model.device.type,
-        "torch": torch.__version__,
-    }
+    # Measure again: the new task, what else the model could do, and prompts without an image.
+    after, answers = evaluate.measure(cfg, model, switch_test, source_test)
+    result = {**asdict(cfg), "selected": heads, "before": before, **after}
+    result["text_logits_max_abs_diff"] = evaluate.max_difference(base_logits, evaluate.text_only_logits(model))
+    result |= costs.run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
+    result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     if verbose:
         print_tuned(result)
     return FinetuningRun(result, model, adapter, base_answers, answers)
 
 
-def training_data(cfg: Config, model: TinyVLM) -> TrainingData:
-    """The training screens with switches and, if there is replay, as many without.
+def train(cfg: Config, model: TinyVLM, adapter: nn.Module, train_data: tuple, replay_data, verbose, after_step) -> None:
+    """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
 
-    The vision tower is frozen, so it runs here, once over each screen, and not in training."""
-    count = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
-    screens, features = screens_and_features(model, "switches", "train", count)
-    if not cfg.replay:
-        return TrainingData(screens, features)
-    return TrainingData(screens, features, *screens_and_features(model, "source", "train", count))
-
-
-def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, verbose=False, after_step=None) -> None:
-    """Train the adapter with AdamW. FloatingPointError if the loss is not finite."""
+    train_data, replay_data: (screens, features [N, P, D]) with switches and, if there is replay, without."""
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
@@ -154,10 +165,9 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, data: TrainingData, v
         lr = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
         optimizer.param_groups[0]["lr"] = lr
 
-        # 8 random screens, and five questions about each in one sequence (data/prompts.py, training_batch): input_ids
-        # and labels [B, T], and image_features [B, P, D], what the vision tower has made of the screens. Training
-        # begins after the PROBE_BATCHES that the probe has seen.
-        batch = training_batch(cfg, data, prompts.PROBE_BATCHES + step)
+        # A batch is 8 random screens with five questions about each: input_ids and labels [B, T], the labels -100
+        # except on answers, and image_features [B, P, D]. The first PROBE_BATCHES were the probe's.
+        batch = prompts.training_batch(cfg, train_data, prompts.PROBE_BATCHES + step, replay_data)
 
         # The loss is the cross-entropy of the answers.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
@@ -187,7 +197,7 @@ def main(cfg: Config) -> None:
     tuned = finetune(cfg, verbose=True)
     result = tuned.result
     if cfg.task == "grounding":
-        result = result | measure_controls(cfg, tuned.model)
+        result = result | evaluate.measure_controls(cfg, tuned.model)
         reworded = f"base, asked to click right of the name {result['reworded_acc']:.1%}"
         print(f"controls {reworded} · tuned, switches erased {result['erased_acc']:.1%}")
     if tuned.adapter:
@@ -208,7 +218,20 @@ def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
     print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
-    print(f"before   {summary(cfg.task, metrics)}")
+    print_metrics("before", cfg.task, metrics)
+
+
+def print_metrics(when: str, task: str, metrics: dict) -> None:
+    """The measures of data/evaluate.py."""
+    done = "clicked" if task == "grounding" else "named"
+    what_is_at = f"what is at {metrics['what_is_at_acc']:.1%}"
+    right_of = f"what is right of {metrics['what_is_right_of_acc']:.1%}"
+    click_right_of = f"click right of {metrics['click_right_of_acc']:.1%}"
+    print(f"{when:8} new task        {metrics['task_acc']:6.1%} of the switches {done}")
+    print(f"         other questions {metrics['other_questions_acc']:6.1%}: {what_is_at}, {right_of}, {click_right_of}")
+    print(f"         same words      {metrics['same_words_acc']:6.1%} of the names clicked where there are no switches")
+    after_image = f"after an image {metrics['word_problem_after_image_acc']:.1%}"
+    print(f"         word problems   {metrics['word_problem_acc']:6.1%}, {after_image}")
 
 
 def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
@@ -221,10 +244,10 @@ def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
 
 
 def print_tuned(result: dict) -> None:
-    print(f"after    {summary(result['task'], result)}")
+    print_metrics("after", result["task"], result)
     difference = result["text_logits_max_abs_diff"]
     verdict = "changed" if difference else "identical"
-    print(f"text     logits of 256 text-only prompts: {verdict} (max |difference| = {difference:.3g})")
+    print(f"text     logits of 256 prompts without an image: {verdict} (max |difference| = {difference:.3g})")
 
 
 def print_costs(result: dict) -> None:

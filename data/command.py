@@ -9,45 +9,40 @@ from dataclasses import field, fields
 from pathlib import Path
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None, least: float | None = None):
-    """A field of a dataclass that is an option of the command line, too; `least` is its smallest value."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def option(default, help: str, choices: tuple[str, ...] | None = None, minimum: float | None = None):
+    """A field of a dataclass that is an option of the command line, too."""
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
 
 
 def command(settings_class, job: Callable, description: str, arguments: list[str] | None = None) -> int:
-    """Runs job(settings), with a command-line option for each field of the dataclass, and returns the exit status.
+    """Runs job(settings), with a command-line option for each field of the dataclass.
 
-    The status is 0; 1 if the loss was not finite, 2 for bad options or files, 130 if it was interrupted."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]  (--help lists them)",
-        description=description,
-        formatter_class=argparse.RawTextHelpFormatter,
-        allow_abbrev=False,
-    )
+    Returns the exit status: 0; 1 if the loss was not finite, 2 for bad options or files, 130 if it was interrupted."""
+    form = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
     for f in fields(settings_class):
+        option_name = f"--{f.name.replace('_', '-')}"
         help_text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         if f.default is False:
-            kind = {"action": "store_true"}
+            parser.add_argument(option_name, action="store_true", help=help_text)
         else:
-            kind = {"type": float if f.default is None else type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help_text, **kind)
+            kind = float if f.default is None else type(f.default)
+            parser.add_argument(
+                option_name, default=f.default, type=kind, choices=f.metadata["choices"], help=help_text
+            )
     options = parser.parse_args(arguments)
     for f in fields(settings_class):
-        value = getattr(options, f.name)
-        least = f.metadata["least"]
-        if value is not None and least is not None and not least <= value < 2**63:
-            parser.error(f"{f.name} must be finite and at least {least}, got {value}")
+        value, minimum = getattr(options, f.name), f.metadata["minimum"]
+        if value is not None and minimum is not None and not minimum <= value < 2**63:
+            parser.error(f"{f.name} must be finite and at least {minimum}, got {value}")
     try:
         job(settings_class(**vars(options)))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except (FloatingPointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

@@ -6,7 +6,6 @@ of them for 28 query heads, which makes values cheap. LLaVA-1.5-7B has 32 for 32
 
 from typing import NamedTuple
 
-from data.methods import METHODS, Method
 from imagelora import Heads
 
 
@@ -33,9 +32,13 @@ def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
     """FLOPs of LoRA on one Linear in a training step; a product of m x n and n x k counts 2 m n k.
 
     input_grad: whether the input of this Linear needs a gradient."""
-    z = dA = dx = 2 * num_tokens * r * in_features  # forward z = x A, backward dA and dx
-    y = dB = dz = 2 * num_tokens * r * out_features  # forward y = z B, backward dB and dz
-    return z + y + dB + dz + dA + dx * input_grad
+    product_with_A = 2 * num_tokens * r * in_features
+    product_with_B = 2 * num_tokens * r * out_features
+    forward = product_with_A + product_with_B  # z = x A, y = z B
+    backward = 2 * product_with_B + product_with_A  # the gradients of B and of z, and that of A
+    if input_grad:
+        backward += product_with_A  # the gradient of x
+    return forward + backward
 
 
 def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, input_grad=False):
@@ -58,43 +61,47 @@ def decoder_flops(shape: Shape, num_tokens: int) -> int:
     return shape.num_layers * (linear + attention)
 
 
-def method_costs(settings: Method, shape: Shape, num_tokens: int, num_visual: int, heads: Heads) -> tuple[int, int]:
-    """(Parameters, training FLOPs) of a method on a batch of so many tokens; heads: those of Image-LoRA."""
-    D = shape.hidden_size
+def image_lora_costs(shape: Shape, num_visual: int, heads: Heads, r=8, train_gamma=False) -> tuple[int, int]:
+    """(Parameters, training FLOPs) of Image-LoRA in these heads, on a batch of so many visual tokens."""
+    num_heads = sum(len(selected) for selected in heads.values())
+    parameters = len(heads) * (shape.hidden_size * r + train_gamma) + num_heads * r * shape.head_dim
+    return parameters, image_lora_flops(num_visual, shape.hidden_size, shape.head_dim, heads, r)
+
+
+def lora_costs(shape: Shape, num_tokens: int, projections="qkvo", r=8) -> tuple[int, int]:
+    """(Parameters, training FLOPs) of LoRA on these projections; num_tokens are those that it adapts, in the batch."""
+    D, q, kv = shape.hidden_size, shape.query_heads * shape.head_dim, shape.value_heads * shape.head_dim
+    sizes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
     parameters = flops = 0
-    if settings.method == "image_lora":
-        num_heads = sum(len(selected) for selected in heads.values())
-        parameters = len(heads) * (D * settings.r + settings.train_gamma) + num_heads * settings.r * shape.head_dim
-        flops = image_lora_flops(num_visual, D, shape.head_dim, heads, settings.r)
-    elif settings.method != "none":
-        q, kv = shape.query_heads * shape.head_dim, shape.value_heads * shape.head_dim
-        sizes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
-        num_adapted = num_visual if settings.method == "partial_lora" else num_tokens
-        for layer in range(shape.num_layers):
-            for projection in settings.projections:
-                parameters += settings.r * sum(sizes[projection])
-                input_grad = layer > 0 or projection == "o"  # the lowest q, k and v read frozen embeddings
-                flops += lora_flops(num_adapted, *sizes[projection], settings.r, input_grad)
+    for layer in range(shape.num_layers):
+        for projection in projections:
+            parameters += r * sum(sizes[projection])
+            input_grad = layer > 0 or projection == "o"  # the lowest q, k and v read frozen embeddings
+            flops += lora_flops(num_tokens, *sizes[projection], r, input_grad)
     return parameters, flops
 
 
 def print_costs() -> None:
     """For each model a table of parameters, adapter FLOPs and their share of the step; then the three factors."""
     print(f"a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens, r = 8")
-    methods = ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
     for model, shape in MODELS.items():
         print(f"\n{model:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
         step = decoder_flops(shape, TOKENS)
-        rows = [(name, METHODS[name], shape.value_heads) for name in methods]
-        rows += [("Image-LoRA in half of the heads", METHODS["Image-LoRA"], shape.value_heads // 2)]
-        flops_of = {}
-        for name, settings, num_heads in rows:
-            heads = {layer: range(num_heads) for layer in range(shape.num_layers)}
-            parameters, flops = method_costs(Method(**settings), shape, TOKENS, VISUAL_TOKENS, heads)
-            flops_of[name] = flops
-            share_of_lora = flops / flops_of["LoRA"]
+        all_heads = {layer: range(shape.value_heads) for layer in range(shape.num_layers)}
+        half_of_them = {layer: range(shape.value_heads // 2) for layer in range(shape.num_layers)}
+        rows = {
+            "LoRA": lora_costs(shape, TOKENS),
+            "LoRA on v": lora_costs(shape, TOKENS, "v"),
+            "Partial LoRA": lora_costs(shape, VISUAL_TOKENS),
+            "Partial LoRA on v": lora_costs(shape, VISUAL_TOKENS, "v"),
+            "Image-LoRA": image_lora_costs(shape, VISUAL_TOKENS, all_heads),
+            "Image-LoRA in half of the heads": image_lora_costs(shape, VISUAL_TOKENS, half_of_them),
+        }
+        for name, (parameters, flops) in rows.items():
+            share_of_lora = flops / rows["LoRA"][1]
             share_of_step = flops / (step + flops)
             print(f"{name:32}{parameters:12,}{flops / 1e9:16.2f}{share_of_lora:9.3f}{share_of_step:13.3%}")
+        flops_of = {name: flops for name, (_, flops) in rows.items()}
         visual_only = flops_of["Partial LoRA"] / flops_of["LoRA"]
         values_only = flops_of["Image-LoRA"] / flops_of["Partial LoRA"]
         half = flops_of["Image-LoRA in half of the heads"] / flops_of["Image-LoRA"]
@@ -102,17 +109,22 @@ def print_costs() -> None:
         print(f"{factors} = {visual_only * values_only * half:.3f}")
 
 
-def run_costs(cfg: Method, model, ids, heads: Heads | None) -> dict:
+def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
-    ids [B, T] are of a batch."""
+    cfg: a train.Config. ids [B, T] are of a batch."""
     c = model.config
     D = c.hidden_size
     head_dim = D // c.num_attention_heads
     shape = Shape(c.num_hidden_layers, D, c.num_attention_heads, c.num_key_value_heads, head_dim, 2 * D * 4 * D)
     num_visual = int((ids == c.image_token_id).sum())
-    parameters, flops = method_costs(cfg, shape, ids.numel(), num_visual, heads)
-    lora_parameters, flops_of_lora = method_costs(Method("lora"), shape, ids.numel(), num_visual, heads)
+    parameters = flops = 0
+    if cfg.method == "image_lora":
+        parameters, flops = image_lora_costs(shape, num_visual, heads, cfg.r, cfg.train_gamma)
+    elif cfg.method != "none":
+        num_adapted = num_visual if cfg.method == "partial_lora" else ids.numel()
+        parameters, flops = lora_costs(shape, num_adapted, cfg.projections, cfg.r)
+    lora_parameters, flops_of_lora = lora_costs(shape, ids.numel())
     return {
         "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import pack_sequences, prompt_batch
-from data.questions import VERBS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
-from data.screens import ICONS, LABELS, Screen
-from data.tokens import BOS, ID, PAD, decode
+from data.questions import Point, all_samples, click_right_of, is_hit, parse_point, word_problem
+from data.screens import Screen
+from data.tokens import decode
 
 
 class Answer(NamedTuple):
@@ -120,62 +120,17 @@ def measure_controls(cfg, model) -> dict:
     return {"reworded_acc": reworded["task_acc"], "erased_acc": erased["task_acc"]}
 
 
-def summary(task: str, metrics: dict) -> str:
-    """The metrics of `measure` in two lines: the task; then the old task and word problems."""
-    if task == "referring":
-        line = f"correct names on switch screens {metrics['task_acc']:6.1%}"
-    else:
-        kinds = f"text targets {metrics['text_acc']:.1%}  icons {metrics['icon_acc']:.1%}"
-        line = f"click accuracy on switch screens {metrics['task_acc']:6.1%}  ({kinds})"
-    parts = [
-        f"{name} {metrics[field]:.1%}"
-        for name, field in (
-            ("what is at", "what_is_at_acc"),
-            ("what is right of", "what_is_right_of_acc"),
-            ("click right of", "click_right_of_acc"),
-        )
-    ]
-    problems = f"word problems {metrics['word_problem_acc']:.1%}"
-    return f"""{line}
-         without switches: {" · ".join(parts)} · same words {metrics["same_words_acc"]:.1%}
-         {problems}, after an image {metrics["word_problem_after_image_acc"]:.1%}"""
-
-
 # ---- Prompts without an image ----------------------------------------------------------------------------------------
 
 
-def text_only_prompts() -> dict[str, Tensor]:
-    """input_ids [B, T] of two kinds of prompts: 256 test word problems with their answers, padded on the right; and
-    questions for a click on each name, with each verb, but without a screen."""
+@torch.no_grad()
+def text_only_logits(model) -> Tensor:
+    """Next-token logits [256, T, V] of test word problems with their answers, without an image."""
     problems = [[word_problem("test", i)] for i in range(256)]
     packed = pack_sequences(problems, [[]] * len(problems), num_patches=0)
-    questions = [[ID[word] for word in (BOS, verb, name)] for verb in VERBS for name in LABELS + ICONS]
-    return {"word_problem": packed["input_ids"], "question_without_image": torch.tensor(questions)}
+    return model(packed["input_ids"].to(model.device)).logits
 
 
-@torch.no_grad()
-def text_only_logits(model) -> dict[str, Tensor]:
-    """Next-token logits [B, T, V] of both kinds of prompts."""
-    return {kind: model(ids.to(model.device)).logits for kind, ids in text_only_prompts().items()}
-
-
-def text_only_changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict:
-    """How far fine-tuning has moved the predictions for prompts without an image, by the base's and the tuned logits.
-
-    text_logits_max_abs_diff: the largest change of a logit of the word problems. word_problem_kl and
-    question_without_image_kl: the KL divergence from the base, a mean over tokens.
-    All are exactly 0 if only visual tokens are adapted."""
-    difference = (tuned["word_problem"] - base["word_problem"]).abs().max().item()
-    changes = {"text_logits_max_abs_diff": difference}
-    for kind, ids in text_only_prompts().items():
-        divergences = kl_divergence(base[kind].cpu().double(), tuned[kind].cpu().double())  # [B, T]
-        changes[f"{kind}_kl"] = divergences[ids != ID[PAD]].mean().item()
-    return changes
-
-
-def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """How far a model's predictions of the next token are from the base's: KL(base || model) in nats, 0 if they are the
-    same. Logits [..., V] -> [...]"""
-    base_log_probs = base_logits.log_softmax(-1)
-    log_probs = logits.log_softmax(-1)
-    return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)
+def max_difference(base_logits: Tensor, logits: Tensor) -> float:
+    """The largest change of a logit. It is exactly 0 if only visual tokens are adapted."""
+    return (logits - base_logits).abs().max().item()

@@ -1,69 +1,15 @@
-"""The methods that are compared with each other: their names and settings, and what attaches their adapters.
-
-LoRA and Partial LoRA, the rivals, are here, and so are the choices of heads that do not come from the probe."""
+"""The rivals of Image-LoRA, LoRA and Partial LoRA; and the choices of heads that do not come from the probe."""
 
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import imagelora
-from data.command import option
 from imagelora import Heads, select_heads
-
-
-@dataclass
-class Method:
-    """How a model is fine-tuned. Each field is an option of train.py, too."""
-
-    method: str = option(
-        "image_lora",
-        "partial_lora is LoRA at visual tokens only; none measures the frozen model",
-        ("image_lora", "lora", "partial_lora", "none"),
-    )
-    projections: str = option("qkvo", "which of q, k, v and o lora and partial_lora adapt", ("qkvo", "v"))
-    heads: str = option(
-        "top",
-        "top: the most influential by the probe; bottom: the least; random: any (bottom and random take\n"
-        "as many heads in each layer as top does); gate: top by the score of the authors' release; all;\n"
-        "or a list of layer.head, such as 1.3,2.0",
-    )
-    num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", least=1)
-    r: int = option(8, "rank; alpha is 2 r", least=1)
-    train_gamma: bool = option(False, "image_lora also trains gamma, as in the paper")
-    replay: int = option(0, "how many of a step's 8 sequences hold the old task and word problems", least=0)
-
-
-METHODS = {  # the fields of Method; those that are not named have their defaults
-    "base model": {"method": "none"},
-    "LoRA": {"method": "lora"},
-    "LoRA on v": {"method": "lora", "projections": "v"},
-    "Partial LoRA": {"method": "partial_lora"},  # arXiv 2401.16420, there on all linear layers
-    "Partial LoRA on v": {"method": "partial_lora", "projections": "v"},
-    "Partial LoRA on v, rank 2": {"method": "partial_lora", "projections": "v", "r": 2},
-    "Partial LoRA on v, rank 32": {"method": "partial_lora", "projections": "v", "r": 32},
-    "Image-LoRA": {"heads": "all"},
-    "Image-LoRA, γ trained": {"heads": "all", "train_gamma": True},
-}
-METHODS |= {f"{name}, with replay": METHODS[name] | {"replay": 1} for name in METHODS if name != "base model"}
-
-
-def attach_adapter(settings: Method, model, heads: Heads | None, seed: int) -> nn.Module | None:
-    """Freeze the model and add the adapter of this method; None if it trains nothing. heads: those of Image-LoRA.
-
-    seed: for the initial A, so that A does not depend on the random numbers that were drawn before."""
-    torch.manual_seed(seed)
-    if settings.method == "none":
-        return None
-    if settings.method == "image_lora":
-        return imagelora.attach(model, settings.r, 2 * settings.r, heads, train_gamma=settings.train_gamma)
-    visual_only = settings.method == "partial_lora"
-    return LoRA(model, settings.r, 2 * settings.r, settings.projections, visual_only)
 
 
 class LoRA(nn.Module):
@@ -140,15 +86,22 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
     return scores.detach().cpu()
 
 
-def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
-    """`count` value heads by their scores [L, H], or those of a list. The choices are those of Method.heads.
+def check_choice(choice: str) -> None:
+    """ValueError unless this is a choice of heads."""
+    is_list = re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", choice)
+    if choice not in ("top", "all", "bottom", "random", "gate") and not is_list:
+        raise ValueError(f"heads must be top, all, bottom, random, gate or a list such as 1.3,2.0, got {choice!r}")
 
-    ValueError if there is no such choice, or no such head."""
+
+def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
+    """`count` value heads by their scores [L, H], or those of a list. The choices are those of train.Config.heads.
+
+    ValueError if the model has no such heads."""
     num_layers, heads_in_layer = scores.shape
     if choice == "all":
         return {layer: list(range(heads_in_layer)) for layer in range(num_layers)}
     selected = {}
-    if re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", choice):
+    if "." in choice:
         for item in choice.split(","):
             layer, head = map(int, item.split("."))
             if layer >= num_layers or head >= heads_in_layer or head in selected.get(layer, []):
@@ -156,8 +109,6 @@ def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
                 raise ValueError(f"a list of heads may name {expected}, got {item} in {choice}")
             selected.setdefault(layer, []).append(head)
         return selected
-    if choice not in ("top", "bottom", "random", "gate"):
-        raise ValueError(f"heads must be top, all, bottom, random, gate or a list such as 1.3,2.0, got {choice!r}")
     rng = np.random.default_rng(seed)
     for layer, heads in select_heads(scores, count).items():
         if choice == "bottom":

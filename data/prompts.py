@@ -5,15 +5,12 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens of each · D hidden size
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.questions import old_samples, random_samples, word_problem
-from data.screens import Screen
 from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
 
 PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
@@ -71,24 +68,16 @@ def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
 
 
-class TrainingData(NamedTuple):
-    """The screens that a run draws its batches from, and what the frozen vision tower makes of them."""
-
-    screens: list[Screen]
-    features: Tensor  # [N, P, D]
-    replay_screens: list[Screen] | None = None  # without switches
-    replay_features: Tensor | None = None
-
-
-def training_batch(cfg, data: TrainingData, index: int, probe=False) -> dict:
+def training_batch(cfg, data: tuple, index: int, replay_data: tuple | None = None) -> dict:
     """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
-    probe: without replay, so that the same heads are selected with and without it."""
+    data: (screens, features [N, P, D]). replay_data: the same of screens without switches, for cfg.replay sequences."""
+    all_screens, all_features = data
     rng = np.random.default_rng([cfg.seed, index])
-    picks = rng.choice(len(data.screens), SCREENS_PER_STEP, replace=False)
-    features = data.features[picks]
+    picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)
+    features = all_features[picks]
     refer = float(cfg.task == "referring")
-    samples = [random_samples(data.screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+    samples = [random_samples(all_screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
 
     # History: word problems before each screen, with their answers, which have no labels.
     prefixes = []
@@ -96,13 +85,15 @@ def training_batch(cfg, data: TrainingData, index: int, probe=False) -> dict:
         problems = [word_problem("train", number * cfg.history + k) for k in range(cfg.history)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
 
-    # Replay: the first sequences hold every kind of question that the base has learned, in place of the new task.
-    for sequence in range(0 if probe else cfg.replay):
-        pick = rng.integers(len(data.replay_screens))
-        features[sequence] = data.replay_features[pick]
-        samples[sequence] = old_samples(data.replay_screens[pick], QUESTIONS_PER_SCREEN, rng)
-        for _ in range(REPLAYED_PROBLEMS):
-            samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
+    # Replay: in place of the new task, the first sequences hold every kind of question that the base has learned.
+    if replay_data:
+        replay_screens, replay_features = replay_data
+        for sequence in range(cfg.replay):
+            pick = rng.integers(len(replay_screens))
+            features[sequence] = replay_features[pick]
+            samples[sequence] = old_samples(replay_screens[pick], QUESTIONS_PER_SCREEN, rng)
+            for _ in range(REPLAYED_PROBLEMS):
+                samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 
     batch = pack_sequences(samples, prefixes, features.shape[1], features.device)
     return batch | {"image_features": features}

@@ -10,7 +10,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from data import pictures
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import Answer, evaluate
-from data.methods import attach_adapter
 from data.prompts import prompt_batch, training_batch
 from data.tokens import VOCABULARY
 from imagelora import ImageLoRA, ValueAdapter, attach, load, visual_rows
@@ -80,12 +78,13 @@ def show_question(tuned: train.FinetuningRun, path: Path) -> None:
     station("1 prompt", f"<bos>, a word problem that should stay as it was, {image}, {sample['instruction']}")
 
     # A first backward pass, on a fresh base; it is not on the batch that the run's training began with
-    run = SimpleNamespace(**result | {"steps": 1})  # few screens are enough for one batch
-    base = load_base(run.base, model.device)
+    base = load_base(result["base"], model.device)
     lowest = min(adapter.heads)
-    first = attach_adapter(run, base, adapter.heads, run.seed).layers[str(lowest)]
+    torch.manual_seed(result["seed"])
+    first = attach(base, adapter.r, adapter.lora_alpha, adapter.heads).layers[str(lowest)]
     station("2 attach", f"layer {lowest}: A {list(first.A.shape)}, B {list(first.B.shape)} = 0", attach)
-    base(**training_batch(run, train.training_data(run, base), 0)).loss.backward()
+    few_screens = screens_and_features(base, "switches", "train", 64)
+    base(**training_batch(train.Config(seed=result["seed"]), few_screens, 0)).loss.backward()
     norms = f"A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}"
     station("", f"first backward pass, norms of the gradients: {norms}")
 

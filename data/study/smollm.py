@@ -33,13 +33,13 @@ from tqdm import tqdm
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import OTHER_QUESTIONS, kl_divergence
-from data.methods import METHODS, Method, attach_adapter
+from data.methods import LoRA
 from data.questions import all_samples, click_right_of, is_hit, old_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
 from data.study.lens import lens_loss, patch_targets
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, parse_letters
 from data.study.tables import mean_and_range, rate_table, read_runs, table, write_runs
-from imagelora import Heads, score_heads, select_heads
+from imagelora import Heads, attach, score_heads, select_heads
 
 # {method: its learning rate}, in the order of the tables. The page says how they were chosen.
 RATES = {
@@ -85,9 +85,9 @@ TEXTS = 16  # of 256 tokens, on which English is measured
 @dataclass
 class SmolConfig:
     method: str = option("", "a method of the tables: make this run, unless the file holds it", ("", *RATES))
-    lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", least=0)
-    steps: int = option(STEPS, "steps of fine-tuning", least=1)
-    seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", least=0)
+    lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", minimum=0)
+    steps: int = option(STEPS, "steps of fine-tuning", minimum=1)
+    seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", minimum=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
     dtype: str = option("float32", "bfloat16 halves the time on processors that have units for it", tuple(DTYPES))
@@ -258,13 +258,12 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     start = time.time()
     vlm = load_base_model(cfg)
     data = TrainingData(vlm, cfg.seed)
-    settings = Method(**METHODS.get(cfg.method, {}))
     heads = chosen_heads(cfg, vlm, data)
-    adapter = attach_adapter(settings, vlm.model, heads, cfg.seed)
+    adapter = attach_adapter(cfg, vlm, heads)
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        if settings.replay:
+        if "with replay" in cfg.method:
             optimize("train", trained, lr, cfg.steps, lambda step: data.loss_with_replay(step, adapter))
         else:
             optimize("train", trained, lr, cfg.steps, lambda step: vlm.model(**data.batch(step)).loss)
@@ -272,6 +271,18 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
     return row | {"selected": heads, "seconds": round(time.time() - start)} | versions(vlm)
+
+
+def attach_adapter(cfg: SmolConfig, vlm: SmolVLM, heads: Heads | None) -> nn.Module | None:
+    """Freeze SmolLM2 and add the adapter that the method's name says; None for the base model."""
+    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
+    if cfg.method == "base model":
+        return None
+    if cfg.method.startswith("Image-LoRA"):
+        return attach(vlm.model, 8, 16, heads)
+    r = 2 if "rank 2" in cfg.method else 8
+    projections = "v" if "on v" in cfg.method else "qkvo"
+    return LoRA(vlm.model, r, 2 * r, projections, visual_only=cfg.method.startswith("Partial LoRA"))
 
 
 def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | None:

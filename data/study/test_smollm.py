@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.methods import METHODS, Method, attach_adapter
 from data.questions import all_samples
 from data.screens import draw_screen
 from data.study import smollm, smollm_vlm
@@ -26,7 +25,6 @@ def rows() -> list[dict]:
 def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     """The original is SmolLM2 as transformers loads it. The base model and what is attached to it leave it as it is."""
     vlm = smollm_vlm.SmolVLM()
-    vlm.model.to(smollm_vlm.compute_type())
     openings = [vlm.ids(opening) for opening in smollm.OPENINGS[:4]]
     english = torch.tensor(openings[:1])
     original = smollm_vlm.LlamaForCausalLM.forward(vlm.model, input_ids=english).logits
@@ -38,7 +36,7 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     assert torch.equal(vlm.model(english).logits, original)
     for method in ("Image-LoRA", "Partial LoRA on v"):
         before = vlm.model(after_screen, features).logits
-        adapter = attach_adapter(Method(**METHODS[method]), vlm.model, None, seed=1)
+        adapter = smollm.attach_adapter(smollm.SmolConfig(method=method), vlm, heads=None)
         for name, parameter in adapter.named_parameters():
             if ".B" in name or "B." in name:
                 torch.nn.init.normal_(parameter)
