@@ -23,9 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # Torch reads it once: a waiting thread soon sleeps instead of spinning.
+# A thread that waits for others soon goes to sleep instead of spinning. Torch reads this when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import Tensor, nn

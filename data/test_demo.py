@@ -244,7 +244,7 @@ def test_the_walk_trains_where_there_is_no_adapter(directory, capsys, monkeypatc
 def test_the_pictures_of_the_pages_are_those_of_the_demos_run(directory, capsys, monkeypatch):
     monkeypatch.setattr(train, "Config", partial(train.Config, **SHORT | {"device": "auto"}))
     figures.make_figures(figures.FiguresConfig(out="pictures"))
-    assert "after    click accuracy" in capsys.readouterr().out
+    assert "after    new task" in capsys.readouterr().out
     shown = {path.name for path in (ROOT / "data/figures").iterdir()}
     assert {path.name for path in Path("pictures").iterdir()} == shown
     assert Image.open("pictures/training.gif").n_frames == 4
