@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_QUESTIONS, kl_divergence
+from data.evaluate import OTHER_QUESTIONS
 from data.methods import LoRA
 from data.questions import all_samples, click_right_of, is_hit, old_samples, random_samples, relation_samples
 from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
@@ -142,8 +142,11 @@ def text_logits(vlm: SmolVLM, texts: Tensor, features: Tensor | None = None) -> 
 
 
 def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """The KL divergence of predictions [B, T, V] from those of the base, a mean over all tokens."""
-    return kl_divergence(base_logits.float(), logits.float()).mean()
+    """How far predictions [B, T, V] of the next token are from the base's: KL(base || model) in nats, 0 if they are the
+    same. A mean over all tokens."""
+    base_log_probs = base_logits.float().log_softmax(-1)
+    log_probs = logits.float().log_softmax(-1)
+    return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1).mean()
 
 
 def make_base(cfg: SmolConfig) -> None:
