@@ -113,7 +113,10 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     before, base_answers = evaluate.measure(cfg, model, switch_test, source_test)
     base_logits = evaluate.text_only_logits(model)
     if verbose:
-        print_base(cfg, model, before)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
+        print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
+        print_metrics("before", cfg.task, before)
 
     # The probe: how much could each value head lower the loss? Then select heads.
     heads = None
@@ -145,7 +148,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     result |= costs.run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     if verbose:
-        print_tuned(result)
+        print_metrics("after", cfg.task, result)
+        print_text(result["text_logits_max_abs_diff"])
     return FinetuningRun(result, model, adapter, base_answers, answers)
 
 
@@ -213,13 +217,6 @@ def main(cfg: Config) -> None:
     print(f"saved    {' '.join(saved)} in {out}/")
 
 
-def print_base(cfg: Config, model: TinyVLM, metrics: dict) -> None:
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
-    print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
-    print_metrics("before", cfg.task, metrics)
-
-
 def print_metrics(when: str, task: str, metrics: dict) -> None:
     """The measures of data/evaluate.py."""
     done = "clicked" if task == "grounding" else "named"
@@ -242,20 +239,17 @@ def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:
     print(f"select   {num_selected} of {scores.numel()} heads: {' · '.join(layers)}")
 
 
-def print_tuned(result: dict) -> None:
-    print_metrics("after", result["task"], result)
-    difference = result["text_logits_max_abs_diff"]
-    verdict = "changed" if difference else "identical"
-    print(f"text     logits of 256 prompts without an image: {verdict} (max |difference| = {difference:.3g})")
+def print_text(max_difference: float) -> None:
+    verdict = "changed" if max_difference else "identical"
+    print(f"text     logits of 256 prompts without an image: {verdict} (max |difference| = {max_difference:.3g})")
 
 
 def print_costs(result: dict) -> None:
-    parameters = result["trainable_parameters"]
-    flops = result["adapter_flops_per_screen"]
-    size = f"{parameters:,} parameters ({parameters / result['lora_trainable_parameters']:.0%} of LoRA's, rank 8)"
-    share_of_lora = f"{flops / result['lora_flops_per_screen']:.0%} of LoRA's"
-    share_of_step = f"{flops / result['step_flops_per_screen']:.1%} of the step"
-    print(f"cost     {size} · adapter {flops / 1e6:.2f} MFLOP per screen ({share_of_lora}, {share_of_step})")
+    parameters, flops = result["trainable_parameters"], result["adapter_flops_per_screen"]
+    size = f"{parameters:,} parameters, {parameters / result['lora_trainable_parameters']:.0%} of LoRA's (rank 8)"
+    of_lora = f"{flops / result['lora_flops_per_screen']:.0%} of LoRA's"
+    of_step = f"{flops / result['step_flops_per_screen']:.1%} of the whole step's"
+    print(f"cost     {size} · training FLOPs of the adapter {of_lora}, {of_step}")
 
 
 if __name__ == "__main__":
