@@ -54,25 +54,30 @@ RATES = {
     "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
     "Image-LoRA in 9 heads": 0.016,
     "Image-LoRA in 9 random heads": 0.016,
-    "Image-LoRA in 9 random heads of layers 12 to 23": 0.016,
     "Image-LoRA in layers 0 to 9": 0.016,
     "Image-LoRA in layers 10 to 19": 0.016,
     "Image-LoRA in layers 20 to 29": 0.016,
 }
-RANDOM_LAYERS = {  # from which random heads are drawn: all layers, or those where the probe's heads are
-    "Image-LoRA in 9 random heads": range(30),
-    "Image-LoRA in 9 random heads of layers 12 to 23": range(12, 24),
-}
 FRONT_PAGE = (
+    "base model",
     "LoRA",
+    "LoRA on v",
     "Partial LoRA",
-    "Partial LoRA on v, rate 0.016",
+    "Partial LoRA on v",
     "Image-LoRA",
     "Partial LoRA on v, rank 2",
     "Image-LoRA in 9 heads",
+    "LoRA, with replay",
+    "Image-LoRA, with replay",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
+FILE_COLUMNS = (
+    *SETTINGS,
+    *("parameters", "task_acc", "validation_acc", "other_questions_acc", *OTHER_QUESTIONS, "same_words_acc"),
+    *("places_for_names", "example", "divergence", "divergence_after_screen", "identical", "same_continuations"),
+    *("continuation", "selected", "seconds", "dtype", "torch", "python"),
+)
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
 STEPS = 300  # of fine-tuning
 SCREENS_PER_STEP = 8  # of fine-tuning
@@ -295,18 +300,16 @@ def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | N
     if cfg.method == "Image-LoRA in 9 heads":
         probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
         return select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
-    if cfg.method in RANDOM_LAYERS:
-        layers = RANDOM_LAYERS[cfg.method]
-        numbers = np.random.default_rng(cfg.seed).permutation(len(layers) * num_heads)[:9]
-        heads = {}
-        for number in sorted(numbers.tolist()):
+    heads = {}
+    if cfg.method == "Image-LoRA in 9 random heads":
+        num_layers = vlm.model.config.num_hidden_layers
+        for number in sorted(np.random.default_rng(cfg.seed).permutation(num_layers * num_heads)[:9].tolist()):
             layer, head = divmod(number, num_heads)
-            heads.setdefault(layers[layer], []).append(head)
-        return heads
-    if "in layers" in cfg.method:
+            heads.setdefault(layer, []).append(head)
+    elif "in layers" in cfg.method:
         first, last = map(int, re.findall(r"\d+", cfg.method))
-        return {layer: list(range(num_heads)) for layer in range(first, last + 1)}
-    return None
+        heads = {layer: list(range(num_heads)) for layer in range(first, last + 1)}
+    return heads or None
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
@@ -320,8 +323,8 @@ OPENINGS = (
 ).split(" … ")
 
 
-def test_screens(domain: str, count: int, split="test", erased=False) -> list[Screen]:
-    return [draw_screen(domain, split, i, erased=erased) for i in range(count)]
+def test_screens(domain: str, count: int, split="test") -> list[Screen]:
+    return [draw_screen(domain, split, i) for i in range(count)]
 
 
 def ask(vlm: SmolVLM, screens: list[Screen], kind="grounding", reword=None) -> tuple[list[dict], list[str]]:
@@ -347,7 +350,7 @@ def accuracy(samples: list[dict], answers: list[str]) -> float:
 
 
 def measure_questions(vlm: SmolVLM) -> dict:
-    """The measures of data/evaluate.py, on test screens; and clicks on validation screens and on erased switches.
+    """The measures of data/evaluate.py, on test screens; and the new task on validation screens.
 
     places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
     are a place. example: one such question with its answer."""
@@ -355,7 +358,6 @@ def measure_questions(vlm: SmolVLM) -> dict:
     metrics = {
         "task_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS))),
         "validation_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS // 2, "validation"))),
-        "erased_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS // 2, erased=True))),
     }
     names = []  # the answers to questions that ask for a name
     for name, kind in OTHER_QUESTIONS.items():
@@ -407,53 +409,75 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-PARAMETERS = {"parameters": mean_and_range("parameters", "{:,.0f}")}
-CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
-VALIDATION = {"clicked on validation screens, %": mean_and_range("validation_acc")}
-ERASED = {"hits where the switches are erased, %": mean_and_range("erased_acc")}
-OLD_TASK = {"old task, %": mean_and_range("source_acc")}
-ENGLISH = {
-    "KL divergence of English without an image": mean_and_range("divergence", "{:.3f}"),
-    "KL divergence after an image": mean_and_range("divergence_after_screen", "{:.3f}"),
-}
-OPENINGS_KEPT = {"openings continued as before, of 20": mean_and_range("same_continuations", "{:.2g}")}
+
+def mean_where_measured(measure: str, layout="{:.1%}", with_range=True):
+    """A column's function, see mean_and_range, over the runs that have this measure; older ones lack some."""
+
+    def cell(runs: list[dict]) -> str:
+        text = mean_and_range(measure, layout)([run for run in runs if run[measure] != ""])
+        return text if with_range else text.split(" (")[0]
+
+    return cell
 
 
-def print_tables(runs: list[dict]) -> None:
+def tables(runs: list[dict]) -> list[str]:
     """The front page's table, then those of the study's page."""
     runs = sorted(runs, key=lambda run: run["seed"])
+    rows = {}
+    for method, lr in RATES.items():
+        rows[method] = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
+    rows["Partial LoRA on v, rate 0.016"] = [
+        run for run in runs if (run["method"], run["lr"]) == ("Partial LoRA on v", RATES["Image-LoRA"])
+    ]
+    parameters = {"parameters": mean_where_measured("parameters", "{:,.0f}", with_range=False)}
+    columns = parameters | {
+        "new task, %": mean_where_measured("task_acc"),
+        "new task on validation screens, %": mean_where_measured("validation_acc"),
+        "other questions, %": mean_where_measured("other_questions_acc"),
+        "same words, %": mean_where_measured("same_words_acc"),
+        "KL divergence after an image": mean_where_measured("divergence_after_screen", "{:.3f}"),
+        "openings continued as before, of 20": mean_where_measured("same_continuations", "{:.2g}"),
+    }
+    kinds = {
+        "what is at, %": mean_where_measured("what_is_at_acc"),
+        "what is right of, %": mean_where_measured("what_is_right_of_acc"),
+        "click right of, %": mean_where_measured("click_right_of_acc"),
+        "places given for names, %": mean_where_measured("places_for_names"),
+    }
+    of_the_front_page = parameters | {
+        "new task, %": mean_where_measured("task_acc", "{:.0%}", with_range=False),
+        "other questions, %": mean_where_measured("other_questions_acc", "{:.0%}", with_range=False),
+        "text without an image": lambda runs: "same" if all(run["identical"] == "yes" for run in runs) else "changes",
+    }
+    return [
+        table("SmolLM2, fine-tuned with", of_the_front_page, [(name, rows[name]) for name in FRONT_PAGE]),
+        table("SmolLM2", columns, list(rows.items())),
+        table("SmolLM2, each kind of other questions", kinds, list(rows.items())),
+        examples(rows),
+        rates(runs),
+    ]
 
-    def of(method: str, lr: float) -> list[dict]:
-        return [run for run in runs if (run["method"], run["steps"], run["lr"]) == (method, STEPS, lr)]
 
-    rows = {method: of(method, lr) for method, lr in RATES.items()}
-    rows["Partial LoRA on v, rate 0.016"] = of("Partial LoRA on v", RATES["Image-LoRA"])
-    front_page = [(name, rows[name]) for name in FRONT_PAGE]
-    columns = PARAMETERS | CLICKS | OPENINGS_KEPT | OLD_TASK
-    with_ranges = table("SmolLM2, fine-tuned with", columns, front_page)
-    print(re.sub(r" \(.*? to .*?\)", "", with_ranges))  # because the next table has them
-    columns = PARAMETERS | CLICKS | VALIDATION | ERASED | OLD_TASK | ENGLISH | OPENINGS_KEPT
-    print(table("SmolLM2", columns, list(rows.items())))
-    print(f"{OPENINGS[0]} …")
-    # The original is the base model without an image.
-    for name, method in {"the original": "base model", "LoRA": "LoRA", "with replay": "LoRA, with replay"}.items():
+def examples(rows: dict[str, list[dict]]) -> str:
+    """What some models answer to the first question of *what is right of*; and how they go on without an image."""
+    lines = []
+    for method in ("base model", "LoRA", "Image-LoRA", "Image-LoRA, with replay"):
+        for run in [run for run in rows[method] if run["example"]][:1]:
+            lines.append(f"{method:25}{run['example']}\n")
+    lines.append(f"{OPENINGS[0]} …\n")
+    for name, method in {"the original": "base model", "LoRA": "LoRA"}.items():  # the base without an image
         for run in rows[method][:1]:
-            print(f"    {name:14}{run['continuation']}")
-    print()
-    print(rates(runs))
+            lines.append(f"{name:25}{run['continuation']}\n")
+    return "".join(lines)
 
 
 def rates(runs: list[dict]) -> str:
-    """Clicks on validation screens at the learning rates that were tried with seed 1."""
+    """The new task on validation screens, at the learning rates that were tried with seed 1."""
     lines = []
-    for steps in (STEPS, 100):
-        for method in ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
-            tried = [run for run in runs if (run["method"], run["steps"], run["seed"]) == (method, steps, 1)]
-            accuracies = {run["lr"]: run["validation_acc"] for run in tried}
-            if accuracies:
-                chosen = RATES[method] if steps == STEPS else None
-                lines.append((f"{method}, {steps} steps", accuracies, chosen))
-    return rate_table("SmolLM2, learning rate", lines)
+    for method in ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
+        tried = [run for run in runs if (run["method"], run["seed"]) == (method, 1)]
+        lines.append((method, {run["lr"]: run["validation_acc"] for run in tried}, RATES[method]))
+    return rate_table("SmolLM2, new task in % at the learning rate", lines)
 
 
 def main(cfg: SmolConfig) -> None:
@@ -469,9 +493,10 @@ def main(cfg: SmolConfig) -> None:
         else:
             make_directory(path.parent)
             row = run(cfg, lr)
-            write_runs(path, [*read_runs(path, SETTINGS), row])  # Another process may have added one meanwhile.
+            row = {name: row[name] for name in FILE_COLUMNS}
+            write_runs(path, [*read_runs(path, FILE_COLUMNS), row])  # Another process may have added one meanwhile.
     else:
-        print_tables(read_runs(file_path(cfg.runs), SETTINGS))
+        print("\n".join(tables(read_runs(file_path(cfg.runs), FILE_COLUMNS))))
 
 
 if __name__ == "__main__":
