@@ -79,8 +79,11 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     return correct / count
 
 
-OTHER_QUESTIONS = {"what_is_at_acc": "referring", "what_is_right_of_acc": "relations"}
-OTHER_QUESTIONS |= {"click_right_of_acc": "relation_clicks"}
+OTHER_QUESTIONS = {  # {measure: kind of question, see all_samples}
+    "what_is_at_acc": "referring",
+    "what_is_right_of_acc": "relations",
+    "click_right_of_acc": "relation_clicks",
+}
 
 
 def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, list[Answer]]:
