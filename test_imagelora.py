@@ -181,17 +181,17 @@ def test_text_before_any_image_is_the_base_models_bit_for_bit():
     assert changed[1].tolist() == [False] * len(BEFORE) + [True] * len(IMAGE + AFTER)
 
 
-def lora(model, visual_only=False) -> LoRA:
+def lora(model, tokens="all") -> LoRA:
     """LoRA on queries, keys, values and outputs, as after training."""
     torch.manual_seed(2)
-    adapter = LoRA(model, r=8, lora_alpha=16, visual_only=visual_only)
+    adapter = LoRA(model, r=8, lora_alpha=16, tokens=tokens)
     for B in adapter.B:
         nn.init.normal_(B)
     return adapter
 
 
 def partial_lora(model) -> LoRA:
-    return lora(model, visual_only=True)
+    return lora(model, tokens="visual")
 
 
 def test_partial_lora_gives_the_same_guarantee():

@@ -37,7 +37,7 @@ from data.command import command, make_directory, option, write_file
 from tiny_vlm import TinyVLM
 
 # Chosen on switch screens, for Image-LoRA in all heads and for the others on q, k, v and o (data/study/README.md).
-RATES = {"image_lora": 0.02, "lora": 0.0025, "partial_lora": 0.0025, "none": 0.0}
+RATES = {"image_lora": 0.02, "lora": 0.0025, "partial_lora": 0.0025, "text_lora": 0.0025, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
 
@@ -47,10 +47,10 @@ class Config:
 
     method: str = option(
         "image_lora",
-        "partial_lora is LoRA at visual tokens only; none measures the frozen model",
-        ("image_lora", "lora", "partial_lora", "none"),
+        "partial_lora is LoRA at visual tokens only, text_lora at all others; none measures the frozen model",
+        ("image_lora", "lora", "partial_lora", "text_lora", "none"),
     )
-    projections: str = option("qkvo", "which of q, k, v and o lora and partial_lora adapt", ("qkvo", "v"))
+    projections: str = option("qkvo", "which of q, k, v and o all methods but image_lora adapt", ("qkvo", "v"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
@@ -110,6 +110,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # A screen without switches has more targets, so half as many screens are enough.
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
 
+    # Measure the new task on switch screens; and on the others, questions that training never asks, and the new task's
+    # own words. Also word problems, and the logits of prompts without an image.
     before, base_answers = evaluate.measure(cfg, model, switch_test, source_test)
     base_logits = evaluate.text_only_logits(model)
     if verbose:
@@ -136,12 +138,12 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     if cfg.method == "image_lora":
         adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads, train_gamma=cfg.train_gamma)
     elif cfg.method != "none":
-        visual_only = cfg.method == "partial_lora"
-        adapter = methods.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, visual_only)
+        tokens = {"lora": "all", "partial_lora": "visual", "text_lora": "text"}[cfg.method]
+        adapter = methods.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
     if adapter:
         train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
 
-    # Measure again: the new task, what else the model could do, and prompts without an image.
+    # Measure the same again.
     after, answers = evaluate.measure(cfg, model, switch_test, source_test)
     result = {**asdict(cfg), "selected": heads, "before": before, **after}
     result["text_logits_max_abs_diff"] = evaluate.max_difference(base_logits, evaluate.text_only_logits(model))

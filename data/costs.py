@@ -122,8 +122,8 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     if cfg.method == "image_lora":
         parameters, flops = image_lora_costs(shape, num_visual, heads, cfg.r, cfg.train_gamma)
     elif cfg.method != "none":
-        num_adapted = num_visual if cfg.method == "partial_lora" else ids.numel()
-        parameters, flops = lora_costs(shape, num_adapted, cfg.projections, cfg.r)
+        num_tokens = {"lora": ids.numel(), "partial_lora": num_visual, "text_lora": ids.numel() - num_visual}
+        parameters, flops = lora_costs(shape, num_tokens[cfg.method], cfg.projections, cfg.r)
     lora_parameters, flops_of_lora = lora_costs(shape, ids.numel())
     return {
         "trainable_parameters": parameters,

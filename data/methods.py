@@ -16,21 +16,21 @@ class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
     projections: names among q, k, v, o, gate, up and down; a string such as "qkvo" means its letters.
-    visual_only: only visual tokens are adapted, which makes it Partial LoRA.
+    tokens: "all"; "visual", which makes it Partial LoRA; or "text", all others, which is a control.
     As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
 
-    Partial LoRA keeps the visual rows of the model's last call. That is safe here, because a layer runs only inside
+    It keeps the rows of the model's last call that it adapts. That is safe here, because a layer runs only inside
     that call: one thread calls the model, and without checkpoints no layer runs again in the backward pass."""
 
-    def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", visual_only: bool = False):
+    def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", tokens: str = "all"):
         super().__init__()
         self.scaling = lora_alpha / r
-        self.visual_only = visual_only
+        self.tokens = tokens
         self.enabled = True
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
         model.requires_grad_(False)
-        if visual_only:
+        if tokens != "all":
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
         suffixes = tuple(f"{name}_proj" for name in projections)
         for layer in model.language_model.layers:
@@ -42,9 +42,11 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """Remember which of the B * T rows of this call are visual."""
+        """Remember which of the B * T rows of this call are adapted."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        self.rows = (ids == model.config.image_token_id).flatten().nonzero().squeeze(1)
+        is_visual = ids == model.config.image_token_id  # [B, T]
+        is_adapted = is_visual if self.tokens == "visual" else ~is_visual
+        self.rows = is_adapted.flatten().nonzero().squeeze(1)
 
     def _add_update(self, i: int, linear, inputs, y: Tensor) -> Tensor:
         """What projection number i computes, y [B, T, d_out], with the update in the adapted rows."""
@@ -53,11 +55,11 @@ class LoRA(nn.Module):
         (x,) = inputs  # [B, T, d_in]
         A = self.A[i]  # [d_in, r]
         B = self.B[i]  # [r, d_out]
-        if self.visual_only:
-            x = x.flatten(0, -2)[self.rows]  # [visual rows, d_in]
+        if self.tokens != "all":
+            x = x.flatten(0, -2)[self.rows]  # [adapted rows, d_in]
         update = self.scaling * (x.to(A.dtype) @ A) @ B
         update = update.to(y.dtype)
-        if self.visual_only:
+        if self.tokens != "all":
             return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
         return y + update
 

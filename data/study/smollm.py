@@ -290,7 +290,7 @@ def attach_adapter(cfg: SmolConfig, vlm: SmolVLM, heads: Heads | None) -> nn.Mod
         return attach(vlm.model, 8, 16, heads)
     r = 2 if "rank 2" in cfg.method else 8
     projections = "v" if "on v" in cfg.method else "qkvo"
-    return LoRA(vlm.model, r, 2 * r, projections, visual_only=cfg.method.startswith("Partial LoRA"))
+    return LoRA(vlm.model, r, 2 * r, projections, "visual" if cfg.method.startswith("Partial LoRA") else "all")
 
 
 def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | None:

@@ -118,7 +118,7 @@ class SmolVLM:
 
     def add_partial_lora(self) -> LoRA:
         """An untrained Partial LoRA on all linear layers of SmolLM2."""
-        self.partial_lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, visual_only=True)
+        self.partial_lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, "visual")
         return self.partial_lora
 
     @torch.no_grad()
