@@ -33,17 +33,14 @@ def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
     if getattr(config, "init_lora_weights", None) != MARK:
         raise ValueError(f"{folder} holds no Partial LoRA; load it with PeftModel.from_pretrained()")
     config.init_lora_weights = True
-    weights = load_peft_weights(folder, device="cpu")
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        raise ValueError(f"{folder} holds weights that are not finite; train it again with a lower learning rate")
     saved_with, name = config.base_model_name_or_path, model.config.name_or_path
-    model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
-    if weights.keys() != get_peft_model_state_dict(model).keys():
-        model.unload()
-        raise ValueError(f"{folder} has weights for other layers than this model; load it onto its own base model")
     if saved_with and name and saved_with != name:
         why = "an adapter works only with the base that it was trained on; ignore this if the model was only moved"
         warnings.warn(f"{folder} was saved with {saved_with!r}, but this model is {name!r}; {why}", stacklevel=2)
+    model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
+    if load_peft_weights(folder, device="cpu").keys() != get_peft_model_state_dict(model).keys():
+        model.unload()
+        raise ValueError(f"{folder} has weights for other layers than this model; load it onto its own base model")
     VisualTokens(model)
     return model
 
@@ -65,19 +62,19 @@ class VisualTokens:
             raise ValueError("Partial LoRA finds visual tokens by image_token_id in the model's config, which lacks it")
         self.is_text = None  # [B, T], of the last call
         self.is_called = False
-        self.hooks = [base.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
-        self.hooks += [base.register_forward_hook(self.end_call, always_call=True)]
+        base.register_forward_pre_hook(self.begin_call, with_kwargs=True)
+        base.register_forward_hook(self.end_call, always_call=True)
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.lora_A["default"].register_forward_hook(self.zero_at_text)
                 layer.merge = refuse_to_merge
-        self.lora_model = model.base_model
-        self.lora_model.unload = self.unload
         model.peft_config["default"].init_lora_weights = MARK
 
     def begin_call(self, base, args, kwargs):
-        if [config.init_lora_weights for config in base.peft_config.values()] != [MARK]:
-            raise ValueError("Partial LoRA must be the only adapter, but one was added or deleted; call unload()")
+        configs = getattr(base, "peft_config", {})
+        if [config.init_lora_weights for config in configs.values()] != [MARK]:
+            what = "one was added or deleted; start again from a fresh copy of the base model"
+            raise ValueError(f"Partial LoRA must be the only adapter, but {what}")
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None or ids.is_floating_point():
             raise ValueError("Partial LoRA finds visual tokens in input_ids, which this call lacks; pass them")
@@ -97,12 +94,6 @@ class VisualTokens:
 
     def end_call(self, *_):
         self.is_called = False
-
-    def unload(self):
-        """Does what PEFT's unload() does, and also removes our hooks, which PEFT would leave on the base."""
-        for hook in self.hooks:
-            hook.remove()
-        return type(self.lora_model).unload(self.lora_model)
 
 
 def refuse_to_merge(*_, **__):
