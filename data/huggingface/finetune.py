@@ -46,7 +46,7 @@ class Options:
 
 
 def read_file(file: str, method: str, placeholder: str) -> datasets.Dataset:
-    """The examples of a file. Only when one of them is needed, its images are read."""
+    """The examples of a file. Images are read when an example is needed."""
     examples = []
     for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
         try:
@@ -54,7 +54,9 @@ def read_file(file: str, method: str, placeholder: str) -> datasets.Dataset:
                 examples.append(checked_example(json.loads(line), Path(file).parent, placeholder))
         except Exception as error:
             raise ValueError(f"{file}, line {number}: {type(error).__name__}: {error}") from None
-    # Without images the loss would stay what it is, and the first checkpoint would count as the best.
+    if not examples:
+        raise ValueError(f"{file} holds no example")
+    # Without images the loss never changes, so the first checkpoint would count as the best one.
     if method != "lora" and not any(example["images"] for example in examples):
         raise ValueError(f"no example of {file} has an image, as {method} needs")
     turns = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
@@ -81,26 +83,41 @@ def checked_example(example: dict, folder: Path, placeholder: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:
-    parser = transformers.HfArgumentParser((Options, SFTConfig), usage="finetune OPTIONS (--help lists them)")
+    parser = transformers.HfArgumentParser((Options, SFTConfig), usage="%(prog)s OPTIONS (--help lists them)")
     # Two defaults of TRL do not fit: max_length would cut answers off, and bf16 means autocast, which rounds adapters.
     parser.set_defaults(max_length=None, bf16=False)
     options, args = parser.parse_args_into_dataclasses(arguments)
-    if options.num_heads and options.method != "image_lora":
+    if options.num_heads is not None and options.method != "image_lora":
         parser.error("--num_heads is for --method image_lora; leave it out")
 
     processor = transformers.AutoProcessor.from_pretrained(options.model)
+    image_token_id = transformers.AutoConfig.from_pretrained(options.model).image_token_id
+    placeholder = processor.tokenizer.convert_ids_to_tokens(image_token_id)
     try:
-        train = read_file(options.train_file, options.method, processor.image_token)
-        test = read_file(options.eval_file, options.method, processor.image_token) if options.eval_file else None
+        train = read_file(options.train_file, options.method, placeholder)
+        evaluation = read_file(options.eval_file, options.method, placeholder) if options.eval_file else None
     except (ValueError, OSError) as error:
         parser.error(f"{error}")
     # Labels are the tokens of the completion. All others are -100: the prompt, placeholders of images, and padding.
     collate = DataCollatorForVisionLanguageModeling(processor, args.max_length, completion_only_loss=True)
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.bfloat16)
+    heads = None  # all of them
+    if options.num_heads is not None:
+        # The probe judges the heads on 16 batches of examples that have images.
+        model.to(args.device)
+        if args.gradient_checkpointing:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        paths = train.data["images"]  # train["images"] would open them all
+        examples = train.select([i for i in range(len(train)) if len(paths[i]) > 0]).shuffle(args.seed)
+        batches = torch.utils.data.DataLoader(examples, args.per_device_train_batch_size, collate_fn=collate)
+        scores = imagelora.score_heads(model, (batch.to(args.device) for batch in islice(batches, 16)))
+        # All processes take the heads of the first one, because each of them rounds in its own way.
+        (heads,) = broadcast_object_list([imagelora.select_heads(scores, options.num_heads)])
+        print(f"{options.num_heads} heads, the best of {scores.numel()} by the probe: {heads}")
+
     transformers.set_seed(args.seed)  # because the matrix A starts at random
     if options.method == "image_lora":
-        heads = best_heads(model, train, collate, options.num_heads, args) if options.num_heads else None
         model._keys_to_ignore_on_save = list(model.state_dict())  # so checkpoints hold the adapter alone, as PEFT's do
         adapter = imagelora.attach(model, r=options.r, lora_alpha=2 * options.r, heads=heads)  # in float32
     elif options.method == "partial_lora":
@@ -110,27 +127,13 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         config = peft.LoraConfig(r=options.r, lora_alpha=2 * options.r, target_modules=targets)
         model = peft.get_peft_model(model, config)
 
-    trainer = SFTTrainer(model, args, collate, train, test, processor)
+    trainer = SFTTrainer(model, args, collate, train, evaluation, processor)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if options.method == "image_lora":
         adapter.save(Path(args.output_dir, "adapter.pt"))
     else:
         trainer.save_model()
     return trainer
-
-
-def best_heads(model, train: datasets.Dataset, collate, num_heads: int, args: SFTConfig) -> imagelora.Heads:
-    """The most influential value heads, judged on 16 batches of examples that have images."""
-    model.to(args.device)
-    if args.gradient_checkpointing:
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    examples = train.shuffle(args.seed).to_iterable_dataset().filter(bool, input_columns="images")
-    batches = torch.utils.data.DataLoader(examples, args.per_device_train_batch_size, collate_fn=collate)
-    scores = imagelora.score_heads(model, (batch.to(args.device) for batch in islice(batches, 16)))
-    # All processes need the same heads, but each rounds in its own way.
-    (heads,) = broadcast_object_list([imagelora.select_heads(scores, num_heads)])
-    print(f"{num_heads} heads, the best of {scores.numel()} by the probe: {heads}")
-    return heads
 
 
 if __name__ == "__main__":

@@ -47,8 +47,7 @@ def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
 
 def check_base(model) -> None:
     if getattr(model, "peft_config", None):
-        choices = "r, lora_alpha and projections=['q_proj', ...]"
-        raise ValueError(f"Partial LoRA is a LoRA of its own; give it a model without an adapter, and {choices}")
+        raise ValueError("Partial LoRA is a LoRA of its own; give it a model without an adapter")
 
 
 class VisualTokens:
@@ -83,13 +82,12 @@ class VisualTokens:
         self.is_called = True
 
     def zero_at_text(self, A, args, z):  # z = x A [B, T, r]; where z is 0, so is the update z B
-        in_backward = torch._C._current_graph_task_id() != -1  # torch's checkpointing asks like this, too
+        in_backward = torch._C._current_graph_task_id() != -1  # private, and what torch's own checkpointing goes by
         if not self.is_called and not in_backward:
             raise RuntimeError("no call of model(...) says which tokens are visual; do not call a part of the model")
         if z.shape[:-1] != self.is_text.shape:
-            shapes = f"{list(z.shape[:-1])} instead of {list(self.is_text.shape)} tokens"
             what = "call backward() before the next call of the model" if in_backward else "leave it out of projections"
-            raise RuntimeError(f"a layer with Partial LoRA got {shapes}; {what}")
+            raise RuntimeError(f"a layer with Partial LoRA got other tokens than the model; {what}")
         return z.masked_fill(self.is_text[..., None].to(z.device), 0)
 
     def end_call(self, *_):
