@@ -27,20 +27,19 @@ Shapes: B sequences (the matrix B is LoRA's), T tokens in each, N visual tokens 
 heads of a layer (the KV heads under grouped-query attention), d_h their size, |S| selected heads, r rank, L layers.
 """
 
-import io
 import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import get_ident
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 
@@ -54,8 +53,7 @@ class ValueAdapter(nn.Module):
         self.scaling = lora_alpha / r
         if normalize:
             self.scaling /= len(heads) ** 0.5
-        # S, [|S|]. A buffer, so that a state_dict says which heads its B belongs to.
-        self.register_buffer("heads", torch.tensor(heads, device="cpu"))
+        self.heads = torch.tensor(heads, device="cpu")  # S, [|S|]. Not a buffer, because buffers may be averaged.
         # New tensors state their device and type, because whoever loads the model may have changed torch's defaults.
         options = {"dtype": torch.float32, "device": "cpu"}
         # The selected heads share A, which reads a token once for all of them. B(h) writes what head h passes on.
@@ -87,7 +85,6 @@ class ValueAdapter(nn.Module):
         M X is a gather of these rows, so text tokens go through no product with A or B; their values are copied. If no
         row is visual, gradients are zero rather than None, because data-parallel training waits for all of them."""
         H, d_h = self.num_kv_heads, self.B.shape[2]
-        check_width(value, H, d_h)
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D], M X without its zero rows
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h). The values hold a vector of size d_h for each token n and head h. It is row
@@ -116,12 +113,10 @@ class ImageLoRA(nn.Module):
     If `model` is PEFT's wrapper, the base is frozen already, and what PEFT has added stays trainable. To train both,
     give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
 
-    def __init__(
-        self, model: nn.Module, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False
-    ):
+    @torch.inference_mode(False)  # because weights that are made under inference_mode can never be trained
+    def __init__(self, model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False):
         super().__init__()
-        base, decoder, image_token_ids = checked_model(model)
-        check_rank_and_alpha(r, lora_alpha, decoder)
+        base, decoder, image_token_ids = checked_model(model, r, lora_alpha)
         self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
         self.model_name = getattr(base.config, "_name_or_path", type(base).__name__)
         self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
@@ -132,10 +127,9 @@ class ImageLoRA(nn.Module):
             adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(device_of(attention.v_proj))
             adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = adapter
-        # The model changes only from here on. In each call the tracker finds the visual rows, and its hook on every
-        # adapted v_proj calls add_update with them.
+        # From here on the model changes: in each of its calls the tracker finds the visual rows and calls add_update.
         self._tracker = CallTracker(base, image_token_ids, decoder, self.layers)
-        self._required_grad = requires_grad(base)
+        self._required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
         if model is base:  # otherwise PEFT has frozen it
             base.requires_grad_(False)
         base.image_lora = self  # after it was frozen, because this makes the adapter a part of the model
@@ -156,14 +150,15 @@ class ImageLoRA(nn.Module):
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
         model = self._tracker.model
-        self._tracker.remove_hooks()
+        for hook in self._tracker.hooks:
+            hook.remove()
         del model.image_lora, self._tracker  # disabled() fails from now on, and the model is not kept in memory
         restore_requires_grad(model, self._required_grad)
         return model
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
-        write_whole_file(file_content(self), Path(path))
+        write_file(self, Path(path))
 
     def extra_repr(self) -> str:
         return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
@@ -172,9 +167,7 @@ class ImageLoRA(nn.Module):
 attach = ImageLoRA  # what the class does when it is called, and how users call it: adapter = attach(model, ...)
 
 
-def score_heads(
-    model: nn.Module, batches: Iterable, loss_fn: Callable | None = None, probe: str = "rank1", seed: int = 0
-) -> Tensor:
+def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe="rank1", seed=0) -> Tensor:
     """How much each value head could lower the loss: its influence I(l, h), [L, H] float32.
 
     An Image-LoRA in every head with B = 0 leaves the output as it is, and I(l, h) = ||dL/dB_l(h)||^2. That gradient is
@@ -185,7 +178,7 @@ def score_heads(
 
     batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
     `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
-    ones. Where a layer has fewer heads than others, the rest of its row is 0. seed: of the generator that draws A.
+    ones. Where a layer has fewer heads than others, the rest of its row is -inf. seed: of the generator that draws A.
     ValueError if a loss or gradient is not finite, or if no loss depends on a visual token. In float16 gradients can
     also underflow, unless loss_fn scales the loss."""
     if probe not in ("rank1", "exact"):
@@ -193,7 +186,7 @@ def score_heads(
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     _, decoder, _ = checked_model(model)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
-    required_grad = requires_grad(model)
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
     model.requires_grad_(False)  # Otherwise backward() would leave gradients in PEFT's parameters.
@@ -220,6 +213,8 @@ def score_heads(
         adapter.detach()
         restore_requires_grad(model, required_grad)
     check_influence(scores, count)
+    for row, num_heads in zip(scores, adapter.head_counts):
+        row[num_heads:] = -torch.inf  # the layer has no such heads
     return scores / count
 
 
@@ -229,14 +224,15 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
     tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
     check_selection(scores, num_heads, tau)
-    # Influence of each layer, [L]. The largest comes first, so that it wins a tie.
-    influence, order = scores.double().sum(1).sort(descending=True, stable=True)
+    # Influence of each layer, [L]. The largest comes first, so that it wins a tie. Heads that a layer lacks have -inf.
+    influence, order = scores.double().clamp(min=0).sum(1).sort(descending=True, stable=True)
+    head_counts = (scores >= 0).sum(1)[order]
     weights = (influence / influence.max()).pow(tau)
     budget = torch.zeros_like(weights, dtype=torch.long)  # k_l
     for _ in range(num_heads):
         # One head at a time, as Sainte-Lague's method gives seats to parties, so that budgets add up to num_heads.
         quotient = weights / (2 * budget + 1)
-        budget[quotient.where(budget < scores.shape[1], -1).argmax()] += 1
+        budget[quotient.where(budget < head_counts, -1).argmax()] += 1
     best_first = scores.argsort(dim=1, descending=True, stable=True).tolist()
     heads = {layer: sorted(best_first[layer][:k]) for layer, k in zip(order.tolist(), budget.tolist()) if k > 0}
     return dict(sorted(heads.items()))
@@ -251,7 +247,7 @@ class Call:
 
     rows: Tensor  # [N], which of the B * T rows are visual
     shape: tuple  # (B, T)
-    num_updates: int = 0  # how many layers have added theirs
+    updated: set = field(default_factory=set)  # the layers that have added theirs
 
 
 # What disabled() and visual_mask() have set in this thread or coroutine: {(tracker, "disabled"): True, (tracker,
@@ -278,20 +274,19 @@ class CallTracker:
                               and raises if an update is missing
 
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
-
     `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
     the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
     tensors, so that a layer called alone is refused. A checkpoint that holds the whole model runs model(...) again in
     the backward pass, and that counts as a first run.
 
-    pass_on hooks the norm, because transformers 5 runs a layer again without the layer's own hooks. All norms of a
-    layer have it; where v_proj does not read a norm's output, nothing reads what the hook leaves there. If there is no
-    norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
+    pass_on hooks a layer's norms, because transformers 5 runs a layer again without the layer's own hooks. If there is
+    no norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
 
     def __init__(self, model: nn.Module, image_token_ids: set[int], decoder: nn.ModuleList, adapters: nn.ModuleDict):
         self.model = model
         self.image_token_ids = image_token_ids
-        self.num_layers = len(adapters)
+        self.adapters = adapters
+        self.ranks_agree = False
         self.running = {}  # {thread and backward pass: the Call that runs there}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
@@ -307,8 +302,7 @@ class CallTracker:
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is not None:
-            # Cloned, because the first layer may read this very tensor. If the caller passed it again with another mask
-            # before this call's backward pass, the new Call would replace this one on it.
+            # Cloned, because the caller may pass it again with another mask, whose Call would replace this one on it.
             kwargs["inputs_embeds"] = embeddings.clone()
         overrides = OVERRIDES.get({})
         mask = overrides.get((self, "mask"))
@@ -317,6 +311,8 @@ class CallTracker:
         # input_ids take precedence over a mask: after a prompt of embeddings, generate() continues with input_ids.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
+            if len(call.rows) == 0 and ids.shape[-1] > 1:
+                check_placeholders(kwargs)
         elif mask is not None and embeddings is not None:
             if mask.dtype != torch.bool:  # in a float mask of attention, 0 means True
                 raise ValueError(f"a visual mask must be bool, True where a token is visual, got {mask.dtype}")
@@ -324,8 +320,23 @@ class CallTracker:
         else:
             known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
             raise ValueError(f"the model was called without telling which tokens are visual; {known}")
+        if torch.is_grad_enabled() and not self.ranks_agree and distributed.is_initialized():
+            self.check_ranks()
         self.running[thread_and_backward_pass()] = call
         return args, kwargs
+
+    def check_ranks(self):
+        """Ranks that probe their own data select other heads. attach() does not check it, because one rank may attach
+        alone. In a training call under DDP or FSDP2, all ranks wait for each other anyway."""
+        ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if ddp is not None or any(hasattr(module, "reshard") for module in self.model.modules()):
+            group = None if ddp is None else ddp.process_group
+            own = {layer: adapter.get_extra_state().tolist() for layer, adapter in self.adapters.items()}
+            of_ranks = [own] * distributed.get_world_size(group)
+            distributed.all_gather_object(of_ranks, own, group)
+            if of_ranks.count(own) < len(of_ranks):
+                raise RuntimeError("ranks adapt different heads, or scale them differently; broadcast those of rank 0")
+            self.ranks_agree = True
 
     def pass_on(self, norm, args, output):
         x = args[0]
@@ -339,10 +350,10 @@ class CallTracker:
         x = args[0]
         call = self.find_call(x)
         if call is None:
-            raise RuntimeError(
-                "no call of model(...) is known to run this v_proj; call model(...) itself, not model.forward() or a "
-                "part of it, and if you checkpoint, checkpoint single layers and do not copy or offload their inputs"
+            how = (
+                "call model(...), not model.forward() or a part; checkpoint single layers, and do not copy their inputs"
             )
+            raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
             hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
@@ -350,14 +361,20 @@ class CallTracker:
         x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
-        call.num_updates += 1
+        if value.shape[-1] != adapter.num_kv_heads * adapter.B.shape[2]:
+            got = f"v_proj gave {value.shape[-1]} features for {adapter.num_kv_heads} heads of {adapter.B.shape[2]}"
+            raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+        if adapter.B.is_meta and adapter.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
+            raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
+        if adapter.heads.device != x.device and not x.is_meta:
+            adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
+        call.updated.add(adapter)
         return adapter.add_update(x, value, call.rows.to(x.device))
 
     def end_call(self, model, args, output):
         call = self.running.pop(thread_and_backward_pass(), None)
-        if output is None or call is None:
-            return  # The call has failed.
-        if len(call.rows) > 0 and call.num_updates < self.num_layers:
+        has_failed = output is None or call is None
+        if not has_failed and len(call.rows) > 0 and len(call.updated) < len(self.adapters):
             raise RuntimeError("an adapted v_proj was not called; merge, replace or patch it before you call attach()")
 
     def find_call(self, x: Tensor) -> Call | None:
@@ -377,10 +394,6 @@ class CallTracker:
         finally:
             OVERRIDES.reset(token)
 
-    def remove_hooks(self):
-        for hook in self.hooks:
-            hook.remove()
-
 
 def thread_and_backward_pass() -> tuple[int, int]:
     """Where this code runs: the thread, and the number of the backward pass in it, or -1 outside of any."""
@@ -391,42 +404,40 @@ def thread_and_backward_pass() -> tuple[int, int]:
 
 
 class PortableValueAdapter(ValueAdapter):
-    """A ValueAdapter that never drops below float32 when its model is converted, and never loses its heads."""
+    """A ValueAdapter that never drops below float32, and whose state_dict says which heads and scale it belongs to."""
 
     def _apply(self, fn, recurse=True):
-        """What .to(), .half(), .to_empty() and their like call to convert each tensor by fn."""
-
-        def convert(tensor):
+        def convert(tensor):  # .to(), .half(), .to_empty() and their like convert each tensor by fn.
             new = fn(tensor)
-            if not tensor.is_floating_point():  # the heads, whose values to_empty() and the meta device would lose
-                return tensor if new.is_meta else tensor.to(new.device)
-            # .half() leaves A, B and gamma in float32, because in 16 bits small steps would round to nothing.
-            return tensor.to(new.device) if new.element_size() < 4 else new
+            return tensor.to(new.device) if new.element_size() < 4 else new  # in 16 bits, small steps would be lost
 
         return super()._apply(convert, recurse)
 
+    def get_extra_state(self) -> Tensor:
+        """[scale, head, ...]. A tensor, because the formats of checkpoints hold nothing else."""
+        return torch.tensor([self.scaling, *self.heads.tolist()], dtype=torch.float32, device="cpu")
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.A.is_meta:  # accelerate would take the heads for a parameter to shard
-            del destination[f"{prefix}heads"]
+        if self.A.is_meta:  # accelerate would take the extra state for a parameter to shard
+            del destination[f"{prefix}_extra_state"]
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        heads = state_dict.get(f"{prefix}heads", self.heads).tolist()
-        # Rounded, because an average of state_dicts can hold 1.9999998 for head 2.
-        if [round(head, 3) for head in heads] != self.heads.tolist():
-            errors.append(f"{prefix}B is of heads {heads}, but this adapter has heads {self.heads.tolist()}")
-            return
-        state_dict[f"{prefix}heads"] = self.heads
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own = self.get_extra_state()
+        given = state_dict.pop(f"{prefix}_extra_state", own).cpu().float()
+        # Close is enough, because someone may have averaged state_dicts, or rounded them to bfloat16.
+        if given.shape != own.shape or not given.allclose(own, rtol=3e-3, atol=0):
+            (scale, *heads), (own_scale, *own_heads) = given.tolist(), own.tolist()
+            got = f"{prefix}B is of heads {heads} and scale {scale:.4g}, not of {own_heads} and {own_scale:.4g}"
+            raise RuntimeError(f"{got}; attach with the same heads, r, lora_alpha and normalize")
+        # Also under load_state_dict(assign=True) the adapter stays in float32.
+        state_dict = {name: t.float() if t.element_size() < 4 else t for name, t in state_dict.items()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     """Attach the adapter of a file, ours or the authors'. A and B are trainable, and gamma if it was when saved.
-
-    Raises ValueError, and leaves the model as it was, if the file is damaged or does not fit the model. Warns if the
-    adapter was saved with a model of another name."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; give load() the file in it, such as {Path(path, 'adapter.pt')}")
+    ValueError, and the model stays as it was, if the file is damaged or does not fit it."""
     adapter = None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -434,17 +445,15 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        heads = {int(layer): selected for layer, selected in content["kv_indices"].items()}
         options = content.get("normalize", True), content.get("train_gamma", True)  # the authors' files have neither
         with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
-            adapter = attach(model, content["r"], content["alpha"], heads, *options)
+            adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], *options)
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise ValueError("the model is on the meta device; give it its weights first")
         state = {}
         for layer, tensors in content["layers"].items():
-            for name, tensor in tensors.items():
-                whole = whole_tensor(tensor)
-                state[f"{layer}.{name}"] = whole.reshape(1) if name == "gamma" else whole
+            state |= {f"{layer}.{name}": whole_tensor(tensor) for name, tensor in tensors.items()}
+            state[f"{layer}.gamma"] = state[f"{layer}.gamma"].reshape(1)
         adapter.layers.load_state_dict(state)
     except Exception as error:
         if adapter is not None:
@@ -458,17 +467,22 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     return adapter
 
 
-def file_content(adapter: ImageLoRA) -> dict:
-    """What a file of this adapter holds. ValueError if `load` would refuse it."""
+def write_file(adapter: ImageLoRA, path: Path) -> None:
+    """Write all of an adapter's file or nothing. ValueError if `load` would refuse it."""
     layers = {}
     for layer, value_adapter in adapter.layers.items():
         tensors = value_adapter.state_dict()  # parameters() may be FSDP2's copies in 16 bits
         layers[layer] = {name: whole_tensor(tensors[name]) for name in ("A", "B", "gamma")}
         layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())
-    if not any(tensors["B"].any() for tensors in layers.values()):
-        why = "if that is a surprise, call get_peft_model() before attach(), because it freezes what it finds"
-        warnings.warn(f"B is zero in every layer, so the adapter has learned nothing; {why}", stacklevel=3)
-    return {
+        if layers[layer]["B"].ndim < 3:
+            gather = "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
+            raise ValueError(f"this is only one rank's shard of the adapter; call save() inside {gather}")
+    model = adapter._tracker.model if hasattr(adapter, "_tracker") else adapter
+    frozen = any(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in adapter.parameters())
+    if frozen or not any(tensors["B"].any() for tensors in layers.values()):
+        why = "if that is a surprise, call get_peft_model() before attach() or load(), because it freezes what it finds"
+        warnings.warn(f"B is zero, or frozen beside a LoRA, so the adapter has learned nothing; {why}", stacklevel=3)
+    content = {
         "model_name": adapter.model_name,
         "r": adapter.r,
         "alpha": float(adapter.lora_alpha),
@@ -477,31 +491,23 @@ def file_content(adapter: ImageLoRA) -> dict:
         "normalize": adapter.normalize,  # this and the next are not in the authors' files
         "train_gamma": adapter.train_gamma,
     }
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a parameter on the CPU, also if it is sharded. ValueError if it is empty or not of finite floats."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()  # under FSDP2, gathers the shards of all ranks
-    if tensor.numel() == 0:
-        gather = "deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
-        raise ValueError(f"a parameter is empty; under DeepSpeed ZeRO-3 call save() inside {gather}")
-    if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-        raise ValueError("a parameter does not hold finite floats; if training has diverged, lower the learning rate")
-    return tensor.cpu()
-
-
-def write_whole_file(content: dict, path: Path) -> None:
-    """Write all of a file or nothing. torch.save alone ignores a full disk, and leaves half a file if it is killed."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(buffer.getbuffer())
+        with beside.open("wb") as file:  # torch.save(content, path) would ignore a full disk
+            torch.save(content, file)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a parameter on the CPU, also if FSDP2 has sharded it. ValueError if it does not hold finite floats."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()  # gathers the shards of all ranks
+    if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+        raise ValueError("a parameter does not hold finite floats; if training has diverged, lower the learning rate")
+    return tensor.cpu()
 
 
 def device_of(v_proj: nn.Module) -> torch.device:
@@ -511,30 +517,26 @@ def device_of(v_proj: nn.Module) -> torch.device:
     return tensor.device if execution_device is None else execution_device
 
 
-def requires_grad(model: nn.Module) -> dict[str, bool]:
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-
 def restore_requires_grad(model: nn.Module, before: dict[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
-def checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
-    """The unwrapped model, its decoder layers and the ids of visual tokens. ValueError if it cannot be adapted."""
+def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, set[int]]:
+    """The unwrapped model, its decoder layers and the ids of visual tokens. ValueError if it cannot be adapted so."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
     if any(isinstance(module, ImageLoRA) for module in model.modules()):
         raise ValueError("the model already has an Image-LoRA; call its detach() first")
     encoders = ("vision", "visual", "audio", "img", "image", "video", "perceiver")
     stacks = {}
     for name, module in model.named_modules():
-        *path, last = name.split(".")
-        in_encoder = any(part.startswith(encoders) for part in path)
-        if last == "layers" and isinstance(module, nn.ModuleList) and not in_encoder:
+        in_encoder = any(part.startswith(encoders) for part in name.split("."))
+        if isinstance(module, nn.ModuleList) and f".{name}".endswith(".layers") and not in_encoder:
             stacks[name] = module
     if len(stacks) != 1:
-        names = ", ".join(stacks) or "none"
-        raise ValueError(f"expected one stack of decoder layers besides the vision tower, found {names}")
+        raise ValueError(
+            f"expected one stack of decoder layers but the vision tower's, found {', '.join(stacks) or 'none'}"
+        )
     ((name, decoder),) = stacks.items()
     for i, layer in enumerate(decoder):
         check_attention(f"{name}.{i}", getattr(layer, "self_attn", layer))
@@ -543,20 +545,22 @@ def checked_model(model) -> tuple[nn.Module, nn.ModuleList, set[int]]:
     ids = {getattr(config, field, None) for field in fields} - {None}
     if not ids:
         raise ValueError("model.config has no image_token_id; attach to the whole vision-language model, unwrapped")
-    is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     # transformers' Trainer averages the gradients of what it has sharded. Nobody else would average the adapter's.
-    if is_sharded and not getattr(config, "distributed_config", None):
+    if any(hasattr(p, "full_tensor") for p in model.parameters()) and not getattr(config, "distributed_config", None):
         raise ValueError("the model is sharded already; attach first, then shard")
+    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
+    if type(r) is not int or not 1 <= r <= D:
+        raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
+    if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
+        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
     return model, decoder, ids
 
 
 def check_attention(where: str, attention: nn.Module) -> None:
     parts = [name for name, _ in attention.named_children()]
     if "v_proj" not in parts:
-        raise ValueError(
-            f"{where} has no self_attn.v_proj, only {', '.join(parts)}; cross-attention to images, the other layers of "
-            "hybrid models, fused qkv and latent values cannot be adapted"
-        )
+        others = "cross-attention to images, other layers of hybrid models, fused qkv and latent values"
+        raise ValueError(f"{where} has no self_attn.v_proj, only {', '.join(parts)}; {others} cannot be adapted")
     if not hasattr(attention.v_proj, "out_features"):
         raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
     if getattr(attention, "head_dim", None) is None:
@@ -566,14 +570,6 @@ def check_attention(where: str, attention: nn.Module) -> None:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
 
 
-def check_rank_and_alpha(r: int, lora_alpha: float, decoder: nn.ModuleList) -> None:
-    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-    if type(r) is not int or not 1 <= r <= D:
-        raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
-    if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
-        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
-
-
 def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     """The selected heads as integers, in order of layers, without empty ones. ValueError if the model lacks one."""
     if heads is None:
@@ -581,6 +577,7 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     expected = "heads must be {layer: [value head, ...]}"
     if not isinstance(heads, dict):
         raise ValueError(f"{expected}, got {heads!r}")
+    heads = {int(layer) if str(layer).isdecimal() else layer: heads[layer] for layer in heads}  # JSON has strings
     for layer, selected in heads.items():
         # Unchecked, head H would write into head 0 of the next token, and layer -1 would be the last one.
         count = head_counts[int(layer)] if layer in range(len(head_counts)) else 0
@@ -592,10 +589,12 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     return {int(layer): [int(head) for head in heads[layer]] for layer in sorted(heads) if heads[layer]}
 
 
-def check_width(value: Tensor, num_kv_heads: int, head_dim: int) -> None:
-    if value.shape[-1] != num_kv_heads * head_dim:
-        got = f"v_proj gave {value.shape[-1]} features instead of {num_kv_heads} heads of {head_dim}"
-        raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+def check_placeholders(arguments: dict) -> None:
+    pixels = [tensor for name, tensor in arguments.items() if name.startswith("pixel_values")]
+    # After a cache, the placeholders may be in it. Zeros are no image, because collators pad with them.
+    if arguments.get("past_key_values") is None and any(isinstance(p, Tensor) and p.any() for p in pixels):
+        what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
+        raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
 
 
 def check_loss(loss: Tensor, batch: int) -> None:
@@ -618,8 +617,9 @@ def check_influence(scores: Tensor, num_batches: int) -> None:
 def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:
     if not 0 <= tau < float("inf"):
         raise ValueError(f"tau must be a finite number that is not negative, got {tau}")
-    if not 1 <= num_heads <= scores.numel():
-        raise ValueError(f"num_heads must be in 1..{scores.numel()}, got {num_heads}")
-    if not (scores.isfinite().all() and (scores >= 0).all() and scores.any()):
-        got = f"scores between {scores.min():.3g} and {scores.max():.3g}"
+    existing = scores[scores != -torch.inf]  # a layer lacks the others
+    if not 1 <= num_heads <= len(existing):
+        raise ValueError(f"num_heads must be in 1..{len(existing)}, got {num_heads}")
+    if not (existing.isfinite().all() and (existing >= 0).all() and existing.any()):
+        got = f"scores between {existing.min():.3g} and {existing.max():.3g}"
         raise ValueError(f"select_heads got {got}, but they must be finite, not negative, and not all zero")
