@@ -473,10 +473,10 @@ def write_file(adapter: ImageLoRA, path: Path) -> None:
     for layer, value_adapter in adapter.layers.items():
         tensors = value_adapter.state_dict()  # parameters() may be FSDP2's copies in 16 bits
         layers[layer] = {name: whole_tensor(tensors[name]) for name in ("A", "B", "gamma")}
-        layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())
         if layers[layer]["B"].ndim < 3:
             gather = "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
             raise ValueError(f"this is only one rank's shard of the adapter; call save() inside {gather}")
+        layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())
     model = adapter._tracker.model if hasattr(adapter, "_tracker") else adapter
     frozen = any(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in adapter.parameters())
     if frozen or not any(tensors["B"].any() for tensors in layers.values()):
