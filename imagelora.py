@@ -368,7 +368,7 @@ class CallTracker:
             raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
         if adapter.heads.device != x.device and not x.is_meta:
             adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
-        call.updated.add(adapter)
+        call.updated = call.updated | {adapter}  # a new set, because torch.compile loses what is added to the old one
         return adapter.add_update(x, value, call.rows.to(x.device))
 
     def end_call(self, model, args, output):
