@@ -286,7 +286,7 @@ class CallTracker:
         self.model = model
         self.image_token_ids = image_token_ids
         self.adapters = adapters
-        self.ranks_agree = False
+        self.ranks_agree = not distributed.is_available()  # else check_ranks finds out
         self.running = {}  # {thread and backward pass: the Call that runs there}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
@@ -437,7 +437,7 @@ class PortableValueAdapter(ValueAdapter):
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     """Attach the adapter of a file, ours or the authors'. A and B are trainable, and gamma if it was when saved.
-    ValueError, and the model stays as it was, if the file is damaged or does not fit it."""
+    ValueError, and the model stays as it was, if the file is damaged or does not fit. Warns if its model was another."""
     adapter = None
     try:
         with zipfile.ZipFile(path) as archive:
