@@ -437,7 +437,7 @@ class PortableValueAdapter(ValueAdapter):
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     """Attach the adapter of a file, ours or the authors'. A and B are trainable, and gamma if it was when saved.
-    ValueError, and the model stays as it was, if the file is damaged or does not fit. Warns if it names another model."""
+    ValueError, and the model stays as it was, if a file is damaged or does not fit. Warns if it names another model."""
     adapter = None
     try:
         with zipfile.ZipFile(path) as archive:

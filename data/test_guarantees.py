@@ -61,7 +61,7 @@ def check_refusal(sentence, function, model, *args, **kwargs):
     assert state_of(model) == before
 
 
-# 1. An adapter comes off again
+# 1. The base, the probe, the heads
 def test_inside_disabled_the_model_is_the_base_bit_for_bit():
     """These contexts nest, an exception ends them, and that of another model's adapter changes nothing."""
     model = tiny_vlm()
@@ -76,18 +76,6 @@ def test_inside_disabled_the_model_is_the_base_bit_for_bit():
         raise ZeroDivisionError
     with other.disabled():
         assert torch.equal(logits_of(model, EARLY), adapted)
-
-
-def test_after_detach_everything_is_as_it_was_down_to_the_hooks():
-    model = tiny_vlm()
-    model.vision_tower.requires_grad_(False)
-    before = state_of(model)
-    adapter = attach_trained(model)
-    assert adapter.detach() is model
-    assert state_of(model) == before
-    assert torch.equal(logits_of(model, EARLY), logits_of(tiny_vlm(), EARLY))
-    with pytest.raises(AttributeError):
-        adapter.disabled()  # would not disable the next adapter
 
 
 def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_random_number():
@@ -414,9 +402,11 @@ def test_a_server_may_reuse_the_memory_of_a_layers_input():
     assert torch.equal(logits_of(model, LATE), expected)
 
 
-# 5. Copies
-def test_a_copy_is_a_model_of_its_own():
+# 5. Copies, and how an adapter comes off again
+def test_a_copy_is_a_model_of_its_own_and_after_detach_it_is_as_it_was_down_to_the_hooks():
     model = tiny_vlm()
+    model.vision_tower.requires_grad_(False)
+    before = state_of(model)
     attach_trained(model, heads=SOME_HEADS)
     expected = slopes(model, loss_of(model, EARLY))
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -424,12 +414,16 @@ def test_a_copy_is_a_model_of_its_own():
         layer.gamma.data.zero_()
     for twin in copies:
         torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
-        twin.image_lora.detach()
-        assert state_of(twin) == state_of(tiny_vlm())
+        adapter = twin.image_lora
+        assert adapter.detach() is twin
+        assert state_of(twin) == before
+        assert torch.equal(logits_of(twin, EARLY), logits_of(tiny_vlm(), EARLY))
+        with pytest.raises(AttributeError):
+            adapter.disabled()  # would not disable the next adapter
     assert hasattr(model, "image_lora")
 
 
-# 6. Two processes, one with images and one with text alone
+# 6. Two processes
 def train_a_step(user, adapter, *batches):
     """On the mean of the losses of these batches."""
     loss = sum(loss_of(user, batch) for batch in batches) / len(batches)
