@@ -329,13 +329,13 @@ class CallTracker:
         """Ranks that probe their own data select other heads. attach() does not check it, because one rank may attach
         alone. In a training call under DDP or FSDP2, all ranks wait for each other anyway."""
         ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-        if ddp is not None or any(hasattr(module, "reshard") for module in self.model.modules()):
+        if ddp is not None or any(hasattr(module, "reshard") for module in self.model.modules()):  # FSDP2
             group = None if ddp is None else ddp.process_group
             own = {layer: adapter.get_extra_state().tolist() for layer, adapter in self.adapters.items()}
             of_ranks = [own] * distributed.get_world_size(group)
             distributed.all_gather_object(of_ranks, own, group)
             if of_ranks.count(own) < len(of_ranks):
-                raise RuntimeError("ranks adapt different heads, or scale them differently; broadcast those of rank 0")
+                raise RuntimeError("ranks adapt different heads or scales; select heads on rank 0 and broadcast them")
             self.ranks_agree = True
 
     def pass_on(self, norm, args, output):
