@@ -350,9 +350,7 @@ class CallTracker:
         x = args[0]
         call = self.find_call(x)
         if call is None:
-            how = (
-                "call model(...), not model.forward() or a part; checkpoint single layers, and do not copy their inputs"
-            )
+            how = "call model(...) itself, not a part of it; checkpoint single layers, and do not offload their inputs"
             raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
@@ -437,7 +435,9 @@ class PortableValueAdapter(ValueAdapter):
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     """Attach the adapter of a file, ours or the authors'. A and B are trainable, and gamma if it was when saved.
-    ValueError, and the model stays as it was, if a file is damaged or does not fit. Warns if it names another model."""
+
+    Raises ValueError, and leaves the model as it was, if the file is damaged or does not fit the model. Warns if the
+    adapter was saved with a model of another name."""
     adapter = None
     try:
         with zipfile.ZipFile(path) as archive:
