@@ -78,6 +78,18 @@ def test_inside_disabled_the_model_is_the_base_bit_for_bit():
         assert torch.equal(logits_of(model, EARLY), adapted)
 
 
+def test_after_detach_everything_is_as_it_was_down_to_the_hooks():
+    model = tiny_vlm()
+    model.vision_tower.requires_grad_(False)
+    before = state_of(model)
+    adapter = attach_trained(model)
+    assert adapter.detach() is model
+    assert state_of(model) == before
+    assert torch.equal(logits_of(model, EARLY), logits_of(tiny_vlm(), EARLY))
+    with pytest.raises(AttributeError):
+        adapter.disabled()  # would not disable the next adapter
+
+
 def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_random_number():
     model = tiny_vlm()
     before = torch.get_rng_state()
