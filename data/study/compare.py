@@ -1,14 +1,23 @@
 """The evidence on tiny models: fine-tuning runs, which are in runs.csv, one per line, and the tables of the page.
 
-python -m data.study.compare                         print the tables, at once
-python -m data.study.compare --runs runs/mine.csv    make their runs anew, in some hours on two cores; if stopped, go on
+python -m data.study.compare                                        print the tables, at once
+python -m data.study.compare --method LoRA --rival "Partial LoRA"   how far one method is ahead of another
+python -m data.study.compare --runs runs/mine.csv                   make all runs anew, in some hours; if stopped, go on
 
 The base models that the runs need are made by data.study.pretrain.
+
+A number in a table is the mean over three base models. On models with the skill, most methods were trained with three
+seeds on each. Brackets hold the lowest and the highest of the three models, each of which is a mean over its seeds.
+
+We say that one method is ahead of another if it is ahead in each of the nine runs, compared on the same model with the
+same seed. If two methods were equal, chance would do this once in 256 comparisons. On other tasks, at other learning rates
+and on models without the skill there is one run on each model. There, the brackets must not overlap, either.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,241 +28,270 @@ from data import prompts
 from data.base import file_path, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
-from data.methods import METHODS, gate_scores
-from data.pictures import rank_correlation
 from data.questions import click_right_of
-from data.study.tables import markdown, mean_and_range, rate_table, read_runs, side_by_side, write_runs
+from data.study.tables import choose_rate, markdown, mean_and_range, rate_table, read_runs, table, write_runs
 from imagelora import score_heads
 
-# ---- Base models and learning rates ----------------------------------------------------------------------------------
+# ---- What is compared ------------------------------------------------------------------------------------------------
 
-# {seed of pretraining: file}. The models without the skill were never asked what is right of a name. Each model is
-# fine-tuned with the seed that it was pretrained with.
-SKILLED = {1: "data/tiny_vlm.pt"} | {seed: f"runs/bases/{seed}.pt" for seed in (2, 3, 4, 5)}
-UNSKILLED = {seed: f"runs/bases/{seed}-unskilled.pt" for seed in (1, 2, 3, 4, 5)}
-FIRST_MODELS = (1, 2, 3)  # on which learning rates are chosen and single heads are tried
-SINGLE_HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(6)]
+# Base models 1 to 3 of each kind. Those without the skill were never asked what is right of a name.
+SKILLED = ("data/tiny_vlm.pt", "runs/bases/2.pt", "runs/bases/3.pt")
+UNSKILLED = ("runs/bases/1-unskilled.pt", "runs/bases/2-unskilled.pt", "runs/bases/3-unskilled.pt")
+SEEDS = (1, 2, 3)
 
-# The learning rates that were tried, and those that `choose_rate` chose by the mean validation accuracy. With replay,
-# in fewer heads and on other tasks a method keeps its rate; so does another rank, unless rates were tried for it.
-GRID = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
-TRIED = {method: GRID for method in ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")}
-TRIED |= {"Image-LoRA, γ trained": (0.01, 0.04, 0.08, 0.16)}
-RATES = {"LoRA": 0.0025, "Partial LoRA": 0.0025, "Partial LoRA on v": 0.01, "Image-LoRA": 0.02}
-UNSKILLED_TRIED = {
-    "LoRA": (0.0025, 0.005, 0.01, 0.02),
-    "Partial LoRA": (0.0025, 0.005, 0.01, 0.02),
-    "Partial LoRA on v": (0.01, 0.02, 0.04, 0.08),
-    "Partial LoRA on v, rank 32": (0.005, 0.01, 0.02, 0.04),  # as large as Partial LoRA
-    "Image-LoRA": (0.02, 0.04, 0.08, 0.16),
+# Fields of train.Config. Each learning rate is the one that `choose_rate` chooses among those of RATES. With replay, in
+# fewer heads, of another rank and on other tasks, a method keeps its rate.
+LORA = {"method": "lora", "lr": 0.0025}
+LORA_ON_V = {"method": "lora", "projections": "v", "lr": 0.01}
+PARTIAL_LORA = {"method": "partial_lora", "lr": 0.0025}  # arXiv 2401.16420, there on all linear layers
+PARTIAL_LORA_ON_V = {"method": "partial_lora", "projections": "v", "lr": 0.01}
+IMAGE_LORA = {"heads": "all", "lr": 0.02}
+METHODS = {
+    "base model": {"method": "none", "lr": 0.0},
+    "LoRA": LORA,
+    "LoRA on v": LORA_ON_V,
+    "Partial LoRA": PARTIAL_LORA,
+    "Partial LoRA on v": PARTIAL_LORA_ON_V,
+    "Partial LoRA on v, rank 4": PARTIAL_LORA_ON_V | {"r": 4},
+    "Image-LoRA": IMAGE_LORA,
+    "Image-LoRA in 12 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 12},
+    "Image-LoRA in 12 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 12},
+    "Image-LoRA in 4 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 4},
+    "Image-LoRA in 4 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 4},
+    "LoRA with replay": LORA | {"replay": 1},
+    "Partial LoRA with replay": PARTIAL_LORA | {"replay": 1},
+    "Image-LoRA with replay": IMAGE_LORA | {"replay": 1},
 }
-UNSKILLED_RATES = {
-    "LoRA": 0.01,
-    "Partial LoRA": 0.01,
-    "Partial LoRA on v": 0.02,
-    "Partial LoRA on v, rank 32": 0.01,
-    "Image-LoRA": 0.04,
+
+
+def heads_of(*layers: int) -> str:
+    """All six heads of these layers."""
+    return ",".join(f"{layer}.{head}" for layer in layers for head in range(6))
+
+
+LAYERS = {f"Image-LoRA in layer {layer}": IMAGE_LORA | {"heads": heads_of(layer)} for layer in range(4)}
+LAYERS["Image-LoRA in layers 0 and 1"] = IMAGE_LORA | {"heads": heads_of(0, 1)}
+LAYERS["Image-LoRA in layers 2 and 3"] = IMAGE_LORA | {"heads": heads_of(2, 3)}
+SINGLE_HEADS = heads_of(0, 1, 2, 3).split(",")  # for the picture heads.png
+OTHER_TASKS = {"referring": {"task": "referring"}, "long text": {"history": 9}}
+RIVALS = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # on other tasks, and without the skill
+
+# The learning rates that were tried, once on each model.
+RATES = {
+    SKILLED: {
+        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "LoRA on v": (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04),
+        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
+        "Image-LoRA": (0.005, 0.01, 0.02, 0.04, 0.08),
+    },
+    UNSKILLED: {
+        "LoRA": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA on v": (0.01, 0.02, 0.04, 0.08),
+        "Image-LoRA": (0.02, 0.04, 0.08, 0.16),
+    },
 }
 
 
-def chosen_rate(method: str, bases: dict) -> float:
-    """The rate of a method, or of that which it is a variant of: of 'LoRA' for 'LoRA, with replay'."""
-    if method == "base model":
-        return 0.0
-    rates = UNSKILLED_RATES if bases == UNSKILLED else RATES
-    return rates[method if method in rates else method.split(", ")[0]]
+def all_runs() -> list[train.Config]:
+    """Every run of the tables and the pictures."""
+    trained = [*METHODS.values(), *LAYERS.values()]
+    trained.remove(METHODS["base model"])
+    once = [METHODS["base model"]]
+    once += [METHODS[name] | {"lr": lr} for name, rates in RATES[SKILLED].items() for lr in rates]
+    once += [METHODS[name] | task for task in OTHER_TASKS.values() for name in RIVALS]
+    once += [IMAGE_LORA | {"heads": head} for head in SINGLE_HEADS]
+    without_skill = [METHODS["base model"]]
+    without_skill += [METHODS[name] | {"lr": lr} for name, rates in RATES[UNSKILLED].items() for lr in rates]
+
+    runs = []
+    for base in SKILLED:
+        runs += [train.Config(**settings, base=base, seed=seed) for settings in trained for seed in SEEDS]
+        runs += [train.Config(**settings, base=base, seed=1) for settings in once]
+    for seed, base in enumerate(UNSKILLED, 1):  # the seed that the base was pretrained with
+        runs += [train.Config(**settings, base=base, seed=seed) for settings in without_skill]
+    return list({key(vars(run)): run for run in runs}.values())  # each once: the chosen rates are among those tried
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-SETTINGS = tuple("base seed method projections heads num_heads r train_gamma lr task history replay".split())
-MEASURES = (
-    "task_acc",  # clicks in their box, or correct names in referring
-    "validation_acc",  # the same on validation screens, by which learning rates are chosen
-    "word_problem_acc",
-    "word_problem_after_image_acc",
-    "other_questions_acc",  # the mean of the next three
-    "what_is_at_acc",
-    "what_is_right_of_acc",
-    "click_right_of_acc",
-    "same_words_acc",
-    "reworded_acc",  # of the base model, asked to click right of the name
-    "influence",  # of the head, by the probe of rank 1; this and the next two only where a single head is adapted
-    "influence_exact",
-    "gate_score",
-)
+SETTINGS = tuple("method projections heads num_heads r lr task history replay".split())
+MEASURES = {  # {column of the file: title in a table}
+    "task_acc": "new task, %",
+    "validation_acc": "new task on validation screens, %",
+    "other_questions_acc": "other questions, %",  # the mean of the next three
+    "what_is_at_acc": "what is at, %",
+    "what_is_right_of_acc": "what is right of, %",
+    "click_right_of_acc": "click right of, %",
+    "same_words_acc": "same words, %",
+    "word_problem_after_image_acc": "word problems after an image, %",
+    "word_problem_acc": "word problems without an image, %",
+    "reworded_acc": "base model, asked to click right of the name",  # not of other methods
+    "influence": "influence",  # of the head, where only one is adapted
+}
+COLUMNS = ("base", "seed", *SETTINGS, *MEASURES)
 REWORDED_SCREENS = 400  # test screens of reworded_acc
 
 
 @dataclass(frozen=True)
 class CompareConfig:
+    method: str = option("", "print how many points this method is ahead of the rival", ("", *METHODS, *LAYERS))
+    rival: str = option("Image-LoRA", "the method that it is compared with", (*METHODS, *LAYERS))
     runs: str = option("data/study/runs.csv", "file of runs; in any file but this one, missing runs are made")
-    workers: int = option(2, "processes that make runs, of one thread each", least=1)
+    workers: int = option(2, "processes that make runs, of one thread each")
     device: str = option("cpu", "where to compute: cpu, cuda, mps, or auto")
 
 
-class Runs:
-    """The rows of a file of runs. Missing runs are made, and each is written at once; runs.csv itself never grows."""
-
-    def __init__(self, cfg: CompareConfig):
-        self.cfg = cfg
-        self.path = file_path(cfg.runs)
-        rows = [row | {"heads": str(row["heads"])} for row in read_runs(self.path, SETTINGS)]  # 1.3 is no number here
-        self.rows = {key(row): row for row in rows}
-        self.is_shipped = cfg.runs == CompareConfig.runs
-
-    def of(self, method: str, bases: dict, numbers=None, **changes) -> list[dict]:
-        """The rows of a method on the base models of these numbers, or on all of them. changes: of train.Config."""
-        settings = {"device": self.cfg.device} | METHODS[method] | changes
-        if "lr" not in changes:
-            settings["lr"] = chosen_rate(method, bases)
-        wanted = [train.Config(**settings, base=bases[seed], seed=seed) for seed in numbers or bases]
-        if not self.is_shipped:
-            self.make([cfg for cfg in wanted if key(vars(cfg)) not in self.rows])
-        return [self.rows[key(vars(cfg))] for cfg in wanted if key(vars(cfg)) in self.rows]
-
-    def make(self, missing: list[train.Config]) -> None:
-        """Run these, and write each row at once. ValueError, before anything runs, if a base model is not there."""
-        for cfg in missing:
-            if not file_path(cfg.base).exists():
-                raise ValueError(f"there is no {cfg.base}; first make it by data.study.pretrain, as its page says")
-        if not missing:
-            return
-        make_directory(self.path.parent)
-        with get_context("spawn").Pool(self.cfg.workers, torch.set_num_threads, (1,)) as pool:
-            for row in tqdm(pool.imap_unordered(run, missing), "runs", len(missing)):
-                self.rows[key(row)] = {name: row.get(name, "") for name in SETTINGS + MEASURES}
-                write_runs(self.path, [*self.rows.values()])
-
-
-def key(row: dict) -> tuple:
+def key(run: dict) -> tuple:
     """What tells this run from all others."""
-    return tuple(row[name] for name in SETTINGS)
+    return tuple(run[name] for name in ("base", "seed", *SETTINGS))
 
 
-def run(cfg: train.Config) -> dict:
+def read(path: Path) -> list[dict]:
+    return [run | {"heads": str(run["heads"])} for run in read_runs(path, COLUMNS)]  # 1.3 is a head here, and no number
+
+
+def make_missing_runs(cfg: CompareConfig) -> None:
+    """Make the runs that the file lacks, and write each at once. ValueError, before any, if a base is not there."""
+    path = file_path(cfg.runs)
+    runs = read(path)
+    known = {key(run) for run in runs}
+    missing = [replace(run, device=cfg.device) for run in all_runs() if key(vars(run)) not in known]
+    for run in missing:
+        if not file_path(run.base).exists():
+            raise ValueError(f"there is no {run.base}; first make it by data.study.pretrain, as its page says")
+    if not missing:
+        return
+    make_directory(path.parent)
+    with get_context("spawn").Pool(cfg.workers, torch.set_num_threads, (1,)) as pool:
+        for result in tqdm(pool.imap_unordered(make_run, missing), "runs", len(missing)):
+            runs.append({name: result.get(name, "") for name in COLUMNS})
+            write_runs(path, runs)
+
+
+def make_run(cfg: train.Config) -> dict:
     """What `train.run` returns, and the measures that only the study needs."""
     tuned = train.finetune(cfg)
     validation_screens = screens_and_features(tuned.model, "switches", "validation", cfg.test_screens)
     validation, _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
-    row = tuned.result | {"validation_acc": validation["task_acc"]}
+    result = tuned.result | {"validation_acc": validation["task_acc"]}
     if cfg.method == "none":
         test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
         reworded, _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, click_right_of)
-        row["reworded_acc"] = reworded["task_acc"]
+        result["reworded_acc"] = reworded["task_acc"]
     if cfg.heads in SINGLE_HEADS:
-        row |= head_scores(cfg)
-    return row
+        model = load_base(cfg.base, find_device(cfg.device))
+        data = train.training_data(cfg, model)
+        batches = [prompts.training_batch(cfg, data, i, probe=True) for i in range(prompts.PROBE_BATCHES)]
+        layer, head = map(int, cfg.heads.split("."))
+        result["influence"] = score_heads(model, batches, seed=cfg.seed)[layer, head].item()
+    return result
 
 
-def head_scores(cfg: train.Config) -> dict:
-    """The three scores of a single head, before training."""
-    model = load_base(cfg.base, find_device(cfg.device))
-    data = train.training_data(cfg, model)
-    batches = [prompts.training_batch(cfg, data, i, probe=True) for i in range(prompts.PROBE_BATCHES)]
-    layer, head = map(int, cfg.heads.split("."))
-    return {
-        "influence": score_heads(model, batches, seed=cfg.seed)[layer, head].item(),
-        "influence_exact": score_heads(model, batches, probe="exact")[layer, head].item(),
-        "gate_score": gate_scores(model, batches)[layer, head].item(),
-    }
+def find(runs: list[dict], settings: dict, bases=SKILLED, seeds=SEEDS) -> list[dict]:
+    """The runs with these settings, which are fields of train.Config; the fields that are not named have defaults."""
+    wanted = vars(train.Config(**settings))
+    same = [run for run in runs if all(run[name] == wanted[name] for name in SETTINGS)]
+    return [run for run in same if run["base"] in bases and run["seed"] in seeds]
+
+
+def mean_of_each_model(runs: list[dict]) -> list[dict]:
+    """For each base model, the mean of each measure over its seeds, or "" where it was not measured."""
+    means = []
+    for base in sorted({run["base"] for run in runs}):
+        values = {name: [run[name] for run in runs if run["base"] == base] for name in MEASURES}
+        means.append({name: "" if "" in values[name] else np.mean(values[name]) for name in MEASURES})
+    return means
+
+
+def mean_at_rates(runs: list[dict], name: str, bases: tuple, measure: str) -> dict[float, float]:
+    """{learning rate: mean over the models, each trained once}, of a method."""
+    seeds = (1,) if bases == SKILLED else SEEDS
+    at_rates = {lr: find(runs, METHODS[name] | {"lr": lr}, bases, seeds) for lr in RATES[bases][name]}
+    return {lr: np.mean([run[measure] for run in found]) for lr, found in at_rates.items() if found}
 
 
 # ---- Tables, in the order of the page --------------------------------------------------------------------------------
 
 
-CLICKS = {"switches clicked, %": mean_and_range("task_acc")}
-WITHOUT_IMAGE = {"word problems without an image, %": mean_and_range("word_problem_acc")}
-AFTER_IMAGE = {"word problems after an image, %": mean_and_range("word_problem_after_image_acc")}
-OLD_TASK = {"old task, %": mean_and_range("source_acc")}
-CHOICES = {  # {name: (method, or None if only its score was measured; changes; the column of its score)}
-    "all 24 heads": ("Image-LoRA", {}, None),
-    "12 heads by the probe": ("Image-LoRA", {"heads": "top"}, None),
-    "4 heads by the probe": ("Image-LoRA", {"num_heads": 4, "heads": "top"}, "influence"),
-    "by the exact probe": (None, {}, "influence_exact"),
-    "4 heads by the gate of the authors' release": ("Image-LoRA", {"num_heads": 4, "heads": "gate"}, "gate_score"),
-    "4 random heads, as many in each layer": ("Image-LoRA", {"num_heads": 4, "heads": "random"}, None),
-    "4 least influential heads, as many in each layer": ("Image-LoRA", {"num_heads": 4, "heads": "bottom"}, None),
-    "for comparison: Partial LoRA on v, rank 4, in all heads": ("Partial LoRA on v", {"r": 4}, None),
-}
+def tables(runs: list[dict]) -> list[str]:
+    layers = {name: METHODS[name] for name in ("Image-LoRA", "Image-LoRA in 12 heads by the probe")} | LAYERS
+    after_task = {task: {name: METHODS[name] | changes for name in RIVALS} for task, changes in OTHER_TASKS.items()}
+    kinds = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc")
+    kept_words = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")
+    accuracies = ("task_acc", "other_questions_acc")
+    # Referring also asks what is at a place, so this is no other question after it.
+    referring_columns = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
+    return [
+        methods_table("tiny models with the skill", METHODS, (*accuracies, *kept_words), runs),
+        methods_table("tiny models, each kind of other questions", METHODS, kinds, runs),
+        methods_table("tiny models, layers", layers, (*accuracies, *kinds), runs),
+        models_table(runs),
+        methods_table("tiny models, referring", after_task["referring"], referring_columns, runs),
+        methods_table("tiny models, long text", after_task["long text"], (*accuracies, "same_words_acc"), runs),
+        rates_table("new task with the skill, %", SKILLED, "validation_acc", runs),
+        rates_table("other questions with the skill, %", SKILLED, "other_questions_acc", runs),
+        rates_table("new task without the skill, %", UNSKILLED, "validation_acc", runs),
+    ]
 
 
-def rates(runs: Runs) -> str:
-    """Means of the first three models."""
+def methods_table(title: str, methods: dict[str, dict], measures: tuple[str, ...], runs: list[dict]) -> str:
+    """A row for each method, {name: settings}, and a column for each measure."""
+    columns = {MEASURES[measure]: mean_and_range(measure) for measure in measures}
+    return table(title, columns, [(name, mean_of_each_model(find(runs, methods[name]))) for name in methods])
+
+
+def models_table(runs: list[dict]) -> str:
+    """A row for each method and a column for each base model, at the learning rate that was chosen for its kind."""
+    lines = [("base model, asked to click right of the name", "reworded_acc", "base model", 0.0)]
+    for name in RIVALS:
+        lines.append((name, "task_acc", name, choose_rate(mean_at_rates(runs, name, UNSKILLED, "validation_acc"))))
+    rows = []
+    for title, measure, name, unskilled_rate in lines:
+        found = find(runs, METHODS[name]) + find(runs, METHODS[name] | {"lr": unskilled_rate}, UNSKILLED)
+        values = [[run[measure] for run in found if run["base"] == base] for base in SKILLED + UNSKILLED]
+        rows.append((title, *(f"{100 * np.mean(of_base):.1f}" if of_base else "" for of_base in values)))
+    titles = [f"model {number} {kind} the skill" for kind in ("with", "without") for number in (1, 2, 3)]
+    return markdown(("new task, %", *titles), *rows)
+
+
+def rates_table(title: str, bases: tuple, measure: str, runs: list[dict]) -> str:
+    """A row for each method and a column for each learning rate; the one that validation screens chose is bold."""
     lines = []
-    for title, bases, chosen, tried, measure in (
-        ("clicks with the skill", SKILLED, RATES, TRIED, "validation_acc"),
-        ("word problems with the skill", SKILLED, RATES, TRIED, "word_problem_after_image_acc"),
-        ("clicks without the skill", UNSKILLED, UNSKILLED_RATES, UNSKILLED_TRIED, "validation_acc"),
-    ):
-        for method, learning_rates in tried.items():
-            means = {}
-            for lr in learning_rates:
-                means[lr] = np.mean([row[measure] for row in runs.of(method, bases, FIRST_MODELS, lr=lr)])
-            lines.append((f"{title}, %: {method}", means, chosen.get(method)))
-    return rate_table("tiny models 1 to 3, learning rate", lines)
+    for name in RATES[bases]:
+        clicks = mean_at_rates(runs, name, bases, "validation_acc")
+        if clicks:
+            lines.append((name, mean_at_rates(runs, name, bases, measure), choose_rate(clicks)))
+    return rate_table(f"{title} at the learning rate", lines)
 
 
-def after_an_image(runs: Runs) -> str:
-    methods = "base model", *RATES, *(f"{method}, with replay" for method in RATES)
-    groups = {
-        "with the skill": lambda method: runs.of(method, SKILLED),
-        "without the skill": lambda method: runs.of(method, UNSKILLED),
-    }
-    return side_by_side("tiny models", methods, groups, WITHOUT_IMAGE | AFTER_IMAGE | OLD_TASK)
-
-
-def each_model(runs: Runs) -> str:
-    """What each model clicks, after fine-tuning by each method."""
-    methods = *UNSKILLED_RATES, "LoRA, with replay", "Image-LoRA, with replay"
-    lines = []
-    for kind, bases in (("with", SKILLED), ("without", UNSKILLED)):
-        for seed in bases:
-            clicks = [mean_and_range("task_acc")(runs.of(method, bases, [seed])) for method in methods]
-            reworded = mean_and_range("reworded_acc")(runs.of("base model", bases, [seed]))
-            lines.append((f"{seed}, {kind} the skill", reworded, *clicks))
-    reworded_title = "base model, asked to click right of the name"
-    return markdown(("clicks on test screens in %, tiny model", reworded_title, *methods), *lines)
-
-
-def heads(runs: Runs) -> str:
-    """Few heads of each choice; and whether a score tells before training what each head will click alone."""
-    alone = []  # the runs in a single head, a list for each model
-    for seed in FIRST_MODELS:
-        rows = []
-        for head in SINGLE_HEADS:
-            rows += runs.of("Image-LoRA", SKILLED, [seed], heads=head)
-        alone.append(rows)
-    columns = CLICKS | AFTER_IMAGE | OLD_TASK
-    lines = []
-    for name, (method, changes, score) in CHOICES.items():
-        rows = runs.of(method, SKILLED, **changes) if method else []
-        correlations = []
-        if score:
-            for rows_of_model in alone:
-                scores, clicks = np.array([(row[score], row["task_acc"]) for row in rows_of_model]).T
-                correlations.append({"correlation": rank_correlation(scores, clicks)})
-        correlation = mean_and_range("correlation", "{:.2f}")(correlations)
-        lines.append((name, *(cell(rows) for cell in columns.values()), correlation))
-    return markdown(("Image-LoRA in", *columns, "rank correlation with what a head clicks alone"), *lines)
-
-
-def other_tasks(runs: Runs) -> str:
-    groups = {
-        "referring": lambda method: runs.of(method, SKILLED, task="referring"),
-        "long text": lambda method: runs.of(method, SKILLED, history=9),
-    }
-    correct = {"correct answers, %": mean_and_range("task_acc")}
-    return side_by_side("tiny models with the skill", RATES, groups, correct | AFTER_IMAGE | OLD_TASK)
-
-
-TABLES = (rates, after_an_image, each_model, heads, other_tasks)
+def differences(runs: list[dict], method: str, rival: str) -> str:
+    """How many points a method is ahead of its rival on each model, and in how many of the runs it is ahead."""
+    settings = METHODS | LAYERS
+    rivals = {(run["base"], run["seed"]): run for run in find(runs, settings[rival])}
+    pairs = [(run, rivals.get((run["base"], run["seed"]))) for run in find(runs, settings[method])]
+    pairs = [(run, other) for run, other in pairs if other]
+    rows = []
+    for measure, title in MEASURES.items():
+        measured = [(run["base"], run[measure] - other[measure]) for run, other in pairs if run[measure] != ""]
+        if measured:
+            means = [np.mean([points for base, points in measured if base == model]) for model in SKILLED]
+            ahead = sum(points > 0 for _, points in measured)
+            rows.append(
+                (title.removesuffix(", %"), *(f"{100 * mean:+.1f}" for mean in means), f"{ahead} of {len(pairs)}")
+            )
+    return markdown((f"{method}, points ahead of {rival}", "model 1", "model 2", "model 3", "ahead in runs"), *rows)
 
 
 def compare(cfg: CompareConfig) -> None:
-    runs = Runs(cfg)
-    for table_of in TABLES:
-        print(table_of(runs))
+    if cfg.runs != CompareConfig.runs:
+        make_missing_runs(cfg)
+    runs = read(file_path(cfg.runs))
+    if cfg.method:
+        print(differences(runs, cfg.method, cfg.rival))
+    else:
+        print("\n".join(tables(runs)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +61,6 @@ def table(title: str, columns: dict[str, Callable], rows: list[tuple[str, list[d
     """A Markdown table. columns: {title: function, runs -> a cell's text}. rows: (name, runs), left out if no runs."""
     texts = [(name, *(cell(runs) for cell in columns.values())) for name, runs in rows if runs]
     return markdown((title, *columns), *texts)
-
-
-def side_by_side(title: str, methods: Iterable[str], groups: dict[str, Callable], columns: dict[str, Callable]) -> str:
-    """A Markdown table with a row for each method. groups: {name: function, method -> runs}; each has all columns."""
-    titles = [f"{group}: {column}" for group in groups for column in columns]
-    lines = []
-    for method in methods:
-        texts = []
-        for runs_of in groups.values():
-            runs = runs_of(method)
-            texts += [cell(runs) for cell in columns.values()]
-        lines.append((method, *texts))
-    return markdown((title, *titles), *lines)
 
 
 def rate_table(title: str, lines: list[tuple[str, dict[float, float], float | None]]) -> str:
