@@ -182,8 +182,8 @@ def make_run(cfg: train.Config) -> dict:
         result["reworded_acc"] = reworded["task_acc"]
     if cfg.heads in SINGLE_HEADS:
         model = load_base(cfg.base, find_device(cfg.device))
-        data = train.training_data(cfg, model)
-        batches = [prompts.training_batch(cfg, data, i, probe=True) for i in range(prompts.PROBE_BATCHES)]
+        data = screens_and_features(model, "switches", "train", prompts.TRAIN_SCREENS)
+        batches = [prompts.training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
         layer, head = map(int, cfg.heads.split("."))
         result["influence"] = score_heads(model, batches, seed=cfg.seed)[layer, head].item()
     return result
