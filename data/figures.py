@@ -92,7 +92,7 @@ def draw_trade_off(runs: list[dict]) -> Image.Image:
         "rank 4": [("Partial LoRA on v", "r4", at["Partial LoRA on v, rank 4"])],
         "with replay": [(name, "R", at[f"{name} with replay"]) for name in ("LoRA", "Partial LoRA", "Image-LoRA")],
     }
-    return pictures.trade_off(lines, groups, at["base model"])
+    return pictures.trade_off(lines, groups, accuracy(compare.BASE_MODEL))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ SEEDS = (1, 2, 3)
 
 # Fields of train.Config. Each learning rate is the one that `choose_rate` chooses among those of RATES. With replay, in
 # fewer heads, of another rank and on other tasks, a method keeps its rate.
+BASE_MODEL = {"method": "none", "lr": 0.0}
 LORA = {"method": "lora", "lr": 0.0025}
 LORA_ON_V = {"method": "lora", "projections": "v", "lr": 0.01}
 PARTIAL_LORA = {"method": "partial_lora", "lr": 0.0025}  # arXiv 2401.16420, there on all linear layers
 PARTIAL_LORA_ON_V = {"method": "partial_lora", "projections": "v", "lr": 0.01}
 IMAGE_LORA = {"heads": "all", "lr": 0.02}
 METHODS = {
-    "base model": {"method": "none", "lr": 0.0},
     "LoRA": LORA,
     "LoRA on v": LORA_ON_V,
     "Partial LoRA": PARTIAL_LORA,
@@ -96,18 +96,17 @@ RATES = {
 
 def all_runs() -> list[train.Config]:
     """Every run of the tables and the pictures."""
-    trained = [*METHODS.values(), *LAYERS.values()]
-    trained.remove(METHODS["base model"])
-    once = [METHODS["base model"]]
+    with_each_seed = [*METHODS.values(), *LAYERS.values()]
+    once = [BASE_MODEL]
     once += [METHODS[name] | {"lr": lr} for name, rates in RATES[SKILLED].items() for lr in rates]
     once += [METHODS[name] | task for task in OTHER_TASKS.values() for name in RIVALS]
     once += [IMAGE_LORA | {"heads": head} for head in SINGLE_HEADS]
-    without_skill = [METHODS["base model"]]
+    without_skill = [BASE_MODEL]
     without_skill += [METHODS[name] | {"lr": lr} for name, rates in RATES[UNSKILLED].items() for lr in rates]
 
     runs = []
     for base in SKILLED:
-        runs += [train.Config(**settings, base=base, seed=seed) for settings in trained for seed in SEEDS]
+        runs += [train.Config(**settings, base=base, seed=seed) for settings in with_each_seed for seed in SEEDS]
         runs += [train.Config(**settings, base=base, seed=1) for settings in once]
     for seed, base in enumerate(UNSKILLED, 1):  # the seed that the base was pretrained with
         runs += [train.Config(**settings, base=base, seed=seed) for settings in without_skill]
@@ -216,6 +215,7 @@ def mean_at_rates(runs: list[dict], name: str, bases: tuple, measure: str) -> di
 
 
 def tables(runs: list[dict]) -> list[str]:
+    methods = {"base model": BASE_MODEL} | METHODS
     layers = {name: METHODS[name] for name in ("Image-LoRA", "Image-LoRA in 12 heads by the probe")} | LAYERS
     after_task = {task: {name: METHODS[name] | changes for name in RIVALS} for task, changes in OTHER_TASKS.items()}
     kinds = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc")
@@ -224,8 +224,8 @@ def tables(runs: list[dict]) -> list[str]:
     # Referring also asks what is at a place, so this is no other question after it.
     referring_columns = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
     return [
-        methods_table("tiny models with the skill", METHODS, (*accuracies, *kept_words), runs),
-        methods_table("tiny models, each kind of other questions", METHODS, kinds, runs),
+        methods_table("tiny models with the skill", methods, (*accuracies, *kept_words), runs),
+        methods_table("tiny models, each kind of other questions", methods, kinds, runs),
         methods_table("tiny models, layers", layers, (*accuracies, *kinds), runs),
         models_table(runs),
         methods_table("tiny models, referring", after_task["referring"], referring_columns, runs),
@@ -244,14 +244,16 @@ def methods_table(title: str, methods: dict[str, dict], measures: tuple[str, ...
 
 def models_table(runs: list[dict]) -> str:
     """A row for each method and a column for each base model, at the learning rate that was chosen for its kind."""
-    lines = [("base model, asked to click right of the name", "reworded_acc", "base model", 0.0)]
+
+    def cells(measure: str, skilled: dict, unskilled: dict) -> list[str]:
+        found = find(runs, skilled) + find(runs, unskilled, UNSKILLED)
+        of_models = [[run[measure] for run in found if run["base"] == base] for base in SKILLED + UNSKILLED]
+        return [f"{100 * np.mean(values):.1f}" if values else "" for values in of_models]
+
+    rows = [(MEASURES["reworded_acc"], *cells("reworded_acc", BASE_MODEL, BASE_MODEL))]
     for name in RIVALS:
-        lines.append((name, "task_acc", name, choose_rate(mean_at_rates(runs, name, UNSKILLED, "validation_acc"))))
-    rows = []
-    for title, measure, name, unskilled_rate in lines:
-        found = find(runs, METHODS[name]) + find(runs, METHODS[name] | {"lr": unskilled_rate}, UNSKILLED)
-        values = [[run[measure] for run in found if run["base"] == base] for base in SKILLED + UNSKILLED]
-        rows.append((title, *(f"{100 * np.mean(of_base):.1f}" if of_base else "" for of_base in values)))
+        lr = choose_rate(mean_at_rates(runs, name, UNSKILLED, "validation_acc"))
+        rows.append((name, *cells("task_acc", METHODS[name], METHODS[name] | {"lr": lr})))
     titles = [f"model {number} {kind} the skill" for kind in ("with", "without") for number in (1, 2, 3)]
     return markdown(("new task, %", *titles), *rows)
 
@@ -269,18 +271,18 @@ def rates_table(title: str, bases: tuple, measure: str, runs: list[dict]) -> str
 def differences(runs: list[dict], method: str, rival: str) -> str:
     """How many points a method is ahead of its rival on each model, and in how many of the runs it is ahead."""
     settings = METHODS | LAYERS
-    rivals = {(run["base"], run["seed"]): run for run in find(runs, settings[rival])}
-    pairs = [(run, rivals.get((run["base"], run["seed"]))) for run in find(runs, settings[method])]
-    pairs = [(run, other) for run, other in pairs if other]
+    of_rival = {(run["base"], run["seed"]): run for run in find(runs, settings[rival])}
+    ahead = []  # for each run of the method, how far it is ahead in each measure
+    for run in find(runs, settings[method]):
+        other = of_rival[run["base"], run["seed"]]
+        ahead.append(run | {name: run[name] - other[name] for name in MEASURES if run[name] != ""})
+    models = mean_of_each_model(ahead)
     rows = []
-    for measure, title in MEASURES.items():
-        measured = [(run["base"], run[measure] - other[measure]) for run, other in pairs if run[measure] != ""]
-        if measured:
-            means = [np.mean([points for base, points in measured if base == model]) for model in SKILLED]
-            ahead = sum(points > 0 for _, points in measured)
-            rows.append(
-                (title.removesuffix(", %"), *(f"{100 * mean:+.1f}" for mean in means), f"{ahead} of {len(pairs)}")
-            )
+    for name, title in MEASURES.items():
+        if models[0][name] != "":
+            count = sum(run[name] > 0 for run in ahead)
+            points = [f"{100 * model[name]:+.1f}" for model in models]
+            rows.append((title.removesuffix(", %"), *points, f"{count} of {len(ahead)}"))
     return markdown((f"{method}, points ahead of {rival}", "model 1", "model 2", "model 3", "ahead in runs"), *rows)
 
 

@@ -53,7 +53,7 @@ def test_the_same_seed_makes_the_same_base_and_without_the_skill_another(tmp_pat
 def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkeypatch, capsys):
     """Of the shipped base: once frozen and once, with its influence, with a single head."""
     short = {"base": "data/tiny_vlm.pt", "steps": 1, "test_screens": 2}
-    frozen = train.Config(**compare.METHODS["base model"], **short)
+    frozen = train.Config(**compare.BASE_MODEL, **short)
     one_head = train.Config(**compare.IMAGE_LORA | {"heads": "1.3"}, **short)
     monkeypatch.setattr(compare, "all_runs", lambda: [frozen, one_head])
     monkeypatch.setattr(compare, "REWORDED_SCREENS", 2)
