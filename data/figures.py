@@ -7,22 +7,19 @@ look.png           where a head looks before and after fine-tuning
 heads.png          what each head alone can learn, against its influence
 trade_off.png      what each method learns and what it keeps, at all of its learning rates
 
-The last two are drawn from the runs of data.study.compare.
+data/study/diagrams.py draws the last two, from the runs of the study.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 import train
 from data import pictures
-from data.base import file_path, find_device, load_base, screens_and_features
+from data.base import ROOT, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
-from data.study import compare
+from data.study import compare, diagrams
 from data.walk import show_attention, show_question
 
 
@@ -58,41 +55,9 @@ def make_figures(cfg: FiguresConfig) -> None:
     pictures.save([pictures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
     show_question(tuned, out / "tensors.png")
     show_attention(tuned, out / "look.png")
-    runs = compare.read(file_path(compare.CompareConfig.runs))
-    pictures.save([pictures.heads_alone([run for run in runs if run["influence"] != ""])], out / "heads.png")
-    pictures.save([draw_trade_off(runs)], out / "trade_off.png")
-
-
-def draw_trade_off(runs: list[dict]) -> Image.Image:
-    """The methods at all learning rates, and what else could keep the other questions, from the runs of the study."""
-
-    def accuracy(settings: dict) -> tuple[float, float]:
-        models = compare.mean_of_each_model(compare.find(runs, settings))
-        return tuple(np.mean([model[name] for model in models]) for name in ("task_acc", "other_questions_acc"))
-
-    at = {name: accuracy(settings) for name, settings in (compare.METHODS | compare.LAYERS).items()}
-    lines = {}
-    for name, rates in compare.RATES[compare.SKILLED].items():
-        settings = compare.METHODS[name]
-        at_rates = [accuracy(settings | {"lr": lr}) for lr in rates]
-        lines[name] = {"accuracies": at_rates, "chosen": rates.index(settings["lr"])}
-    groups = {
-        "heads by the probe": [
-            ("Image-LoRA", "12", at["Image-LoRA in 12 heads by the probe"]),
-            ("Image-LoRA", "4", at["Image-LoRA in 4 heads by the probe"]),
-        ],
-        "random heads": [
-            ("Image-LoRA", "12", at["Image-LoRA in 12 random heads"]),
-            ("Image-LoRA", "4", at["Image-LoRA in 4 random heads"]),
-        ],
-        "all heads of two layers": [
-            ("Image-LoRA", "0+1", at["Image-LoRA in layers 0 and 1"]),
-            ("Image-LoRA", "2+3", at["Image-LoRA in layers 2 and 3"]),
-        ],
-        "rank 4": [("Partial LoRA on v", "r4", at["Partial LoRA on v, rank 4"])],
-        "with replay": [(name, "R", at[f"{name} with replay"]) for name in ("LoRA", "Partial LoRA", "Image-LoRA")],
-    }
-    return pictures.trade_off(lines, groups, accuracy(compare.BASE_MODEL))
+    runs = compare.read(ROOT / compare.CompareConfig.runs)
+    pictures.save([diagrams.heads_alone(runs)], out / "heads.png")
+    pictures.save([diagrams.trade_off(runs)], out / "trade_off.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws answers, attention, changes and scores with Pillow, and a bar chart in text: plain data in, images out.
+"""Draws answers, attention and changes with Pillow, and a bar chart in text: plain data in, images out.
 
 A page is drawn at twice its size and halved at the end, which makes lines smooth: places are in half pixels.
 """
@@ -6,7 +6,6 @@ A page is drawn at twice its size and halved at the end, which makes lines smoot
 import io
 import math
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,14 @@ from data.questions import is_hit
 from data.screens import SIZE, Box
 from data.tokens import IMAGE
 
-COLOURS = BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, and so are the next
-LINE_COLOURS = ORANGE, "#e69f00", GREEN, "#56b4e9", BLUE
-MARKS = "disc", "ring", "square", "hexagon", "diamond"
-INK, GREY, PALE, RED = "#222222", "#667085", "#e4e7ec", "#b42318"
+BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
+INK, GREY, RED = "#222222", "#667085", "#b42318"
 CHANGES = (36, 76, 150), (40, 130, 205), (86, 180, 233), (255, 240, 190)  # colours, from a small one to a large one
 FONT = ImageFont.load_default(56)
 LARGE = ImageFont.load_default(72)
-SMALL = ImageFont.load_default(44)
 LINE = 72  # from one line of text to the next
 WIDTH = 3320  # of a page
 MARGIN = 52
-LEFT, RIGHT, TOP, BOTTOM = MARGIN + 120, WIDTH - 780, 190, 1720  # of a diagram's frame, on a sheet of this height:
-HEIGHT = 1940
 
 
 class Sheet:
@@ -46,28 +40,6 @@ class Sheet:
 
     def arrow(self, x, y):
         self.draw.polygon(((x, y - 12), (x + 28, y), (x, y + 12)), ORANGE)
-
-    def point(self, x, y, model: int):
-        """A circle, a triangle or a square."""
-        if model == 0:
-            self.draw.circle((x, y), 20, COLOURS[model], "white", 3)
-        else:
-            self.draw.regular_polygon((x, y, 25), model + 2, 0, COLOURS[model], "white")
-
-    def mark(self, x, y, shape: str, letters: str, colour: str):
-        """One of MARKS, with letters in it."""
-        if shape == "ring":
-            self.draw.circle((x, y), 42, "white", colour, 6)
-        elif shape == "disc":
-            self.draw.circle((x, y), 42, colour, "white", 6)
-        else:
-            sides, radius, angle = {"square": (4, 58, 0), "hexagon": (6, 48, 0), "diamond": (4, 58, 45)}[shape]
-            self.draw.regular_polygon((x, y, radius), sides, angle, colour, "white")
-        self.write(x, y, letters, colour if shape == "ring" else "white", "mm", SMALL)
-
-    def dashes(self, left, right, y):
-        for x in range(left, right, 40):
-            self.draw.line((x, y, x + 20, y), GREY, 5)
 
     def frame(self, left, top, right, bottom):
         """A black frame, with a white rim that shows on dark ground."""
@@ -223,130 +195,6 @@ def shades(moves: torch.Tensor) -> Image.Image:
     channels = [np.interp(np.log10(moves.clip(1e-9)), places, channel) for channel in zip(*CHANGES)]
     colours = np.stack(channels, -1) * (moves > 0)[..., None]
     return Image.fromarray(colours.astype(np.uint8))
-
-
-def axes(sheet: Sheet, titles: tuple, x_range: tuple, y_range: tuple, x_ticks: dict, y_ticks: dict) -> Callable:
-    """Draw a grid, and return the function from numbers x and y to places on the sheet, [.., 2].
-
-    titles: of x and y. ticks: {number: text}."""
-
-    def place(x, y) -> np.ndarray:
-        across = (np.asarray(x) - x_range[0]) / (x_range[1] - x_range[0])
-        up = (np.asarray(y) - y_range[0]) / (y_range[1] - y_range[0])
-        return np.stack([LEFT + across * (RIGHT - LEFT), BOTTOM - up * (BOTTOM - TOP)], -1)
-
-    sheet.write((LEFT + RIGHT) / 2, BOTTOM + 144, titles[0], font=LARGE, anchor="mm")
-    sheet.write(MARGIN, MARGIN + 36, titles[1], font=LARGE)
-    for number, text in x_ticks.items():
-        x, _ = place(number, 0)
-        sheet.draw.line((x, TOP, x, BOTTOM), PALE, 4)
-        sheet.write(x, BOTTOM + 56, text, GREY, "mm")
-    for number, text in y_ticks.items():
-        _, y = place(0, number)
-        sheet.draw.line((LEFT, y, RIGHT, y), PALE, 4)
-        sheet.write(LEFT - 24, y, text, GREY, "rm")
-    return place
-
-
-def heads_alone(runs: list[dict]) -> Image.Image:
-    """A point for each run of one head: how many switches it clicks, and the head's influence before training.
-
-    runs: {base, heads, influence, task_acc}, where heads is layer.head."""
-    bases = sorted({run["base"] for run in runs})
-    influence = np.log10([run["influence"] for run in runs])
-    clicks = np.array([run["task_acc"] for run in runs])
-    x_range = (influence.min() - 0.1, influence.max() + 0.1)
-    powers = range(math.ceil(x_range[0]), math.floor(x_range[1]) + 1)
-    x_ticks = {power: f"{10.0**power:g}" for power in powers}
-    y_ticks = {percent / 100: str(percent) for percent in range(0, 101, 20)}
-    titles = ("influence of the head before training", "switches clicked with one head alone, %")
-    sheet = Sheet(HEIGHT)
-    place = axes(sheet, titles, x_range, (0, 1), x_ticks, y_ticks)
-
-    # The points, and a name beside each where there is room
-    taken = place(influence, clicks)  # places of points and names, [.., 2]
-    for point, run in zip(taken, runs):
-        model = bases.index(run["base"])
-        sheet.point(*point, model)
-        for shift in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
-            beside = point + shift
-            if (abs(taken - beside) >= (60, 46)).any(1).all():
-                sheet.write(*beside, run["heads"], COLOURS[model], "mm", SMALL)
-                taken = np.vstack([taken, beside])
-                break
-
-    # The legend
-    for model, base in enumerate(bases):
-        of_model = [run["base"] == base for run in runs]
-        correlation = rank_correlation(influence[of_model], clicks[of_model])
-        y = TOP + 50 + 220 * model
-        sheet.point(RIGHT + 80, y, model)
-        sheet.write(RIGHT + 130, y, f"model {model + 1}", font=LARGE)
-        sheet.write(RIGHT + 130, y + LINE + 8, f"rank correlation {correlation:.2f}", GREY)
-    return sheet.image.reduce(2)
-
-
-def trade_off(lines: dict[str, dict], groups: dict[str, list], base: tuple) -> Image.Image:
-    """The new task, across, and the other questions, up: a line for each method through its learning rates.
-
-    An accuracy is (new task, other questions).
-    lines: {method: {"accuracies": from the lowest rate to the highest, "chosen": the number of one of them}}.
-    groups: {title: [(method, a few letters, accuracy), ...]}. base: the accuracy of the base model."""
-    colours = dict(zip(lines, LINE_COLOURS))
-    marks = dict(zip(groups, MARKS))
-    x_range, y_range = (0.86, 1.0), (0.3, 1.0)
-    x_ticks = {percent / 100: str(percent) for percent in range(86, 101, 2)}
-    y_ticks = {percent / 100: str(percent) for percent in range(30, 101, 10)}
-    sheet = Sheet(HEIGHT)
-    place = axes(sheet, ("new task, %", "other questions, %"), x_range, y_range, x_ticks, y_ticks)
-    sheet.dashes(LEFT, RIGHT, place(*base)[1])
-
-    # The lines, which end at the frame
-    frame = (LEFT, TOP, RIGHT, BOTTOM)
-    whole = Sheet(HEIGHT)
-    whole.image.paste(sheet.image)
-    for method, line in lines.items():
-        places = place(*np.transpose(line["accuracies"]))
-        whole.draw.line([tuple(point) for point in places], colours[method], 10, "curve")
-        for point in places[:-1]:
-            whole.draw.circle(point, 14, colours[method])
-        across, down = places[-1] - places[-2]
-        angle = 30 + math.degrees(math.atan2(-down, across))  # of a triangle that points there
-        whole.draw.regular_polygon((*places[-1], 26), 3, angle, colours[method])
-        whole.draw.circle(places[line["chosen"]], 30, colours[method], "white", 6)
-    sheet.image.paste(whole.image.crop(frame), frame)
-
-    # The points
-    for title, group in groups.items():
-        for method, letters, accuracy in group:
-            sheet.mark(*place(*accuracy), marks[title], letters, colours[method])
-
-    # The legend
-    x = RIGHT + 100
-    y = TOP + 30
-    for method in lines:
-        sheet.draw.line((x - 50, y, x + 50, y), colours[method], 10)
-        sheet.draw.circle((x, y), 30, colours[method], "white", 6)
-        sheet.write(x + 80, y, method)
-        y += LINE + 8
-    sheet.dashes(x - 50, x + 50, y)
-    sheet.write(x + 80, y, "base model")
-    for text in ("Lines lead from low to high", "learning rates; a large dot is", "the one that was chosen."):
-        y += 60
-        sheet.write(x - 50, y + 16, text, GREY, font=SMALL)
-    y += 60
-    for title, group in groups.items():
-        method, letters, _ = group[0]
-        y += LINE + 30
-        sheet.mark(x, y, marks[title], letters, colours[method])
-        sheet.write(x + 80, y, title)
-    return sheet.image.reduce(2)
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: the correlation of the ranks, where equal numbers share the mean of theirs."""
-    ranks = [np.sign(numbers[:, None] - numbers).sum(1) for numbers in (x, y)]
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def bars(scores: torch.Tensor, heads: dict) -> str:

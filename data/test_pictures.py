@@ -7,6 +7,7 @@ from PIL import Image
 
 from data import pictures
 from data.prompts import prompt_batch
+from data.study import diagrams
 from data.tokens import BOS, ID, IMAGE
 from data.walk import relative_changes
 from imagelora import attach
@@ -53,6 +54,6 @@ def test_black_is_exactly_zero_and_the_smallest_change_is_not(tmp_path):
 def test_the_rank_correlation_is_spearmans():
     """Only the order counts, and equal numbers share the mean of their ranks."""
     x = np.array([1.0, 2.0, 3.0, 4.0])
-    assert pictures.rank_correlation(x, np.exp(x)) == pytest.approx(1)
-    assert pictures.rank_correlation(x, -(x**3)) == pytest.approx(-1)
-    assert pictures.rank_correlation(x, np.array([1.0, 5.0, 5.0, 7.0])) == pytest.approx(4.5 / np.sqrt(5 * 4.5))
+    assert diagrams.rank_correlation(x, np.exp(x)) == pytest.approx(1)
+    assert diagrams.rank_correlation(x, -(x**3)) == pytest.approx(-1)
+    assert diagrams.rank_correlation(x, np.array([1.0, 5.0, 5.0, 7.0])) == pytest.approx(4.5 / np.sqrt(5 * 4.5))
