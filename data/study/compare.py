@@ -11,7 +11,7 @@ seeds on each. Brackets hold the lowest and the highest of the three models, eac
 
 We say that one method is ahead of another if it is ahead in each of the nine runs, compared on the same model with the
 same seed. If two methods were equal, chance would do this once in 256 comparisons. On other tasks, at other learning
-rates and on models without the skill there is one run on each model. There, the brackets must not overlap, either.
+rates and on models without the skill there is one run on each model. There, the two ranges must not overlap, either.
 """
 
 import sys
