@@ -13,6 +13,7 @@ from data import costs, figures, prompts, walk
 from data.base import load_base
 from data.command import command
 from data.study import compare, pretrain, smollm
+from data.study.muon import muon
 from data.study.tables import choose_rate
 
 torch.set_num_threads(1)
@@ -47,6 +48,19 @@ def test_the_same_seed_makes_the_same_base_and_without_the_skill_another(tmp_pat
     unskilled = make("unskilled.pt", "--unskilled")
     assert all(torch.equal(base[name], again[name]) for name in base)
     assert not all(torch.equal(base[name], unskilled[name]) for name in base)
+
+
+def test_a_step_of_muon_goes_downhill_along_a_nearly_orthogonal_matrix():
+    for rows, columns in ((4, 6), (6, 4)):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(rows, columns))
+        weight.grad = torch.randn(rows, columns)
+        muon(weight, torch.zeros(rows, columns), lr=1.0)
+        step = weight.detach() / max(1, rows / columns) ** 0.5
+        singular_values = torch.linalg.svdvals(step)
+        assert singular_values.min() > 0.6
+        assert singular_values.max() < 1.3
+        assert (step * weight.grad).sum() < 0
 
 
 # 2. Runs
