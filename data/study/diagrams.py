@@ -122,14 +122,15 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 def trade_off(runs: list[dict]) -> Image.Image:
     """The new task, across, and the other questions, up: LINES through the learning rates of each method, and POINTS.
 
-    Each dot is the mean of its runs on all models. Lines are cut off at the frame."""
+    Means over the models: with seed 1 along the lines, so that only the rate differs, and over all seeds elsewhere. Lines
+    are cut off at the frame."""
     x_ticks = {percent / 100: str(percent) for percent in range(86, 101, 2)}
     y_ticks = {percent / 100: str(percent) for percent in range(30, 101, 10)}
     diagram = Diagram("new task, %", (0.86, 1.0), x_ticks, "other questions, %", (0.3, 1.0), y_ticks)
     draw = diagram.draw
 
-    def place(settings: dict) -> np.ndarray:
-        models = compare.mean_of_each_model(compare.find(runs, settings))
+    def place(settings: dict, seeds=compare.SEEDS) -> np.ndarray:
+        models = compare.mean_of_each_model(compare.find(runs, settings, seeds=seeds))
         accuracies = [np.mean([model[name] for model in models]) for name in ("task_acc", "other_questions_acc")]
         return diagram.place(*accuracies)
 
@@ -137,14 +138,15 @@ def trade_off(runs: list[dict]) -> Image.Image:
     grid = diagram.image.copy()
     for method, colour in LINES.items():
         settings = compare.METHODS[method]
-        places = [place(settings | {"lr": lr}) for lr in compare.RATES[compare.SKILLED][method]]
+        rates = compare.RATES[compare.SKILLED][method]
+        places = [place(settings | {"lr": lr}, seeds=(1,)) for lr in rates]
         draw.line([tuple(point) for point in places], colour, 10, "curve")
         for point in places[:-1]:
             draw.circle(point, 14, colour)
         across, down = places[-1] - places[-2]
         turn = 30 + math.degrees(math.atan2(-down, across))  # of a triangle that points along the line
         draw.regular_polygon((*places[-1], 26), 3, turn, colour)
-        draw.circle(place(settings), 30, colour, "white", 6)
+        draw.circle(places[rates.index(settings["lr"])], 30, colour, "white", 6)
     inside = diagram.image.crop(FRAME)
     diagram.image.paste(grid)
     diagram.image.paste(inside, FRAME)
