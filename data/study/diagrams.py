@@ -122,8 +122,8 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 def trade_off(runs: list[dict]) -> Image.Image:
     """The new task, across, and the other questions, up: LINES through the learning rates of each method, and POINTS.
 
-    Means over the models: with seed 1 along the lines, so that only the rate differs, and over all seeds elsewhere. Lines
-    are cut off at the frame."""
+    All are means over the models: along the lines with seed 1, so that only the rate differs, and elsewhere over all
+    seeds. A line is cut off where it leaves the frame."""
     x_ticks = {percent / 100: str(percent) for percent in range(86, 101, 2)}
     y_ticks = {percent / 100: str(percent) for percent in range(30, 101, 10)}
     diagram = Diagram("new task, %", (0.86, 1.0), x_ticks, "other questions, %", (0.3, 1.0), y_ticks)
