@@ -50,6 +50,7 @@ IMAGE_LORA = {"heads": "all", "lr": 0.02}
 METHODS = {
     "LoRA": LORA,
     "LoRA on v": LORA_ON_V,
+    "LoRA at text tokens alone": LORA | {"method": "text_lora"},  # a control
     "Partial LoRA": PARTIAL_LORA,
     "Partial LoRA on v": PARTIAL_LORA_ON_V,
     "Partial LoRA on v, rank 4": PARTIAL_LORA_ON_V | {"r": 4},
@@ -79,9 +80,9 @@ RIVALS = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # on other
 # The learning rates that were tried, once on each model.
 RATES = {
     SKILLED: {
-        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
-        "LoRA on v": (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04),
-        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01),
+        "LoRA on v": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01),
         "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
         "Image-LoRA": (0.005, 0.01, 0.02, 0.04, 0.08),
     },
@@ -100,7 +101,6 @@ def all_runs() -> list[train.Config]:
     once = [BASE_MODEL]
     once += [METHODS[name] | {"lr": lr} for name, rates in RATES[SKILLED].items() for lr in rates]
     once += [METHODS[name] | task for task in OTHER_TASKS.values() for name in RIVALS]
-    once += [IMAGE_LORA | {"heads": head} for head in SINGLE_HEADS]
     without_skill = [BASE_MODEL]
     without_skill += [METHODS[name] | {"lr": lr} for name, rates in RATES[UNSKILLED].items() for lr in rates]
 
@@ -108,6 +108,7 @@ def all_runs() -> list[train.Config]:
     for base in SKILLED:
         runs += [train.Config(**settings, base=base, seed=seed) for settings in with_each_seed for seed in SEEDS]
         runs += [train.Config(**settings, base=base, seed=1) for settings in once]
+    runs += [train.Config(**IMAGE_LORA | {"heads": head}, base=SKILLED[0], seed=1) for head in SINGLE_HEADS]
     for seed, base in enumerate(UNSKILLED, 1):  # the seed that the base was pretrained with
         runs += [train.Config(**settings, base=base, seed=seed) for settings in without_skill]
     return list({key(vars(run)): run for run in runs}.values())  # each once: the chosen rates are among those tried
@@ -218,27 +219,28 @@ def tables(runs: list[dict]) -> list[str]:
     methods = {"base model": BASE_MODEL} | METHODS
     layers = {name: METHODS[name] for name in ("Image-LoRA", "Image-LoRA in 12 heads by the probe")} | LAYERS
     after_task = {task: {name: METHODS[name] | changes for name in RIVALS} for task, changes in OTHER_TASKS.items()}
+    accuracies = ("task_acc", "other_questions_acc")
     kinds = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc")
     kept_words = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")
-    accuracies = ("task_acc", "other_questions_acc")
     # Referring also asks what is at a place, so this is no other question after it.
     referring_columns = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
     return [
-        methods_table("tiny models with the skill", methods, (*accuracies, *kept_words), runs),
-        methods_table("tiny models, each kind of other questions", methods, kinds, runs),
-        methods_table("tiny models, layers", layers, (*accuracies, *kinds), runs),
+        methods_table("tiny models with the skill", methods, accuracies, (), runs),
+        methods_table("tiny models, means", methods, (), kinds + kept_words, runs),
+        methods_table("tiny models, layers", layers, accuracies, kinds, runs),
         models_table(runs),
-        methods_table("tiny models, referring", after_task["referring"], referring_columns, runs),
-        methods_table("tiny models, long text", after_task["long text"], (*accuracies, "same_words_acc"), runs),
+        methods_table("tiny models, referring", after_task["referring"], referring_columns, (), runs),
+        methods_table("tiny models, long text", after_task["long text"], (*accuracies, "same_words_acc"), (), runs),
         rates_table("new task with the skill, %", SKILLED, "validation_acc", runs),
         rates_table("other questions with the skill, %", SKILLED, "other_questions_acc", runs),
         rates_table("new task without the skill, %", UNSKILLED, "validation_acc", runs),
     ]
 
 
-def methods_table(title: str, methods: dict[str, dict], measures: tuple[str, ...], runs: list[dict]) -> str:
-    """A row for each method, {name: settings}, and a column for each measure."""
-    columns = {MEASURES[measure]: mean_and_range(measure) for measure in measures}
+def methods_table(title: str, methods: dict[str, dict], with_range: tuple, means: tuple, runs: list[dict]) -> str:
+    """A row for each method, {name: settings}, and a column for each measure: those with a range, then means alone."""
+    columns = {MEASURES[measure]: mean_and_range(measure) for measure in with_range}
+    columns |= {MEASURES[measure]: mean_and_range(measure, with_range=False) for measure in means}
     return table(title, columns, [(name, mean_of_each_model(find(runs, methods[name]))) for name in methods])
 
 

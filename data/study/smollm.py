@@ -20,6 +20,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -410,14 +411,10 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def mean_where_measured(measure: str, layout="{:.1%}", with_range=True):
+def mean_where_measured(measure: str, *options) -> Callable[[list[dict]], str]:
     """A column's function, see mean_and_range, over the runs that have this measure; older ones lack some."""
-
-    def cell(runs: list[dict]) -> str:
-        text = mean_and_range(measure, layout)([run for run in runs if run[measure] != ""])
-        return text if with_range else text.split(" (")[0]
-
-    return cell
+    cell = mean_and_range(measure, *options)
+    return lambda runs: cell([run for run in runs if run[measure] != ""])
 
 
 def tables(runs: list[dict]) -> list[str]:
@@ -429,7 +426,8 @@ def tables(runs: list[dict]) -> list[str]:
     rows["Partial LoRA on v, rate 0.016"] = [
         run for run in runs if (run["method"], run["lr"]) == ("Partial LoRA on v", RATES["Image-LoRA"])
     ]
-    parameters = {"parameters": mean_where_measured("parameters", "{:,.0f}", with_range=False)}
+    measured = [(name, runs) for name, runs in rows.items() if any(run["other_questions_acc"] != "" for run in runs)]
+    parameters = {"parameters": mean_where_measured("parameters", "{:,.0f}", False)}
     columns = parameters | {
         "new task, %": mean_where_measured("task_acc"),
         "new task on validation screens, %": mean_where_measured("validation_acc"),
@@ -445,14 +443,14 @@ def tables(runs: list[dict]) -> list[str]:
         "places given for names, %": mean_where_measured("places_for_names"),
     }
     of_the_front_page = parameters | {
-        "new task, %": mean_where_measured("task_acc", "{:.0%}", with_range=False),
-        "other questions, %": mean_where_measured("other_questions_acc", "{:.0%}", with_range=False),
+        "new task, %": mean_where_measured("task_acc", "{:.0%}", False),
+        "other questions, %": mean_where_measured("other_questions_acc", "{:.0%}", False),
         "text without an image": lambda runs: "same" if all(run["identical"] == "yes" for run in runs) else "changes",
     }
     return [
         table("SmolLM2, fine-tuned with", of_the_front_page, [(name, rows[name]) for name in FRONT_PAGE]),
         table("SmolLM2", columns, list(rows.items())),
-        table("SmolLM2, each kind of other questions", kinds, list(rows.items())),
+        table("SmolLM2, each kind of other questions", kinds, measured),
         examples(rows),
         rates(runs),
     ]

@@ -42,7 +42,7 @@ def write_runs(path: Path, runs: list[dict]) -> None:
     write_file(path, file.getvalue().encode())
 
 
-def mean_and_range(measure: str, layout="{:.1%}") -> Callable[[list[dict]], str]:
+def mean_and_range(measure: str, layout="{:.1%}", with_range=True) -> Callable[[list[dict]], str]:
     """A column's function, runs -> text: the mean and, in brackets, the range of a measure; or what all runs share.
 
     Empty if it was not measured. The % is left out, because the title of the column has it."""
@@ -52,7 +52,7 @@ def mean_and_range(measure: str, layout="{:.1%}") -> Callable[[list[dict]], str]
         if not values or "" in values:
             return ""
         mean, lowest, highest = (layout.format(f(values)).rstrip("%") for f in (np.mean, min, max))
-        return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
+        return mean if lowest == highest or not with_range else f"{mean} ({lowest}–{highest})"
 
     return cell
 
