@@ -403,7 +403,7 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
         "divergence": alone,
         "divergence_after_screen": after_screen,
         "identical": "yes" if identical else "no",
-        "same_continuations": sum(map(str.__eq__, continuations, original_continuations)),
+        "same_continuations": sum(a == b for a, b in zip(continuations, original_continuations)),
         "continuation": " ".join(continuations[0].split()),  # of the opening that the page shows
     }
 
