@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
-from data.prompts import pack_sequences, prompt_batch
+from data.prompts import decode, pack_sequences, prompt_batch
 from data.questions import Point, all_samples, click_right_of, is_hit, parse_point, word_problem
 from data.screens import Screen
-from data.tokens import decode
 
 
 class Answer(NamedTuple):

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.command import write_file
 from data.evaluate import Answer
+from data.prompts import IMAGE
 from data.questions import is_hit
 from data.screens import SIZE, Box
-from data.tokens import IMAGE
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
 INK, GREY, RED = "#222222", "#667085", "#b42318"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.questions import old_samples, random_samples, word_problem
-from data.tokens import BOS, EOS, ID, IMAGE, PAD, encode
+from data.questions import ACTIONS, BINS, MAX_NUMBER, PEOPLE, THINGS, VERBS, old_samples, random_samples, word_problem
+from data.screens import COLOURS, ICONS, LABELS
 
 PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
 TRAIN_SCREENS = 2048  # a run draws its batches from at most this many
@@ -20,7 +20,26 @@ QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
 IGNORED = -100  # the label of a token that is not to be predicted
 
+# Every word of the questions and answers is a token.
+PAD, BOS, EOS, IMAGE = "<pad>", "<bos>", "<eos>", "<image>"
+_WORDS = [PAD, BOS, EOS, IMAGE, "?", *(f"<{axis}{i}>" for axis in "xy" for i in range(BINS))]
+_WORDS += [*LABELS, *ICONS, *COLOURS, "switch", *VERBS, *"what is at right of has then how many".split()]
+_WORDS += [*PEOPLE, *THINGS]
+_WORDS += dict.fromkeys(word for sentence, _ in ACTIONS for word in sentence.split() if word != "{}")
+VOCABULARY = (*_WORDS, *map(str, range(MAX_NUMBER + 1)))
+ID = {word: i for i, word in enumerate(VOCABULARY)}
 Turn = tuple[list[int], list[int]]  # ids and labels of an instruction and its answer
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of space-separated words. KeyError names a word that is not in the vocabulary."""
+    return [ID[word] for word in text.split()]
+
+
+def decode(ids: list[int]) -> str:
+    """The words of token ids, up to the first <eos>."""
+    words = [VOCABULARY[i] for i in ids]
+    return " ".join(words[: words.index(EOS)] if EOS in words else words)
 
 
 def turn(sample: dict, learn=True) -> Turn:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import train
-from data import evaluate, figures, prompts, questions, screens, tokens, walk
+from data import evaluate, figures, prompts, questions, screens, walk
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
 from data.methods import choose_heads
@@ -23,7 +23,7 @@ ROOT = Path(train.__file__).parent
 
 def read(ids: torch.Tensor) -> str:
     """The words of token ids."""
-    return " ".join(tokens.VOCABULARY[token] for token in ids)
+    return " ".join(prompts.VOCABULARY[token] for token in ids)
 
 
 # 1. The model
@@ -167,7 +167,7 @@ OPTIONS = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SHOR
 @pytest.fixture
 def directory(monkeypatch, tmp_path) -> Path:
     """A directory of its own, the current one, with a small base in base.pt."""
-    save_base(tiny_vlm(vocab_size=len(tokens.VOCABULARY), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
+    save_base(tiny_vlm(vocab_size=len(prompts.ID), image_size=screens.SIZE, patch_size=32), tmp_path / "base.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
     return tmp_path

@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 
 from data import pictures
-from data.prompts import prompt_batch
+from data.prompts import BOS, ID, IMAGE, prompt_batch
 from data.study import diagrams
-from data.tokens import BOS, ID, IMAGE
 from data.walk import relative_changes
 from imagelora import attach
 from test_imagelora import tiny_vlm

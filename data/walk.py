@@ -19,8 +19,7 @@ from data import pictures
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import Answer, evaluate
-from data.prompts import prompt_batch, training_batch
-from data.tokens import VOCABULARY
+from data.prompts import VOCABULARY, prompt_batch, training_batch
 from imagelora import ImageLoRA, ValueAdapter, attach, load, visual_rows
 from tiny_vlm import TinyVLM, rotate
 
