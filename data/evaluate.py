@@ -16,7 +16,7 @@ class Answer(NamedTuple):
     """What a model answered to a sample about a screen."""
 
     screen: Screen
-    sample: dict  # {"instruction", "answer"}; of a click also "bbox" and "data_type"
+    sample: dict  # {"instruction", "answer"}; of a click also "bbox"
     output: Point | str | None  # a click; or a name; None where a click was asked for and the answer is no point
 
 
@@ -38,32 +38,19 @@ def evaluate(
 ) -> tuple[dict, list[Answer]]:
     """Ask one question of a kind (see `all_samples`) about each target -> (metrics, answers).
 
-    The metrics are task_acc and, of clicks, the accuracies on text and on icons. features: of the screens, [N, P, D].
-    history: word problems before each of them. reword: a function that asks for a sample's target in other words."""
+    The metrics are {"task_acc": share of correct answers}. features: of the screens, [N, P, D]. history: word problems
+    before each of them. reword: a function that asks for a sample's target in other words."""
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
     outputs = generate_answers(model, samples, features[list(numbers)], history)
     if kind in ("grounding", "relation_clicks"):
         outputs = [parse_point(text) for text in outputs]
-        metrics = click_metrics(outputs, samples)
+        is_correct = [is_hit(output, sample["bbox"]) for output, sample in zip(outputs, samples)]
     else:
         is_correct = [output == sample["answer"] for output, sample in zip(outputs, samples)]
-        metrics = {"task_acc": float(np.mean(is_correct))}
     answers = [Answer(screens[i], sample, output) for i, sample, output in zip(numbers, samples, outputs)]
-    return metrics, answers
-
-
-def click_metrics(clicks: list[Point | None], samples: list[dict]) -> dict:
-    """ScreenSpot's metrics: the accuracy on all targets, on text and on icons."""
-    hits = {"text": [], "icon": []}
-    for click, sample in zip(clicks, samples):
-        hits[sample["data_type"]].append(is_hit(click, sample["bbox"]))
-    return {
-        "task_acc": float(np.mean(hits["text"] + hits["icon"])),
-        "text_acc": float(np.mean(hits["text"])),
-        "icon_acc": float(np.mean(hits["icon"])),
-    }
+    return {"task_acc": float(np.mean(is_correct))}, answers
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
@@ -90,7 +77,7 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
 
     switch_test, source_test: (screens, features) with and without switches.
 
-    task_acc, text_acc, icon_acc  the new task, on screens with switches
+    task_acc                      the new task, on screens with switches
     other_questions_acc           questions that were learned in pretraining and that the demo's fine-tuning never asks,
                                   on screens without switches: the mean of the three kinds of OTHER_QUESTIONS
     same_words_acc                a click on a name, on screens without switches. The new task asks for it in the same

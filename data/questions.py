@@ -5,7 +5,7 @@ referring      what is at <x3> <y5>        wifi           which name does a clic
 relations      what is right of wifi       red moon       and where is that: click right of wifi
 word problems  nina has 7 apples then finds 5 then eats 3 how many     12 9
 
-A question with its answer is a *sample*, {"instruction", "answer"}; a click has ScreenSpot's fields, too.
+A question with its answer is a *sample*, {"instruction", "answer"}; a click also has the "bbox" to hit.
 """
 
 import re
@@ -66,12 +66,11 @@ def description(screen: Screen, element: Element, by_colour=False) -> str:
 
 
 def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> dict:
-    """Asks for a click: a sample with ScreenSpot's fields (bbox, instruction, data_type) and an `answer`."""
+    """Asks for a click: a sample whose `bbox` is where the click is correct."""
     name = description(screen, element, by_colour)
     return {
         "bbox": element.click,
         "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
-        "data_type": "icon" if element.colour else "text",
         "answer": place(element.click),
     }
 
