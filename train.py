@@ -129,14 +129,14 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         else:
             scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
         heads = methods.choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
-        if verbose:
-            print_heads(scores, heads)
 
     # Freeze the model and attach the adapter. It starts at B = 0, as the base model.
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
     adapter = None
     if cfg.method == "image_lora":
         adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads, train_gamma=cfg.train_gamma)
+        if verbose:
+            print_heads(scores, heads)
     elif cfg.method != "none":
         tokens = {"lora": "all", "partial_lora": "visual", "text_lora": "text"}[cfg.method]
         adapter = methods.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
