@@ -231,14 +231,9 @@ def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, cap
     assert demo("--task=referring") == 0
     assert "of the switches named" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"adapter.pt", "metrics.json", "look.png", "tensors.png"}
-
-
-def test_the_walk_trains_where_there_is_no_adapter(directory, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Config", partial(train.Config, **SHORT | {"device": "auto"}))
-    walk.walk(walk.WalkConfig(out="out"))
-    printed = capsys.readouterr().out
-    assert "out/ holds no Image-LoRA trained to click without history" in printed
-    assert {path.name for path in Path("out").iterdir()} == {"look.png", "tensors.png"}
+    for no_run in ("runs/switches", "nothing"):
+        with pytest.raises(ValueError, match="first run python train.py"):
+            walk.walk(walk.WalkConfig(out=no_run))
 
 
 def test_the_pictures_of_the_pages_are_those_of_the_demos_run(directory, capsys, monkeypatch):

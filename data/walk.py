@@ -1,6 +1,6 @@
 """A guided walk: follows one question through every step of Image-LoRA, tensor by tensor.
 
-python -m data.walk          takes the adapter that `python train.py` has saved, and trains one if there is none
+python -m data.walk          takes the adapter that `python train.py` has saved
 
 It draws two of the pictures of data/figures.py, tensors.png and look.png, into the directory of the run.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 import train
 from data import pictures
 from data.base import find_device, image_features, load_base, screens_and_features
-from data.command import command, make_directory, option
+from data.command import command, option
 from data.evaluate import Answer, evaluate
 from data.prompts import VOCABULARY, prompt_batch, training_batch
 from imagelora import ImageLoRA, ValueAdapter, attach, load, visual_rows
@@ -39,25 +39,19 @@ def station(title: str, text: str, code=None) -> None:
 def walk(cfg: WalkConfig) -> None:
     """Print, station by station, the tensors of the method, their shapes and the numbers that matter."""
     out = Path(cfg.out)
-    make_directory(out)
     tuned = saved_run(out, find_device(cfg.device))
-    if tuned:
-        print(f"walking with {out / 'adapter.pt'}, of the run with heads={tuned.result['heads']}\n")
-    else:
-        print(f"{out}/ holds no Image-LoRA trained to click without history, so here is a new run, not saved\n")
-        tuned = train.finetune(train.Config(device=cfg.device), verbose=True)
-        print()
+    print(f"walking with {out / 'adapter.pt'}, of the run with heads={tuned.result['heads']}\n")
     show_question(tuned, out / "tensors.png")
     show_attention(tuned, out / "look.png")
 
 
-def saved_run(out: Path, device: str) -> train.FinetuningRun | None:
-    """The run that train.py has left; None unless it is an Image-LoRA that clicks, and has no history."""
-    if not (out / "adapter.pt").exists() or not (out / "metrics.json").exists():
-        return None
-    result = json.loads((out / "metrics.json").read_text())
-    if result["task"] != "grounding" or result["history"] > 0:
-        return None
+def saved_run(out: Path, device: str) -> train.FinetuningRun:
+    """The run that train.py has left. ValueError unless it is an Image-LoRA that clicks, and has no history."""
+    path = out / "metrics.json"
+    result = json.loads(path.read_text()) if path.exists() else {"method": None}
+    if result["method"] != "image_lora" or result["task"] != "grounding" or result["history"] > 0:
+        why = f"{out}/ holds no Image-LoRA that was trained to click without history"
+        raise ValueError(f"{why}; first run python train.py --out {out}")
     model = load_base(result["base"], device)
     adapter = load(model, out / "adapter.pt")
     test = screens_and_features(model, "switches", "test", result["test_screens"])
