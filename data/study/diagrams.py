@@ -68,7 +68,7 @@ class Diagram(Sheet):
         elif shape == "circle":
             self.draw.circle((x, y), 20 * size, colour, "white", 3)
         else:
-            sides, turn = {"triangle": (3, 0), "square": (4, 0), "diamond": (4, 45), "hexagon": (6, 0)}[shape]
+            sides, turn = {"square": (4, 0), "diamond": (4, 45), "hexagon": (6, 0)}[shape]
             self.draw.regular_polygon((x, y, 25 * size), sides, turn, colour, "white")
         self.write(x, y, letters, ink, "mm", SMALL)
 
@@ -78,7 +78,7 @@ class Diagram(Sheet):
 
 
 def heads_alone(runs: list[dict]) -> Image.Image:
-    """A point for each run of one head: how many switches it clicks, and the head's influence before training."""
+    """A point for each head of model 1: how many switches it clicks alone, and its influence before training."""
     runs = [run for run in runs if run["influence"] != ""]
     influence = np.log10([run["influence"] for run in runs])
     clicks = np.array([run["task_acc"] for run in runs])
@@ -87,29 +87,23 @@ def heads_alone(runs: list[dict]) -> Image.Image:
     y_ticks = {percent / 100: str(percent) for percent in range(0, 101, 20)}
     titles = "influence of the head before training", "switches clicked with one head alone, %"
     diagram = Diagram(titles[0], x_range, x_ticks, titles[1], (0, 1), y_ticks)
-    looks = dict(zip(compare.SKILLED, (("circle", BLUE), ("triangle", ORANGE), ("square", GREEN))))
 
     # The points, and a name beside each where there is room
     taken = diagram.place(influence, clicks)  # places of points and names, [.., 2]
     for point, run in zip(taken, runs):
-        shape, colour = looks[run["base"]]
-        diagram.point(*point, shape, colour)
+        diagram.point(*point, "circle", BLUE)
         for shift in ((64, 0), (-64, 0), (0, -48), (0, 48), (54, -46), (-54, -46), (54, 46), (-54, 46)):
             beside = point + shift
             if (abs(taken - beside) >= (60, 46)).any(1).all():
-                diagram.write(*beside, run["heads"], colour, "mm", SMALL)
+                diagram.write(*beside, run["heads"], BLUE, "mm", SMALL)
                 taken = np.vstack([taken, beside])
                 break
 
     # The legend
-    for number, (base, look) in enumerate(looks.items()):
-        of_model = [run["base"] == base for run in runs]
-        if any(of_model):
-            y = TOP + 50 + 220 * number
-            diagram.point(RIGHT + 80, y, *look)
-            diagram.write(RIGHT + 130, y, f"model {number + 1}", font=LARGE)
-            correlation = rank_correlation(influence[of_model], clicks[of_model])
-            diagram.write(RIGHT + 130, y + LINE + 8, f"rank correlation {correlation:.2f}", GREY)
+    y = TOP + 50
+    diagram.point(RIGHT + 80, y, "circle", BLUE)
+    diagram.write(RIGHT + 130, y, "model 1", font=LARGE)
+    diagram.write(RIGHT + 130, y + LINE + 8, f"rank correlation {rank_correlation(influence, clicks):.2f}", GREY)
     return diagram.image.reduce(2)
 
 
