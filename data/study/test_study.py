@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ import train
 from data import costs, figures, prompts, walk
 from data.base import load_base
 from data.command import command
-from data.study import compare, pretrain, smollm
+from data.study import compare, diagrams, pretrain, smollm
 from data.study.muon import muon
 from data.study.tables import choose_rate
 
@@ -133,6 +134,13 @@ def test_a_method_is_compared_with_its_rival_on_the_same_models_with_the_same_se
                 runs.append(vars(cfg) | measures | {"task_acc": accuracy})
     table = compare.differences(runs, "LoRA", "Image-LoRA")
     assert table.splitlines()[2:] == ["|new task|+6.0|+6.0|+6.0|9 of 9|"]
+
+
+def test_the_rank_correlation_is_spearmans():
+    """Only the order counts, and equal numbers share the mean of their ranks."""
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert diagrams.rank_correlation(x, np.exp(x)) == pytest.approx(1)
+    assert diagrams.rank_correlation(x, np.array([1.0, 5.0, 5.0, 7.0])) == pytest.approx(4.5 / np.sqrt(5 * 4.5))
 
 
 # 4. Pages
