@@ -245,25 +245,21 @@ def test_the_pictures_of_the_pages_are_those_of_the_demos_run(directory, capsys,
     assert Image.open("pictures/training.gif").n_frames == 4
 
 
-BAD_OPTIONS = ["--method=dora", "--what=1", "extra", "--steps=many", "--steps=0", "--seed=-1", "--lr=nan", "--r=25"]
-BAD_OPTIONS += ["--num-heads=10", "--heads=best", "--heads=1.", "--heads=1.3", "--heads=1.2,1.2"]
-AFTER_THE_BASE = BAD_OPTIONS[-6], BAD_OPTIONS[-5], BAD_OPTIONS[-2], BAD_OPTIONS[-1]  # these need a look at the model
-BAD_OPTIONS += ["--replay=9", "--device=abacus"]
-BAD_OPTIONS += ["--base=no.pt", "--base=notes.txt", "--base=half.pt", "--out=notes.txt", "--out=/dev/null/x"]
+BAD_OPTIONS = ["--method=dora", "--steps=0", "--lr=nan", "--heads=best", "--heads=1.", "--replay=9", "--device=abacus"]
+BAD_OPTIONS += ["--base=no.pt", "--base=notes.txt", "--out=notes.txt"]
+AFTER_THE_BASE = ["--r=25", "--num-heads=10", "--heads=1.3", "--heads=1.2,1.2"]  # these need a look at the model
 
 
-@pytest.mark.parametrize("bad", BAD_OPTIONS)
+@pytest.mark.parametrize("bad", BAD_OPTIONS + AFTER_THE_BASE)
 def test_what_the_demo_cannot_do_is_one_sentence_and_writes_nothing(bad, directory, capsys):
     (directory / "notes.txt").write_text("not a model")
-    base = (directory / "base.pt").read_bytes()
-    (directory / "half.pt").write_bytes(base[: len(base) // 2])
     assert demo(bad) == 2
     printed = capsys.readouterr()
     # Most are noticed before anything is measured.
     assert ("before" in printed.out) == (bad in AFTER_THE_BASE)
     assert "\nafter" not in printed.out
     assert re.search(r"error: [^\n]{10,300}\n$", printed.err)
-    assert {path.name for path in directory.rglob("*") if path.is_file()} == {"base.pt", "half.pt", "notes.txt"}
+    assert {path.name for path in directory.rglob("*") if path.is_file()} == {"base.pt", "notes.txt"}
 
 
 def test_a_loss_that_is_not_finite_ends_the_demo_with_status_1(directory, capsys):
