@@ -8,7 +8,7 @@ An image is a run of `config.image_token_id` placeholders in `input_ids`, as in 
 Shapes: B batch · T tokens · N images · P patches · D hidden size · H value, H_q query heads · d their size · V words
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,8 @@ class TinyVLMConfig:
 class KVCache:
     """Keys and values of all tokens so far, a pair [B, H, T, d] for each layer; and how many were text tokens [B]."""
 
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    num_text_tokens: Tensor | None = None
+    layers: list[tuple[Tensor, Tensor]]
+    num_text_tokens: Tensor
 
 
 @dataclass

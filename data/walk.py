@@ -81,8 +81,9 @@ def show_question(tuned: train.FinetuningRun, path: Path) -> None:
     norms = f"A {first.A.grad.norm():.2g}, B {first.B.grad.norm():.2g}"
     station("", f"first backward pass, norms of the gradients: {norms}")
 
-    # What fine-tuning has changed
-    values, queries = relative_changes(model, adapter, prompt)
+    # What fine-tuning has changed: the norm of the change over the base's norm; values [L, H, T], queries [L, H_q, T]
+    queries, _, values = queries_keys_values(model, adapter, prompt)
+    values, queries = [(after - before).norm(dim=-1) / before.norm(dim=-1) for before, after in (values, queries)]
     rows = values[lowest].sum(0).nonzero().squeeze(1)
     station("3 M X", f"after training, rows adapted: {rows[0]} .. {rows[-1]}, the image's", ValueAdapter.add_update)
     sizes = "  ".join(f"{size:.0%}" for size in values[lowest][:, rows].mean(1))
@@ -125,12 +126,6 @@ def show_attention(tuned: train.FinetuningRun, path: Path) -> None:
     station("8 picture", f"{path}: where {name} looks, which has turned to the targets the most;")
     growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}"
     station("", f"their share of its attention went {growth}, the mean over {len(questions)} questions")
-
-
-def relative_changes(model: TinyVLM, adapter: ImageLoRA, prompt: dict) -> list[Tensor]:
-    """How far the adapter moves values [L, H, T] and queries [L, H_q, T]: norm of the change over the base's norm."""
-    queries, _, values = queries_keys_values(model, adapter, prompt)
-    return [(after - before).norm(dim=-1) / before.norm(dim=-1) for before, after in (values, queries)]
 
 
 def attention_maps(tuned: train.FinetuningRun, answer: Answer) -> Tensor:

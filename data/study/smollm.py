@@ -36,8 +36,8 @@ from data.command import command, make_directory, option, write_file
 from data.evaluate import OTHER_QUESTIONS
 from data.methods import LoRA
 from data.questions import all_samples, click_right_of, is_hit, old_samples, random_samples, relation_samples
-from data.screens import COLOURS, ICONS, LABELS, Screen, draw_screen
-from data.study.lens import lens_loss, patch_targets
+from data.screens import Screen, draw_screen
+from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, parse_letters
 from data.study.tables import mean_and_range, rate_table, read_runs, table, write_runs
 from imagelora import Heads, attach, score_heads, select_heads
@@ -71,7 +71,6 @@ FRONT_PAGE = (
     "LoRA, with replay",
     "Image-LoRA, with replay",
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
 FILE_COLUMNS = (
     *SETTINGS,
@@ -79,6 +78,7 @@ FILE_COLUMNS = (
     *("places_for_names", "example", "divergence", "divergence_after_screen", "identical", "same_continuations"),
     *("continuation", "selected", "seconds", "dtype", "torch", "python"),
 )
+SEE_STEPS = 500
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
 STEPS = 300  # of fine-tuning
 SCREENS_PER_STEP = 8  # of fine-tuning
@@ -96,23 +96,24 @@ class SmolConfig:
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", minimum=0)
     runs: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
-    dtype: str = option("float32", "bfloat16 halves the time on processors that have units for it", tuple(DTYPES))
+    dtype: str = option("float32", "bfloat16 is twice as fast on some processors", ("float32", "bfloat16"))
     make_base: bool = option(False, "make the base model and write it to --base")
 
 
 # ---- The base model: see, then learn to answer -----------------------------------------------------------------------
 
 
-def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor, steps=500) -> None:
+def learn_to_see(vlm: SmolVLM, features: Tensor, targets: Tensor) -> None:
     """Trains the projector, so that a patch reads as what it shows. features [N, P, D]; targets as in patch_targets."""
     embeddings = vlm.model.model.embed_tokens.weight
+    names, colours, *_ = LENS
     kinds = []  # the embeddings of all names, colours, columns and rows
-    for words in ((*LABELS, *ICONS, "switch"), COLOURS, COLUMNS, ROWS):
+    for words in (names, colours, COLUMNS, ROWS):
         kinds.append(torch.stack([embeddings[vlm.ids(f" {word}")].mean(0) for word in words]))
     log_scale = nn.Parameter(torch.tensor(1.0))
     optimizer = torch.optim.AdamW([*vlm.projector.parameters(), log_scale], weight_decay=0)
-    for step in tqdm(range(steps), "see"):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+    for step in tqdm(range(SEE_STEPS), "see"):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / SEE_STEPS)
         picks = torch.randint(len(features), (16,))
         loss = lens_loss(vlm.projector(features[picks]), targets[picks][..., :4], kinds, log_scale)
         optimizer.zero_grad()
@@ -171,8 +172,8 @@ def make_base(cfg: SmolConfig) -> None:
     features = image_features(vlm.tower, screens + switch_screens)
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
-    vlm.model.to(DTYPES[cfg.dtype])
-    vlm.texts = vlm.write_texts(256)
+    vlm.model.to(getattr(torch, cfg.dtype))
+    vlm.texts = vlm.write_texts()
     torch.manual_seed(cfg.seed)
     vlm.add_partial_lora()
     rng = np.random.default_rng(cfg.seed)
@@ -209,7 +210,7 @@ def load_base_model(cfg: SmolConfig) -> SmolVLM:
     """SmolLM2 with what --make-base wrote."""
     vlm = SmolVLM()
     vlm.load(cfg.base)
-    vlm.model.to(DTYPES[cfg.dtype])
+    vlm.model.to(getattr(torch, cfg.dtype))
     return vlm
 
 

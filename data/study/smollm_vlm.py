@@ -105,7 +105,7 @@ class SmolVLM:
         self.tower_size = tiny_model.config.hidden_size
         image = [self.model.config.image_token_id] * tiny_model.config.num_patches
         self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
-        self.texts = None  # [count, T], what the original has written
+        self.texts = None  # [256, T], what the original has written
 
     def add_projector(self) -> nn.Module:
         """An untrained projector. Its outputs have about the same norm as the word embeddings of SmolLM2."""
@@ -179,14 +179,14 @@ class SmolVLM:
         return cache
 
     @torch.no_grad()
-    def write_texts(self, count: int, length=96) -> Tensor:
-        """Texts that SmolLM2 writes, [count, length]: half of them begin as documents do, half as conversations."""
+    def write_texts(self) -> Tensor:
+        """256 texts that SmolLM2 writes, [256, 96]: half of them begin as documents do, half as conversations."""
         texts = []
         for start in ("<|endoftext|>", "<|im_start|>"):
             torch.manual_seed(0)
-            first = torch.full((count // 2, 1), self.tokenizer.convert_tokens_to_ids(start))
+            first = torch.full((128, 1), self.tokenizer.convert_tokens_to_ids(start))
             options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "eos_token_id": None}
-            texts.append(self.model.generate(first, min_new_tokens=length - 1, max_new_tokens=length - 1, **options))
+            texts.append(self.model.generate(first, min_new_tokens=95, max_new_tokens=95, **options))
         texts = torch.cat(texts)
         return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
 
