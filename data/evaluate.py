@@ -84,12 +84,10 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
                                   words and means the switch, so this tells whether a model distinguishes the screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
     metrics, answers = evaluate(model, *switch_test, cfg.task, cfg.history)
-    accuracies = {}
     for name, kind in OTHER_QUESTIONS.items():
         other_metrics, _ = evaluate(model, *source_test, kind)
-        accuracies[name] = other_metrics["task_acc"]
-    metrics["other_questions_acc"] = float(np.mean([*accuracies.values()]))
-    metrics |= accuracies
+        metrics[name] = other_metrics["task_acc"]
+    metrics["other_questions_acc"] = float(np.mean([metrics[name] for name in OTHER_QUESTIONS]))
     same_words, _ = evaluate(model, *source_test)
     metrics["same_words_acc"] = same_words["task_acc"]
     _, features = switch_test
