@@ -35,11 +35,11 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 def evaluate(
     model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None
-) -> tuple[dict, list[Answer]]:
-    """Ask one question of a kind (see `all_samples`) about each target -> (metrics, answers).
+) -> tuple[float, list[Answer]]:
+    """Ask one question of a kind (see `all_samples`) about each target -> (share of correct answers, answers).
 
-    The metrics are {"task_acc": share of correct answers}. features: of the screens, [N, P, D]. history: word problems
-    before each of them. reword: a function that asks for a sample's target in other words."""
+    features: of the screens, [N, P, D]. history: word problems before each of them. reword: a function that asks for a
+    sample's target in other words."""
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
@@ -50,7 +50,7 @@ def evaluate(
     else:
         is_correct = [output == sample["answer"] for output, sample in zip(outputs, samples)]
     answers = [Answer(screens[i], sample, output) for i, sample, output in zip(numbers, samples, outputs)]
-    return {"task_acc": float(np.mean(is_correct))}, answers
+    return float(np.mean(is_correct)), answers
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
@@ -83,13 +83,12 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
     same_words_acc                a click on a name, on screens without switches. The new task asks for it in the same
                                   words and means the switch, so this tells whether a model distinguishes the screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
-    metrics, answers = evaluate(model, *switch_test, cfg.task, cfg.history)
+    metrics = {}
+    metrics["task_acc"], answers = evaluate(model, *switch_test, cfg.task, cfg.history)
     for name, kind in OTHER_QUESTIONS.items():
-        other_metrics, _ = evaluate(model, *source_test, kind)
-        metrics[name] = other_metrics["task_acc"]
+        metrics[name], _ = evaluate(model, *source_test, kind)
     metrics["other_questions_acc"] = float(np.mean([metrics[name] for name in OTHER_QUESTIONS]))
-    same_words, _ = evaluate(model, *source_test)
-    metrics["same_words_acc"] = same_words["task_acc"]
+    metrics["same_words_acc"], _ = evaluate(model, *source_test)
     _, features = switch_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
@@ -104,7 +103,7 @@ def measure_controls(cfg, model) -> dict:
     reworded, _ = evaluate(base, *test, history=cfg.history, reword=click_right_of)
     erased_test = screens_and_features(base, "switches", "test", cfg.test_screens, erased=True)
     erased, _ = evaluate(model, *erased_test, history=cfg.history)
-    return {"reworded_acc": reworded["task_acc"], "erased_acc": erased["task_acc"]}
+    return {"reworded_acc": reworded, "erased_acc": erased}
 
 
 # ---- Prompts without an image ----------------------------------------------------------------------------------------

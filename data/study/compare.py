@@ -174,12 +174,11 @@ def make_run(cfg: train.Config) -> dict:
     """What `train.run` returns, and the measures that only the study needs."""
     tuned = train.finetune(cfg)
     validation_screens = screens_and_features(tuned.model, "switches", "validation", cfg.test_screens)
-    validation, _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
-    result = tuned.result | {"validation_acc": validation["task_acc"]}
+    result = dict(tuned.result)
+    result["validation_acc"], _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
     if cfg.method == "none":
         test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
-        reworded, _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, click_right_of)
-        result["reworded_acc"] = reworded["task_acc"]
+        result["reworded_acc"], _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, click_right_of)
     if cfg.heads in SINGLE_HEADS:
         model = load_base(cfg.base, find_device(cfg.device))
         data = screens_and_features(model, "switches", "train", prompts.TRAIN_SCREENS)
