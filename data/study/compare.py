@@ -29,6 +29,7 @@ from data.base import file_path, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.questions import click_right_of
+from data.study import smollm
 from data.study.tables import choose_rate, markdown, mean_and_range, rate_table, read_runs, table, write_runs
 from imagelora import score_heads
 
@@ -214,6 +215,33 @@ def mean_at_rates(runs: list[dict], name: str, bases: tuple, measure: str) -> di
 # ---- Tables, in the order of the page --------------------------------------------------------------------------------
 
 
+FRONT_PAGE = ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
+FRONT_PAGE += ("LoRA with replay", "Image-LoRA with replay")
+
+
+def front_page(runs: list[dict], smollm_runs: list[dict]) -> str:
+    """What each method learns and what it keeps, on SmolLM2 and on tiny models with the skill: means alone."""
+
+    def cells(found: list[dict]) -> list[str]:
+        texts = []
+        for measure in ("task_acc", "other_questions_acc"):
+            measured = [run for run in found if run[measure] != ""]
+            texts.append(mean_and_range(measure, "{:.0%}", with_range=False)(measured))
+        return texts
+
+    rows = []
+    for name in ("base model", *FRONT_PAGE):
+        of_smollm = smollm.find(smollm_runs, name)
+        of_tiny_models = mean_of_each_model(find(runs, METHODS.get(name, BASE_MODEL)))
+        size = f"{of_smollm[0]['parameters']:,}"
+        text = "same" if all(run["identical"] == "yes" for run in of_smollm) else "changes"
+        rows.append((name, size, *cells(of_smollm), *cells(of_tiny_models), text))
+    titles = [
+        f"{models}: {measure}, %" for models in ("SmolLM2", "tiny") for measure in ("new task", "other questions")
+    ]
+    return markdown(("fine-tuned with", "parameters on SmolLM2", *titles, "text without an image"), *rows)
+
+
 def tables(runs: list[dict]) -> list[str]:
     methods = {"base model": BASE_MODEL} | METHODS
     layers = {name: METHODS[name] for name in ("Image-LoRA", "Image-LoRA in 12 heads by the probe")} | LAYERS
@@ -294,7 +322,8 @@ def compare(cfg: CompareConfig) -> None:
     if cfg.method:
         print(differences(runs, cfg.method, cfg.rival))
     else:
-        print("\n".join(tables(runs)))
+        smollm_runs = smollm.read(file_path(smollm.SmolConfig.runs))
+        print("\n".join([front_page(runs, smollm_runs), *tables(runs)]))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ from imagelora import Heads, attach, score_heads, select_heads
 RATES = {
     "base model": 0.0,
     "LoRA": 0.001,
-    "LoRA, with replay": 0.001,
+    "LoRA with replay": 0.001,
     "LoRA on v": 0.004,
     "Partial LoRA": 0.004,
     "Partial LoRA on v": 0.004,
     "Image-LoRA": 0.016,
-    "Image-LoRA, with replay": 0.016,
+    "Image-LoRA with replay": 0.016,
     "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
     "Image-LoRA in 9 heads": 0.016,
     "Image-LoRA in 9 random heads": 0.016,
@@ -59,18 +59,6 @@ RATES = {
     "Image-LoRA in layers 10 to 19": 0.016,
     "Image-LoRA in layers 20 to 29": 0.016,
 }
-FRONT_PAGE = (
-    "base model",
-    "LoRA",
-    "LoRA on v",
-    "Partial LoRA",
-    "Partial LoRA on v",
-    "Image-LoRA",
-    "Partial LoRA on v, rank 2",
-    "Image-LoRA in 9 heads",
-    "LoRA, with replay",
-    "Image-LoRA, with replay",
-)
 SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
 FILE_COLUMNS = (
     *SETTINGS,
@@ -418,18 +406,18 @@ def mean_where_measured(measure: str, *options) -> Callable[[list[dict]], str]:
     return lambda runs: cell([run for run in runs if run[measure] != ""])
 
 
+def find(runs: list[dict], method: str, lr: float | None = None) -> list[dict]:
+    """The runs of a method at a learning rate, or at the one that was chosen for it."""
+    wanted = method, RATES[method] if lr is None else lr
+    return [run for run in runs if (run["method"], run["lr"]) == wanted]
+
+
 def tables(runs: list[dict]) -> list[str]:
-    """The front page's table, then those of the study's page."""
-    runs = sorted(runs, key=lambda run: run["seed"])
-    rows = {}
-    for method, lr in RATES.items():
-        rows[method] = [run for run in runs if (run["method"], run["lr"]) == (method, lr)]
-    rows["Partial LoRA on v, rate 0.016"] = [
-        run for run in runs if (run["method"], run["lr"]) == ("Partial LoRA on v", RATES["Image-LoRA"])
-    ]
+    rows = {method: find(runs, method) for method in RATES}
+    rows["Partial LoRA on v, rate 0.016"] = find(runs, "Partial LoRA on v", RATES["Image-LoRA"])
     measured = [(name, runs) for name, runs in rows.items() if any(run["other_questions_acc"] != "" for run in runs)]
-    parameters = {"parameters": mean_where_measured("parameters", "{:,.0f}", False)}
-    columns = parameters | {
+    columns = {
+        "parameters": mean_where_measured("parameters", "{:,.0f}"),
         "new task, %": mean_where_measured("task_acc"),
         "new task on validation screens, %": mean_where_measured("validation_acc"),
         "other questions, %": mean_where_measured("other_questions_acc"),
@@ -443,13 +431,7 @@ def tables(runs: list[dict]) -> list[str]:
         "click right of, %": mean_where_measured("click_right_of_acc"),
         "places given for names, %": mean_where_measured("places_for_names"),
     }
-    of_the_front_page = parameters | {
-        "new task, %": mean_where_measured("task_acc", "{:.0%}", False),
-        "other questions, %": mean_where_measured("other_questions_acc", "{:.0%}", False),
-        "text without an image": lambda runs: "same" if all(run["identical"] == "yes" for run in runs) else "changes",
-    }
     return [
-        table("SmolLM2, fine-tuned with", of_the_front_page, [(name, rows[name]) for name in FRONT_PAGE]),
         table("SmolLM2", columns, list(rows.items())),
         table("SmolLM2, each kind of other questions", kinds, measured),
         examples(rows),
@@ -460,7 +442,7 @@ def tables(runs: list[dict]) -> list[str]:
 def examples(rows: dict[str, list[dict]]) -> str:
     """What some models answer to the first question of *what is right of*; and how they go on without an image."""
     lines = []
-    for method in ("base model", "LoRA", "Image-LoRA", "Image-LoRA, with replay"):
+    for method in ("base model", "LoRA", "Image-LoRA", "Image-LoRA with replay"):
         for run in [run for run in rows[method] if run["example"]][:1]:
             lines.append(f"{method:25}{run['example']}\n")
     lines.append(f"{OPENINGS[0]} …\n")
@@ -479,8 +461,13 @@ def rates(runs: list[dict]) -> str:
     return rate_table("SmolLM2, new task in % at the learning rate", lines)
 
 
+def read(path: Path) -> list[dict]:
+    """The runs of a file, in the order of their seeds."""
+    return sorted(read_runs(path, FILE_COLUMNS), key=lambda run: run["seed"])
+
+
 def main(cfg: SmolConfig) -> None:
-    path = Path(cfg.runs)
+    path = file_path(cfg.runs)
     if cfg.make_base:
         make_directory(Path(cfg.base).parent)  # now, because it is better to fail before hours of work
         make_base(cfg)
@@ -495,7 +482,7 @@ def main(cfg: SmolConfig) -> None:
             row = {name: row[name] for name in FILE_COLUMNS}
             write_runs(path, [*read_runs(path, FILE_COLUMNS), row])  # Another process may have added one meanwhile.
     else:
-        print("\n".join(tables(read_runs(file_path(cfg.runs), FILE_COLUMNS))))
+        print("\n".join(tables(read(path))))
 
 
 if __name__ == "__main__":
