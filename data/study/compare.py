@@ -81,9 +81,9 @@ RIVALS = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # on other
 # The learning rates that were tried, once on each model.
 RATES = {
     SKILLED: {
-        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01),
-        "LoRA on v": (0.0025, 0.005, 0.01, 0.02),
-        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01),
+        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
+        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
         "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
         "Image-LoRA": (0.005, 0.01, 0.02, 0.04, 0.08),
     },
