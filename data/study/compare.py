@@ -46,8 +46,8 @@ BASE_MODEL = {"method": "none", "lr": 0.0}
 LORA = {"method": "lora", "lr": 0.0025}
 LORA_ON_V = {"method": "lora", "projections": "v", "lr": 0.01}
 PARTIAL_LORA = {"method": "partial_lora", "lr": 0.005}  # arXiv 2401.16420, there on all linear layers
-PARTIAL_LORA_ON_V = {"method": "partial_lora", "projections": "v", "lr": 0.01}
-IMAGE_LORA = {"heads": "all", "lr": 0.02}
+PARTIAL_LORA_ON_V = {"method": "partial_lora", "projections": "v", "lr": 0.005}
+IMAGE_LORA = {"heads": "all", "lr": 0.01}
 METHODS = {
     "LoRA": LORA,
     "LoRA on v": LORA_ON_V,
