@@ -74,7 +74,7 @@ def heads_of(*layers: int) -> str:
 LAYERS = {f"Image-LoRA in layer {layer}": IMAGE_LORA | {"heads": heads_of(layer)} for layer in range(4)}
 LAYERS["Image-LoRA in layers 0 and 1"] = IMAGE_LORA | {"heads": heads_of(0, 1)}
 LAYERS["Image-LoRA in layers 2 and 3"] = IMAGE_LORA | {"heads": heads_of(2, 3)}
-SINGLE_HEADS = heads_of(0, 1, 2, 3).split(",")  # for the picture heads.png
+SINGLE_HEADS = [{"heads": head, "lr": 0.02} for head in heads_of(0, 1, 2, 3).split(",")]  # for the picture heads.png
 OTHER_TASKS = {"referring": {"task": "referring"}, "long text": {"history": 9}}
 RIVALS = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # on other tasks, and without the skill
 
@@ -109,7 +109,7 @@ def all_runs() -> list[train.Config]:
     for base in SKILLED:
         runs += [train.Config(**settings, base=base, seed=seed) for settings in with_each_seed for seed in SEEDS]
         runs += [train.Config(**settings, base=base, seed=1) for settings in once]
-    runs += [train.Config(**IMAGE_LORA | {"heads": head}, base=SKILLED[0], seed=1) for head in SINGLE_HEADS]
+    runs += [train.Config(**settings, base=SKILLED[0], seed=1) for settings in SINGLE_HEADS]
     for seed, base in enumerate(UNSKILLED, 1):  # the seed that the base was pretrained with
         runs += [train.Config(**settings, base=base, seed=seed) for settings in without_skill]
     return list({key(vars(run)): run for run in runs}.values())  # each once: the chosen rates are among those tried
@@ -180,7 +180,7 @@ def make_run(cfg: train.Config) -> dict:
     if cfg.method == "none":
         test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
         result["reworded_acc"], _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, click_right_of)
-    if cfg.heads in SINGLE_HEADS:
+    if cfg.heads.count(".") == 1:
         model = load_base(cfg.base, find_device(cfg.device))
         data = screens_and_features(model, "switches", "train", prompts.TRAIN_SCREENS)
         batches = [prompts.training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
