@@ -44,7 +44,7 @@ SEEDS = (1, 2, 3)
 # fewer heads, of another rank and on other tasks, a method keeps its rate.
 BASE_MODEL = {"method": "none", "lr": 0.0}
 LORA = {"method": "lora", "lr": 0.0025}
-LORA_ON_V = {"method": "lora", "projections": "v", "lr": 0.01}
+LORA_ON_V = {"method": "lora", "projections": "v", "lr": 0.005}
 PARTIAL_LORA = {"method": "partial_lora", "lr": 0.005}  # arXiv 2401.16420, there on all linear layers
 PARTIAL_LORA_ON_V = {"method": "partial_lora", "projections": "v", "lr": 0.005}
 IMAGE_LORA = {"heads": "all", "lr": 0.01}
