@@ -442,7 +442,7 @@ def tables(runs: list[dict]) -> list[str]:
 def examples(rows: dict[str, list[dict]]) -> str:
     """What some models answer to the first question of *what is right of*; and how they go on without an image."""
     lines = []
-    for method in ("base model", "LoRA", "Image-LoRA", "Image-LoRA with replay"):
+    for method in ("base model", "Image-LoRA", "Image-LoRA with replay"):
         for run in [run for run in rows[method] if run["example"]][:1]:
             lines.append(f"{method:25}{run['example']}\n")
     lines.append(f"{OPENINGS[0]} …\n")
