@@ -123,8 +123,8 @@ def trade_off(runs: list[dict]) -> Image.Image:
     diagram = Diagram("new task, %", (0.86, 1.0), x_ticks, "other questions, %", (0.3, 1.0), y_ticks)
     draw = diagram.draw
 
-    def place(settings: dict, seeds=compare.SEEDS) -> np.ndarray:
-        models = compare.mean_of_each_model(compare.find(runs, settings, seeds=seeds))
+    def place(settings: dict, seed=None) -> np.ndarray:
+        models = compare.mean_of_each_model(compare.find(runs, settings, seed=seed))
         accuracies = [np.mean([model[name] for model in models]) for name in ("task_acc", "other_questions_acc")]
         return diagram.place(*accuracies)
 
@@ -133,7 +133,7 @@ def trade_off(runs: list[dict]) -> Image.Image:
     for method, colour in LINES.items():
         settings = compare.METHODS[method]
         rates = compare.RATES[compare.SKILLED][method]
-        places = [place(settings | {"lr": lr}, seeds=(1,)) for lr in rates]
+        places = [place(settings | {"lr": lr}, seed=1) for lr in rates]
         draw.line([tuple(point) for point in places], colour, 10, "curve")
         for point in places[:-1]:
             draw.circle(point, 14, colour)

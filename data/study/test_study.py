@@ -124,16 +124,16 @@ def test_a_method_has_the_rate_that_validation_screens_choose(name):
 
 
 def test_a_method_is_compared_with_its_rival_on_the_same_models_with_the_same_seeds():
-    """LoRA is ahead of Image-LoRA by 2 to 10 points, with each of three seeds: 6 on the mean."""
+    """LoRA is ahead of Image-LoRA by 2 and by 6 points, with two seeds: by 4 on the mean."""
     measures = dict.fromkeys(compare.MEASURES, "")
     runs = []
-    for name, accuracies in (("LoRA", (0.93, 0.95, 0.97)), ("Image-LoRA", (0.91, 0.89, 0.87))):
+    for name, accuracies in (("LoRA", (0.93, 0.95)), ("Image-LoRA", (0.91, 0.89))):
         for base in compare.SKILLED:
             for seed, accuracy in enumerate(accuracies, 1):
                 cfg = train.Config(**compare.METHODS[name], base=base, seed=seed)
                 runs.append(vars(cfg) | measures | {"task_acc": accuracy})
     table = compare.differences(runs, "LoRA", "Image-LoRA")
-    assert table.splitlines()[2:] == ["|new task|+6.0|+6.0|+6.0|9 of 9|"]
+    assert table.splitlines()[2:] == ["|new task|+4.0|+4.0|+4.0|6 of 6|"]
 
 
 def test_the_rank_correlation_is_spearmans():
