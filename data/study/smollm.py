@@ -406,15 +406,13 @@ def mean_where_measured(measure: str, *options) -> Callable[[list[dict]], str]:
     return lambda runs: cell([run for run in runs if run[measure] != ""])
 
 
-def find(runs: list[dict], method: str, lr: float | None = None) -> list[dict]:
-    """The runs of a method at a learning rate, or at the one that was chosen for it."""
-    wanted = method, RATES[method] if lr is None else lr
-    return [run for run in runs if (run["method"], run["lr"]) == wanted]
+def find(runs: list[dict], method: str) -> list[dict]:
+    """The runs of a method at the learning rate that was chosen for it."""
+    return [run for run in runs if (run["method"], run["lr"]) == (method, RATES[method])]
 
 
 def tables(runs: list[dict]) -> list[str]:
     rows = {method: find(runs, method) for method in RATES}
-    rows["Partial LoRA on v, rate 0.016"] = find(runs, "Partial LoRA on v", RATES["Image-LoRA"])
     measured = [(name, runs) for name, runs in rows.items() if any(run["other_questions_acc"] != "" for run in runs)]
     columns = {
         "parameters": mean_where_measured("parameters", "{:,.0f}"),
