@@ -17,7 +17,6 @@ LINES = {"LoRA": ORANGE, "LoRA on v": YELLOW, "Partial LoRA": GREEN, "Partial Lo
 POINTS = (  # method, shape, letters in it, colour
     ("Image-LoRA in 12 heads by the probe", "circle", "12", BLUE),
     ("Image-LoRA in 4 heads by the probe", "circle", "4", BLUE),
-    ("Image-LoRA in 12 random heads", "ring", "12", BLUE),
     ("Image-LoRA in layers 0 and 1", "square", "0+1", BLUE),
     ("Image-LoRA in layers 2 and 3", "square", "2+3", BLUE),
     ("Partial LoRA on v, rank 4", "hexagon", "r4", SKY),
@@ -27,7 +26,6 @@ POINTS = (  # method, shape, letters in it, colour
 )
 POINT_TITLES = {
     "circle": "heads by the probe",
-    "ring": "random heads",
     "square": "all heads of two layers",
     "hexagon": "rank 4",
     "diamond": "with replay",
@@ -59,17 +57,13 @@ class Diagram(Sheet):
 
     def point(self, x, y, shape: str, colour: str, letters=""):
         """A point, or a large one with letters in it."""
-        ink = "white"
         size = 2.2 if letters else 1
-        if shape == "ring":
-            ink = colour
-            self.draw.circle((x, y), 20 * size, "white", colour, 6)
-        elif shape == "circle":
+        if shape == "circle":
             self.draw.circle((x, y), 20 * size, colour, "white", 3)
         else:
             sides, turn = {"square": (4, 0), "diamond": (4, 45), "hexagon": (6, 0)}[shape]
             self.draw.regular_polygon((x, y, 25 * size), sides, turn, colour, "white")
-        self.write(x, y, letters, ink, "mm", SMALL)
+        self.write(x, y, letters, "white", "mm", SMALL)
 
     def dashes(self, left, right, y):
         for x in range(left, right, 40):
@@ -116,7 +110,7 @@ def trade_off(runs: list[dict]) -> Image.Image:
     """The new task, across, and the other questions, up: LINES through the learning rates of each method, and POINTS.
 
     All are means over the models: along the lines with seed 1, so that only the rate differs, and elsewhere over all
-    seeds. A line is cut off where it leaves the frame. (Four random heads would be far outside of it.)"""
+    seeds. A line is cut off where it leaves the frame."""
     x_ticks = {percent / 100: str(percent) for percent in range(91, 101)}
     y_ticks = {percent / 100: str(percent) for percent in range(0, 101, 10)}
     diagram = Diagram("new task, %", (0.91, 1.0), x_ticks, "other questions, %", (0.0, 1.0), y_ticks)

@@ -433,17 +433,23 @@ def tables(runs: list[dict]) -> list[str]:
         table("SmolLM2", columns, list(rows.items())),
         table("SmolLM2, each kind of other questions", kinds, measured),
         examples(rows),
+        continuations(rows),
         rates(runs),
     ]
 
 
 def examples(rows: dict[str, list[dict]]) -> str:
-    """What some models answer to the first question of *what is right of*; and how they go on without an image."""
+    """What some models answer to the first question of *what is right of*."""
     lines = []
     for method in ("base model", "Image-LoRA", "Image-LoRA with replay"):
         for run in [run for run in rows[method] if run["example"]][:1]:
             lines.append(f"{method:25}{run['example']}\n")
-    lines.append(f"{OPENINGS[0]} …\n")
+    return "".join(lines)
+
+
+def continuations(rows: dict[str, list[dict]]) -> str:
+    """How the first opening goes on without an image."""
+    lines = [f"{OPENINGS[0]} …\n"]
     for name, method in {"the original": "base model", "LoRA": "LoRA"}.items():  # the base without an image
         for run in rows[method][:1]:
             lines.append(f"{name:25}{run['continuation']}\n")
