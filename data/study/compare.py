@@ -16,7 +16,7 @@ overlap, either.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -132,6 +132,7 @@ MEASURES = {  # {column of the file: title in a table}
     "influence": "influence",  # of the head, where only one is adapted
 }
 COLUMNS = ("base", "seed", *SETTINGS, *MEASURES)
+DEFAULTS = {field.name: field.default for field in fields(train.Config)}
 REWORDED_SCREENS = 400  # test screens of reworded_acc
 
 
@@ -191,7 +192,7 @@ def make_run(cfg: train.Config) -> dict:
 
 def find(runs: list[dict], settings: dict, bases=SKILLED, seed=None) -> list[dict]:
     """The runs with these settings, which are fields of train.Config; the fields that are not named have defaults."""
-    wanted = vars(train.Config(**settings))
+    wanted = DEFAULTS | settings
     same = [run for run in runs if all(run[name] == wanted[name] for name in SETTINGS)]
     return [run for run in same if run["base"] in bases and seed in (None, run["seed"])]
 
