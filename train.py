@@ -37,6 +37,7 @@ from data.command import command, make_directory, option, write_file
 from tiny_vlm import TinyVLM
 
 # Chosen on switch screens, for Image-LoRA in all heads and for the others on q, k, v and o (data/study/README.md).
+# text_lora has that of lora.
 RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.005, "text_lora": 0.0025, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
