@@ -245,17 +245,19 @@ def front_page(runs: list[dict], smollm_runs: list[dict]) -> str:
 
 def tables(runs: list[dict]) -> list[str]:
     methods = {"base model": BASE_MODEL} | METHODS
-    layers = {name: METHODS[name] for name in ("Image-LoRA", "Image-LoRA in 12 heads by the probe")} | LAYERS
     after_task = {task: {name: METHODS[name] | changes for name in RIVALS} for task, changes in OTHER_TASKS.items()}
     accuracies = ("task_acc", "other_questions_acc")
     kinds = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc")
     kept_words = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")
     # Referring also asks what is at a place, so this is no other question after it.
     referring_columns = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
+    without_controls = {
+        name: settings for name, settings in methods.items() if "random" not in name and "rank 4" not in name
+    }
     return [
         methods_table("tiny models with the skill", methods, accuracies, (), runs),
-        methods_table("tiny models, means", methods, (), kinds + kept_words, runs),
-        methods_table("tiny models, layers", layers, accuracies, kinds, runs),
+        methods_table("tiny models, means", without_controls, (), kinds + kept_words, runs),
+        methods_table("tiny models, layers", LAYERS, accuracies, kinds, runs),
         models_table(runs),
         methods_table("tiny models, referring", after_task["referring"], referring_columns, (), runs),
         methods_table("tiny models, long text", after_task["long text"], (*accuracies, "same_words_acc"), (), runs),

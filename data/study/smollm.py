@@ -419,7 +419,6 @@ def tables(runs: list[dict]) -> list[str]:
         "new task, %": mean_where_measured("task_acc"),
         "new task on validation screens, %": mean_where_measured("validation_acc"),
         "other questions, %": mean_where_measured("other_questions_acc"),
-        "same words, %": mean_where_measured("same_words_acc"),
         "KL divergence after an image": mean_where_measured("divergence_after_screen", "{:.3f}"),
         "openings continued as before, of 20": mean_where_measured("same_continuations", "{:.2g}"),
     }
@@ -427,6 +426,7 @@ def tables(runs: list[dict]) -> list[str]:
         "what is at, %": mean_where_measured("what_is_at_acc"),
         "what is right of, %": mean_where_measured("what_is_right_of_acc"),
         "click right of, %": mean_where_measured("click_right_of_acc"),
+        "same words, %": mean_where_measured("same_words_acc"),
         "places given for names, %": mean_where_measured("places_for_names"),
     }
     return [
