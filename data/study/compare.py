@@ -10,9 +10,8 @@ A number in a table is the mean over three base models. On models with the skill
 seeds on each. Brackets hold the lowest and the highest of the three models, each of which is a mean over its seeds.
 
 We say that one method is ahead of another if it is ahead in each of the six runs, compared on the same model with the
-same seed. If two methods were equal, chance would do this once in 32 comparisons. Of single layers, on other tasks, at
-other learning rates and on models without the skill there is one run on each model. There, the two ranges must not
-overlap, either.
+same seed. If two methods were equal, chance would do this once in 32 comparisons. On other tasks, at other learning
+rates and on models without the skill there is one run on each model. There, the two ranges must not overlap, either.
 """
 
 import sys
@@ -99,7 +98,8 @@ RATES = {
 
 def all_runs() -> list[train.Config]:
     """Every run of the tables and the pictures."""
-    once = [BASE_MODEL, *LAYERS.values()]
+    with_each_seed = [*METHODS.values(), *LAYERS.values()]
+    once = [BASE_MODEL]
     once += [METHODS[name] | {"lr": lr} for name, rates in RATES[SKILLED].items() for lr in rates]
     once += [METHODS[name] | task for task in OTHER_TASKS.values() for name in RIVALS]
     without_skill = [BASE_MODEL]
@@ -107,7 +107,7 @@ def all_runs() -> list[train.Config]:
 
     runs = []
     for base in SKILLED:
-        runs += [train.Config(**settings, base=base, seed=seed) for settings in METHODS.values() for seed in SEEDS]
+        runs += [train.Config(**settings, base=base, seed=seed) for settings in with_each_seed for seed in SEEDS]
         runs += [train.Config(**settings, base=base, seed=1) for settings in once]
     runs += [train.Config(**settings, base=SKILLED[0], seed=1) for settings in SINGLE_HEADS]
     for seed, base in enumerate(UNSKILLED, 1):  # the seed that the base was pretrained with
