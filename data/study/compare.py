@@ -222,21 +222,16 @@ FRONT_PAGE += ("LoRA with replay", "Image-LoRA with replay")
 
 def front_page(runs: list[dict], smollm_runs: list[dict]) -> str:
     """What each method learns and what it keeps, on SmolLM2 and on tiny models with the skill: means alone."""
-
-    def cells(found: list[dict]) -> list[str]:
-        texts = []
-        for measure in ("task_acc", "other_questions_acc"):
-            measured = [run for run in found if run[measure] != ""]
-            texts.append(mean_and_range(measure, "{:.0%}", with_range=False)(measured))
-        return texts
-
+    measures = ("task_acc", "other_questions_acc")
+    columns = [smollm.mean_where_measured(measure, "{:.0%}", False) for measure in measures]
     rows = []
     for name in ("base model", *FRONT_PAGE):
         of_smollm = smollm.find(smollm_runs, name)
         of_tiny_models = mean_of_each_model(find(runs, METHODS.get(name, BASE_MODEL)))
         size = f"{of_smollm[0]['parameters']:,}"
         text = "same" if all(run["identical"] == "yes" for run in of_smollm) else "changes"
-        rows.append((name, size, *cells(of_smollm), *cells(of_tiny_models), text))
+        cells = [cell(found) for found in (of_smollm, of_tiny_models) for cell in columns]
+        rows.append((name, size, *cells, text))
     titles = [
         f"{models}: {measure}, %" for models in ("SmolLM2", "tiny") for measure in ("new task", "other questions")
     ]
@@ -251,6 +246,7 @@ def tables(runs: list[dict]) -> list[str]:
     kept_words = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")
     # Referring also asks what is at a place, so this is no other question after it.
     referring_columns = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
+    # The controls of the choice of heads stand in the first table alone.
     without_controls = {
         name: settings for name, settings in methods.items() if "random" not in name and "rank 4" not in name
     }
