@@ -40,6 +40,12 @@ SKILLED = ("data/tiny_vlm.pt", "runs/bases/2.pt", "runs/bases/3.pt")
 UNSKILLED = ("runs/bases/1-unskilled.pt", "runs/bases/2-unskilled.pt", "runs/bases/3-unskilled.pt")
 SEEDS = (1, 2)
 
+
+def heads_of(*layers: int) -> str:
+    """All six heads of these layers."""
+    return ",".join(f"{layer}.{head}" for layer in layers for head in range(6))
+
+
 # Fields of train.Config. Each learning rate is the one that `choose_rate` chooses among those of RATES. With replay, in
 # fewer heads, of another rank and on other tasks, a method keeps its rate.
 BASE_MODEL = {"method": "none", "lr": 0.0}
@@ -49,6 +55,7 @@ PARTIAL_LORA = {"method": "partial_lora", "lr": 0.005}  # arXiv 2401.16420, ther
 PARTIAL_LORA_ON_V = {"method": "partial_lora", "projections": "v", "lr": 0.005}
 IMAGE_LORA = {"heads": "all", "lr": 0.01}
 METHODS = {
+    "base model": BASE_MODEL,
     "LoRA": LORA,
     "LoRA on v": LORA_ON_V,
     "LoRA at text tokens alone": LORA | {"method": "text_lora"},  # a control
@@ -63,19 +70,15 @@ METHODS = {
     "LoRA with replay": LORA | {"replay": 1},
     "Partial LoRA with replay": PARTIAL_LORA | {"replay": 1},
     "Image-LoRA with replay": IMAGE_LORA | {"replay": 1},
+    "Image-LoRA in layer 0": IMAGE_LORA | {"heads": heads_of(0)},
+    "Image-LoRA in layer 1": IMAGE_LORA | {"heads": heads_of(1)},
+    "Image-LoRA in layer 2": IMAGE_LORA | {"heads": heads_of(2)},
+    "Image-LoRA in layer 3": IMAGE_LORA | {"heads": heads_of(3)},
+    "Image-LoRA in layers 0 and 1": IMAGE_LORA | {"heads": heads_of(0, 1)},
+    "Image-LoRA in layers 2 and 3": IMAGE_LORA | {"heads": heads_of(2, 3)},
 }
-
-
-def heads_of(*layers: int) -> str:
-    """All six heads of these layers."""
-    return ",".join(f"{layer}.{head}" for layer in layers for head in range(6))
-
-
-LAYERS = {f"Image-LoRA in layer {layer}": IMAGE_LORA | {"heads": heads_of(layer)} for layer in range(4)}
-LAYERS["Image-LoRA in layers 0 and 1"] = IMAGE_LORA | {"heads": heads_of(0, 1)}
-LAYERS["Image-LoRA in layers 2 and 3"] = IMAGE_LORA | {"heads": heads_of(2, 3)}
 SINGLE_HEADS = [{"heads": head, "lr": 0.02} for head in heads_of(0, 1, 2, 3).split(",")]  # for the picture heads.png
-OTHER_TASKS = {"referring": {"task": "referring"}, "long text": {"history": 9}}
+OTHER_TASKS = ({"task": "referring"}, {"history": 9})
 RIVALS = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # on other tasks, and without the skill
 
 # The learning rates that were tried, once on each model.
@@ -98,10 +101,10 @@ RATES = {
 
 def all_runs() -> list[train.Config]:
     """Every run of the tables and the pictures."""
-    with_each_seed = [*METHODS.values(), *LAYERS.values()]
+    with_each_seed = [settings for name, settings in METHODS.items() if name != "base model"]
     once = [BASE_MODEL]
     once += [METHODS[name] | {"lr": lr} for name, rates in RATES[SKILLED].items() for lr in rates]
-    once += [METHODS[name] | task for task in OTHER_TASKS.values() for name in RIVALS]
+    once += [METHODS[name] | task for task in OTHER_TASKS for name in RIVALS]
     without_skill = [BASE_MODEL]
     without_skill += [METHODS[name] | {"lr": lr} for name, rates in RATES[UNSKILLED].items() for lr in rates]
 
@@ -138,8 +141,8 @@ REWORDED_SCREENS = 400  # test screens of reworded_acc
 
 @dataclass(frozen=True)
 class CompareConfig:
-    method: str = option("", "print how many points this method is ahead of the rival", ("", *METHODS, *LAYERS))
-    rival: str = option("Image-LoRA", "the method that it is compared with", (*METHODS, *LAYERS))
+    method: str = option("", "print how many points this method is ahead of the rival", ("", *METHODS))
+    rival: str = option("Image-LoRA", "the method that it is compared with", tuple(METHODS))
     runs: str = option("data/study/runs.csv", "file of runs; in any file but this one, missing runs are made")
     workers: int = option(2, "processes that make runs, of one thread each")
     device: str = option("cpu", "where to compute: cpu, cuda, mps, or auto")
@@ -215,9 +218,11 @@ def mean_at_rates(runs: list[dict], name: str, bases: tuple, measure: str) -> di
 
 # ---- Tables, in the order of the page --------------------------------------------------------------------------------
 
-
-FRONT_PAGE = ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
-FRONT_PAGE += ("LoRA with replay", "Image-LoRA with replay")
+REPLAY = ("LoRA with replay", "Partial LoRA with replay", "Image-LoRA with replay")
+MAIN = ("base model", "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", *REPLAY)
+FEW_HEADS = ("Image-LoRA", *(name for name in METHODS if "heads" in name), "Partial LoRA on v, rank 4")
+LAYERS = [name for name in METHODS if "in layer" in name]
+WHY = ("LoRA", "LoRA on v", "LoRA at text tokens alone", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
 
 
 def front_page(runs: list[dict], smollm_runs: list[dict]) -> str:
@@ -225,52 +230,54 @@ def front_page(runs: list[dict], smollm_runs: list[dict]) -> str:
     measures = ("task_acc", "other_questions_acc")
     columns = [smollm.mean_where_measured(measure, "{:.0%}", False) for measure in measures]
     rows = []
-    for name in ("base model", *FRONT_PAGE):
+    for name in ("base model", *RIVALS, "LoRA with replay", "Image-LoRA with replay"):
         of_smollm = smollm.find(smollm_runs, name)
-        of_tiny_models = mean_of_each_model(find(runs, METHODS.get(name, BASE_MODEL)))
-        size = f"{of_smollm[0]['parameters']:,}"
+        of_tiny_models = mean_of_each_model(find(runs, METHODS[name]))
         text = "same" if all(run["identical"] == "yes" for run in of_smollm) else "changes"
-        cells = [cell(found) for found in (of_smollm, of_tiny_models) for cell in columns]
-        rows.append((name, size, *cells, text))
-    titles = [
-        f"{models}: {measure}, %" for models in ("SmolLM2", "tiny") for measure in ("new task", "other questions")
-    ]
-    return markdown(("fine-tuned with", "parameters on SmolLM2", *titles, "text without an image"), *rows)
+        rows.append((name, *(cell(found) for found in (of_smollm, of_tiny_models) for cell in columns), text))
+    titles = [f"{models}: {measure}" for models in ("SmolLM2", "tiny") for measure in ("new task, %", "others, %")]
+    return markdown(("fine-tuned with", *titles, "text without an image"), *rows)
 
 
 def tables(runs: list[dict]) -> list[str]:
-    methods = {"base model": BASE_MODEL} | METHODS
-    after_task = {task: {name: METHODS[name] | changes for name in RIVALS} for task, changes in OTHER_TASKS.items()}
-    accuracies = ("task_acc", "other_questions_acc")
     kinds = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc")
-    kept_words = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")
+    words = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")
+    accuracies = ("task_acc", "other_questions_acc")
     # Referring also asks what is at a place, so this is no other question after it.
-    referring_columns = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
-    # The controls of the choice of heads stand in the first table alone.
-    without_controls = {
-        name: settings for name, settings in methods.items() if "random" not in name and "rank 4" not in name
-    }
+    after_referring = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
     return [
-        methods_table("tiny models with the skill", methods, accuracies, (), runs),
-        methods_table("tiny models, means", without_controls, (), kinds + kept_words, runs),
+        methods_table("tiny models with the skill", MAIN, accuracies, kinds + words, runs),
+        models_table("other questions, %", WHY, "other_questions_acc", runs),
         methods_table("tiny models, layers", LAYERS, accuracies, kinds, runs),
-        models_table(runs),
-        methods_table("tiny models, referring", after_task["referring"], referring_columns, (), runs),
-        methods_table("tiny models, long text", after_task["long text"], (*accuracies, "same_words_acc"), (), runs),
+        methods_table("tiny models, few heads", FEW_HEADS, accuracies, (), runs),
+        both_kinds_table(runs),
+        methods_table("tiny models, referring", RIVALS, after_referring, (), runs, task="referring"),
+        methods_table("tiny models, long text", RIVALS, (*accuracies, "same_words_acc"), (), runs, history=9),
         rates_table("new task with the skill, %", SKILLED, "validation_acc", runs),
         rates_table("other questions with the skill, %", SKILLED, "other_questions_acc", runs),
         rates_table("new task without the skill, %", UNSKILLED, "validation_acc", runs),
     ]
 
 
-def methods_table(title: str, methods: dict[str, dict], with_range: tuple, means: tuple, runs: list[dict]) -> str:
-    """A row for each method, {name: settings}, and a column for each measure: those with a range, then means alone."""
+def methods_table(title: str, names, with_range: tuple, means: tuple, runs: list[dict], **changes) -> str:
+    """A row for each method and a column for each measure: those with a range, then means alone.
+
+    changes: other fields of train.Config, for example task="referring"."""
     columns = {MEASURES[measure]: mean_and_range(measure) for measure in with_range}
     columns |= {MEASURES[measure]: mean_and_range(measure, with_range=False) for measure in means}
-    return table(title, columns, [(name, mean_of_each_model(find(runs, methods[name]))) for name in methods])
+    return table(title, columns, [(name, mean_of_each_model(find(runs, METHODS[name] | changes))) for name in names])
 
 
-def models_table(runs: list[dict]) -> str:
+def models_table(title: str, names, measure: str, runs: list[dict]) -> str:
+    """A row for each method and a column for each model with the skill."""
+    rows = []
+    for name in names:
+        models = mean_of_each_model(find(runs, METHODS[name]))
+        rows.append((name, *(f"{100 * model[measure]:.1f}" for model in models)))
+    return markdown((title, "model 1", "model 2", "model 3"), *rows)
+
+
+def both_kinds_table(runs: list[dict]) -> str:
     """A row for each method and a column for each base model, at the learning rate that was chosen for its kind."""
 
     def cells(measure: str, skilled: dict, unskilled: dict) -> list[str]:
@@ -298,10 +305,9 @@ def rates_table(title: str, bases: tuple, measure: str, runs: list[dict]) -> str
 
 def differences(runs: list[dict], method: str, rival: str) -> str:
     """How many points a method is ahead of its rival on each model, and in how many of the runs it is ahead."""
-    settings = METHODS | LAYERS
-    of_rival = {(run["base"], run["seed"]): run for run in find(runs, settings[rival])}
+    of_rival = {(run["base"], run["seed"]): run for run in find(runs, METHODS[rival])}
     ahead = []  # for each run of the method, how far it is ahead in each measure
-    for run in find(runs, settings[method]):
+    for run in find(runs, METHODS[method]):
         other = of_rival[run["base"], run["seed"]]
         ahead.append(run | {name: run[name] - other[name] for name in MEASURES if run[name] != ""})
     models = mean_of_each_model(ahead)

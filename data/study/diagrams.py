@@ -21,7 +21,6 @@ POINTS = (  # method, shape, letters in it, colour
     ("Image-LoRA in layers 2 and 3", "square", "2+3", BLUE),
     ("Partial LoRA on v, rank 4", "hexagon", "r4", SKY),
     ("LoRA with replay", "diamond", "R", ORANGE),
-    ("Partial LoRA with replay", "diamond", "R", GREEN),
     ("Image-LoRA with replay", "diamond", "R", BLUE),
 )
 POINT_TITLES = {
@@ -138,7 +137,7 @@ def trade_off(runs: list[dict]) -> Image.Image:
     diagram.image.paste(grid)
     diagram.image.paste(inside, FRAME)
     for method, shape, letters, colour in POINTS:
-        diagram.point(*place((compare.METHODS | compare.LAYERS)[method]), shape, colour, letters)
+        diagram.point(*place(compare.METHODS[method]), shape, colour, letters)
 
     # The legend
     x, y = RIGHT + 100, TOP + 30

@@ -411,14 +411,17 @@ def find(runs: list[dict], method: str) -> list[dict]:
     return [run for run in runs if (run["method"], run["lr"]) == (method, RATES[method])]
 
 
+MAIN = [name for name in RATES if "heads" not in name and "layers" not in name and "rank 2" not in name]
+FEW_HEADS = ("Image-LoRA", "Image-LoRA in 9 heads", "Image-LoRA in 9 random heads", "Partial LoRA on v, rank 2")
+LAYERS = [name for name in RATES if "layers" in name]
+
+
 def tables(runs: list[dict]) -> list[str]:
     rows = {method: find(runs, method) for method in RATES}
-    measured = [(name, runs) for name, runs in rows.items() if any(run["other_questions_acc"] != "" for run in runs)]
-    columns = {
-        "parameters": mean_where_measured("parameters", "{:,.0f}"),
-        "new task, %": mean_where_measured("task_acc"),
-        "new task on validation screens, %": mean_where_measured("validation_acc"),
-        "other questions, %": mean_where_measured("other_questions_acc"),
+    new_task = {"new task, %": mean_where_measured("task_acc")}
+    other_questions = {"other questions, %": mean_where_measured("other_questions_acc")}
+    size = {"parameters": mean_where_measured("parameters", "{:,.0f}")}
+    english = {
         "KL divergence after an image": mean_where_measured("divergence_after_screen", "{:.3f}"),
         "openings continued as before, of 20": mean_where_measured("same_continuations", "{:.2g}"),
     }
@@ -429,9 +432,15 @@ def tables(runs: list[dict]) -> list[str]:
         "same words, %": mean_where_measured("same_words_acc"),
         "places given for names, %": mean_where_measured("places_for_names"),
     }
+
+    def methods_table(title: str, columns: dict[str, Callable], names) -> str:
+        return table(title, columns, [(name, rows[name]) for name in names])
+
     return [
-        table("SmolLM2", columns, list(rows.items())),
-        table("SmolLM2, each kind of other questions", kinds, measured),
+        methods_table("SmolLM2", size | new_task | other_questions | english, MAIN),
+        methods_table("SmolLM2, each kind", kinds, MAIN),
+        methods_table("SmolLM2, few heads", size | new_task | other_questions, FEW_HEADS),
+        methods_table("SmolLM2, layers", new_task | other_questions | kinds, LAYERS),
         examples(rows),
         continuations(rows),
         rates(runs),
