@@ -58,7 +58,8 @@ METHODS = {
     "base model": BASE_MODEL,
     "LoRA": LORA,
     "LoRA on v": LORA_ON_V,
-    "LoRA at text tokens alone": LORA | {"method": "text_lora"},  # a control
+    "LoRA at text tokens alone": LORA | {"method": "text_lora"},  # a control, like the next
+    "LoRA on v at text tokens alone": LORA_ON_V | {"method": "text_lora"},
     "Partial LoRA": PARTIAL_LORA,
     "Partial LoRA on v": PARTIAL_LORA_ON_V,
     "Partial LoRA on v, rank 4": PARTIAL_LORA_ON_V | {"r": 4},
@@ -222,21 +223,29 @@ REPLAY = ("LoRA with replay", "Partial LoRA with replay", "Image-LoRA with repla
 MAIN = ("base model", "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", *REPLAY)
 FEW_HEADS = ("Image-LoRA", *(name for name in METHODS if "heads" in name), "Partial LoRA on v, rank 4")
 LAYERS = [name for name in METHODS if "in layer" in name]
-WHY = ("LoRA", "LoRA on v", "LoRA at text tokens alone", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
+WHY = ("LoRA on v", "LoRA on v at text tokens alone", "Partial LoRA on v")  # which tokens are adapted: on v,
+WHY += ("LoRA", "LoRA at text tokens alone", "Partial LoRA")  # and on q, k, v and o
 
 
 def front_page(runs: list[dict], smollm_runs: list[dict]) -> str:
     """What each method learns and what it keeps, on SmolLM2 and on tiny models with the skill: means alone."""
-    measures = ("task_acc", "other_questions_acc")
-    columns = [smollm.mean_where_measured(measure, "{:.0%}", False) for measure in measures]
+    new_task = smollm.mean_where_measured("task_acc", "{:.0%}", False)
+    others = smollm.mean_where_measured("other_questions_acc", "{:.0%}", False)
+    texts = smollm.mean_where_measured("same_continuations", "{:.0f}", False)
     rows = []
     for name in ("base model", *RIVALS, "LoRA with replay", "Image-LoRA with replay"):
         of_smollm = smollm.find(smollm_runs, name)
         of_tiny_models = mean_of_each_model(find(runs, METHODS[name]))
-        text = "same" if all(run["identical"] == "yes" for run in of_smollm) else "changes"
-        rows.append((name, *(cell(found) for found in (of_smollm, of_tiny_models) for cell in columns), text))
-    titles = [f"{models}: {measure}" for models in ("SmolLM2", "tiny") for measure in ("new task, %", "others, %")]
-    return markdown(("fine-tuned with", *titles, "text without an image"), *rows)
+        cells = (
+            new_task(of_smollm),
+            others(of_smollm),
+            texts(of_smollm),
+            new_task(of_tiny_models),
+            others(of_tiny_models),
+        )
+        rows.append((name, *cells))
+    titles = "SmolLM2: new task, %", "others, %", "texts continued as before, of 20", "tiny: new task, %", "others, %"
+    return markdown(("fine-tuned with", *titles), *rows)
 
 
 def tables(runs: list[dict]) -> list[str]:
@@ -247,8 +256,8 @@ def tables(runs: list[dict]) -> list[str]:
     after_referring = ("task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
     return [
         methods_table("tiny models with the skill", MAIN, accuracies, kinds + words, runs),
-        models_table("other questions, %", WHY, "other_questions_acc", runs),
-        methods_table("tiny models, layers", LAYERS, accuracies, kinds, runs),
+        models_table("other questions, %", "other_questions_acc", WHY, runs),
+        methods_table("tiny models, layers", LAYERS, accuracies, (), runs),
         methods_table("tiny models, few heads", FEW_HEADS, accuracies, (), runs),
         both_kinds_table(runs),
         methods_table("tiny models, referring", RIVALS, after_referring, (), runs, task="referring"),
@@ -268,13 +277,14 @@ def methods_table(title: str, names, with_range: tuple, means: tuple, runs: list
     return table(title, columns, [(name, mean_of_each_model(find(runs, METHODS[name] | changes))) for name in names])
 
 
-def models_table(title: str, names, measure: str, runs: list[dict]) -> str:
-    """A row for each method and a column for each model with the skill."""
+def models_table(title: str, measure: str, names, runs: list[dict]) -> str:
+    """A row for each method and a column for each model with the skill; and the mean of the new task."""
     rows = []
     for name in names:
         models = mean_of_each_model(find(runs, METHODS[name]))
-        rows.append((name, *(f"{100 * model[measure]:.1f}" for model in models)))
-    return markdown((title, "model 1", "model 2", "model 3"), *rows)
+        of_models = [f"{100 * model[measure]:.1f}" for model in models]
+        rows.append((name, *of_models, mean_and_range("task_acc", with_range=False)(models)))
+    return markdown((title, "model 1", "model 2", "model 3", "new task, %"), *rows)
 
 
 def both_kinds_table(runs: list[dict]) -> str:

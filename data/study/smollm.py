@@ -440,7 +440,7 @@ def tables(runs: list[dict]) -> list[str]:
         methods_table("SmolLM2", size | new_task | other_questions | english, MAIN),
         methods_table("SmolLM2, each kind", kinds, MAIN),
         methods_table("SmolLM2, few heads", size | new_task | other_questions, FEW_HEADS),
-        methods_table("SmolLM2, layers", new_task | other_questions | kinds, LAYERS),
+        methods_table("SmolLM2, layers", new_task | other_questions, LAYERS),
         examples(rows),
         continuations(rows),
         rates(runs),
