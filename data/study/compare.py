@@ -78,7 +78,7 @@ METHODS = {
     "Image-LoRA in layers 0 and 1": IMAGE_LORA | {"heads": heads_of(0, 1)},
     "Image-LoRA in layers 2 and 3": IMAGE_LORA | {"heads": heads_of(2, 3)},
 }
-SINGLE_HEADS = [{"heads": head, "lr": 0.02} for head in heads_of(0, 1, 2, 3).split(",")]  # for the picture heads.png
+SINGLE_HEADS = [IMAGE_LORA | {"heads": head} for head in heads_of(0, 1, 2, 3).split(",")]  # for the picture heads.png
 OTHER_TASKS = ({"task": "referring"}, {"history": 9})
 RIVALS = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # on other tasks, and without the skill
 

@@ -466,11 +466,16 @@ def continuations(rows: dict[str, list[dict]]) -> str:
 
 
 def rates(runs: list[dict]) -> str:
-    """The new task on validation screens, at the learning rates that were tried with seed 1."""
-    lines = []
-    for method in ("LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"):
-        tried = [run for run in runs if (run["method"], run["seed"]) == (method, 1)]
-        lines.append((method, {run["lr"]: run["validation_acc"] for run in tried}, RATES[method]))
+    """The new task on validation screens, at the learning rates that were tried with seed 1; and what Image-LoRA keeps
+    of the other questions."""
+
+    def at_rates(method: str, measure: str) -> dict[float, float]:
+        return {run["lr"]: run[measure] for run in runs if (run["method"], run["seed"]) == (method, 1)}
+
+    methods = "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"
+    lines = [(method, at_rates(method, "validation_acc"), RATES[method]) for method in methods]
+    kept = at_rates("Image-LoRA", "other_questions_acc")
+    lines.append(("Image-LoRA, other questions", kept, RATES["Image-LoRA"]))
     return rate_table("SmolLM2, new task in % at the learning rate", lines)
 
 
