@@ -393,7 +393,7 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
         "divergence_after_screen": after_screen,
         "identical": "yes" if identical else "no",
         "same_continuations": sum(a == b for a, b in zip(continuations, original_continuations)),
-        "continuation": " ".join(continuations[0].split()),  # of the opening that the page shows
+        "continuation": " ".join(continuations[0].split()),  # of the first opening
     }
 
 
@@ -438,11 +438,10 @@ def tables(runs: list[dict]) -> list[str]:
 
     return [
         methods_table("SmolLM2", size | new_task | other_questions | english, MAIN),
-        methods_table("SmolLM2, each kind", kinds, MAIN),
+        methods_table("SmolLM2, each kind", kinds, [*MAIN, *LAYERS]),
         methods_table("SmolLM2, few heads", size | new_task | other_questions, FEW_HEADS),
         methods_table("SmolLM2, layers", new_task | other_questions, LAYERS),
         examples(rows),
-        continuations(rows),
         rates(runs),
     ]
 
@@ -450,18 +449,9 @@ def tables(runs: list[dict]) -> list[str]:
 def examples(rows: dict[str, list[dict]]) -> str:
     """What some models answer to the first question of *what is right of*."""
     lines = []
-    for method in ("base model", "Image-LoRA", "Image-LoRA with replay"):
+    for method in ("base model", "LoRA", "Image-LoRA", "Image-LoRA with replay"):
         for run in [run for run in rows[method] if run["example"]][:1]:
             lines.append(f"{method:25}{run['example']}\n")
-    return "".join(lines)
-
-
-def continuations(rows: dict[str, list[dict]]) -> str:
-    """How the first opening goes on without an image."""
-    lines = [f"{OPENINGS[0]} …\n"]
-    for name, method in {"the original": "base model", "LoRA": "LoRA"}.items():  # the base without an image
-        for run in rows[method][:1]:
-            lines.append(f"{name:25}{run['continuation']}\n")
     return "".join(lines)
 
 
