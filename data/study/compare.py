@@ -79,6 +79,7 @@ METHODS = {
     "Image-LoRA in layers 2 and 3": IMAGE_LORA | {"heads": heads_of(2, 3)},
 }
 SINGLE_HEADS = [IMAGE_LORA | {"heads": head} for head in heads_of(0, 1, 2, 3).split(",")]  # for the picture heads.png
+FINE_TUNED = tuple(name for name in METHODS if name != "base model")  # with each seed
 OTHER_TASKS = ({"task": "referring"}, {"history": 9})
 RIVALS = ("LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")  # on other tasks, and without the skill
 
@@ -102,7 +103,7 @@ RATES = {
 
 def all_runs() -> list[train.Config]:
     """Every run of the tables and the pictures."""
-    with_each_seed = [settings for name, settings in METHODS.items() if name != "base model"]
+    with_each_seed = [METHODS[name] for name in FINE_TUNED]
     once = [BASE_MODEL]
     once += [METHODS[name] | {"lr": lr} for name, rates in RATES[SKILLED].items() for lr in rates]
     once += [METHODS[name] | task for task in OTHER_TASKS for name in RIVALS]
@@ -142,8 +143,8 @@ REWORDED_SCREENS = 400  # test screens of reworded_acc
 
 @dataclass(frozen=True)
 class CompareConfig:
-    method: str = option("", "print how many points this method is ahead of the rival", ("", *METHODS))
-    rival: str = option("Image-LoRA", "the method that it is compared with", tuple(METHODS))
+    method: str = option("", "print how many points this method is ahead of the rival", ("", *FINE_TUNED))
+    rival: str = option("Image-LoRA", "the method that it is compared with", FINE_TUNED)
     runs: str = option("data/study/runs.csv", "file of runs; in any file but this one, missing runs are made")
     workers: int = option(2, "processes that make runs, of one thread each")
     device: str = option("cpu", "where to compute: cpu, cuda, mps, or auto")
@@ -219,8 +220,8 @@ def mean_at_rates(runs: list[dict], name: str, bases: tuple, measure: str) -> di
 
 # ---- Tables, in the order of the page --------------------------------------------------------------------------------
 
-REPLAY = ("LoRA with replay", "Partial LoRA with replay", "Image-LoRA with replay")
-MAIN = ("base model", "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", *REPLAY)
+MAIN = ("base model", "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA")
+MAIN += ("LoRA with replay", "Partial LoRA with replay", "Image-LoRA with replay")
 FEW_HEADS = ("Image-LoRA", *(name for name in METHODS if "heads" in name), "Partial LoRA on v, rank 4")
 LAYERS = [name for name in METHODS if "in layer" in name]
 WHY = ("LoRA on v", "LoRA on v at text tokens alone", "Partial LoRA on v")  # which tokens are adapted: on v,
@@ -234,16 +235,11 @@ def front_page(runs: list[dict], smollm_runs: list[dict]) -> str:
     texts = smollm.mean_where_measured("same_continuations", "{:.0f}", False)
     rows = []
     for name in ("base model", *RIVALS, "LoRA with replay", "Image-LoRA with replay"):
-        of_smollm = smollm.find(smollm_runs, name)
-        of_tiny_models = mean_of_each_model(find(runs, METHODS[name]))
-        cells = (
-            new_task(of_smollm),
-            others(of_smollm),
-            texts(of_smollm),
-            new_task(of_tiny_models),
-            others(of_tiny_models),
+        on_smollm = smollm.find(smollm_runs, name)
+        on_tiny = mean_of_each_model(find(runs, METHODS[name]))
+        rows.append(
+            (name, new_task(on_smollm), others(on_smollm), texts(on_smollm), new_task(on_tiny), others(on_tiny))
         )
-        rows.append((name, *cells))
     titles = "SmolLM2: new task, %", "others, %", "texts continued as before, of 20", "tiny: new task, %", "others, %"
     return markdown(("fine-tuned with", *titles), *rows)
 

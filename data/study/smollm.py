@@ -64,7 +64,7 @@ FILE_COLUMNS = (
     *SETTINGS,
     *("parameters", "task_acc", "validation_acc", "other_questions_acc", *OTHER_QUESTIONS, "same_words_acc"),
     *("places_for_names", "example", "divergence", "divergence_after_screen", "identical", "same_continuations"),
-    *("continuation", "selected", "seconds", "dtype", "torch", "python"),
+    *("selected", "seconds", "dtype", "torch", "python"),
 )
 SEE_STEPS = 500
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
@@ -393,7 +393,6 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
         "divergence_after_screen": after_screen,
         "identical": "yes" if identical else "no",
         "same_continuations": sum(a == b for a, b in zip(continuations, original_continuations)),
-        "continuation": " ".join(continuations[0].split()),  # of the first opening
     }
 
 
