@@ -8,7 +8,7 @@ are in data/questions.py and data/prompts.py, and the measures in data/evaluate.
 
 python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
-python -m data.study.compare     every method on several base models, and the tables of the pages
+python -m data.study.compare     the tables of the pages: every method on several base models
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size
 """
@@ -56,8 +56,7 @@ class Config:
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
-        "top: the most influential by the probe; bottom: the least; random: any (bottom and random take\n"
-        "as many heads in each layer as top does); gate: top by the score of the authors' release; all;\n"
+        "top: the most influential by the probe; random: any, as many in each layer as top takes; all;\n"
         "or a list of layer.head, such as 1.3,2.0",
     )
     num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", minimum=1)
@@ -125,10 +124,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     heads = None
     probe_batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
     if cfg.method == "image_lora":
-        if cfg.heads == "gate":
-            scores = methods.gate_scores(model, probe_batches)
-        else:
-            scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
+        scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
         heads = methods.choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
 
     # Freeze the model and attach the adapter. It starts at B = 0, as the base model.

@@ -34,16 +34,17 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 
 def evaluate(
-    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None
+    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None, generate=None
 ) -> tuple[float, list[Answer]]:
     """Ask one question of a kind (see `all_samples`) about each target -> (share of correct answers, answers).
 
     features: of the screens, [N, P, D]. history: word problems before each of them. reword: a function that asks for a
-    sample's target in other words."""
+    sample's target in other words. generate: what replaces `generate_answers`, for a model of another kind."""
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
-    outputs = generate_answers(model, samples, features[list(numbers)], history)
+    generate = generate or generate_answers
+    outputs = generate(model, samples, features[list(numbers)], history)
     if kind in ("grounding", "relation_clicks"):
         outputs = [parse_point(text) for text in outputs]
         is_correct = [is_hit(output, sample["bbox"]) for output, sample in zip(outputs, samples)]

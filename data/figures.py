@@ -4,10 +4,8 @@ tensors.png        what fine-tuning changes, layer by layer and token by token
 predictions.png    twelve answers before and after fine-tuning
 training.gif       a few clicks while they move to the switches
 look.png           where a head looks before and after fine-tuning
-heads.png          what each head alone can learn, against its influence
-trade_off.png      what each method learns and what it keeps, at all of its learning rates
 
-data/study/diagrams.py draws the last two, from the runs of the study.
+The diagrams heads.png and trade_off.png are drawn by data/study/diagrams.py.
 """
 
 import sys
@@ -16,10 +14,9 @@ from pathlib import Path
 
 import train
 from data import pictures
-from data.base import ROOT, find_device, load_base, screens_and_features
+from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import evaluate
-from data.study import compare, diagrams
 from data.walk import show_attention, show_question
 
 
@@ -55,9 +52,6 @@ def make_figures(cfg: FiguresConfig) -> None:
     pictures.save([pictures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
     show_question(tuned, out / "tensors.png")
     show_attention(tuned, out / "look.png")
-    runs = compare.read(ROOT / compare.CompareConfig.runs)
-    pictures.save([diagrams.heads_alone(runs)], out / "heads.png")
-    pictures.save([diagrams.trade_off(runs)], out / "trade_off.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rivals of Image-LoRA, LoRA and Partial LoRA; and the choices of heads that do not come from the probe."""
+"""The rivals of Image-LoRA, LoRA and Partial LoRA; and the choices of heads."""
 
 import math
 import re
@@ -73,26 +73,10 @@ class LoRA(nn.Module):
             self.enabled = True
 
 
-def gate_scores(model, batches: list[dict]) -> Tensor:
-    """The score of the authors' release: the squared gradient of a gate on a head's values, [L, H].
-
-    The mean over batches; each holds the model's arguments, with labels."""
-    # If a gate g turns V(h) into g V(h), then at g = 1 dL/dg = sum V(h) * dL/dV(h) = sum W_V(h) * dL/dW_V(h).
-    layers = model.language_model.layers
-    weights = [layer.self_attn.v_proj.weight for layer in layers]  # of [H * d_h, D]
-    scores = torch.zeros(len(layers), model.config.num_key_value_heads, device=model.device)
-    for batch in batches:
-        gradients = torch.autograd.grad(model(**batch).loss, weights)
-        products = torch.stack([weight * gradient for weight, gradient in zip(weights, gradients)])
-        scores += products.unflatten(1, (scores.shape[1], -1)).sum((2, 3)) ** 2 / len(batches)
-    return scores.detach().cpu()
-
-
 def check_choice(choice: str) -> None:
     """ValueError unless this is a choice of heads."""
-    is_list = re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", choice)
-    if choice not in ("top", "all", "bottom", "random", "gate") and not is_list:
-        raise ValueError(f"heads must be top, all, bottom, random, gate or a list such as 1.3,2.0, got {choice!r}")
+    if not re.fullmatch(r"top|random|all|\d+\.\d+(,\d+\.\d+)*", choice):
+        raise ValueError(f"heads must be top, random, all or a list such as 1.3,2.0, got {choice!r}")
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
@@ -108,8 +92,6 @@ def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
         return selected
     rng = np.random.default_rng(seed)
     for layer, heads in select_heads(scores, count).items():
-        if choice == "bottom":
-            heads = scores[layer].argsort(stable=True)[: len(heads)].tolist()
         if choice == "random":
             heads = rng.permutation(heads_in_layer)[: len(heads)].tolist()
         selected[layer] = sorted(heads)

@@ -1,7 +1,6 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
-python -m data.study.smollm                              print the tables of the runs in smollm.csv
-python -m data.study.smollm --method LoRA --seed 4       make one more run: 20 to 40 minutes on one core
+python -m data.study.smollm --method LoRA --seed 4       make one more run of smollm.csv: 20 to 40 minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
@@ -16,11 +15,9 @@ Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of
 """
 
 import json
-import platform
 import re
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +30,16 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_QUESTIONS
+from data.evaluate import OTHER_QUESTIONS, Answer, evaluate
 from data.methods import LoRA
-from data.questions import all_samples, click_right_of, is_hit, old_samples, random_samples, relation_samples
-from data.screens import Screen, draw_screen
+from data.questions import click_right_of, old_samples, parse_point, random_samples, relation_samples
+from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
-from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, parse_letters
-from data.study.tables import mean_and_range, rate_table, read_runs, table, write_runs
+from data.study.runs import add_row, read_rows
+from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, spell_places
 from imagelora import Heads, attach, score_heads, select_heads
 
-# {method: its learning rate}, in the order of the tables. The page says how they were chosen.
-RATES = {
+RATES = {  # {method: its learning rate}; the page says how they were chosen
     "base model": 0.0,
     "LoRA": 0.001,
     "LoRA with replay": 0.001,
@@ -59,13 +55,7 @@ RATES = {
     "Image-LoRA in layers 10 to 19": 0.016,
     "Image-LoRA in layers 20 to 29": 0.016,
 }
-SETTINGS = ("method", "steps", "lr", "seed")  # what tells one run from another
-FILE_COLUMNS = (
-    *SETTINGS,
-    *("parameters", "task_acc", "validation_acc", "other_questions_acc", *OTHER_QUESTIONS, "same_words_acc"),
-    *("places_for_names", "example", "divergence", "divergence_after_screen", "identical", "same_continuations"),
-    *("selected", "seconds", "dtype", "torch", "python"),
-)
+KEY = ("method", "lr", "seed")  # what tells one run from another
 SEE_STEPS = 500
 BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
 STEPS = 300  # of fine-tuning
@@ -78,11 +68,10 @@ TEXTS = 16  # of 256 tokens, on which English is measured
 
 @dataclass
 class SmolConfig:
-    method: str = option("", "a method of the tables: make this run, unless the file holds it", ("", *RATES))
+    method: str = option("Image-LoRA", "make a run of this method, unless the file holds it", tuple(RATES))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", minimum=0)
-    steps: int = option(STEPS, "steps of fine-tuning", minimum=1)
     seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", minimum=0)
-    runs: str = option("data/study/smollm.csv", "the file of runs")
+    out: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
     dtype: str = option("float32", "bfloat16 is twice as fast on some processors", ("float32", "bfloat16"))
     make_base: bool = option(False, "make the base model and write it to --base")
@@ -185,26 +174,13 @@ def make_base(cfg: SmolConfig) -> None:
         optimize("learn more", parameters, 2e-3, steps, lambda step: loss_of(8, num_texts=2))
     path = file_path(cfg.base)
     vlm.save(path)
-    vlm = load_base_model(cfg)  # what was written, because it is in 16 bits
-    record = {"seconds": round(time.time() - start)} | versions(vlm)
-    screens, switch_screens = (test_screens(domain, TEST_SCREENS) for domain in ("source", "switches"))
-    record["source_acc"] = accuracy(*ask(vlm, screens))
-    record["reworded_acc"] = accuracy(*ask(vlm, switch_screens, reword=click_right_of))
+    vlm = SmolVLM()
+    vlm.load(cfg.base, cfg.dtype)  # what was written, because it is in 16 bits
+    record = {"seconds": round(time.time() - start), "dtype": cfg.dtype, "torch": torch.__version__}
+    record["source_acc"], _ = ask(vlm, "source", TEST_SCREENS)
+    record["reworded_acc"], _ = ask(vlm, "switches", TEST_SCREENS, reword=click_right_of)
     record |= measure_english(vlm, nullcontext)
     write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
-
-
-def load_base_model(cfg: SmolConfig) -> SmolVLM:
-    """SmolLM2 with what --make-base wrote."""
-    vlm = SmolVLM()
-    vlm.load(cfg.base)
-    vlm.model.to(getattr(torch, cfg.dtype))
-    return vlm
-
-
-def versions(vlm: SmolVLM) -> dict:
-    dtype = str(vlm.model.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "torch": torch.__version__, "python": platform.python_version()}
 
 
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
@@ -228,47 +204,41 @@ class TrainingData:
         samples = [random_samples(self.screens[pick], 5, rng, refer=0.0, distinct=True) for pick in picks]
         return samples, self.features[picks], rng
 
-    def batch(self, index: int) -> dict:
-        """{input_ids, labels [B, T], image_features [B, P, D]}."""
-        samples, features, _ = self.questions(index)
-        return self.vlm.batch(samples) | {"image_features": features}
-
-    def loss_with_replay(self, index: int, adapter: nn.Module) -> Tensor:
-        """In turn, one of the 8 sequences is replaced by a screen without switches with old questions, a text after a
-        screen, or a text alone. A text's loss is the KL divergence from the base model's predictions."""
+    def loss(self, index: int, replay: nn.Module | None) -> Tensor:
+        """The loss of the answers in a step. With an adapter to replay with, one of the 8 sequences is replaced, in
+        turn by old questions about a screen without switches, a text after a screen, and a text alone."""
         samples, features, rng = self.questions(index)
-        turn = ("old questions", "text after a screen", "text alone")[index % 3]
-        if turn == "old questions":
+        text_loss = 0
+        if replay and index % 3 == 0:
             pick = rng.integers(len(self.source_screens))
             samples[0] = old_samples(self.source_screens[pick], 5, rng)
             features[0] = self.source_features[pick]
-            return self.vlm.model(**self.vlm.batch(samples), image_features=features).loss
-        answer_loss = self.vlm.model(**self.vlm.batch(samples[1:]), image_features=features[1:]).loss
-        text = self.vlm.texts[rng.choice(len(self.vlm.texts), 1), 1:]
-        screen = features[:1] if turn == "text after a screen" else None
-        with torch.no_grad(), adapter.disabled():
-            base_logits = text_logits(self.vlm, text, screen)
-        return answer_loss + divergence(base_logits, text_logits(self.vlm, text, screen))
+        elif replay:
+            text = self.vlm.texts[rng.choice(len(self.vlm.texts), 1), 1:]
+            screen = features[:1] if index % 3 == 1 else None
+            with torch.no_grad(), replay.disabled():
+                base_logits = text_logits(self.vlm, text, screen)
+            text_loss = divergence(base_logits, text_logits(self.vlm, text, screen))
+            samples, features = samples[1:], features[1:]
+        return self.vlm.model(**self.vlm.batch(samples), image_features=features).loss + text_loss
 
 
 def run(cfg: SmolConfig, lr: float) -> dict:
     """Fine-tune the base model once, and measure: a row of the file."""
-    start = time.time()
-    vlm = load_base_model(cfg)
+    vlm = SmolVLM()
+    vlm.load(cfg.base, cfg.dtype)
     data = TrainingData(vlm, cfg.seed)
     heads = chosen_heads(cfg, vlm, data)
     adapter = attach_adapter(cfg, vlm, heads)
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        if "with replay" in cfg.method:
-            optimize("train", trained, lr, cfg.steps, lambda step: data.loss_with_replay(step, adapter))
-        else:
-            optimize("train", trained, lr, cfg.steps, lambda step: vlm.model(**data.batch(step)).loss)
-    row = {"method": cfg.method, "steps": cfg.steps, "lr": lr, "seed": cfg.seed}
+        replay = adapter if "with replay" in cfg.method else None
+        optimize("train", trained, lr, STEPS, lambda step: data.loss(step, replay))
+    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
-    return row | {"selected": heads, "seconds": round(time.time() - start)} | versions(vlm)
+    return row | {"selected": json.dumps(heads), "dtype": cfg.dtype}
 
 
 def attach_adapter(cfg: SmolConfig, vlm: SmolVLM, heads: Heads | None) -> nn.Module | None:
@@ -288,8 +258,11 @@ def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | N
     some layers. None means all of them."""
     num_heads = vlm.model.config.num_key_value_heads  # of a layer
     if cfg.method == "Image-LoRA in 9 heads":
-        probe_batches = [data.batch(cfg.steps + i) for i in range(PROBE_BATCHES)]
-        return select_heads(score_heads(vlm.model, probe_batches, probe="exact"), 9)
+        batches = []
+        for i in range(PROBE_BATCHES):
+            samples, features, _ = data.questions(STEPS + i)
+            batches.append(vlm.batch(samples) | {"image_features": features})
+        return select_heads(score_heads(vlm.model, batches, probe="exact"), 9)
     heads = {}
     if cfg.method == "Image-LoRA in 9 random heads":
         num_layers = vlm.model.config.num_hidden_layers
@@ -313,30 +286,12 @@ OPENINGS = (
 ).split(" … ")
 
 
-def test_screens(domain: str, count: int, split="test") -> list[Screen]:
-    return [draw_screen(domain, split, i) for i in range(count)]
-
-
-def ask(vlm: SmolVLM, screens: list[Screen], kind="grounding", reword=None) -> tuple[list[dict], list[str]]:
-    """(One sample of a kind about each target of these screens, see all_samples; what the model answers to them).
-
-    reword: a function that asks for a sample's target in other words."""
-    numbers, samples = zip(*all_samples(screens, kind))
-    if reword:
-        samples = [reword(sample) for sample in samples]
-    prompts = [vlm.prompt(sample) for sample in samples]
-    return samples, vlm.generate(prompts, 4, vlm.see(screens), numbers)
-
-
-def accuracy(samples: list[dict], answers: list[str]) -> float:
-    """Share of correct answers: points in their box, and names."""
-    correct = []
-    for sample, answer in zip(samples, answers):
-        if "bbox" in sample:
-            correct.append(is_hit(parse_letters(answer), sample["bbox"]))
-        else:
-            correct.append(answer.startswith(f" {sample['answer']}\n"))
-    return float(np.mean(correct))
+def ask(
+    vlm: SmolVLM, domain: str, count: int, kind="grounding", split="test", reword=None
+) -> tuple[float, list[Answer]]:
+    """One question of a kind about each target of these screens, see data.evaluate.evaluate."""
+    screens = [draw_screen(domain, split, i) for i in range(count)]
+    return evaluate(vlm, screens, vlm.see(screens), kind, reword=reword, generate=SmolVLM.answers)
 
 
 def measure_questions(vlm: SmolVLM) -> dict:
@@ -344,23 +299,20 @@ def measure_questions(vlm: SmolVLM) -> dict:
 
     places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
     are a place. example: one such question with its answer."""
-    source = test_screens("source", TEST_SCREENS // 2)
-    metrics = {
-        "task_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS))),
-        "validation_acc": accuracy(*ask(vlm, test_screens("switches", TEST_SCREENS // 2, "validation"))),
-    }
-    names = []  # the answers to questions that ask for a name
+    half = TEST_SCREENS // 2
+    metrics = {}
+    metrics["task_acc"], _ = ask(vlm, "switches", TEST_SCREENS)
+    metrics["validation_acc"], _ = ask(vlm, "switches", half, split="validation")
+    answers = {}
     for name, kind in OTHER_QUESTIONS.items():
-        samples, answers = ask(vlm, source, kind)
-        metrics[name] = accuracy(samples, answers)
-        if kind != "relation_clicks":
-            names += answers
+        metrics[name], answers[kind] = ask(vlm, "source", half, kind)
     metrics["other_questions_acc"] = float(np.mean([metrics[name] for name in OTHER_QUESTIONS]))
-    metrics["same_words_acc"] = accuracy(*ask(vlm, source))
-    metrics["places_for_names"] = float(np.mean([parse_letters(answer) is not None for answer in names]))
-    samples, answers = ask(vlm, source, "relations")
-    first_answer = answers[0].split("\n")[0]
-    metrics["example"] = f"{samples[0]['instruction']}:{first_answer} (correct: {samples[0]['answer']})"
+    metrics["same_words_acc"], _ = ask(vlm, "source", half)
+    answers_to_names = answers["referring"] + answers["relations"]
+    are_places = [parse_point(answer.output) is not None for answer in answers_to_names]
+    metrics["places_for_names"] = float(np.mean(are_places))
+    _, sample, output = answers["relations"][0]
+    metrics["example"] = f"{sample['instruction']}: {spell_places(output)} (correct: {sample['answer']})"
     return metrics
 
 
@@ -369,9 +321,9 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
     """What has become of English, alone and after a screen, compared with the original SmolLM2 without a screen.
 
     disabled: a context in which the adapter is off, so that text alone meets the original.
-    divergence: the KL divergence of the next-token distributions in nats per token, on Python's language reference.
-    identical: whether all logits without a screen are the same, bit for bit. same_continuations: how many of 20
-    continuations without a screen are the same for 16 tokens."""
+    divergence_after_screen: the KL divergence of the next-token distributions in nats per token, on Python's language
+    reference. identical: whether all logits without a screen are the same, bit for bit. same_continuations: how many of
+    20 continuations without a screen are the same for 16 tokens."""
     reference = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
     texts = torch.tensor(vlm.tokenizer(reference[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
     screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
@@ -382,114 +334,31 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
         logits = text_logits(vlm, part)[:, :-1]
         logits_after_screen = text_logits(vlm, part, screen)[:, :-1]
         identical &= torch.equal(logits, original_logits)
-        divergences.append([divergence(original_logits, changed).item() for changed in (logits, logits_after_screen)])
+        divergences.append(divergence(original_logits, logits_after_screen).item())
     openings = [vlm.ids(opening) for opening in OPENINGS]
     with disabled():
         original_continuations = vlm.generate(openings, max_new_tokens=16)
     continuations = vlm.generate(openings, max_new_tokens=16)
-    alone, after_screen = np.mean(divergences, axis=0).tolist()
     return {
-        "divergence": alone,
-        "divergence_after_screen": after_screen,
+        "divergence_after_screen": float(np.mean(divergences)),
         "identical": "yes" if identical else "no",
         "same_continuations": sum(a == b for a, b in zip(continuations, original_continuations)),
     }
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------------
-
-
-def mean_where_measured(measure: str, *options) -> Callable[[list[dict]], str]:
-    """A column's function, see mean_and_range, over the runs that have this measure; older ones lack some."""
-    cell = mean_and_range(measure, *options)
-    return lambda runs: cell([run for run in runs if run[measure] != ""])
-
-
-def find(runs: list[dict], method: str) -> list[dict]:
-    """The runs of a method at the learning rate that was chosen for it."""
-    return [run for run in runs if (run["method"], run["lr"]) == (method, RATES[method])]
-
-
-MAIN = [name for name in RATES if "heads" not in name and "layers" not in name and "rank 2" not in name]
-FEW_HEADS = ("Image-LoRA", "Image-LoRA in 9 heads", "Image-LoRA in 9 random heads", "Partial LoRA on v, rank 2")
-LAYERS = [name for name in RATES if "layers" in name]
-
-
-def tables(runs: list[dict]) -> list[str]:
-    rows = {method: find(runs, method) for method in RATES}
-    new_task = {"new task, %": mean_where_measured("task_acc")}
-    other_questions = {"other questions, %": mean_where_measured("other_questions_acc")}
-    size = {"parameters": mean_where_measured("parameters", "{:,.0f}")}
-    english = {
-        "KL divergence after an image": mean_where_measured("divergence_after_screen", "{:.3f}"),
-        "openings continued as before, of 20": mean_where_measured("same_continuations", "{:.2g}"),
-    }
-    kinds = {
-        "what is at, %": mean_where_measured("what_is_at_acc"),
-        "what is right of, %": mean_where_measured("what_is_right_of_acc"),
-        "click right of, %": mean_where_measured("click_right_of_acc"),
-        "same words, %": mean_where_measured("same_words_acc"),
-        "places given for names, %": mean_where_measured("places_for_names"),
-    }
-
-    def methods_table(title: str, columns: dict[str, Callable], names) -> str:
-        return table(title, columns, [(name, rows[name]) for name in names])
-
-    return [
-        methods_table("SmolLM2", size | new_task | other_questions | english, MAIN),
-        methods_table("SmolLM2, each kind", kinds, [*MAIN, *LAYERS]),
-        methods_table("SmolLM2, few heads", size | new_task | other_questions, FEW_HEADS),
-        methods_table("SmolLM2, layers", new_task | other_questions, LAYERS),
-        examples(rows),
-        rates(runs),
-    ]
-
-
-def examples(rows: dict[str, list[dict]]) -> str:
-    """What some models answer to the first question of *what is right of*."""
-    lines = []
-    for method in ("base model", "LoRA", "Image-LoRA", "Image-LoRA with replay"):
-        for run in [run for run in rows[method] if run["example"]][:1]:
-            lines.append(f"{method:25}{run['example']}\n")
-    return "".join(lines)
-
-
-def rates(runs: list[dict]) -> str:
-    """The new task on validation screens, at the learning rates that were tried with seed 1; and what Image-LoRA keeps
-    of the other questions."""
-
-    def at_rates(method: str, measure: str) -> dict[float, float]:
-        return {run["lr"]: run[measure] for run in runs if (run["method"], run["seed"]) == (method, 1)}
-
-    methods = "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"
-    lines = [(method, at_rates(method, "validation_acc"), RATES[method]) for method in methods]
-    kept = at_rates("Image-LoRA", "other_questions_acc")
-    lines.append(("Image-LoRA, other questions", kept, RATES["Image-LoRA"]))
-    return rate_table("SmolLM2, new task in % at the learning rate", lines)
-
-
-def read(path: Path) -> list[dict]:
-    """The runs of a file, in the order of their seeds."""
-    return sorted(read_runs(path, FILE_COLUMNS), key=lambda run: run["seed"])
-
-
 def main(cfg: SmolConfig) -> None:
-    path = file_path(cfg.runs)
+    path = file_path(cfg.out)
     if cfg.make_base:
         make_directory(Path(cfg.base).parent)  # now, because it is better to fail before hours of work
         make_base(cfg)
-    elif cfg.method:
-        lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
-        known = [tuple(row[name] for name in SETTINGS) for row in read_runs(path, SETTINGS)]
-        if (cfg.method, cfg.steps, lr, cfg.seed) in known:
-            print(f"{path} holds this run already")
-        else:
-            make_directory(path.parent)
-            row = run(cfg, lr)
-            row = {name: row[name] for name in FILE_COLUMNS}
-            write_runs(path, [*read_runs(path, FILE_COLUMNS), row])  # Another process may have added one meanwhile.
+        return
+    lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
+    known = {(row["method"], float(row["lr"]), int(row["seed"])) for row in read_rows(path, KEY)}
+    if (cfg.method, lr, cfg.seed) in known:
+        print(f"{path} holds this run already")
     else:
-        print("\n".join(tables(read(path))))
+        make_directory(path.parent)
+        add_row(path, run(cfg, lr), KEY)
 
 
 if __name__ == "__main__":

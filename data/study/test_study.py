@@ -1,11 +1,13 @@
-"""The evidence: bases can be made, runs are kept, and the pages show what the comparison prints."""
+"""The evidence: bases can be made, a run is made once, and what the pages ask for can be done."""
 
 import multiprocessing.dummy
 import re
 import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,35 +15,35 @@ import train
 from data import costs, figures, prompts, walk
 from data.base import load_base
 from data.command import command
-from data.study import compare, diagrams, pretrain, smollm
+from data.study import pretrain, runs, smollm
 from data.study.muon import muon
-from data.study.tables import choose_rate
 
 torch.set_num_threads(1)
 ROOT = Path(train.__file__).parent
-RUNS = compare.read(ROOT / compare.CompareConfig.runs)
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("data/**/*.md")))]
 TESTS = "".join(path.read_text() for path in [*ROOT.glob("test_*.py"), *ROOT.glob("data/**/test_*.py")])
 COMMANDS = {  # those that have options
     "train.py": train.Config,
     "-m data.walk": walk.WalkConfig,
     "-m data.figures": figures.FiguresConfig,
-    "-m data.study.compare": compare.CompareConfig,
     "-m data.study.pretrain": pretrain.PretrainConfig,
+    "-m data.study.runs": runs.RunsConfig,
     "-m data.study.smollm": smollm.SmolConfig,
 }
+if find_spec("pandas"):
+    from data.study.compare import CompareConfig
+
+    COMMANDS["-m data.study.compare"] = CompareConfig
 
 
 # 1. Base models
 def test_the_same_seed_makes_the_same_base_and_without_the_skill_another(tmp_path, monkeypatch):
     """Of few steps and screens."""
-    monkeypatch.setattr(pretrain, "POOL_SIZES", (20, 15))
-    monkeypatch.setattr(pretrain, "TEST_SCREENS", 2)
+    for name, value in {"STEPS": 1, "POOL_SIZES": (20, 15), "TEST_SCREENS": 2}.items():
+        monkeypatch.setattr(pretrain, name, value)
 
     def make(name: str, *options: str) -> dict:
-        few_steps = "--see 1 --ground 1 --relate 1 --out".split()
-        arguments = [*few_steps, str(tmp_path / name), *options]
-        assert command(pretrain.PretrainConfig, pretrain.pretrain, "", arguments) == 0
+        assert command(pretrain.PretrainConfig, pretrain.pretrain, "", ["--out", str(tmp_path / name), *options]) == 0
         return load_base(tmp_path / name).state_dict()
 
     base = make("base.pt")
@@ -65,29 +67,35 @@ def test_a_step_of_muon_goes_downhill_along_a_nearly_orthogonal_matrix():
 
 
 # 2. Runs
+def make_runs(path: Path) -> int:
+    """Runs the command -> its exit status."""
+    return command(runs.RunsConfig, runs.main, "", ["--out", str(path), "--workers", "1"])
+
+
 def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkeypatch, capsys):
     """Of the shipped base: once frozen and once, with its influence, with a single head."""
-    short = {"base": "data/tiny_vlm.pt", "steps": 1, "test_screens": 2}
-    frozen = train.Config(**compare.BASE_MODEL, **short)
-    one_head = train.Config(**compare.IMAGE_LORA | {"heads": "1.3"}, **short)
-    monkeypatch.setattr(compare, "all_runs", lambda: [frozen, one_head])
-    monkeypatch.setattr(compare, "REWORDED_SCREENS", 2)
-    monkeypatch.setattr(compare, "tables", lambda runs: ["the tables"])
-    monkeypatch.setattr(compare, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
+    planned = [
+        runs.Run("skilled", 1, "base model", 0.0, 1),
+        runs.Run("skilled", 1, "Image-LoRA in head 1.3", 0.01, 1),
+    ]
+    monkeypatch.setattr(runs, "all_runs", lambda: planned)
+    monkeypatch.setitem(runs.SETTINGS, "skilled", (runs.SKILLED, {"steps": 1, "test_screens": 2}))
+    monkeypatch.setattr(runs, "REWORDED_SCREENS", 2)
+    monkeypatch.setattr(runs, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
     monkeypatch.setattr(prompts, "TRAIN_SCREENS", 16)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
-    file = tmp_path / "new" / "runs.csv"
-    arguments = ["--runs", str(file), "--workers", "1"]
-    assert command(compare.CompareConfig, compare.compare, "", arguments) == 0
-    first, second = compare.read(file)
-    assert first["task_acc"] < 0.5 < first["reworded_acc"]
-    assert second["influence"] > 0
-    assert "" not in [second[name] for name in compare.MEASURES if name != "reworded_acc"]
+    path = tmp_path / "new" / "runs.csv"
+    assert make_runs(path) == 0
+    frozen, one_head = runs.read_rows(path, runs.COLUMNS)
+    assert float(frozen["task_acc"]) < 0.5 < float(frozen["reworded_acc"])
+    assert float(one_head["influence"]) > 0
+    assert [name for name in runs.COLUMNS if frozen[name] == ""] == ["influence"]
+    assert [name for name in runs.COLUMNS if one_head[name] == ""] == ["reworded_acc"]
 
-    monkeypatch.setattr(compare, "make_run", None)  # nothing can run
-    assert command(compare.CompareConfig, compare.compare, "", arguments) == 0
-    assert compare.read(file) == [first, second]
-    assert capsys.readouterr().out.count("the tables") == 2
+    monkeypatch.setattr(runs, "make_run", None)  # nothing can run
+    assert make_runs(path) == 0
+    assert "holds all runs" in capsys.readouterr().out
+    assert runs.read_rows(path, runs.COLUMNS) == [frozen, one_head]
 
 
 @pytest.mark.parametrize(
@@ -95,66 +103,41 @@ def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkey
 )
 def test_a_file_of_something_else_and_a_missing_base_are_refused(name, sentence, tmp_path, capsys, monkeypatch):
     """In one sentence, before anything runs."""
-    monkeypatch.setattr(compare, "all_runs", lambda: [train.Config(base="runs/bases/no.pt")])
+    monkeypatch.setitem(runs.SKILLED, 2, "runs/bases/no.pt")
     (tmp_path / "notes.csv").write_text("base,seed\n")
-    assert command(compare.CompareConfig, compare.compare, "", ["--runs", str(tmp_path / name)]) == 2
+    assert make_runs(tmp_path / name) == 2
     assert sentence in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.csv"]
     assert (tmp_path / "notes.csv").read_text() == "base,seed\n"
 
 
+def test_a_new_measure_is_a_new_column(tmp_path):
+    """The runs that were made before are kept as they are."""
+    path = tmp_path / "runs.csv"
+    path.write_text("method,lr,task_acc\nLoRA,0.0025,0.30000000000000004\n")
+    runs.add_row(path, {"method": "LoRA", "lr": 0.005, "new_acc": 0.5}, ("method", "lr"))
+    assert path.read_text().splitlines() == [
+        "method,lr,task_acc,new_acc",
+        "LoRA,0.0025,0.30000000000000004,",
+        "LoRA,0.005,,0.5",
+    ]
+
+
 def test_the_file_holds_the_runs_of_the_study_and_no_others():
-    kept = sorted(map(compare.key, RUNS))
-    assert kept == sorted(compare.key(vars(run)) for run in compare.all_runs())
+    rows = runs.read_rows(ROOT / "data/study/runs.csv", runs.COLUMNS)
+    kept = [tuple(row[name] for name in runs.Run._fields) for row in rows]
+    assert sorted(kept) == sorted(tuple(map(str, run)) for run in runs.all_runs())
 
 
-# 3. Learning rates, and differences
-def test_the_chosen_rate_is_the_lowest_within_one_point_of_the_best():
-    assert choose_rate({0.01: 0.9, 0.02: 0.971, 0.04: 0.98, 0.08: 0.5}) == 0.02
-    assert choose_rate({0.01: 0.9, 0.02: 0.969, 0.04: 0.98, 0.08: 0.98}) == 0.04
-
-
-@pytest.mark.parametrize("name", compare.RATES[compare.SKILLED])
-def test_a_method_has_the_rate_that_validation_screens_choose(name):
-    """Lower and higher ones were tried."""
-    clicks = compare.mean_at_rates(RUNS, name, compare.SKILLED, "validation_acc")
-    assert compare.METHODS[name]["lr"] == choose_rate(clicks)
-    assert min(clicks) < choose_rate(clicks)
-    assert max(clicks) > max(clicks, key=clicks.get)
-
-
-def test_a_method_is_compared_with_its_rival_on_the_same_models_with_the_same_seeds():
-    """LoRA is ahead of Image-LoRA by 2 and by 6 points, with two seeds: by 4 on the mean."""
-    measures = dict.fromkeys(compare.MEASURES, "")
-    runs = []
-    for name, accuracies in (("LoRA", (0.93, 0.95)), ("Image-LoRA", (0.91, 0.89))):
-        for base in compare.SKILLED:
-            for seed, accuracy in enumerate(accuracies, 1):
-                cfg = train.Config(**compare.METHODS[name], base=base, seed=seed)
-                runs.append(vars(cfg) | measures | {"task_acc": accuracy})
-    table = compare.differences(runs, "LoRA", "Image-LoRA")
-    assert table.splitlines()[2:] == ["|new task|+4.0|+4.0|+4.0|6 of 6|"]
-
-
-def test_the_rank_correlation_is_spearmans():
-    """Only the order counts, and equal numbers share the mean of their ranks."""
-    x = np.array([1.0, 2.0, 3.0, 4.0])
-    assert diagrams.rank_correlation(x, np.exp(x)) == pytest.approx(1)
-    assert diagrams.rank_correlation(x, np.array([1.0, 5.0, 5.0, 7.0])) == pytest.approx(4.5 / np.sqrt(5 * 4.5))
-
-
-# 4. Pages
-@pytest.mark.parametrize("table", compare.tables(RUNS), ids=lambda table: table.split("|")[1])
-def test_a_table_of_the_studys_page_is_that_which_the_comparison_prints(table):
-    """Whoever changes a run or the page sees it here."""
-    header = table.splitlines()[0]
-    shown = re.findall(rf"^{re.escape(header)}\n(?:\|.*\n)+", (ROOT / "data/study/README.md").read_text(), re.M)
-    assert shown == [table]
-
-
-def test_the_table_of_the_front_page_is_that_which_the_comparison_prints():
-    smollm_runs = smollm.read(ROOT / smollm.SmolConfig.runs)
-    assert compare.front_page(RUNS, smollm_runs) in (ROOT / "README.md").read_text()
+# 3. Pages
+@pytest.mark.parametrize("program", ["data.study.compare", "data.study.diagrams"])
+def test_a_missing_package_is_told_with_the_command_that_installs_it(program):
+    without_pandas = (
+        f"import sys, runpy; sys.modules['pandas'] = None; runpy.run_module('{program}', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", without_pandas], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert re.fullmatch(r'error: .* pip install "\.\[study\]"\n', ended.stderr)
 
 
 def anchors(page: Path) -> list[str]:
