@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -267,6 +268,12 @@ def test_a_loss_that_is_not_finite_ends_the_demo_with_status_1(directory, capsys
     assert demo("--lr=1e18 --steps=40") == 1
     error = capsys.readouterr().err
     assert re.search(r"error: the loss is \w+ at step \d+; try a smaller --lr than 1e\+18\n$", error)
+
+
+def test_ctrl_c_stops_the_demo_with_status_130(directory, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", Mock(side_effect=KeyboardInterrupt))
+    assert demo("") == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):

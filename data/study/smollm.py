@@ -355,7 +355,7 @@ def main(cfg: SmolConfig) -> None:
     lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
     known = {(row["method"], float(row["lr"]), int(row["seed"])) for row in read_rows(path, KEY)}
     if (cfg.method, lr, cfg.seed) in known:
-        print(f"{path} holds this run already")
+        print(f"{path} holds this run already; python -m data.study.compare prints the tables")
     else:
         make_directory(path.parent)
         add_row(path, run(cfg, lr), KEY)
