@@ -121,7 +121,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         print_metrics("before", cfg.task, before)
 
     # The probe: how much could each value head lower the loss? Then select heads.
-    heads = None
+    scores = heads = None
     probe_batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
     if cfg.method == "image_lora":
         scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
@@ -142,7 +142,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
 
     # Measure the same again.
     after, answers = evaluate.measure(cfg, model, switch_test, source_test)
-    result = {**asdict(cfg), "selected": heads, "before": before, **after}
+    influence = None if scores is None else scores.tolist()
+    result = {**asdict(cfg), "influence": influence, "selected": heads, "before": before, **after}
     result["text_logits_max_abs_diff"] = evaluate.max_difference(base_logits, evaluate.text_only_logits(model))
     result |= costs.run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}

@@ -21,15 +21,11 @@ def command(settings_class, job: Callable, description: str, arguments: list[str
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
     for f in fields(settings_class):
-        option_name = f"--{f.name.replace('_', '-')}"
-        help_text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
+        kind = {"type": float if f.default is None else type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
-            parser.add_argument(option_name, action="store_true", help=help_text)
-        else:
-            kind = float if f.default is None else type(f.default)
-            parser.add_argument(
-                option_name, default=f.default, type=kind, choices=f.metadata["choices"], help=help_text
-            )
+            kind = {"action": "store_true"}
+        help = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help, **kind)
     options = parser.parse_args(arguments)
     for f in fields(settings_class):
         value, minimum = getattr(options, f.name), f.metadata["minimum"]

@@ -25,19 +25,9 @@ COLOURS = {  # of each method, Okabe and Ito's
 REPLAY = {"LoRA": 0.93, "Partial LoRA": 1, "Image-LoRA": 1.075}  # {method: where across}, side by side
 LAYER_COLOURS = ("#0072b2", "#007a5a", "#b5610a", "#7b4b94")
 GREY = "#667085"
-STYLE = {
-    "figure.figsize": (8.3, 4.8),
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
-    "font.size": 11,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#98a2b3",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e4e7ec",
-}
+STYLE = {"figure.figsize": (8.3, 4.8), "figure.constrained_layout.use": True, "savefig.dpi": 200, "font.size": 11}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True}
+STYLE |= {"axes.edgecolor": "#98a2b3", "grid.color": "#e4e7ec", "legend.frameon": False}
 
 
 def trade_off(runs: pd.DataFrame) -> plt.Figure:
@@ -54,14 +44,11 @@ def trade_off(runs: pd.DataFrame) -> plt.Figure:
     for method, across in REPLAY.items():
         up = chosen.other_questions_acc[f"{method} with replay"]
         axes.plot(across, up, "D", color=COLOURS[method], markeredgecolor="white")
-    axes.text(0.25, 93, "new task", color=GREY, va="center")
-    axes.text(0.25, 72, "other questions", color=GREY, va="center")
-    axes.text(1.14, 92, "with replay", color=GREY, va="center")
-    axes.set_xlabel("learning rate, relative to the chosen one")
+    for x, y, words in ((0.25, 93, "new task"), (0.25, 72, "other questions"), (1.14, 92, "with replay")):
+        axes.text(x, y, words, color=GREY, va="center")
+    axes.set(xlabel="learning rate, relative to the chosen one", ylabel="correct answers, %", ylim=(0, 102))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("correct answers, %")
-    axes.set_ylim(0, 102)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -78,11 +65,9 @@ def heads(runs: pd.DataFrame) -> plt.Figure:
         axes.text(influence, clicks, name, color="white", size=8, ha="center", va="center", bbox=circle)
     correlation = runs.influence.rank().corr(runs.task_acc.rank())  # Spearman's
     axes.text(0.003, 94, f"rank correlation {correlation:.2f}", color=GREY)
-    axes.set_xlabel("influence of the head before training")
-    axes.set_xscale("log")
+    axes.set(xlabel="influence of the head before training", ylabel="switches clicked with this head alone, %")
+    axes.set(xscale="log", ylim=(-3, 100))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("switches clicked with this head alone, %")
-    axes.set_ylim(-3, 100)
     return figure
 
 

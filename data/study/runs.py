@@ -19,12 +19,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import prompts
-from data.base import file_path, find_device, load_base, screens_and_features
+from data.base import file_path, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import evaluate
+from data.evaluate import OTHER_QUESTIONS, evaluate
 from data.questions import click_right_of
-from imagelora import score_heads
 
 
 class Run(NamedTuple):
@@ -37,16 +35,9 @@ class Run(NamedTuple):
     seed: int
 
 
-MEASURES = (
-    "task_acc",
-    "validation_acc",  # the new task on validation screens
-    "other_questions_acc",  # the mean of the next three
-    "what_is_at_acc",
-    "what_is_right_of_acc",
-    "click_right_of_acc",
-    "same_words_acc",
-    "word_problem_after_image_acc",
-    "word_problem_acc",
+MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validation screens
+    *("task_acc", "validation_acc", "other_questions_acc", *OTHER_QUESTIONS, "same_words_acc"),
+    *("word_problem_after_image_acc", "word_problem_acc"),
     "reworded_acc",  # of the base model alone: the new task, if it is asked to click right of the name
     "influence",  # of the head, where only one is adapted
 )
@@ -95,10 +86,7 @@ METHODS = {
     "LoRA with replay": LORA | {"replay": 1},
     "Partial LoRA with replay": PARTIAL_LORA | {"replay": 1},
     "Image-LoRA with replay": IMAGE_LORA | {"replay": 1},
-    "Image-LoRA in layer 0": IMAGE_LORA | {"heads": heads_of(0)},
-    "Image-LoRA in layer 1": IMAGE_LORA | {"heads": heads_of(1)},
-    "Image-LoRA in layer 2": IMAGE_LORA | {"heads": heads_of(2)},
-    "Image-LoRA in layer 3": IMAGE_LORA | {"heads": heads_of(3)},
+    **{f"Image-LoRA in layer {layer}": IMAGE_LORA | {"heads": heads_of(layer)} for layer in range(4)},
     "Image-LoRA in layers 0 and 1": IMAGE_LORA | {"heads": heads_of(0, 1)},
     "Image-LoRA in layers 2 and 3": IMAGE_LORA | {"heads": heads_of(2, 3)},
 }
@@ -197,24 +185,16 @@ def make_run(run: Run, device: str) -> dict:
     """A line of the file: what `train.run` returns, and the measures that only the study needs."""
     cfg = config(run, device)
     tuned = train.finetune(cfg)
-    row = tuned.result | run._asdict()
+    row = tuned.result | run._asdict() | {"influence": ""}
     validation_screens = screens_and_features(tuned.model, "switches", "validation", cfg.test_screens)
     row["validation_acc"], _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
     if run.method in BASE_MODEL:
         test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
         row["reworded_acc"], _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, click_right_of)
     if run.method in SINGLE_HEADS:
-        row["influence"] = influence(cfg)
+        layer, head = map(int, cfg.heads.split("."))
+        row["influence"] = tuned.result["influence"][layer][head]
     return {name: row.get(name, "") for name in COLUMNS}
-
-
-def influence(cfg: train.Config) -> float:
-    """The probe's score, on the base model, of the single head that this run adapts."""
-    model = load_base(cfg.base, find_device(cfg.device))
-    data = screens_and_features(model, "switches", "train", prompts.TRAIN_SCREENS)
-    batches = [prompts.training_batch(cfg, data, i) for i in range(prompts.PROBE_BATCHES)]
-    layer, head = map(int, cfg.heads.split("."))
-    return score_heads(model, batches, seed=cfg.seed)[layer, head].item()
 
 
 @dataclass(frozen=True)

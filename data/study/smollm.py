@@ -204,19 +204,21 @@ class TrainingData:
         samples = [random_samples(self.screens[pick], 5, rng, refer=0.0, distinct=True) for pick in picks]
         return samples, self.features[picks], rng
 
-    def loss(self, index: int, replay: nn.Module | None) -> Tensor:
-        """The loss of the answers in a step. With an adapter to replay with, one of the 8 sequences is replaced, in
-        turn by old questions about a screen without switches, a text after a screen, and a text alone."""
+    def loss(self, index: int, replay_adapter: nn.Module | None) -> Tensor:
+        """The loss of the answers in a step. If there is an adapter to replay with, one of the 8 sequences is replaced
+        by a screen without switches with old questions, a text after a screen, or a text alone. A text's loss is the KL
+        divergence from the base model's predictions."""
         samples, features, rng = self.questions(index)
+        turn = ("old questions", "text after a screen", "text alone")[index % 3]
         text_loss = 0
-        if replay and index % 3 == 0:
+        if replay_adapter and turn == "old questions":
             pick = rng.integers(len(self.source_screens))
             samples[0] = old_samples(self.source_screens[pick], 5, rng)
             features[0] = self.source_features[pick]
-        elif replay:
+        elif replay_adapter:
             text = self.vlm.texts[rng.choice(len(self.vlm.texts), 1), 1:]
-            screen = features[:1] if index % 3 == 1 else None
-            with torch.no_grad(), replay.disabled():
+            screen = features[:1] if turn == "text after a screen" else None
+            with torch.no_grad(), replay_adapter.disabled():
                 base_logits = text_logits(self.vlm, text, screen)
             text_loss = divergence(base_logits, text_logits(self.vlm, text, screen))
             samples, features = samples[1:], features[1:]
@@ -233,8 +235,8 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        replay = adapter if "with replay" in cfg.method else None
-        optimize("train", trained, lr, STEPS, lambda step: data.loss(step, replay))
+        replay_adapter = adapter if "with replay" in cfg.method else None
+        optimize("train", trained, lr, STEPS, lambda step: data.loss(step, replay_adapter))
     row = {"method": cfg.method, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)

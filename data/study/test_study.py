@@ -130,6 +130,15 @@ def test_the_file_holds_the_runs_of_the_study_and_no_others():
 
 
 # 3. Pages
+def test_the_lesson_needs_neither_the_study_nor_its_packages():
+    lesson = "train, data.walk, data.figures, data.costs"
+    check = (
+        f"import sys, {lesson}; print([name for name in ('data.study', 'pandas', 'matplotlib') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("program", ["data.study.compare", "data.study.diagrams"])
 def test_a_missing_package_is_told_with_the_command_that_installs_it(program):
     without_pandas = (
