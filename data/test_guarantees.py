@@ -711,22 +711,16 @@ def huge_loss(model, batch):
 
 
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
-    (attach, {"r": 25}, "r must be an integer in 1..24, got 25"),
-    (attach, {"r": 2.0}, "r must be an integer in 1..24, got 2.0"),
-    (attach, {"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
-    (attach, {"lora_alpha": "16"}, "lora_alpha must be a positive number, got '16'"),
+    (attach, {"r": 25}, "r must be in 1..24 and lora_alpha positive, got r=25"),
+    (attach, {"lora_alpha": 0}, "lora_alpha positive, got r=8 and lora_alpha=0"),  # nothing would be learned
     (attach, {"heads": {0: []}}, "no head is selected"),
-    (attach, {"heads": [1]}, "heads must be {layer: .*, got .1."),
-    (attach, {"heads": {0: 1}}, "layer 0 has 3 heads, got 1"),
-    (attach, {"heads": {0: [1, 1]}}, "each once; layer 0"),
+    (attach, {"heads": {0: [1, 1]}}, "layer 0 has 3 heads; .* each once, not .1, 1."),
     (attach, {"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
-    (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads, got .3."),  # would be head 0 of the next token
+    (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads; .* not .3."),  # would be head 0 of the next token
     (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
     (score_heads, {"batches": EARLY}, "this is one batch; pass .batch."),
     (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
-    (score_heads, {"batches": [EARLY], "loss_fn": logits_of}, "loss of probe batch 0 has shape"),
-    (score_heads, {"batches": [EARLY], "loss_fn": torch.no_grad()(loss_of)}, "has no gradient"),
     (score_heads, {"batches": [EARLY], "loss_fn": huge_loss}, "a gradient of the probe is not finite"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
 ]
@@ -737,37 +731,32 @@ def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentenc
     check_refusal(sentence, function, tiny_vlm(), **arguments)
 
 
-SELECTIONS = [  # scores of two layers' heads, the number of heads to select, tau, and why that cannot be
-    ([1.0, 1.0], 0, 0.5, "^num_heads must be in 1..4, got 0$"),
-    ([1.0, -torch.inf], 3, 0.5, "^num_heads must be in 1..2, got 3$"),
-    ([0.0, -torch.inf], 1, 0.5, "^select_heads got scores between 0 and 0, .* not all zero$"),
-    ([1.0, -1.0], 1, 0.5, "^select_heads got scores between .* not negative"),
-    ([1.0, math.inf], 1, 0.5, "^select_heads got scores between .* must be finite"),
-    ([1.0, 2.0], 2, -1.0, "^tau must be a finite number that is not negative"),  # would prefer the worst layers
-    ([1.0, 2.0], 2, math.nan, "^tau must be a finite number that is not negative"),
+SELECTIONS = [  # scores of two layers' heads, the number of heads to select, and why that cannot be
+    ([1.0, 1.0], 0, "^num_heads must be in 1..4, got 0$"),
+    ([1.0, -torch.inf], 3, "^num_heads must be in 1..2, got 3$"),
+    ([0.0, -torch.inf], 1, "^select_heads got scores between 0 and 0, .* not all zero$"),
+    ([1.0, -1.0], 1, "^select_heads got scores between .* not negative"),
+    ([1.0, math.inf], 1, "^select_heads got scores between .* must be finite"),
 ]
 
 
-@pytest.mark.parametrize("scores, num_heads, tau, sentence", SELECTIONS)
-def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence):
+@pytest.mark.parametrize("scores, num_heads, sentence", SELECTIONS)
+def test_a_selection_that_cannot_be_is_refused(scores, num_heads, sentence):
     with pytest.raises(ValueError, match=sentence):
-        select_heads(torch.tensor([scores, scores]), num_heads, tau)
+        select_heads(torch.tensor([scores, scores]), num_heads)
 
 
-ATTENTION = "language_model.layers.1.self_attn"
-MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
-    ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
-    ("", "language_model", None, "found none"),
-    ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
-    (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
-    (ATTENTION, "head_dim", None, "has no head_dim"),
+MODELS = [  # an attribute of the model, and a value with which it cannot be adapted
+    ("config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
+    ("language_model", None, "found none"),
+    ("other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
 ]
 
 
-@pytest.mark.parametrize("module, attribute, value, sentence", MODELS)
-def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sentence):
+@pytest.mark.parametrize("attribute, value, sentence", MODELS)
+def test_a_model_that_cannot_be_adapted_is_refused(attribute, value, sentence):
     model = tiny_vlm()
-    setattr(model.get_submodule(module), attribute, value)
+    setattr(model, attribute, value)
     check_refusal(sentence, attach, model)
 
 
