@@ -69,13 +69,6 @@ def decoder_flops(shape: Shape, num_tokens: int, lowest_adapted: int) -> int:
     return forward + backward
 
 
-def image_lora_costs(shape: Shape, num_visual: int, heads: Heads, r=8, train_gamma=False) -> tuple[int, int]:
-    """(Parameters, training FLOPs) of Image-LoRA in these heads, on a batch of so many visual tokens."""
-    num_heads = sum(len(selected) for selected in heads.values())
-    parameters = len(heads) * (shape.hidden_size * r + train_gamma) + num_heads * r * shape.head_dim
-    return parameters, image_lora_flops(num_visual, shape.hidden_size, shape.head_dim, heads, r)
-
-
 def lora_costs(shape: Shape, num_tokens: int, projections="qkvo", r=8, lowest_adapted=0) -> tuple[int, int]:
     """(Parameters, training FLOPs) of LoRA on these projections of the layers from lowest_adapted upwards; num_tokens
     are those that it adapts, in the batch."""
@@ -98,15 +91,16 @@ def print_costs() -> None:
     for where, lowest in (("all layers", 0), ("the upper half of the layers", QWEN.num_layers // 2)):
         heads = {layer: all_heads[layer] for layer in all_heads if layer >= lowest}
         _, lora = lora_costs(QWEN, TOKENS, lowest_adapted=lowest)
-        _, image_lora = image_lora_costs(QWEN, VISUAL_TOKENS, heads)
+        image_lora = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, heads, r=8)
         for method, flops in (("LoRA", lora), ("Image-LoRA", image_lora)):
             step = decoder_flops(QWEN, TOKENS, lowest) + flops
             print(f"{f'{method} in {where}':42}{flops / 1e9:10.2f}{step / 1e9:13,.0f}")
 
     _, lora = lora_costs(QWEN, TOKENS)
     _, partial_lora = lora_costs(QWEN, VISUAL_TOKENS)
-    _, image_lora = image_lora_costs(QWEN, VISUAL_TOKENS, all_heads)
-    _, in_half = image_lora_costs(QWEN, VISUAL_TOKENS, {layer: range(QWEN.value_heads // 2) for layer in all_heads})
+    image_lora = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, all_heads, r=8)
+    half_of_them = {layer: range(QWEN.value_heads // 2) for layer in all_heads}
+    in_half = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, half_of_them, r=8)
     savings = f"visual tokens only {partial_lora / lora:.3f} x values only {image_lora / partial_lora:.3f}"
     print(f"\n{savings} x half of the heads {in_half / image_lora:.3f} = {in_half / lora:.3f}")
 
@@ -123,7 +117,9 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     num_visual = int((ids == c.image_token_id).sum())
     parameters = flops = lowest = 0
     if cfg.method == "image_lora":
-        parameters, flops = image_lora_costs(shape, num_visual, heads, cfg.r, cfg.train_gamma)
+        num_heads = sum(len(selected) for selected in heads.values())
+        parameters = len(heads) * (D * cfg.r + cfg.train_gamma) + num_heads * cfg.r * head_dim
+        flops = image_lora_flops(num_visual, D, head_dim, heads, cfg.r)
         lowest = min(heads)
     elif cfg.method != "none":
         num_tokens = {"lora": ids.numel(), "partial_lora": num_visual, "text_lora": ids.numel() - num_visual}
