@@ -5,11 +5,14 @@
 X is the input of a layer's v_proj, W_V is its frozen weight, and S is the set of selected heads. M = diag(1[token is
 visual]) keeps the rows of visual tokens and sets all others to zero. For the same X, the queries, the keys, the values
 of text tokens and those of other heads stay what they were. Without an image the output is the base model's, exactly.
+The factor 1/sqrt|S|, selection-size normalization, makes a layer's first update as large for any number of heads.
 
-    scores = score_heads(model, batches)                       # how much each value head could help
-    adapter = attach(model, heads=select_heads(scores, 16))    # adapt the best 16; then train adapter.parameters()
+    adapter = attach(model)                                    # in all heads; then train adapter.parameters()
     adapter.save("adapter.pt")
     adapter = load(another_model, "adapter.pt")                # later, on a fresh copy of the model
+
+    scores = score_heads(model, batches)                       # or first probe how much each value head could help,
+    adapter = attach(model, heads=select_heads(scores, 16))    # and adapt only the best 16
 
 A worked example. There are three tokens with two features each, and token 1 is visual. There are two heads of size 1,
 head 1 is adapted, and the scale is 1. So x_vis A = [3, 4] [1, 2]^T = 11, and times B(1) = 0.5 this is 5.5. It is added
@@ -30,7 +33,7 @@ heads of a layer (the KV heads under grouped-query attention), d_h their size, |
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -52,20 +55,19 @@ class ValueAdapter(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.scaling = lora_alpha / r
         if normalize:
-            self.scaling /= len(heads) ** 0.5
-        self.heads = torch.tensor(heads, device="cpu")  # S, [|S|]. Not a buffer, because buffers may be averaged.
-        # New tensors state their device and type, because whoever loads the model may have changed torch's defaults.
-        options = {"dtype": torch.float32, "device": "cpu"}
+            self.scaling /= len(heads) ** 0.5  # selection-size normalization
+        self.heads = torch.tensor(heads, device="cpu")  # S, [|S|]
+        options = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
         # The selected heads share A, which reads a token once for all of them. B(h) writes what head h passes on.
         self.A = nn.Parameter(torch.empty(hidden_size, r, **options))  # [D, r]
         self.B = nn.Parameter(torch.empty(len(heads), r, head_dim, **options))  # [|S|, r, d_h]
-        self.gamma = nn.Parameter(torch.empty(1, **options))  # [1], because FSDP cannot shard a scalar
+        self.gamma = nn.Parameter(torch.empty(1, **options))  # [1]
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew at the base model: A is random, B is zero, gamma is 1."""
-        # A is uniform in +-1/sqrt(D), as in PEFT's LoRA. Drawn on the CPU, so that a seed gives the same A everywhere.
+        # A is uniform in +-1/sqrt(D), as in PEFT's LoRA, and drawn on the CPU: a seed gives the same A everywhere.
         A = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
         self.A.copy_(nn.init.kaiming_uniform_(A.T, a=5**0.5).T)
         self.B.zero_()
@@ -73,7 +75,7 @@ class ValueAdapter(nn.Module):
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Inputs of visual tokens [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
-        # z = x A, which the selected heads share. BLAS is several times faster on a contiguous A^T [r, D].
+        # z = x A, which the selected heads share (linear wants A^T, and is faster if it is contiguous)
         z = nn.functional.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
         scaled_B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
@@ -87,8 +89,7 @@ class ValueAdapter(nn.Module):
         H, d_h = self.num_kv_heads, self.B.shape[2]
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D], M X without its zero rows
         delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
-        # V~(h) = X W_V(h) + delta(h). The values hold a vector of size d_h for each token n and head h. It is row
-        # n * H + h of [B * T * H, d_h]. (index_put would take n and h as they are, but on a GPU it sorts them.)
+        # V~(h) = X W_V(h) + delta(h). The values are one vector [d_h] for each token n and head h, at n * H + h.
         vectors = value.reshape(-1, d_h)  # [B * T * H, d_h]
         targets = rows[:, None] * H + self.heads  # [N, |S|]
         return vectors.index_add(0, targets.flatten(), delta.view(-1, d_h)).view_as(value)
@@ -101,22 +102,10 @@ def visual_rows(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
 
 
 class ImageLoRA(nn.Module):
-    """Freezes `model` and adapts the values of visual tokens in these heads; `attach` is another name for it.
+    """The adapter of a model, which `attach` makes: a ValueAdapter for each adapted layer, in `.layers[str(layer)]`."""
 
-    r, lora_alpha: rank and alpha of LoRA; the update is scaled by lora_alpha / r and, with normalize, by 1/sqrt|S|.
-    heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter.
-    train_gamma: whether gamma is trained, as in the paper. By default it stays 1.
-
-    `.parameters()` are A, B and gamma of the adapted layers, float32. The adapter becomes `model.image_lora`, so they
-    are in the model's state_dict, too. Raises ValueError, and leaves the model alone, if it cannot be adapted.
-
-    If `model` is PEFT's wrapper, the base is frozen already, and what PEFT has added stays trainable. To train both,
-    give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
-
-    @torch.inference_mode(False)  # because weights that are made under inference_mode can never be trained
-    def __init__(self, model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False):
+    def __init__(self, base, decoder, heads, r, lora_alpha, normalize, train_gamma):
         super().__init__()
-        base, decoder, image_token_ids = checked_model(model, r, lora_alpha)
         self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
         self.model_name = getattr(base.config, "_name_or_path", type(base).__name__)
         self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
@@ -124,15 +113,9 @@ class ImageLoRA(nn.Module):
         for layer, selected in checked_heads(heads, self.head_counts).items():
             attention = decoder[layer].self_attn
             sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
-            adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize).to(device_of(attention.v_proj))
+            adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize)  # one that stays in float32
             adapter.gamma.requires_grad_(train_gamma)
-            self.layers[str(layer)] = adapter
-        # From here on the model changes: in each of its calls the tracker finds the visual rows and calls add_update.
-        self._tracker = CallTracker(base, image_token_ids, decoder, self.layers)
-        self._required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
-        if model is base:  # otherwise PEFT has frozen it
-            base.requires_grad_(False)
-        base.image_lora = self  # after it was frozen, because this makes the adapter a part of the model
+            self.layers[str(layer)] = adapter.to(device_of(attention.v_proj))
 
     @property
     def heads(self) -> Heads:
@@ -164,25 +147,46 @@ class ImageLoRA(nn.Module):
         return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
-attach = ImageLoRA  # what the class does when it is called, and how users call it: adapter = attach(model, ...)
+@torch.inference_mode(False)  # because what is made in inference mode can never be trained
+def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False) -> ImageLoRA:
+    """Freeze the model, and adapt the values of its visual tokens in these heads.
+
+    r, lora_alpha: rank and alpha of LoRA; the update is scaled by lora_alpha / r and, with normalize, by 1/sqrt|S|.
+    heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter.
+    train_gamma: whether gamma is trained, as in the paper. By default it stays 1.
+
+    `adapter.parameters()` are A, B and gamma, float32. They are in the model's state_dict, too, as `model.image_lora`.
+    Raises ValueError, and changes nothing, if the model cannot be adapted. What PEFT has added stays trainable; to
+    train both, give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
+    base, decoder, image_token_ids = checked_model(model, r, lora_alpha)
+    adapter = ImageLoRA(base, decoder, heads, r, lora_alpha, normalize, train_gamma)
+    # From here on the model changes: in each of its calls the tracker finds the visual rows and calls add_update.
+    adapter._tracker = CallTracker(base, image_token_ids, decoder, adapter.layers)
+    adapter._required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
+    if model is base:  # otherwise PEFT has frozen it
+        base.requires_grad_(False)
+    base.image_lora = adapter  # after it was frozen, because this makes the adapter a part of the model
+    return adapter
 
 
 def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe="rank1", seed=0) -> Tensor:
     """How much each value head could lower the loss: its influence I(l, h), [L, H] float32.
 
     An Image-LoRA in every head with B = 0 leaves the output as it is, and I(l, h) = ||dL/dB_l(h)||^2. That gradient is
-    A^T X_vis^T G, where G is dL/dV~(h) at visual tokens.
-    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. As E[A A^T] = I, the score's mean is the exact score.
-    probe="exact": r = D and A = I, so the score is ||X_vis^T G||^2, the squared norm of W_V(h)'s gradient from visual
-    tokens. It has no noise and takes little longer, but it needs memory for a few float32 matrices [D, D] per layer.
+    A^T Y. Here Y = X_vis^T G is the gradient of W_V(h) from visual tokens, and G is dL/dV~(h) there.
+    probe="rank1": r = 1 and A ~ N(0, I), new for each batch. As ||A^T Y||^2 = trace(Y^T A A^T Y) and E[A A^T] = I, each
+    score is noisy, and right on average: its mean is ||Y||^2.
+    probe="exact": r = D and A = I, so the score is ||Y||^2. It takes little longer, but it needs memory for a few
+    float32 matrices [D, D] per layer.
 
-    batches: any iterable; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by default
-    `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from large
-    ones. Where a layer has fewer heads than others, the rest of its row is -inf. seed: of the generator that draws A.
-    ValueError if a loss or gradient is not finite, or if no loss depends on a visual token. In float16 gradients can
-    also underflow, unless loss_fn scales the loss."""
+    batches: an iterable of batches; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by
+    default `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from
+    large ones. Where a layer has fewer heads than others, the rest of its row is -inf. ValueError if a loss or gradient
+    is not finite, or if no loss depends on a visual token. In float16, gradients can also underflow: scale the loss."""
     if probe not in ("rank1", "exact"):
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
+    if isinstance(batches, Mapping):
+        raise ValueError("batches must be a list of batches, but this is one batch; pass [batch]")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     _, decoder, _ = checked_model(model)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
@@ -223,7 +227,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
 
     Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
     tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
-    check_selection(scores, num_heads, tau)
+    check_selection(scores, num_heads)
     # Influence of each layer, [L]. The largest comes first, so that it wins a tie. Heads that a layer lacks have -inf.
     influence, order = scores.double().clamp(min=0).sum(1).sort(descending=True, stable=True)
     head_counts = (scores >= 0).sum(1)[order]
@@ -402,7 +406,9 @@ def thread_and_backward_pass() -> tuple[int, int]:
 
 
 class PortableValueAdapter(ValueAdapter):
-    """A ValueAdapter that never drops below float32, and whose state_dict says which heads and scale it belongs to."""
+    """A ValueAdapter that never drops below float32, and whose state_dict says which heads and scale it belongs to.
+
+    Its heads are no buffer, because whoever averages models averages buffers, too, and would make a head 2 of a 3."""
 
     def _apply(self, fn, recurse=True):
         def convert(tensor):  # .to(), .half(), .to_empty() and their like convert each tensor by fn.
@@ -476,7 +482,7 @@ def write_file(adapter: ImageLoRA, path: Path) -> None:
         if layers[layer]["B"].ndim < 3:
             gather = "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
             raise ValueError(f"this is only one rank's shard of the adapter; call save() inside {gather}")
-        layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())
+        layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())  # [1] in the model: FSDP cannot shard a scalar
     model = adapter._tracker.model if hasattr(adapter, "_tracker") else adapter
     frozen = any(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in adapter.parameters())
     if frozen or not any(tensors["B"].any() for tensors in layers.values()):
@@ -549,10 +555,8 @@ def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, s
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and not getattr(config, "distributed_config", None):
         raise ValueError("the model is sharded already; attach first, then shard")
     D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-    if type(r) is not int or not 1 <= r <= D:
-        raise ValueError(f"r must be an integer in 1..{D}, got {r!r}")
-    if not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
-        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
+    if not (1 <= r <= D and lora_alpha > 0):
+        raise ValueError(f"r must be in 1..{D} and lora_alpha positive, got r={r} and lora_alpha={lora_alpha}")
     return model, decoder, ids
 
 
@@ -561,10 +565,6 @@ def check_attention(where: str, attention: nn.Module) -> None:
     if "v_proj" not in parts:
         others = "cross-attention to images, other layers of hybrid models, fused qkv and latent values"
         raise ValueError(f"{where} has no self_attn.v_proj, only {', '.join(parts)}; {others} cannot be adapted")
-    if not hasattr(attention.v_proj, "out_features"):
-        raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
-    if getattr(attention, "head_dim", None) is None:
-        raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if later:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
@@ -574,16 +574,12 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     """The selected heads as integers, in order of layers, without empty ones. ValueError if the model lacks one."""
     if heads is None:
         heads = dict(enumerate(map(range, head_counts)))
-    expected = "heads must be {layer: [value head, ...]}"
-    if not isinstance(heads, dict):
-        raise ValueError(f"{expected}, got {heads!r}")
-    heads = {int(layer) if str(layer).isdecimal() else layer: heads[layer] for layer in heads}  # JSON has strings
+    heads = {int(layer) if str(layer).isdecimal() else layer: selected for layer, selected in heads.items()}  # of JSON
     for layer, selected in heads.items():
         # Unchecked, head H would write into head 0 of the next token, and layer -1 would be the last one.
-        count = head_counts[int(layer)] if layer in range(len(head_counts)) else 0
-        is_list = isinstance(selected, (list, tuple, range))
-        if not is_list or sum(head in selected for head in range(count)) < len(selected):
-            raise ValueError(f"{expected}, each once; layer {layer!r} has {count} heads, got {selected!r}")
+        count = head_counts[layer] if layer in range(len(head_counts)) else 0
+        if sum(head in selected for head in range(count)) < len(selected):
+            raise ValueError(f"layer {layer!r} has {count} heads; name some of them, each once, not {selected!r}")
     if not any(heads.values()):
         raise ValueError("no head is selected; name at least one")
     return {int(layer): [int(head) for head in heads[layer]] for layer in sorted(heads) if heads[layer]}
@@ -597,13 +593,9 @@ def check_placeholders(arguments: dict) -> None:
         raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
 
 
-def check_loss(loss: Tensor, batch: int) -> None:
-    if isinstance(loss, Tensor) and loss.numel() > 1:
-        raise ValueError(f"the loss of probe batch {batch} has shape {list(loss.shape)}; average it to one number")
-    if not isinstance(loss, Tensor) or not loss.isfinite():
+def check_loss(loss: Tensor | None, batch: int) -> None:
+    if loss is None or not loss.isfinite().all():
         raise ValueError(f"the loss of probe batch {batch} is {loss}; check that its labels hold an answer")
-    if not loss.requires_grad:
-        raise ValueError(f"the loss of probe batch {batch} has no gradient; do not call score_heads under no_grad()")
 
 
 def check_influence(scores: Tensor, num_batches: int) -> None:
@@ -614,9 +606,7 @@ def check_influence(scores: Tensor, num_batches: int) -> None:
         raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
 
 
-def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:
-    if not 0 <= tau < float("inf"):
-        raise ValueError(f"tau must be a finite number that is not negative, got {tau}")
+def check_selection(scores: Tensor, num_heads: int) -> None:
     existing = scores[scores != -torch.inf]  # a layer lacks the others
     if not 1 <= num_heads <= len(existing):
         raise ValueError(f"num_heads must be in 1..{len(existing)}, got {num_heads}")

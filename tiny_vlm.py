@@ -239,7 +239,9 @@ class TinyVLM(nn.Module):
         text = ~visual
         if attention_mask is not None:
             text = text & attention_mask[:, -input_ids.shape[1] :].bool()  # padding is not text
-        # Positions count text tokens only: a question's positions do not depend on the images before it.
+        # Positions count text tokens only, so a question's positions do not depend on the images before it. All patches
+        # of an image share one position, that of the text before it: where a patch is in the image, it knows from the
+        # vision tower's row and column embeddings.
         num_past = text.new_zeros(len(text), dtype=torch.long)  # text tokens so far, [B]
         if past_key_values:
             num_past = past_key_values.num_text_tokens

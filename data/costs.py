@@ -1,7 +1,6 @@
 """What LoRA and Image-LoRA cost in a training step, by arithmetic: python -m data.costs
 
-It prints two models, because the comparison turns on one number: how many value heads a model has. Qwen2.5-VL-7B has 4
-of them for 28 query heads, which makes values cheap. LLaVA-1.5-7B has 32 for 32.
+A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing.
 """
 
 from typing import NamedTuple
@@ -18,18 +17,16 @@ class Shape(NamedTuple):
     value_heads: int
     head_dim: int
     mlp_weights: int  # in a layer
+    vocab_size: int
 
 
-MODELS = {
-    "Qwen2.5-VL-7B": Shape(28, 3584, 28, 4, 128, 3 * 3584 * 18944),
-    "LLaVA-1.5-7B": Shape(32, 4096, 32, 32, 128, 3 * 4096 * 11008),
-}
-VISUAL_TOKENS = 576  # of an image in LLaVA-1.5, or of 672 x 672 pixels in Qwen2.5-VL
+QWEN = Shape(28, 3584, 28, 4, 128, 3 * 3584 * 18944, 152064)  # Qwen2.5-VL-7B
+VISUAL_TOKENS = 576  # of an image of 672 x 672 pixels
 TOKENS = 720
 
 
 def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
-    """FLOPs of LoRA on one Linear in a training step; a product of m x n and n x k counts 2 m n k.
+    """FLOPs of LoRA on one Linear in a training step.
 
     input_grad: whether the input of this Linear needs a gradient."""
     product_with_A = 2 * num_tokens * r * in_features
@@ -52,61 +49,60 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
     return flops
 
 
-def decoder_flops(shape: Shape, num_tokens: int) -> int:
-    """FLOPs of a decoder's training step: its layers forward and back to their inputs, as its weights are frozen."""
-    heads = 2 * shape.query_heads + 2 * shape.value_heads  # of q, o, k and v
-    weights = shape.hidden_size * heads * shape.head_dim + shape.mlp_weights  # of a layer
-    linear = 2 * 2 * num_tokens * weights  # forward, and back to the input
-    attention = 3 * 2 * 2 * num_tokens**2 * shape.query_heads * shape.head_dim  # QK^T and PV, each with two back
-    return shape.num_layers * (linear + attention)
+def decoder_flops(shape: Shape, num_tokens: int, lowest_adapted: int) -> int:
+    """FLOPs of the frozen decoder in a training step on one sequence: forward through all of it, and back to the
+    outputs of q, k and v in the lowest adapted layer. Nothing below them needs a gradient, whatever the method.
+
+    Weights are frozen, so a Linear is one product forward, and one back if its input needs a gradient. Attention is two
+    forward and four back, as a fused kernel computes them, also where only values need a gradient; all pairs of tokens
+    count, masked or not. The logits of all tokens are included. The vision tower is not, nor what a kernel or a
+    checkpoint computes a second time."""
+    attention_size = shape.query_heads * shape.head_dim
+    qkv = 2 * num_tokens * shape.hidden_size * (attention_size + 2 * shape.value_heads * shape.head_dim)
+    o_and_mlp = 2 * num_tokens * (attention_size * shape.hidden_size + shape.mlp_weights)
+    logits = 2 * num_tokens * shape.hidden_size * shape.vocab_size
+    attention = 2 * num_tokens**2 * attention_size  # one product, such as QK^T or PV
+
+    forward = shape.num_layers * (qkv + 2 * attention + o_and_mlp) + logits
+    layers_above = shape.num_layers - 1 - lowest_adapted
+    backward = logits + layers_above * (o_and_mlp + 4 * attention + qkv) + o_and_mlp + 4 * attention
+    return forward + backward
 
 
-def image_lora_costs(shape: Shape, num_visual: int, heads: Heads, r=8, train_gamma=False) -> tuple[int, int]:
-    """(Parameters, training FLOPs) of Image-LoRA in these heads, on a batch of so many visual tokens."""
-    num_heads = sum(len(selected) for selected in heads.values())
-    parameters = len(heads) * (shape.hidden_size * r + train_gamma) + num_heads * r * shape.head_dim
-    return parameters, image_lora_flops(num_visual, shape.hidden_size, shape.head_dim, heads, r)
-
-
-def lora_costs(shape: Shape, num_tokens: int, projections="qkvo", r=8) -> tuple[int, int]:
-    """(Parameters, training FLOPs) of LoRA on these projections; num_tokens are those that it adapts, in the batch."""
+def lora_costs(shape: Shape, num_tokens: int, projections="qkvo", r=8, lowest_adapted=0) -> tuple[int, int]:
+    """(Parameters, training FLOPs) of LoRA on these projections of the layers from lowest_adapted upwards; num_tokens
+    are those that it adapts, in the batch."""
     D, q, kv = shape.hidden_size, shape.query_heads * shape.head_dim, shape.value_heads * shape.head_dim
     sizes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
     parameters = flops = 0
-    for layer in range(shape.num_layers):
+    for layer in range(lowest_adapted, shape.num_layers):
         for projection in projections:
             parameters += r * sum(sizes[projection])
-            input_grad = layer > 0 or projection == "o"  # the lowest q, k and v read frozen embeddings
+            input_grad = layer > lowest_adapted or projection == "o"  # below, everything is frozen
             flops += lora_flops(num_tokens, *sizes[projection], r, input_grad)
     return parameters, flops
 
 
 def print_costs() -> None:
-    """For each model a table of parameters, adapter FLOPs and their share of the step; then the three factors."""
-    print(f"a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens, r = 8")
-    for model, shape in MODELS.items():
-        print(f"\n{model:32}{'parameters':>12}{'adapter GFLOP':>16}{'of LoRA':>9}{'of the step':>13}")
-        step = decoder_flops(shape, TOKENS)
-        all_heads = {layer: range(shape.value_heads) for layer in range(shape.num_layers)}
-        half_of_them = {layer: range(shape.value_heads // 2) for layer in range(shape.num_layers)}
-        rows = {
-            "LoRA": lora_costs(shape, TOKENS),
-            "LoRA on v": lora_costs(shape, TOKENS, "v"),
-            "Partial LoRA": lora_costs(shape, VISUAL_TOKENS),
-            "Partial LoRA on v": lora_costs(shape, VISUAL_TOKENS, "v"),
-            "Image-LoRA": image_lora_costs(shape, VISUAL_TOKENS, all_heads),
-            "Image-LoRA in half of the heads": image_lora_costs(shape, VISUAL_TOKENS, half_of_them),
-        }
-        for name, (parameters, flops) in rows.items():
-            share_of_lora = flops / rows["LoRA"][1]
-            share_of_step = flops / (step + flops)
-            print(f"{name:32}{parameters:12,}{flops / 1e9:16.2f}{share_of_lora:9.3f}{share_of_step:13.3%}")
-        flops_of = {name: flops for name, (_, flops) in rows.items()}
-        visual_only = flops_of["Partial LoRA"] / flops_of["LoRA"]
-        values_only = flops_of["Image-LoRA"] / flops_of["Partial LoRA"]
-        half = flops_of["Image-LoRA in half of the heads"] / flops_of["Image-LoRA"]
-        factors = f"visual tokens only {visual_only:.3f} x values only {values_only:.3f} x half of the heads {half:.3f}"
-        print(f"{factors} = {visual_only * values_only * half:.3f}")
+    """What a step costs with adapters in all layers and in the upper half of them; then Image-LoRA's three savings."""
+    all_heads = {layer: range(QWEN.value_heads) for layer in range(QWEN.num_layers)}
+    print(f"Qwen2.5-VL-7B, r = 8, a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens\n")
+    print(f"{'GFLOP of a training step':42}{'adapter':>10}{'whole step':>13}")
+    for where, lowest in (("all layers", 0), ("the upper half of the layers", QWEN.num_layers // 2)):
+        heads = {layer: all_heads[layer] for layer in all_heads if layer >= lowest}
+        _, lora = lora_costs(QWEN, TOKENS, lowest_adapted=lowest)
+        image_lora = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, heads, r=8)
+        for method, flops in (("LoRA", lora), ("Image-LoRA", image_lora)):
+            step = decoder_flops(QWEN, TOKENS, lowest) + flops
+            print(f"{f'{method} in {where}':42}{flops / 1e9:10.2f}{step / 1e9:13,.0f}")
+
+    _, lora = lora_costs(QWEN, TOKENS)
+    _, partial_lora = lora_costs(QWEN, VISUAL_TOKENS)
+    image_lora = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, all_heads, r=8)
+    half_of_them = {layer: range(QWEN.value_heads // 2) for layer in all_heads}
+    in_half = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, half_of_them, r=8)
+    savings = f"visual tokens only {partial_lora / lora:.3f} x values only {image_lora / partial_lora:.3f}"
+    print(f"\n{savings} x half of the heads {in_half / image_lora:.3f} = {in_half / lora:.3f}")
 
 
 def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
@@ -116,11 +112,15 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     c = model.config
     D = c.hidden_size
     head_dim = D // c.num_attention_heads
-    shape = Shape(c.num_hidden_layers, D, c.num_attention_heads, c.num_key_value_heads, head_dim, 2 * D * 4 * D)
+    sizes = c.num_attention_heads, c.num_key_value_heads, head_dim, 2 * D * 4 * D, c.vocab_size
+    shape = Shape(c.num_hidden_layers, D, *sizes)
     num_visual = int((ids == c.image_token_id).sum())
-    parameters = flops = 0
+    parameters = flops = lowest = 0
     if cfg.method == "image_lora":
-        parameters, flops = image_lora_costs(shape, num_visual, heads, cfg.r, cfg.train_gamma)
+        num_heads = sum(len(selected) for selected in heads.values())
+        parameters = len(heads) * (D * cfg.r + cfg.train_gamma) + num_heads * cfg.r * head_dim
+        flops = image_lora_flops(num_visual, D, head_dim, heads, cfg.r)
+        lowest = min(heads)
     elif cfg.method != "none":
         num_tokens = {"lora": ids.numel(), "partial_lora": num_visual, "text_lora": ids.numel() - num_visual}
         parameters, flops = lora_costs(shape, num_tokens[cfg.method], cfg.projections, cfg.r)
@@ -130,7 +130,7 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": flops / len(ids),
         "lora_flops_per_screen": flops_of_lora / len(ids),
-        "step_flops_per_screen": decoder_flops(shape, ids.shape[1]) + flops / len(ids),
+        "step_flops_per_screen": decoder_flops(shape, ids.shape[1], lowest) + flops / len(ids),
     }
 
 

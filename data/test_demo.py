@@ -10,13 +10,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import evaluate, figures, prompts, questions, screens, walk
+from data import costs, evaluate, figures, prompts, questions, screens, walk
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
-from data.methods import choose_heads
-from imagelora import load
+from data.methods import LoRA, choose_heads
+from imagelora import attach, load
 from test_imagelora import EARLY, TEXT, tiny_vlm
 
 ROOT = Path(train.__file__).parent
@@ -205,6 +206,42 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     assert (0 < flops < result["step_flops_per_screen"]) == (cfg.method != "none")
     if cfg.method == "lora" and cfg.projections == "qkvo":
         assert 4 * flops == result["lora_flops_per_screen"]  # which is of rank 8
+
+
+def products_of_attention(number: int):
+    """What FlopCounterMode wants to know about a kernel of attention: the FLOPs of so many products."""
+
+    def count(*shapes, **options):
+        B, heads, T, d = shapes[0]
+        return number * 2 * B * heads * T * T * d
+
+    return count
+
+
+STEPS = [{"heads": "all"}, {"heads": "2.0,2.1,2.2,3.0,3.1,3.2"}, {"heads": "3.0,3.1"}, {"heads": "0.0"}]
+STEPS += [{"heads": "1.3,3.2"}, {"method": "lora"}, {"method": "lora", "projections": "v"}, {"method": "partial_lora"}]
+
+
+@pytest.mark.parametrize("changes", STEPS, ids=str)
+def test_a_whole_step_costs_what_torch_counts(changes):
+    """The gradient runs back to the lowest adapted layer. Attention is two products forward and four back."""
+    cfg = train.Config(**changes)
+    model = load_base(cfg.base)
+    batch = prompts.training_batch(cfg, screens_and_features(model, "switches", "train", 8), 0)
+    heads = None
+    if cfg.method == "image_lora":
+        heads = choose_heads(cfg.heads, torch.zeros(4, 6), cfg.num_heads, cfg.seed)
+        attach(model, heads=heads)
+    else:
+        LoRA(model, 8, 16, cfg.projections, "all" if cfg.method == "lora" else "visual")
+    kernels = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: products_of_attention(2),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: products_of_attention(4),
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:  # without them it counts 0 for attention
+        model(**batch).loss.backward()
+    result = costs.run_costs(cfg, model, batch["input_ids"], heads)
+    assert result["step_flops_per_screen"] == counter.get_total_flops() / len(batch["input_ids"])
 
 
 def test_the_demo_and_then_the_walk_print_and_write_what_they_say(directory, capsys):

@@ -1,4 +1,4 @@
-"""What engineering promises beyond the paper: masks, threads, checkpointing, copies, sharding, files, refusals."""
+"""What engineering promises beyond the paper: masks, threads, checkpointing, copies, files, refusals."""
 
 import copy
 import math
@@ -13,7 +13,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -90,7 +89,8 @@ def test_what_is_attached_under_inference_mode_can_be_trained():
     model = tiny_vlm()
     with torch.inference_mode():
         adapter = attach(model)
-    train_a_step(model, adapter, EARLY)
+    loss_of(model, EARLY).backward()
+    torch.optim.SGD(adapter.parameters(), lr=0.01).step()
     assert all(layer.B.any() for layer in adapter.layers.values())
 
 
@@ -230,16 +230,12 @@ def test_a_state_dict_of_other_heads_or_of_another_scale_is_refused(options):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_may_be_averaged_or_rounded_to_16_bits_and_the_adapter_stays_in_float32(assign):
+def test_a_state_dict_may_be_rounded_to_16_bits_and_the_adapter_stays_in_float32(assign):
     state = attach_trained(tiny_vlm(), heads=SOME_HEADS).state_dict()
-    for changed in (
-        {name: 0.9 * tensor + 0.1 * tensor for name, tensor in state.items()},
-        {name: tensor.bfloat16() for name, tensor in state.items()},
-    ):
-        adapter = attach(tiny_vlm(), heads=SOME_HEADS)
-        adapter.load_state_dict(changed, assign=assign)
-        assert adapter.heads == SOME_HEADS
-        torch.testing.assert_close(adapter.state_dict(), state, rtol=0.01, atol=0)  # which compares types, too
+    adapter = attach(tiny_vlm(), heads=SOME_HEADS)
+    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=assign)
+    assert adapter.heads == SOME_HEADS
+    torch.testing.assert_close(adapter.state_dict(), state, rtol=0.01, atol=0)  # which compares types, too
 
 
 def test_an_average_of_a_model_or_of_the_layers_alone_can_take_their_place():
@@ -420,102 +416,7 @@ def test_a_copy_is_a_model_of_its_own_and_after_detach_each_is_as_it_was_down_to
             adapter.disabled()  # would not disable the next adapter
 
 
-# 6. Two processes
-def train_a_step(user, adapter, *batches):
-    """On the mean of the losses of these batches."""
-    loss = sum(loss_of(user, batch) for batch in batches) / len(batches)
-    loss.backward()
-    torch.optim.SGD(adapter.parameters(), lr=0.01).step()
-
-
-def shard(model, **options):
-    from torch.distributed.fsdp import fully_shard
-
-    for module in (*model.language_model.layers, model):
-        fully_shard(module, **options)
-    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    return model
-
-
-def loaded_after_save(adapter, path):
-    adapter.save(path)
-    return [*load(tiny_vlm(), path).parameters()]
-
-
-def train_as_one(rank, path, mesh):
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    text = prompt(TEXT)
-    base_of_text = logits_of(tiny_vlm(), text)
-    expected = tiny_vlm()
-    expected_adapter = attach_trained(expected)
-    before = [parameter.detach().clone() for parameter in expected_adapter.parameters()]
-    train_a_step(expected, expected_adapter, EARLY, text)
-    for wrap in (nn.parallel.DistributedDataParallel, partial(shard, mesh=mesh)):
-        model = tiny_vlm()
-        adapter = attach_trained(model)
-        user = wrap(model)
-        train_a_step(user, adapter, EARLY if rank == 0 else text)
-        torch.testing.assert_close(logits_of(user, EARLY), logits_of(expected, EARLY))
-        assert torch.equal(logits_of(user, text), base_of_text)
-        torch.testing.assert_close(loaded_after_save(adapter, path), [*expected_adapter.parameters()])
-    with pytest.raises(ValueError, match="attach first, then shard"):
-        attach(adapter.detach())
-
-    model = tiny_vlm()
-    adapter = attach_trained(model)
-    shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    logits_of(model, text)  # leaves copies in 16 bits in adapter.parameters()
-    torch.testing.assert_close(loaded_after_save(adapter, path), before, rtol=0, atol=0)
-
-
-def train_other_heads(rank, mesh):
-    """One process alone may probe, attach and train."""
-    if rank == 0:
-        model = tiny_vlm()
-        score_heads(model, [EARLY])
-        train_a_step(model, attach(model, heads=SOME_HEADS), EARLY)
-    without_buffers = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-    for wrap in (without_buffers, partial(shard, mesh=mesh)):
-        for options in ({"heads": {0: [rank]}}, {"lora_alpha": 8 + rank}):
-            model = tiny_vlm()
-            adapter = attach(model, **options)
-            with pytest.raises(RuntimeError, match="ranks adapt different heads"):
-                train_a_step(wrap(model), adapter, EARLY)
-
-
-def save_a_shard(path):
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = tiny_vlm()
-    adapter = attach_trained(model)
-    before = [parameter.detach().clone() for parameter in adapter.parameters()]
-    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match="one rank's shard"):
-        adapter.save(path)
-    with FullyShardedDataParallel.summon_full_params(sharded):
-        torch.testing.assert_close(loaded_after_save(adapter, path), before)
-
-
-def in_two_processes(rank: int, folder: Path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    train_as_one(rank, folder / f"{rank}.pt", mesh)
-    train_other_heads(rank, mesh)
-    save_a_shard(folder / f"{rank}.pt")
-    dist.barrier()  # so that neither leaves while the other still talks to it
-    dist.destroy_process_group()
-
-
-def test_two_processes_train_as_one_and_refuse_to_train_other_heads_or_to_save_a_shard(tmp_path):
-    """One of them has no image, and its text stays the base's bit for bit. A file holds all weights in float32."""
-    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
-        pytest.skip("this torch has no fully_shard")
-    torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
-
-
-# 7. Files
+# 6. Files
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"train_gamma": False}], ids=str)
 def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     model = tiny_vlm()
@@ -577,9 +478,6 @@ def test_a_save_takes_the_place_of_the_old_file_at_once_or_if_it_fails_not_at_al
     layer.A.data.fill_(math.inf)
     with pytest.raises(ValueError, match="diverged"):
         adapter.save(path)
-    layer.A.data = layer.B.data = torch.zeros(0)  # as DeepSpeed's ZeRO-3 leaves them
-    with pytest.raises(ValueError, match="GatheredParameters"):
-        adapter.save(path)
     assert path.read_bytes() == saved
     assert list(path.parent.iterdir()) == [path]
 
@@ -616,7 +514,6 @@ def test_a_damaged_file_is_refused(tmp_path):
     path.write_bytes(content)  # torch.load alone would not notice a flipped bit
     check_refusal("checksum", load, tiny_vlm(), path)
     check_refusal("missing.pt is missing", load, tiny_vlm(), path.with_name("missing.pt"))
-    check_refusal("Is a directory", load, tiny_vlm(), path.parent)
 
 
 class Exploit(str):
@@ -628,13 +525,12 @@ class Exploit(str):
 
 def test_a_file_that_holds_no_adapter_for_this_model_is_refused_and_runs_no_code(tmp_path):
     _, path = saved_adapter(tmp_path)
-    check_refusal("does not fit this model", load, tiny_vlm(hidden_size=48), path)
     check_refusal("does not fit this model", load, tiny_vlm(num_hidden_layers=2), path)
     check_refusal("on the meta device", load, tiny_vlm().to("meta"), path)
     content = torch.load(path, weights_only=True)
     of_integers = {name: torch.ones_like(tensor).long() for name, tensor in content["layers"]["0"].items()}
     made = tmp_path / "made"
-    misfits = [{"r": Exploit(made)}, content | {"alpha": -16.0}, content | {"layers": {}}]
+    misfits = [{"r": Exploit(made)}, content | {"layers": {}}]
     misfits += [[1, 2], content | {"layers": content["layers"] | {"0": of_integers}}]
     for misfit in misfits:
         torch.save(misfit, path)
@@ -642,7 +538,7 @@ def test_a_file_that_holds_no_adapter_for_this_model_is_refused_and_runs_no_code
     assert not made.exists()
 
 
-# 8. What cannot be right is refused in one sentence
+# 7. What cannot be right is refused in one sentence
 def the_models_forward(model):
     with pytest.raises(ValueError, match="0 images"):
         model(EARLY["input_ids"])  # fails, and leaves nothing behind that would adapt what follows
@@ -711,21 +607,16 @@ def huge_loss(model, batch):
 
 
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
-    (attach, {"r": 25}, "r must be an integer in 1..24, got 25"),
-    (attach, {"r": 2.0}, "r must be an integer in 1..24, got 2.0"),
-    (attach, {"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
-    (attach, {"lora_alpha": "16"}, "lora_alpha must be a positive number, got '16'"),
+    (attach, {"r": 25}, "r must be in 1..24 and lora_alpha positive, got r=25"),
+    (attach, {"lora_alpha": 0}, "lora_alpha positive, got r=8 and lora_alpha=0"),  # nothing would be learned
     (attach, {"heads": {0: []}}, "no head is selected"),
-    (attach, {"heads": [1]}, "heads must be {layer: .*, got .1."),
-    (attach, {"heads": {0: 1}}, "layer 0 has 3 heads, got 1"),
-    (attach, {"heads": {0: [1, 1]}}, "each once; layer 0"),
+    (attach, {"heads": {0: [1, 1]}}, "layer 0 has 3 heads; .* each once, not .1, 1."),
     (attach, {"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
-    (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads, got .3."),  # would be head 0 of the next token
+    (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads; .* not .3."),  # would be head 0 of the next token
     (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
+    (score_heads, {"batches": EARLY}, "this is one batch; pass .batch."),
     (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
-    (score_heads, {"batches": [EARLY], "loss_fn": logits_of}, "loss of probe batch 0 has shape"),
-    (score_heads, {"batches": [EARLY], "loss_fn": torch.no_grad()(loss_of)}, "has no gradient"),
     (score_heads, {"batches": [EARLY], "loss_fn": huge_loss}, "a gradient of the probe is not finite"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
 ]
@@ -736,37 +627,32 @@ def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentenc
     check_refusal(sentence, function, tiny_vlm(), **arguments)
 
 
-SELECTIONS = [  # scores of two layers' heads, the number of heads to select, tau, and why that cannot be
-    ([1.0, 1.0], 0, 0.5, "^num_heads must be in 1..4, got 0$"),
-    ([1.0, -torch.inf], 3, 0.5, "^num_heads must be in 1..2, got 3$"),
-    ([0.0, -torch.inf], 1, 0.5, "^select_heads got scores between 0 and 0, .* not all zero$"),
-    ([1.0, -1.0], 1, 0.5, "^select_heads got scores between .* not negative"),
-    ([1.0, math.inf], 1, 0.5, "^select_heads got scores between .* must be finite"),
-    ([1.0, 2.0], 2, -1.0, "^tau must be a finite number that is not negative"),  # would prefer the worst layers
-    ([1.0, 2.0], 2, math.nan, "^tau must be a finite number that is not negative"),
+SELECTIONS = [  # scores of two layers' heads, the number of heads to select, and why that cannot be
+    ([1.0, 1.0], 0, "^num_heads must be in 1..4, got 0$"),
+    ([1.0, -torch.inf], 3, "^num_heads must be in 1..2, got 3$"),
+    ([0.0, -torch.inf], 1, "^select_heads got scores between 0 and 0, .* not all zero$"),
+    ([1.0, -1.0], 1, "^select_heads got scores between .* not negative"),
+    ([1.0, math.inf], 1, "^select_heads got scores between .* must be finite"),
 ]
 
 
-@pytest.mark.parametrize("scores, num_heads, tau, sentence", SELECTIONS)
-def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence):
+@pytest.mark.parametrize("scores, num_heads, sentence", SELECTIONS)
+def test_a_selection_that_cannot_be_is_refused(scores, num_heads, sentence):
     with pytest.raises(ValueError, match=sentence):
-        select_heads(torch.tensor([scores, scores]), num_heads, tau)
+        select_heads(torch.tensor([scores, scores]), num_heads)
 
 
-ATTENTION = "language_model.layers.1.self_attn"
-MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
-    ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
-    ("", "language_model", None, "found none"),
-    ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
-    (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
-    (ATTENTION, "head_dim", None, "has no head_dim"),
+MODELS = [  # an attribute of the model, and a value with which it cannot be adapted
+    ("config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
+    ("language_model", None, "found none"),
+    ("other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
 ]
 
 
-@pytest.mark.parametrize("module, attribute, value, sentence", MODELS)
-def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sentence):
+@pytest.mark.parametrize("attribute, value, sentence", MODELS)
+def test_a_model_that_cannot_be_adapted_is_refused(attribute, value, sentence):
     model = tiny_vlm()
-    setattr(model.get_submodule(module), attribute, value)
+    setattr(model, attribute, value)
     check_refusal(sentence, attach, model)
 
 

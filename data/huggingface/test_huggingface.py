@@ -9,7 +9,7 @@ import torch
 
 import imagelora
 from data.test_guarantees import check_refusal, state_of
-from imagelora import attach, load, score_heads, select_heads
+from imagelora import attach, score_heads, select_heads
 from test_imagelora import attach_trained, logits_of, loss_of, slopes
 
 ROOT = Path(imagelora.__file__).parent
@@ -173,7 +173,7 @@ def processor_for(family):
 
 @pytest.mark.parametrize("family, kind", WALKS)
 def test_every_family_is_adapted_as_the_class_of_the_front_page_says(family, kind):
-    """In training, checkpointed or not, and in generate(). Without an image, disabled or detached it is the base."""
+    """In training, checkpointed or not, and in generate(). Without an image or detached it is the base."""
     batch = hf_prompt(family, kind)
     model = tiny_hf_vlm(family)
     model.requires_grad_(False)  # torch chooses some kernels, and so their rounding, by it
@@ -182,9 +182,6 @@ def test_every_family_is_adapted_as_the_class_of_the_front_page_says(family, kin
     options = {"r": 2, "lora_alpha": 3, "heads": {0: [1], 1: [0, 1]}}
     adapter = attach_trained(model, **options)
     assert torch.equal(logits_of(model, TEXT), base_of_text)
-    with adapter.disabled():
-        assert torch.equal(logits_of(model, batch), base)
-
     ours = logits_of(model, batch)
     stored = slopes(model, loss_of(model, batch))
     cached = model.generate(**batch, **GREEDY, use_cache=True).logits
@@ -268,18 +265,12 @@ def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_a_plain_loo
     model(**batch).loss.backward()
     optimizer.step()
     assert all(layer.B.flatten(1).any(1).all() for layer in adapter.layers.values())
-    tuned = logits_of(model, batch)
-    assert not torch.equal(tuned, base)
+    assert not torch.equal(logits_of(model, batch), base)
     assert torch.equal(logits_of(model, TEXT), base_of_text)
-    adapter.save(tmp_path / "adapter.pt")
-    adapter.detach()
-    load(model, tmp_path / "adapter.pt")
-    assert torch.equal(logits_of(model, batch), tuned)
 
 
 # 4. What is refused
 REFUSED = {  # the config, a part of the sentence
-    "LlamaForCausalLM": (DECODER, "no image_token_id"),
     "Gemma3nForCausalLM": (DECODER | {"layer_types": None, "num_kv_shared_layers": 0}, "after v_proj, in .*v_norm"),
     "MllamaForConditionalGeneration": ({"text_config": DECODER | MROPE | {"cross_attention_layers": [1]}}, "cross-att"),
     "Phi4MultimodalForCausalLM": (DECODER | {"vision_config": {}, "audio_config": {}}, "fused qkv"),

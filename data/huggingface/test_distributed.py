@@ -1,0 +1,99 @@
+"""PyTorch's data-parallel training in two processes: DistributedDataParallel, FSDP and FSDP2."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+
+from imagelora import attach, load, score_heads
+from test_imagelora import EARLY, TEXT, attach_trained, logits_of, loss_of, prompt, tiny_vlm
+
+
+def train_a_step(user, adapter, *batches):
+    """On the mean of the losses of these batches."""
+    loss = sum(loss_of(user, batch) for batch in batches) / len(batches)
+    loss.backward()
+    torch.optim.SGD(adapter.parameters(), lr=0.01).step()
+
+
+def shard(model, **options):
+    for module in (*model.language_model.layers, model):
+        fully_shard(module, **options)
+    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return model
+
+
+def loaded_after_save(adapter, path):
+    adapter.save(path)
+    return [*load(tiny_vlm(), path).parameters()]
+
+
+def train_as_one(rank, path, mesh):
+    text = prompt(TEXT)
+    base_of_text = logits_of(tiny_vlm(), text)
+    expected = tiny_vlm()
+    expected_adapter = attach_trained(expected)
+    before = [parameter.detach().clone() for parameter in expected_adapter.parameters()]
+    train_a_step(expected, expected_adapter, EARLY, text)
+    for wrap in (nn.parallel.DistributedDataParallel, partial(shard, mesh=mesh)):
+        model = tiny_vlm()
+        adapter = attach_trained(model)
+        user = wrap(model)
+        train_a_step(user, adapter, EARLY if rank == 0 else text)
+        torch.testing.assert_close(logits_of(user, EARLY), logits_of(expected, EARLY))
+        assert torch.equal(logits_of(user, text), base_of_text)
+        torch.testing.assert_close(loaded_after_save(adapter, path), [*expected_adapter.parameters()])
+    with pytest.raises(ValueError, match="attach first, then shard"):
+        attach(adapter.detach())
+
+    model = tiny_vlm()
+    adapter = attach_trained(model)
+    shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    logits_of(model, text)  # leaves copies in 16 bits in adapter.parameters()
+    torch.testing.assert_close(loaded_after_save(adapter, path), before, rtol=0, atol=0)
+
+
+def train_other_heads(rank, mesh):
+    """One process alone may probe, attach and train."""
+    if rank == 0:
+        model = tiny_vlm()
+        score_heads(model, [EARLY])
+        train_a_step(model, attach(model, heads={0: [1]}), EARLY)
+    without_buffers = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
+    for wrap in (without_buffers, partial(shard, mesh=mesh)):
+        for options in ({"heads": {0: [rank]}}, {"lora_alpha": 8 + rank}):
+            model = tiny_vlm()
+            adapter = attach(model, **options)
+            with pytest.raises(RuntimeError, match="ranks adapt different heads"):
+                train_a_step(wrap(model), adapter, EARLY)
+
+
+def save_a_shard(path):
+    model = tiny_vlm()
+    adapter = attach_trained(model)
+    before = [parameter.detach().clone() for parameter in adapter.parameters()]
+    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="one rank's shard.*summon_full_params.*GatheredParameters"):
+        adapter.save(path)
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        torch.testing.assert_close(loaded_after_save(adapter, path), before)
+
+
+def in_two_processes(rank: int, folder: Path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    train_as_one(rank, folder / f"{rank}.pt", mesh)
+    train_other_heads(rank, mesh)
+    save_a_shard(folder / f"{rank}.pt")
+    dist.barrier()  # so that neither leaves while the other still talks to it
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_and_refuse_to_train_other_heads_or_to_save_a_shard(tmp_path):
+    """One of them has no image, and its text stays the base's bit for bit. A file holds all weights in float32."""
+    torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
