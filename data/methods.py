@@ -91,8 +91,10 @@ def gate_scores(model, batches: list[dict]) -> Tensor:
 def check_choice(choice: str) -> None:
     """ValueError unless this is a choice of heads."""
     is_list = re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", choice)
-    if choice not in ("top", "all", "bottom", "random", "gate") and not is_list:
-        raise ValueError(f"heads must be top, all, bottom, random, gate or a list such as 1.3,2.0, got {choice!r}")
+    if choice not in ("top", "all", "bottom", "random", "anywhere", "gate") and not is_list:
+        raise ValueError(
+            f"heads must be top, all, bottom, random, anywhere, gate or a list such as 1.3,2.0, got {choice!r}"
+        )
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
@@ -107,6 +109,11 @@ def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
             selected.setdefault(layer, []).append(head)
         return selected
     rng = np.random.default_rng(seed)
+    if choice == "anywhere":
+        for number in sorted(rng.permutation(scores.numel())[:count].tolist()):
+            layer, head = divmod(number, heads_in_layer)
+            selected.setdefault(layer, []).append(head)
+        return selected
     for layer, heads in select_heads(scores, count).items():
         if choice == "bottom":
             heads = scores[layer].argsort(stable=True)[: len(heads)].tolist()
