@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
-from data import costs, evaluate, methods, pictures, prompts
+from data import costs, evaluate, methods, pictures, prompts, questions
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from tiny_vlm import TinyVLM
@@ -56,16 +56,27 @@ class Config:
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
-        "top: the most influential by the probe; random: any, as many in each layer as top takes; all;\n"
-        "or a list of layer.head, such as 1.3,2.0",
+        "top: the most influential by the probe; random: as many in each layer as top takes, but any;\n"
+        "anywhere: any of the model; all; or a list of layer.head, such as 1.3,2.0",
     )
     num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", minimum=1)
     r: int = option(8, "rank; alpha is 2 r", minimum=1)
     train_gamma: bool = option(False, "image_lora also trains gamma, as in the paper")
+    no_normalize: bool = option(False, "image_lora without selection-size normalization, the factor 1/sqrt|S|")
     lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", minimum=0)
     steps: int = option(500, "training steps", minimum=1)
     history: int = option(0, "word problems before each screen: longer text, same image", minimum=0)
-    replay: int = option(0, "how many of a step's 8 sequences hold old questions and word problems", minimum=0)
+    vary_history: bool = option(False, "train with 0 to --history word problems, a number drawn anew for each step")
+    replay: int = option(0, "how many of a step's 8 sequences hold other questions and word problems", minimum=0)
+    replay_with: str = option(
+        "old",
+        "what replay holds. old: questions about screens without switches, with true answers; own: questions\n"
+        "about the new screens, with the base model's own answers; own_old: its own about screens without switches",
+        ("old", "own", "own_old"),
+    )
+    replay_without: str = option(
+        "", f"kinds of questions that replay leaves out, a list of {','.join(questions.KINDS)}"
+    )
     test_screens: int = option(100, "test screens with switches, and about half as many without", minimum=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", minimum=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
@@ -75,8 +86,21 @@ class Config:
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
         methods.check_choice(self.heads)
+        if not self.replayed_kinds():
+            raise ValueError("replay_without must leave something to ask")
         if self.lr is None:
             self.lr = RATES[self.method]
+
+    def replayed_kinds(self) -> list[str]:
+        """The kinds of questions that replay asks. ValueError if `replay_without` names another."""
+        without = self.replay_without.split(",") if self.replay_without else []
+        if self.replay_with != "old":
+            # The base model would teach the old meaning of the new task's own words.
+            without = [*without, "click", *["what_is_at"] * (self.task == "referring")]
+        for kind in without:
+            if kind not in questions.KINDS:
+                raise ValueError(f"replay_without takes a list of {', '.join(questions.KINDS)}, got {kind!r}")
+        return [kind for kind in questions.KINDS if kind not in without]
 
 
 # ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
@@ -105,7 +129,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
     train_data = screens_and_features(model, "switches", "train", num_train)
-    replay_data = screens_and_features(model, "source", "train", num_train) if cfg.replay else None
+    replay_data = make_replay_data(cfg, model, train_data) if cfg.replay else None
     switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
     # A screen without switches has more targets, so half as many screens are enough.
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
@@ -119,6 +143,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
         print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
         print_metrics("before", cfg.task, before)
+        if replay_data:
+            print_replay(cfg, replay_data)
 
     # The probe: how much could each value head lower the loss? Then select heads.
     scores = heads = None
@@ -131,7 +157,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
     adapter = None
     if cfg.method == "image_lora":
-        adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads, train_gamma=cfg.train_gamma)
+        normalize = not cfg.no_normalize
+        adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads, normalize, cfg.train_gamma)
         if verbose:
             print_heads(scores, heads)
     elif cfg.method != "none":
@@ -153,10 +180,23 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     return FinetuningRun(result, model, adapter, base_answers, answers)
 
 
+def make_replay_data(cfg: Config, model: TinyVLM, train_data: tuple) -> prompts.ReplayData:
+    """What replay asks, about which screens, and the answers. train_data: (screens, features [N, P, D])."""
+    kinds = cfg.replayed_kinds()
+    screens, features = train_data
+    if cfg.replay_with != "own":
+        screens, features = screens_and_features(model, "source", "train", len(screens))
+    if cfg.replay_with == "old":
+        return prompts.ReplayData(screens, features, kinds, None)
+    screens, features = screens[: prompts.OWN_ANSWER_SCREENS], features[: prompts.OWN_ANSWER_SCREENS]
+    own_answers = evaluate.own_answers(model, screens, features, kinds, cfg.seed)
+    return prompts.ReplayData(screens, features, kinds, own_answers)
+
+
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, train_data: tuple, replay_data, verbose, after_step) -> None:
     """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
 
-    train_data, replay_data: (screens, features [N, P, D]) with switches and, if there is replay, without."""
+    train_data: (screens, features [N, P, D]) with switches. replay_data: a prompts.ReplayData, or None."""
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
@@ -228,6 +268,14 @@ def print_metrics(when: str, task: str, metrics: dict) -> None:
     print(f"         same words      {metrics['same_words_acc']:6.1%} of the names clicked where there are no switches")
     after_image = f"after an image {metrics['word_problem_after_image_acc']:.1%}"
     print(f"         word problems   {metrics['word_problem_acc']:6.1%}, {after_image}")
+
+
+def print_replay(cfg: Config, data: prompts.ReplayData) -> None:
+    kinds = ", ".join(kind.replace("_", " ") for kind in data.kinds)
+    answers = "the base model's own answers" if data.own_answers else "true answers"
+    switches = "with" if cfg.replay_with == "own" else "without"
+    print(f"replay   {cfg.replay} of a step's {prompts.SCREENS_PER_STEP} sequences: {kinds}; and word problems")
+    print(f"         {answers} about {len(data.screens)} screens {switches} switches")
 
 
 def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
-from data.prompts import decode, pack_sequences, prompt_batch
-from data.questions import Point, all_samples, click_right_of, is_hit, parse_point, word_problem
+from data.prompts import QUESTIONS_PER_SCREEN, decode, pack_sequences, prompt_batch
+from data.questions import Point, all_samples, click_right_of, is_hit, parse_point, random_question, word_problem
 from data.screens import Screen
+
+MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
 
 
 class Answer(NamedTuple):
@@ -27,7 +29,7 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
     for start in range(0, len(samples), CHUNK):
         part = slice(start, start + CHUNK)
         batch = prompt_batch(samples[part], features[part], history)
-        ids = model.generate(**batch, max_new_tokens=3)
+        ids = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS)
         new_ids = ids[:, batch["input_ids"].shape[1] :]
         answers += [decode(row) for row in new_ids.tolist()]
     return answers
@@ -54,6 +56,24 @@ def evaluate(
     return float(np.mean(is_correct)), answers
 
 
+def own_answers(model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int) -> list[list[dict]]:
+    """The model's own greedy answers to random questions of these kinds, as samples about each screen, for replay.
+
+    features: of the screens, [N, P, D]."""
+    rng = np.random.default_rng(seed)
+    numbers, samples = [], []
+    for i, screen in enumerate(screens):
+        for _ in range(QUESTIONS_PER_SCREEN):
+            numbers.append(i)
+            samples.append({"instruction": random_question(screen, str(rng.choice(kinds)), rng)})
+    samples_of_screens = [[] for _ in screens]
+    for i, sample, answer in zip(numbers, samples, generate_answers(model, samples, features[numbers])):
+        # Answers that were cut off would teach to stop in the middle.
+        if 0 < len(answer.split()) < MAX_NEW_TOKENS:
+            samples_of_screens[i].append(sample | {"answer": answer})
+    return samples_of_screens
+
+
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     """Share of test word problems whose final number is correct, each asked after one image of features [N, P, D], or
     without an image if P is 0."""
@@ -78,6 +98,8 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
 
     switch_test, source_test: (screens, features) with and without switches.
 
+    All but the word problems are asked after `cfg.history` word problems and the screen, as in training.
+
     task_acc                      the new task, on screens with switches
     other_questions_acc           questions that were learned in pretraining and that the demo's fine-tuning never asks,
                                   on screens without switches: the mean of the three kinds of OTHER_QUESTIONS
@@ -87,9 +109,9 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
     metrics = {}
     metrics["task_acc"], answers = evaluate(model, *switch_test, cfg.task, cfg.history)
     for name, kind in OTHER_QUESTIONS.items():
-        metrics[name], _ = evaluate(model, *source_test, kind)
+        metrics[name], _ = evaluate(model, *source_test, kind, cfg.history)
     metrics["other_questions_acc"] = float(np.mean([metrics[name] for name in OTHER_QUESTIONS]))
-    metrics["same_words_acc"], _ = evaluate(model, *source_test)
+    metrics["same_words_acc"], _ = evaluate(model, *source_test, history=cfg.history)
     _, features = switch_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)

@@ -75,8 +75,8 @@ class LoRA(nn.Module):
 
 def check_choice(choice: str) -> None:
     """ValueError unless this is a choice of heads."""
-    if not re.fullmatch(r"top|random|all|\d+\.\d+(,\d+\.\d+)*", choice):
-        raise ValueError(f"heads must be top, random, all or a list such as 1.3,2.0, got {choice!r}")
+    if not re.fullmatch(r"top|random|anywhere|all|\d+\.\d+(,\d+\.\d+)*", choice):
+        raise ValueError(f"heads must be top, random, anywhere, all or a list such as 1.3,2.0, got {choice!r}")
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
@@ -91,6 +91,11 @@ def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
             selected.setdefault(layer, []).append(head)
         return selected
     rng = np.random.default_rng(seed)
+    if choice == "anywhere":
+        for number in sorted(rng.permutation(scores.numel())[:count].tolist()):
+            layer, head = divmod(number, heads_in_layer)
+            selected.setdefault(layer, []).append(head)
+        return selected
     for layer, heads in select_heads(scores, count).items():
         if choice == "random":
             heads = rng.permutation(heads_in_layer)[: len(heads)].tolist()

@@ -5,19 +5,22 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens of each · D hidden size
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.questions import ACTIONS, BINS, MAX_NUMBER, PEOPLE, THINGS, VERBS, old_samples, random_samples, word_problem
-from data.screens import COLOURS, ICONS, LABELS
+from data.screens import COLOURS, ICONS, LABELS, Screen
 
 PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
 TRAIN_SCREENS = 2048  # a run draws its batches from at most this many
 SCREENS_PER_STEP = 8  # sequences of a training step, one for each screen
 QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
+OWN_ANSWER_SCREENS = 512  # screens about which the base model answers five questions each, for replay of its own
 IGNORED = -100  # the label of a token that is not to be predicted
 
 # Every word of the questions and answers is a token.
@@ -87,10 +90,19 @@ def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
 
 
-def training_batch(cfg, data: tuple, index: int, replay_data: tuple | None = None) -> dict:
+class ReplayData(NamedTuple):
+    """What sequences of replay are made of."""
+
+    screens: list[Screen]
+    features: Tensor  # of the screens, [N, P, D]
+    kinds: list[str]  # of questions, see KINDS
+    own_answers: list[list[dict]] | None  # the base model's, as samples about each screen; None: true answers
+
+
+def training_batch(cfg, data: tuple, index: int, replay_data: ReplayData | None = None) -> dict:
     """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
-    data: (screens, features [N, P, D]). replay_data: the same of screens without switches, for cfg.replay sequences."""
+    data: (screens, features [N, P, D]) of the new task. replay_data: of what cfg.replay sequences hold instead."""
     all_screens, all_features = data
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)
@@ -99,18 +111,23 @@ def training_batch(cfg, data: tuple, index: int, replay_data: tuple | None = Non
     samples = [random_samples(all_screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
 
     # History: word problems before each screen, with their answers, which have no labels.
+    history = cfg.history
+    if cfg.vary_history:
+        history = np.random.default_rng([cfg.seed, index, 1]).integers(cfg.history, endpoint=True)
     prefixes = []
     for number in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):  # of the sequence in the run
-        problems = [word_problem("train", number * cfg.history + k) for k in range(cfg.history)]
+        problems = [word_problem("train", number * cfg.history + k) for k in range(history)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
 
-    # Replay: in place of the new task, the first sequences hold every kind of question that the base has learned.
+    # Replay: the first sequences hold other questions in place of the new task.
     if replay_data:
-        replay_screens, replay_features = replay_data
         for sequence in range(cfg.replay):
-            pick = rng.integers(len(replay_screens))
-            features[sequence] = replay_features[pick]
-            samples[sequence] = old_samples(replay_screens[pick], QUESTIONS_PER_SCREEN, rng)
+            pick = rng.integers(len(replay_data.screens))
+            features[sequence] = replay_data.features[pick]
+            if replay_data.own_answers:
+                samples[sequence] = [*replay_data.own_answers[pick]]
+            else:
+                samples[sequence] = old_samples(replay_data.screens[pick], QUESTIONS_PER_SCREEN, rng, replay_data.kinds)
             for _ in range(REPLAYED_PROBLEMS):
                 samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 

@@ -92,43 +92,93 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, h
         assert torch.equal(ids[labels >= 0], labels[labels >= 0])
 
 
-def test_replay_asks_every_kind_of_old_question_and_word_problems_and_leaves_the_other_sequences_alone():
+def test_a_varied_history_is_drawn_anew_for_each_step():
+    """From none to --history word problems stand before all screens of a step."""
+    cfg = train.Config(history=3, vary_history=True)
+    data = screens_and_features(load_base(cfg.base), "switches", "train", 16)
+    counts = set()
+    for index in range(20):
+        batch = prompts.training_batch(cfg, data, index)
+        counts_of_step = {read(ids).count("how many") for ids in batch["input_ids"]}
+        assert len(counts_of_step) == 1
+        counts |= counts_of_step
+    assert counts == {0, 1, 2, 3}
+
+
+def kinds_and_samples(screen: screens.Screen) -> dict:
+    """{question with its true answer: its kind}, of all questions about a screen that replay can ask."""
+    kind_of = {}
+    names = {"grounding": "click", "referring": "what_is_at"}
+    names |= {"relations": "what_is_right_of", "relation_clicks": "click_right_of"}
+    for kind, name in names.items():
+        for _, sample in questions.all_samples([screen], kind):
+            question = re.sub(VERB, "click", sample["instruction"])
+            kind_of[f"{question} {sample['answer']}"] = name
+            assert questions.kind_of(sample) == name
+    return kind_of
+
+
+@pytest.mark.parametrize(
+    "without", ["", "click", "what_is_at", "what_is_right_of,click_right_of", "click,what_is_at,click_right_of"]
+)
+def test_replay_asks_the_kinds_of_old_questions_that_are_not_left_out_and_changes_no_other_sequence(without):
     model = load_base("data/tiny_vlm.pt")
+    cfg = train.Config(replay=1, replay_without=without)
     data = screens_and_features(model, "switches", "train", 16)
-    replay_data = replay_screens, replay_features = screens_and_features(model, "source", "train", 16)
+    replay_data = train.make_replay_data(cfg, model, data)
     kinds = set()
     for index in range(8):
         expected = prompts.training_batch(train.Config(), data, index)
-        batch = prompts.training_batch(train.Config(replay=1), data, index, replay_data)
+        batch = prompts.training_batch(cfg, data, index, replay_data)
         replayed, *others = [read(ids).replace(" <pad>", "") for ids in batch["input_ids"]]
         assert others == [read(ids).replace(" <pad>", "") for ids in expected["input_ids"][1:]]
         assert torch.equal(batch["image_features"][1:], expected["image_features"][1:])
 
         *asked, first_problem, second_problem, end = replayed.split(" <image>" * 64)[1].split(" <eos>")
-        assert len(asked) == prompts.QUESTIONS_PER_SCREEN
+        if "click" not in without or "what_is_at" not in without:
+            assert len(asked) == prompts.QUESTIONS_PER_SCREEN
         assert "how many" in first_problem
         assert "how many" in second_problem
         assert end == ""
-        (pick,) = (replay_features == batch["image_features"][0]).all(2).all(1).nonzero()
-        kind_of = {}  # {question with its answer: kind}, of this screen
-        for kind in ("grounding", "referring", "relations", "relation_clicks"):
-            for _, sample in questions.all_samples([replay_screens[pick]], kind):
-                question = re.sub(VERB, "click", sample["instruction"])
-                kind_of[f"{question} {sample['answer']}"] = kind
+        (pick,) = (replay_data.features == batch["image_features"][0]).all(2).all(1).nonzero()
+        kind_of = kinds_and_samples(replay_data.screens[pick])
         for text in asked:
             kinds.add(kind_of[re.sub(VERB, "click", text.strip())])
-    assert kinds == {"grounding", "referring", "relations", "relation_clicks"}
+    assert kinds == set(questions.KINDS) - set(without.split(","))
 
 
-def test_each_measure_asks_what_its_name_says(monkeypatch):
-    """Three kinds of old questions make up the mean, and each is right by its own rule."""
+@pytest.mark.parametrize("task, replay_with", [("grounding", "own"), ("grounding", "own_old"), ("referring", "own")])
+def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_asks_the_new_task(task, replay_with):
+    model = load_base("data/tiny_vlm.pt")
+    cfg = train.Config(replay=1, replay_with=replay_with, task=task)
+    data = screens_and_features(model, "switches", "train", 8)
+    replay_data = train.make_replay_data(cfg, model, data)
+    assert (replay_data.screens == data[0]) == (replay_with == "own")
+    kinds = set()
+    for features, samples in zip(replay_data.features, replay_data.own_answers):
+        assert len(samples) <= prompts.QUESTIONS_PER_SCREEN
+        for sample in samples:
+            kinds.add(questions.kind_of(sample))
+            prompt = prompts.prompt_batch([sample], features[None])
+            ids = model.generate(**prompt, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
+            assert prompts.decode(ids.tolist()) == sample["answer"]
+    assert kinds == {"what_is_right_of", "click_right_of"} | ({"what_is_at"} if task == "grounding" else set())
+    texts = [read(ids) for ids in prompts.training_batch(cfg, data, 0, replay_data)["input_ids"]]
+    assert any(all(sample["answer"] in texts[0] for sample in samples) for samples in replay_data.own_answers)
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_each_measure_asks_what_its_name_says(history, monkeypatch):
+    """Three kinds of old questions make up the mean, and each is right by its own rule. All questions about screens are
+    asked after the word problems that training has."""
     model = load_base("data/tiny_vlm.pt")
     switch_test = screens_and_features(model, "switches", "test", 3)
     source_test = screens_and_features(model, "source", "test", 3)
-    asked = []
+    asked, histories = [], []
 
     def correct_answers(model, samples, features, history=0):
         asked.append(samples[0]["instruction"])
+        histories.append(history)
         # The third kind and the new task are answered by nonsense.
         return [
             "moon" if "right of" in sample["instruction"] and "bbox" in sample else sample["answer"]
@@ -136,7 +186,7 @@ def test_each_measure_asks_what_its_name_says(monkeypatch):
         ]
 
     monkeypatch.setattr(evaluate, "generate_answers", correct_answers)
-    metrics, _ = evaluate.measure(train.Config(), model, switch_test, source_test)
+    metrics, _ = evaluate.measure(train.Config(history=history), model, switch_test, source_test)
     assert re.match(r"\w+ (?!right)\w+", asked[0])
     assert asked[1].startswith("what is at <x")
     assert asked[2].startswith("what is right of ")
@@ -144,6 +194,7 @@ def test_each_measure_asks_what_its_name_says(monkeypatch):
     assert metrics["task_acc"] == metrics["same_words_acc"] == 1
     assert (metrics["what_is_at_acc"], metrics["what_is_right_of_acc"], metrics["click_right_of_acc"]) == (1, 1, 0)
     assert metrics["other_questions_acc"] == pytest.approx(2 / 3)
+    assert histories == [history] * 5 + [0, 0]  # the last two are word problems
 
 
 # 3. Methods
@@ -153,6 +204,9 @@ def test_the_other_choices_of_heads_are_what_they_are_called():
     top = {0: [0, 1, 3], 1: [0, 3], 2: [2]}
     assert choose_heads("top", scores, 6, seed=0) == top
     assert choose_heads("all", scores, 6, seed=0) == {layer: [0, 1, 2, 3] for layer in range(3)}
+    anywhere = choose_heads("anywhere", scores, 6, seed=0)
+    assert sum(len(heads) for heads in anywhere.values()) == 6
+    assert anywhere != choose_heads("anywhere", scores, 6, seed=1)
     assert choose_heads("1.3,2.0,1.1", scores, 6, seed=0) == {1: [3, 1], 2: [0]}
     random = choose_heads("random", scores, 6, seed=0)
     assert [len(heads) for heads in random.values()] == [3, 2, 1]
@@ -181,7 +235,8 @@ def demo(options: str) -> int:
         return stopped.code
 
 
-RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring", "replay": 1}, {"history": 1}, {"train_gamma": True}]
+RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring", "replay": 1}, {"train_gamma": True}]
+RUNS += [{"history": 1, "vary_history": True, "replay": 1, "replay_with": "own"}, {"no_normalize": True}]
 RUNS += [{"heads": heads} for heads in ("top", "random", "all", "2.1,0.0,2.0")]
 RUNS += [{"method": "lora"}, {"method": "partial_lora"}, {"method": "text_lora"}]
 RUNS += [{"method": "lora", "projections": "v"}, {"method": "partial_lora", "projections": "v"}]
@@ -285,6 +340,7 @@ def test_the_pictures_of_the_pages_are_those_of_the_demos_run(directory, capsys,
 
 
 BAD_OPTIONS = ["--method=dora", "--steps=0", "--lr=nan", "--heads=best", "--heads=1.", "--replay=9", "--device=abacus"]
+BAD_OPTIONS += ["--replay-without=names", f"--replay-without={','.join(questions.KINDS)}"]
 BAD_OPTIONS += ["--base=no.pt", "--base=notes.txt", "--out=notes.txt"]
 AFTER_THE_BASE = ["--r=25", "--num-heads=10", "--heads=1.3", "--heads=1.2,1.2"]  # these need a look at the model
 
