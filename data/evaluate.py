@@ -36,7 +36,7 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 
 def evaluate(
-    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None, generate=None
+    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None, generate=generate_answers
 ) -> tuple[float, list[Answer]]:
     """Ask one question of a kind (see `all_samples`) about each target -> (share of correct answers, answers).
 
@@ -45,7 +45,6 @@ def evaluate(
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
-    generate = generate or generate_answers
     outputs = generate(model, samples, features[list(numbers)], history)
     if kind in ("grounding", "relation_clicks"):
         outputs = [parse_point(text) for text in outputs]
@@ -56,10 +55,12 @@ def evaluate(
     return float(np.mean(is_correct)), answers
 
 
-def own_answers(model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int) -> list[list[dict]]:
+def own_answers(
+    model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int, generate=generate_answers
+) -> list[list[dict]]:
     """The model's own greedy answers to random questions of these kinds, as samples about each screen, for replay.
 
-    features: of the screens, [N, P, D]."""
+    features: of the screens, [N, P, D]. generate: as in `evaluate`."""
     rng = np.random.default_rng(seed)
     numbers, samples = [], []
     for i, screen in enumerate(screens):
@@ -67,7 +68,7 @@ def own_answers(model, screens: list[Screen], features: Tensor, kinds: list[str]
             numbers.append(i)
             samples.append({"instruction": random_question(screen, str(rng.choice(kinds)), rng)})
     samples_of_screens = [[] for _ in screens]
-    for i, sample, answer in zip(numbers, samples, generate_answers(model, samples, features[numbers])):
+    for i, sample, answer in zip(numbers, samples, generate(model, samples, features[numbers])):
         # Answers that were cut off would teach to stop in the middle.
         if 0 < len(answer.split()) < MAX_NEW_TOKENS:
             samples_of_screens[i].append(sample | {"answer": answer})

@@ -8,8 +8,8 @@ see        The projector learns to show the name, the colour and the place of wh
 learn      The projector and a Partial LoRA (data/study/smollm_vlm.py) learn to answer about screens without switches.
            From step 540 on, a second loss brings English after a screen back: its KL divergence from what the original
            SmolLM2 predicts without the screen.
-fine-tune  This base model learns to click switches, by one of the methods. Unlike in train.py, replay takes turns
-           between old questions about a screen without switches, a text after a screen, and a text alone.
+fine-tune  This base model learns to click switches, by one of the methods. With replay, one of a step's 8 sequences
+           holds old questions about a screen without switches, or the base model's own answers about a new one.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_QUESTIONS, Answer, evaluate
+from data.evaluate import OTHER_QUESTIONS, Answer, evaluate, own_answers
 from data.methods import LoRA
-from data.questions import click_right_of, old_samples, parse_point, random_samples, relation_samples
+from data.questions import KINDS, click_right_of, old_samples, parse_point, random_samples, relation_samples
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.runs import add_row, read_rows
@@ -43,11 +43,16 @@ RATES = {  # {method: its learning rate}; the page says how they were chosen
     "base model": 0.0,
     "LoRA": 0.001,
     "LoRA with replay": 0.001,
+    "LoRA with own answers": 0.001,
     "LoRA on v": 0.004,
     "Partial LoRA": 0.004,
+    "Partial LoRA with replay": 0.004,
+    "Partial LoRA with own answers": 0.004,
+    "Partial LoRA, rank 2": 0.004,
     "Partial LoRA on v": 0.004,
     "Image-LoRA": 0.016,
     "Image-LoRA with replay": 0.016,
+    "Image-LoRA with own answers": 0.016,
     "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
     "Image-LoRA in 9 heads": 0.016,
     "Image-LoRA in 9 random heads": 0.016,
@@ -61,6 +66,7 @@ BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, 
 STEPS = 300  # of fine-tuning
 SCREENS_PER_STEP = 8  # of fine-tuning
 TRAIN_SCREENS = 1024
+OWN_ANSWER_SCREENS = 256  # screens about which the base model answers five questions each, for replay of its own
 PROBE_BATCHES = 8
 TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for a run's other measures
 TEXTS = 16  # of 256 tokens, on which English is measured
@@ -150,7 +156,7 @@ def make_base(cfg: SmolConfig) -> None:
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
     vlm.model.to(getattr(torch, cfg.dtype))
-    vlm.texts = vlm.write_texts()
+    all_texts = vlm.write_texts()
     torch.manual_seed(cfg.seed)
     vlm.add_partial_lora()
     rng = np.random.default_rng(cfg.seed)
@@ -161,7 +167,7 @@ def make_base(cfg: SmolConfig) -> None:
         answer_loss = vlm.model(**batch, image_features=vlm.projector(features[picks])).loss
         if num_texts == 0:
             return answer_loss
-        texts = vlm.texts[rng.choice(len(vlm.texts), num_texts, replace=False)]
+        texts = all_texts[rng.choice(len(all_texts), num_texts, replace=False)]
         with torch.no_grad():
             logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the Partial LoRA needs a screen
         seen = vlm.projector(features[rng.choice(len(features), num_texts)])
@@ -187,56 +193,57 @@ def make_base(cfg: SmolConfig) -> None:
 
 
 class TrainingData:
-    """The screens of a run, and its batches."""
+    """The screens of a run, and its batches.
 
-    def __init__(self, vlm: SmolVLM, seed: int):
+    replay: what one of a step's 8 sequences holds, as train.Config.replay_with; "" is the new task, as the others."""
+
+    def __init__(self, vlm: SmolVLM, seed: int, replay: str):
         self.vlm = vlm
         self.seed = seed
+        self.replay = replay
         self.screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
         self.features = vlm.see(self.screens)  # [N, P, D]
-        self.source_screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
-        self.source_features = vlm.see(self.source_screens)
+        if replay == "old":
+            self.old_screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
+            self.old_features = vlm.see(self.old_screens)
+        if replay == "own":
+            screens, features = self.screens[:OWN_ANSWER_SCREENS], self.features[:OWN_ANSWER_SCREENS]
+            kinds = [kind for kind in KINDS if kind != "click"]
+            self.own_answers = own_answers(vlm, screens, features, kinds, seed, SmolVLM.answers)
 
-    def questions(self, index: int):
-        """(Questions about each of the 8 screens of batch number `index`, features [8, P, D], a random generator)."""
+    def batch(self, index: int) -> dict:
+        """Batch number `index`: {input_ids, labels [B, T], image_features [B, P, D]}, five questions about a screen."""
         rng = np.random.default_rng([self.seed, index])
         picks = rng.choice(len(self.screens), SCREENS_PER_STEP, replace=False)
         samples = [random_samples(self.screens[pick], 5, rng, refer=0.0, distinct=True) for pick in picks]
-        return samples, self.features[picks], rng
-
-    def loss(self, index: int, replay_adapter: nn.Module | None) -> Tensor:
-        """The loss of the answers in a step. If there is an adapter to replay with, one of the 8 sequences is replaced
-        by a screen without switches with old questions, a text after a screen, or a text alone. A text's loss is the KL
-        divergence from the base model's predictions."""
-        samples, features, rng = self.questions(index)
-        turn = ("old questions", "text after a screen", "text alone")[index % 3]
-        text_loss = 0
-        if replay_adapter and turn == "old questions":
-            pick = rng.integers(len(self.source_screens))
-            samples[0] = old_samples(self.source_screens[pick], 5, rng)
-            features[0] = self.source_features[pick]
-        elif replay_adapter:
-            text = self.vlm.texts[rng.choice(len(self.vlm.texts), 1), 1:]
-            screen = features[:1] if turn == "text after a screen" else None
-            with torch.no_grad(), replay_adapter.disabled():
-                base_logits = text_logits(self.vlm, text, screen)
-            text_loss = divergence(base_logits, text_logits(self.vlm, text, screen))
-            samples, features = samples[1:], features[1:]
-        return self.vlm.model(**self.vlm.batch(samples), image_features=features).loss + text_loss
+        features = self.features[picks]
+        if self.replay == "old":
+            pick = rng.integers(len(self.old_screens))
+            samples[0] = old_samples(self.old_screens[pick], 5, rng)
+            features[0] = self.old_features[pick]
+        if self.replay == "own":
+            pick = rng.integers(len(self.own_answers))
+            samples[0] = self.own_answers[pick]
+            features[0] = self.features[pick]
+        return self.vlm.batch(samples) | {"image_features": features}
 
 
 def run(cfg: SmolConfig, lr: float) -> dict:
     """Fine-tune the base model once, and measure: a row of the file."""
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype)
-    data = TrainingData(vlm, cfg.seed)
+    replay = ""
+    if "with replay" in cfg.method:
+        replay = "old"
+    if "with own answers" in cfg.method:
+        replay = "own"
+    data = TrainingData(vlm, cfg.seed, replay)
     heads = chosen_heads(cfg, vlm, data)
     adapter = attach_adapter(cfg, vlm, heads)
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        replay_adapter = adapter if "with replay" in cfg.method else None
-        optimize("train", trained, lr, STEPS, lambda step: data.loss(step, replay_adapter))
+        optimize("train", trained, lr, STEPS, lambda step: vlm.model(**data.batch(step)).loss)
     row = {"method": cfg.method, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
@@ -260,10 +267,7 @@ def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | N
     some layers. None means all of them."""
     num_heads = vlm.model.config.num_key_value_heads  # of a layer
     if cfg.method == "Image-LoRA in 9 heads":
-        batches = []
-        for i in range(PROBE_BATCHES):
-            samples, features, _ = data.questions(STEPS + i)
-            batches.append(vlm.batch(samples) | {"image_features": features})
+        batches = [data.batch(STEPS + i) for i in range(PROBE_BATCHES)]
         return select_heads(score_heads(vlm.model, batches, probe="exact"), 9)
     heads = {}
     if cfg.method == "Image-LoRA in 9 random heads":

@@ -105,7 +105,6 @@ class SmolVLM:
         self.tower_size = tiny_model.config.hidden_size
         image = [self.model.config.image_token_id] * tiny_model.config.num_patches
         self.screen_ids = [self.tokenizer.bos_token_id, *self.ids("Screen:"), *image, *self.ids("\n")]
-        self.texts = None  # [256, T], what the original has written
 
     def add_projector(self) -> nn.Module:
         """An untrained projector. Its outputs have about the same norm as the word embeddings of SmolLM2."""
@@ -195,8 +194,8 @@ class SmolVLM:
         return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
 
     def save(self, path: Path) -> None:
-        """Writes the projector and the Partial LoRA, which the file calls 'expert', in 16 bits, and the texts."""
-        content = {"texts": self.texts.to(torch.int32)}
+        """Writes the projector and the Partial LoRA, which the file calls 'expert', in 16 bits."""
+        content = {}
         for name, module in (("projector", self.projector), ("expert", self.partial_lora)):
             content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}
         file = io.BytesIO()
@@ -209,10 +208,9 @@ class SmolVLM:
         path = file_path(base)
         try:
             content = torch.load(path, weights_only=True)
-            projector, partial_lora, texts = content["projector"], content["expert"], content["texts"]
+            projector, partial_lora = content["projector"], content["expert"]
         except Exception as error:
             raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
         self.add_projector().requires_grad_(False).load_state_dict(projector)
         self.add_partial_lora().requires_grad_(False).load_state_dict(partial_lora)
-        self.texts = texts.long()
         self.model.to(getattr(torch, dtype))
