@@ -227,7 +227,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
 
     Layer l gets its k_l best heads, with k_l in proportion to (sum_h I(l, h))^tau and at most H; scores are [L, H].
     tau = 0 spreads the heads evenly over layers, a large tau fills the best layers first, and 0.5 is the authors'."""
-    check_selection(scores, num_heads)
+    check_selection(scores, num_heads, tau)
     # Influence of each layer, [L]. The largest comes first, so that it wins a tie. Heads that a layer lacks have -inf.
     influence, order = scores.double().clamp(min=0).sum(1).sort(descending=True, stable=True)
     head_counts = (scores >= 0).sum(1)[order]
@@ -565,6 +565,10 @@ def check_attention(where: str, attention: nn.Module) -> None:
     if "v_proj" not in parts:
         others = "cross-attention to images, other layers of hybrid models, fused qkv and latent values"
         raise ValueError(f"{where} has no self_attn.v_proj, only {', '.join(parts)}; {others} cannot be adapted")
+    if not hasattr(attention.v_proj, "out_features"):
+        raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
+    if getattr(attention, "head_dim", None) is None:
+        raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
     if later:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
@@ -606,7 +610,9 @@ def check_influence(scores: Tensor, num_batches: int) -> None:
         raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
 
 
-def check_selection(scores: Tensor, num_heads: int) -> None:
+def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:
+    if not tau >= 0:  # a negative one would prefer the weakest layers
+        raise ValueError(f"tau must not be negative, got {tau}")
     existing = scores[scores != -torch.inf]  # a layer lacks the others
     if not 1 <= num_heads <= len(existing):
         raise ValueError(f"num_heads must be in 1..{len(existing)}, got {num_heads}")

@@ -627,32 +627,36 @@ def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentenc
     check_refusal(sentence, function, tiny_vlm(), **arguments)
 
 
-SELECTIONS = [  # scores of two layers' heads, the number of heads to select, and why that cannot be
-    ([1.0, 1.0], 0, "^num_heads must be in 1..4, got 0$"),
-    ([1.0, -torch.inf], 3, "^num_heads must be in 1..2, got 3$"),
-    ([0.0, -torch.inf], 1, "^select_heads got scores between 0 and 0, .* not all zero$"),
-    ([1.0, -1.0], 1, "^select_heads got scores between .* not negative"),
-    ([1.0, math.inf], 1, "^select_heads got scores between .* must be finite"),
+SELECTIONS = [  # scores of two layers' heads, the number of heads to select, tau, and why that cannot be
+    ([1.0, 1.0], 0, 0.5, "^num_heads must be in 1..4, got 0$"),
+    ([1.0, -torch.inf], 3, 0.5, "^num_heads must be in 1..2, got 3$"),
+    ([1.0, 2.0], 2, -1.0, "^tau must not be negative, got -1.0$"),  # it would prefer the worst layers
+    ([0.0, -torch.inf], 1, 0.5, "^select_heads got scores between 0 and 0, .* not all zero$"),
+    ([1.0, -1.0], 1, 0.5, "^select_heads got scores between .* not negative"),
+    ([1.0, math.inf], 1, 0.5, "^select_heads got scores between .* must be finite"),
 ]
 
 
-@pytest.mark.parametrize("scores, num_heads, sentence", SELECTIONS)
-def test_a_selection_that_cannot_be_is_refused(scores, num_heads, sentence):
+@pytest.mark.parametrize("scores, num_heads, tau, sentence", SELECTIONS)
+def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence):
     with pytest.raises(ValueError, match=sentence):
-        select_heads(torch.tensor([scores, scores]), num_heads)
+        select_heads(torch.tensor([scores, scores]), num_heads, tau)
 
 
-MODELS = [  # an attribute of the model, and a value with which it cannot be adapted
-    ("config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
-    ("language_model", None, "found none"),
-    ("other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
+ATTENTION = "language_model.layers.1.self_attn"
+MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
+    ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
+    ("", "language_model", None, "found none"),
+    ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
+    (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
+    (ATTENTION, "head_dim", None, "has no head_dim"),
 ]
 
 
-@pytest.mark.parametrize("attribute, value, sentence", MODELS)
-def test_a_model_that_cannot_be_adapted_is_refused(attribute, value, sentence):
+@pytest.mark.parametrize("module, attribute, value, sentence", MODELS)
+def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sentence):
     model = tiny_vlm()
-    setattr(model, attribute, value)
+    setattr(model.get_submodule(module), attribute, value)
     check_refusal(sentence, attach, model)
 
 
