@@ -41,6 +41,10 @@ TITLES = {  # {measure, a column of the files: its title in a table}
     "divergence_after_screen": "KL divergence after an image",
     "same_continuations": "openings continued as before, of 20",
 }
+HISTORIES = (0, 1, 3, 9)  # word problems before a screen
+AFTER = {f"task_acc_after_{count}": f"new task after {count}, %" for count in HISTORIES}
+AFTER |= {f"other_questions_acc_after_{count}": f"others after {count}, %" for count in HISTORIES}
+TITLES |= AFTER
 LAYOUTS = {"parameters": "{:,.0f}", "divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
 ACCURACIES = ["task_acc", "other_questions_acc"]
 KINDS = ["what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc"]
@@ -49,22 +53,35 @@ WORDS = ["same_words_acc", "word_problem_after_image_acc", "word_problem_acc"]
 # Methods, the rows of the tables
 RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
 TUNED = ["LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]  # at several learning rates
-MAIN = ["base model", *TUNED, "LoRA with replay", "Partial LoRA with replay", "Image-LoRA with replay"]
+THREE = ["LoRA", "Partial LoRA", "Image-LoRA"]
+OWN_ANSWERS = [f"{method} with own answers" for method in THREE]
+MAIN = ["base model", *TUNED, *OWN_ANSWERS]
+REPLAYS = ["", " with replay", " with replay without what is at", " with replay without right of"]
+REPLAYS += [" with replay of what is right of alone", " with own answers about old screens", " with own answers"]
+REPLAYS = [method + replay for method in reversed(THREE) for replay in REPLAYS]
+AS_LARGE = ["LoRA, rank 2", "LoRA on v", "Partial LoRA, rank 2", "Partial LoRA on v", "Image-LoRA"]
+TRAINED_AFTER = [method + after for method in THREE for after in ("", " trained after 9", " trained after 0 to 9")]
+TRAINED_AFTER = ["base model", *TRAINED_AFTER]
+UNEVEN = [f"Image-LoRA in uneven heads{factor}" for factor in ("", " without the factor")]
+UNEVEN += ["Image-LoRA in uneven heads without the factor at half the rate"]
+GAMMA = ["Image-LoRA", "Image-LoRA with γ trained"]
+GAMMA += ["Image-LoRA in 12 heads by the probe", "Image-LoRA in 12 heads with γ trained"]
 WHICH_TOKENS = [
     *("LoRA on v", "LoRA on v at text tokens alone", "Partial LoRA on v"),
     *("LoRA", "LoRA at text tokens alone", "Partial LoRA"),  # on q, k, v and o
 ]
 LAYERS = [
     *("Image-LoRA in layer 0", "Image-LoRA in layer 1", "Image-LoRA in layer 2", "Image-LoRA in layer 3"),
-    *("Image-LoRA in layers 0 and 1", "Image-LoRA in layers 2 and 3"),
+    "Image-LoRA in layers 2 and 3",
 ]
 FEW_HEADS = [
     "Image-LoRA",
-    *("Image-LoRA in 12 heads by the probe", "Image-LoRA in 12 random heads"),
-    *("Image-LoRA in 4 heads by the probe", "Image-LoRA in 4 random heads"),
+    *("Image-LoRA in 12 heads by the probe", "Image-LoRA in 12 random heads", "Image-LoRA in 12 heads anywhere"),
+    *("Image-LoRA in 4 heads by the probe", "Image-LoRA in 4 random heads", "Image-LoRA in 4 heads anywhere"),
     "Partial LoRA on v, rank 4",
 ]
-SMOLLM2 = ["base model", "LoRA", "LoRA with replay", *TUNED[1:], "Image-LoRA with replay"]
+SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2"]
+SMOLLM2 += [f"{method} with {what}" for method in THREE for what in ("own answers", "replay")]
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
 SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads", "Image-LoRA in 9 random heads", "Partial LoRA on v, rank 2"]
 
@@ -134,23 +151,26 @@ def tables(runs: pd.DataFrame) -> list[str]:
     # Referring also asks what is at a place, so this is no other question after it.
     after_referring = ["task_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc"]
     english = ["divergence_after_screen", "same_continuations"]
+    each_kind = [*KINDS, "same_words_acc", "places_for_names"]
     skilled, unskilled = runs[runs.setting == "skilled"], runs[runs.setting == "unskilled"]
     return [
-        front_page(methods.mean()),
+        front_page(chosen),
         table("SmolLM2", "SmolLM2", SMOLLM2, ["parameters", *ACCURACIES, *english]),
         table("tiny models with the skill", "skilled", MAIN, ACCURACIES, KINDS + WORDS),
         examples(chosen),
-        table(
-            "SmolLM2, each kind", "SmolLM2", SMOLLM2 + SMOLLM2_LAYERS, [*KINDS, "same_words_acc", "places_for_names"]
-        ),
-        models_table(models.loc["skilled"]),
+        table("SmolLM2, each kind", "SmolLM2", SMOLLM2 + SMOLLM2_LAYERS, each_kind),
+        table("tiny models, replay", "skilled", REPLAYS, ACCURACIES, [*KINDS, "same_words_acc"]),
+        models_table("other questions at equal size, %", AS_LARGE, models.loc["skilled"]),
+        models_table("other questions by tokens, %", WHICH_TOKENS, models.loc["skilled"]),
         table("tiny models, layers", "skilled", LAYERS, ACCURACIES),
         table("SmolLM2, layers", "SmolLM2", SMOLLM2_LAYERS, ACCURACIES),
         table("tiny models, few heads", "skilled", FEW_HEADS, ACCURACIES),
         table("SmolLM2, few heads", "SmolLM2", SMOLLM2_FEW_HEADS, ["parameters", *ACCURACIES]),
         both_kinds_table(models),
-        table("tiny models, long text", "long text", RIVALS, [*ACCURACIES, "same_words_acc"]),
+        table("tiny models, text before the image", "skilled", TRAINED_AFTER, [], AFTER),
         table("tiny models, referring", "referring", RIVALS, after_referring),
+        factor_table(chosen[chosen.setting == "skilled"]),
+        table("tiny models, γ", "skilled", GAMMA, ACCURACIES),
         markdown("new task with the skill, % at the learning rate", rates(skilled)),
         markdown("other questions with the skill, % at the learning rate", rates(skilled, "other_questions_acc")),
         markdown("new task without the skill, % at the learning rate", rates(unskilled)),
@@ -158,28 +178,51 @@ def tables(runs: pd.DataFrame) -> list[str]:
     ]
 
 
-def front_page(means: pd.DataFrame) -> str:
-    """What each method learns and what it keeps, on SmolLM2 and on tiny models with the skill, in whole numbers."""
-    rows = ["base model", *RIVALS, "LoRA with replay", "Image-LoRA with replay"]
-    smollm2 = means.loc["SmolLM2"].loc[rows, [*ACCURACIES, "same_continuations"]]
-    tiny = means.loc["skilled"].loc[rows, ACCURACIES]
-    cells = pd.concat([smollm2, tiny], axis=1).map("{:.0f}".format)
-    titles = "SmolLM2: new task, %", "others, %", "texts continued as before, of 20", "tiny: new task, %", "others, %"
-    return markdown("fine-tuned with", cells.set_axis(titles, axis=1))
+def front_page(chosen: pd.DataFrame) -> str:
+    """What each method learns, and what it keeps without and with replay, in whole numbers. * is a single run."""
+
+    def cell(setting: str, method: str, measure: str) -> str:
+        found = chosen[(chosen.setting == setting) & (chosen.method == method)][measure].dropna()
+        star = "*" if len(found) == 1 and method != "base model" else ""
+        return f"{found.mean():.0f}{star}" if len(found) else "not run"
+
+    cells = {}
+    for method in ["base model", *TUNED]:
+        row = {}
+        for setting, models in (("SmolLM2", "SmolLM2"), ("skilled", "tiny")):
+            row[f"{models}: new task, %"] = cell(setting, method, "task_acc")
+            row[f"{models}: others, %"] = cell(setting, method, "other_questions_acc")
+            for replay in ("with own answers", "with replay"):
+                kept = cell(setting, f"{method} {replay}", "other_questions_acc")
+                row[f"{models}: others {replay}, %"] = "" if method == "base model" else kept
+        row["SmolLM2: texts continued as before, of 20"] = cell("SmolLM2", method, "same_continuations")
+        cells[method] = row
+    return markdown("fine-tuned with", pd.DataFrame(cells).T)
 
 
 def examples(runs: pd.DataFrame) -> str:
     """What some models answer to the first question of *what is right of*."""
     first = runs.groupby("method").example.first()
-    shown = "base model", "LoRA", "Image-LoRA", "Image-LoRA with replay"
-    return "".join(f"{method:25}{first[method]}\n" for method in shown)
+    shown = "base model", "LoRA", "Image-LoRA", "Image-LoRA with own answers"
+    return "".join(f"{method:30}{first[method]}\n" for method in shown)
 
 
-def models_table(models: pd.DataFrame) -> str:
+def models_table(title: str, rows: list, models: pd.DataFrame) -> str:
     """A column for each model, of the other questions; and the mean of the new task."""
     cells = models.other_questions_acc.unstack().rename(columns="model {}".format)
     cells["task_acc"] = models.task_acc.groupby("method").mean()
-    return markdown("other questions, %", text(cells.loc[WHICH_TOKENS]))
+    return markdown(title, text(cells.loc[rows]))
+
+
+def factor_table(runs: pd.DataFrame) -> str:
+    """The mean of the runs, and how far two seeds are apart, on the mean over the models."""
+    runs = runs[runs.method.isin(UNEVEN)]
+    of_models = runs.groupby(["method", "model"])[ACCURACIES]
+    spread = (of_models.max() - of_models.min()).groupby("method").mean()
+    cells = runs.groupby("method")[ACCURACIES].mean()
+    for measure in ACCURACIES:
+        cells[f"{TITLES[measure].removesuffix(', %')}, points between seeds"] = spread[measure]
+    return markdown("tiny models, uneven heads", text(cells.loc[UNEVEN]))
 
 
 def both_kinds_table(models: pd.DataFrame) -> str:
