@@ -86,8 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(f"{error}")
 
-    paths = {image["path"]: None for images in train.data["images"].to_pylist() for image in images}  # each one once
-    pairs = list(itertools.product(paths, questions))
+    # Each image once. A system prompt, which stands before the image, is kept, because what is learned depends on it.
+    system = {}
+    for images, prompt in zip(train.data["images"].to_pylist(), train["prompt"]):
+        system |= {image["path"]: [turn for turn in prompt if turn["role"] == "system"] for image in images}
+    pairs = list(itertools.product(system, questions))
     count = max(1, round(options.share * len(train)))
     pairs = random.Random(options.seed).sample(pairs, min(count, len(pairs)))
 
@@ -95,8 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     folder = Path(options.output_file).parent.resolve()  # because ".." does not lead back through a symbolic link
     lines, cut_off = [], 0
     for start in tqdm(range(0, len(pairs), options.batch_size), unit="batch"):
-        paths, questions = zip(*pairs[start : start + options.batch_size])
-        prompts = [[{"role": "user", "content": question}] for question in questions]
+        batch = pairs[start : start + options.batch_size]
+        paths = [path for path, _ in batch]
+        prompts = [[*system[path], {"role": "user", "content": question}] for path, question in batch]
         answers = greedy_answers(model, processor, paths, prompts, options.max_new_tokens)
         for path, prompt, answer in zip(paths, prompts, answers):
             if answer is None:  # it would teach the model to stop in the middle
@@ -108,12 +112,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     left_out = f"{cut_off} of {len(pairs)} answers were left out, because --max_new_tokens cut them off"
     if not lines:
-        parser.error(f"there is nothing to write: {left_out}, and all others were empty")
-    if not Path(options.train_file).read_bytes().endswith(b"\n"):
-        lines.insert(0, "\n")  # so that cat does not join two lines
+        parser.error(f"no answer is left: {left_out}, and the others were empty")
+    ends = Path(options.train_file).read_bytes().endswith(b"\n")  # if not, cat would join two lines
     folder.mkdir(parents=True, exist_ok=True)
     with open(options.output_file, "x", encoding="utf-8") as file:
-        file.writelines(lines)
+        file.write(("" if ends else "\n") + "".join(lines))
     print(f"{options.output_file} holds {len(lines)} answers. {left_out}.")
 
 
