@@ -3,7 +3,9 @@
 What holds under threads and checkpointing, with files and bad arguments is tested in data/test_guarantees.py."""
 
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,6 +301,28 @@ def slopes(model, *losses: torch.Tensor) -> list[torch.Tensor]:
     model.zero_grad()
     sum(losses).backward(retain_graph=True)
     return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_the_class_and_the_hook_of_the_front_page_are_image_lora():
+    """README's class computes V~, and its hook finds M. While decoding, M is zero, and the cache holds the image."""
+    model = tiny_vlm()
+    heads = {0: [1], 2: [0, 2]}
+    adapter = attach_trained(model, heads=heads, r=2, lora_alpha=6)
+    ours = logits_of(model, EARLY)
+    decoded = model.generate(**prompt(IMAGE + BEFORE), max_new_tokens=5)
+    adapter.detach()
+
+    page = Path(__file__).with_name("README.md").read_text()
+    (code,) = re.findall(r"^```python\n(import torch\n.*?)^```", page, re.M | re.S)
+    (hook,) = re.findall(r"^```python\n(def set_M.*?)^```", page, re.M | re.S)
+    names = {"model": model}
+    exec(code + hook, names)
+    for layer, selected in heads.items():
+        naive = names["NaiveImageLoRA"](attention(model, layer).v_proj, D_H, selected, r=2, lora_alpha=6)
+        naive.load_state_dict(adapter.layers[str(layer)].state_dict(), strict=False)
+        attention(model, layer).v_proj = naive
+    torch.testing.assert_close(logits_of(model, EARLY), ours)
+    assert torch.equal(model.generate(**prompt(IMAGE + BEFORE), max_new_tokens=5), decoded)
 
 
 def test_only_the_adapter_is_trained():
