@@ -31,7 +31,7 @@ else:  # a copy of this file, beside a copy of finetune.py
 @dataclass
 class Options:
     model: str = HfArg(help="name or folder of the base model")
-    train_file: str = HfArg(help="a file for finetune.py, whose images are asked about")
+    train_file: str = HfArg(help="a file for finetune.py; the questions are about its images")
     questions: str = HfArg(help="a text file, a question a line")
     output_file: str = HfArg(help="the new file, best in the folder of the training file")
     share: float = HfArg(default=0.125, help="how many questions are asked, as a share of the training file's lines")

@@ -44,7 +44,7 @@ def train_base(model, processor):
             example = json.loads(line([], answer, prompt=[turn("user", question)]))
             examples.append(example | {"images": [picture(left, right, chance)]})
         batches.append(collate(examples))
-    steps = 300
+    steps = 400
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     for step in range(steps):
@@ -173,8 +173,8 @@ def equal_share(answers, others):
 
 
 def test_finetuning_on_the_mixed_file_learns_the_new_task_and_keeps_more_answers_about_other_images(folder):
-    answered(folder, "half.jsonl")
-    mixed = (folder / "train.jsonl").read_text() + (folder / "half.jsonl").read_text()  # as cat does
+    answered(folder, "many.jsonl", "--share 1")  # so many that 100 steps show it
+    mixed = (folder / "train.jsonl").read_text() + (folder / "many.jsonl").read_text()  # as cat does
     (folder / "mixed.jsonl").write_text(mixed)
     chance = random.Random(2)
     paths = []
@@ -194,13 +194,13 @@ def test_finetuning_on_the_mixed_file_learns_the_new_task_and_keeps_more_answers
     kept, learned = {}, {}
     for name in ("train", "mixed"):
         options = f"--train_file {{}}/{name}.jsonl --max_steps 100 --save_strategy no --learning_rate 0.03"
-        trainer = finetuned(folder, "image_lora", name, f"{options} --per_device_train_batch_size 16")
+        trainer = finetuned(folder, "image_lora", name, f"{options} --per_device_train_batch_size 8")
         model = trainer.model.eval()
         learned[name] = equal_share(answers(model, [NEW]), [left for left, _ in SIDES * 2])
         kept[name] = equal_share(answers(model, [LEFT, RIGHT, BOTH]), answers(base, [LEFT, RIGHT, BOTH]))
     assert learned["train"] > 0.8
     assert learned["mixed"] > 0.8
-    assert kept["mixed"] > kept["train"] + 0.1
+    assert kept["mixed"] > kept["train"] + 0.2
 
 
 BAD_OPTIONS = [
