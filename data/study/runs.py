@@ -147,7 +147,7 @@ RATES = {  # {setting: {method: the learning rates that were tried, once on each
     "skilled": {
         "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
         "LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
-        "LoRA, rank 2": (0.0025, 0.005, 0.01, 0.02),
+        "LoRA, rank 2": (0.0025, 0.005, 0.01),
         "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
         "Partial LoRA, rank 2": (0.005, 0.01, 0.02, 0.04),
         "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
