@@ -4,7 +4,7 @@ python train.py                  measure, probe, select, attach, train, measure 
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 Image-LoRA is imagelora.py, and its rivals are in data/methods.py. The questions and the batches that are made of them
-are in data/questions.py and data/prompts.py, and the measures in data/evaluate.py.
+are in data/questions.py and data/prompts.py, replay in data/replay.py, and the measures in data/evaluate.py.
 
 python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
-from data import costs, evaluate, methods, pictures, prompts, questions
+from data import costs, evaluate, methods, pictures, prompts, questions, replay
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from tiny_vlm import TinyVLM
 
-# Chosen on switch screens, for Image-LoRA in all heads and for the others on q, k, v and o (data/study/README.md).
-# text_lora has that of lora.
+# Of three tiny models, chosen on validation screens: for Image-LoRA in all heads, and for the others on q, k, v and o
+# (data/study/README.md). text_lora has that of lora.
 RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.005, "text_lora": 0.0025, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
@@ -70,8 +70,8 @@ class Config:
     replay: int = option(0, "how many of a step's 8 sequences hold other questions and word problems", minimum=0)
     replay_with: str = option(
         "old",
-        "what replay holds. old: questions about screens without switches, with true answers; own: questions\n"
-        "about the new screens, with the base model's own answers; own_old: its own about screens without switches",
+        "old: old questions about screens without switches, with true answers; own: questions about the new\n"
+        "screens, with the base model's own answers; own_old: its own answers about screens without switches",
         ("old", "own", "own_old"),
     )
     replay_without: str = option(
@@ -86,21 +86,9 @@ class Config:
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
         methods.check_choice(self.heads)
-        if not self.replayed_kinds():
-            raise ValueError("replay_without must leave something to ask")
+        replay.replayed_kinds(self)
         if self.lr is None:
             self.lr = RATES[self.method]
-
-    def replayed_kinds(self) -> list[str]:
-        """The kinds of questions that replay asks. ValueError if `replay_without` names another."""
-        without = self.replay_without.split(",") if self.replay_without else []
-        if self.replay_with != "old":
-            # The base model would teach the old meaning of the new task's own words.
-            without = [*without, "click", *["what_is_at"] * (self.task == "referring")]
-        for kind in without:
-            if kind not in questions.KINDS:
-                raise ValueError(f"replay_without takes a list of {', '.join(questions.KINDS)}, got {kind!r}")
-        return [kind for kind in questions.KINDS if kind not in without]
 
 
 # ---- One run: measure, select, attach, train, measure ----------------------------------------------------------------
@@ -129,7 +117,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
     train_data = screens_and_features(model, "switches", "train", num_train)
-    replay_data = make_replay_data(cfg, model, train_data) if cfg.replay else None
+    replay_data = replay.make_replay_data(cfg, model, *train_data) if cfg.replay else None
     switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
     # A screen without switches has more targets, so half as many screens are enough.
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
@@ -180,23 +168,10 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     return FinetuningRun(result, model, adapter, base_answers, answers)
 
 
-def make_replay_data(cfg: Config, model: TinyVLM, train_data: tuple) -> prompts.ReplayData:
-    """What replay asks, about which screens, and the answers. train_data: (screens, features [N, P, D])."""
-    kinds = cfg.replayed_kinds()
-    screens, features = train_data
-    if cfg.replay_with != "own":
-        screens, features = screens_and_features(model, "source", "train", len(screens))
-    if cfg.replay_with == "old":
-        return prompts.ReplayData(screens, features, kinds, None)
-    screens, features = screens[: prompts.OWN_ANSWER_SCREENS], features[: prompts.OWN_ANSWER_SCREENS]
-    own_answers = evaluate.own_answers(model, screens, features, kinds, cfg.seed)
-    return prompts.ReplayData(screens, features, kinds, own_answers)
-
-
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, train_data: tuple, replay_data, verbose, after_step) -> None:
     """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
 
-    train_data: (screens, features [N, P, D]) with switches. replay_data: a prompts.ReplayData, or None."""
+    train_data: (screens, features [N, P, D]) with switches. replay_data: a replay.ReplayData, or None."""
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
@@ -270,7 +245,7 @@ def print_metrics(when: str, task: str, metrics: dict) -> None:
     print(f"         word problems   {metrics['word_problem_acc']:6.1%}, {after_image}")
 
 
-def print_replay(cfg: Config, data: prompts.ReplayData) -> None:
+def print_replay(cfg: Config, data: replay.ReplayData) -> None:
     kinds = ", ".join(kind.replace("_", " ") for kind in data.kinds)
     answers = "the base model's own answers" if data.own_answers else "true answers"
     switches = "with" if cfg.replay_with == "own" else "without"

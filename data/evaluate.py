@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
-from data.prompts import QUESTIONS_PER_SCREEN, decode, pack_sequences, prompt_batch
-from data.questions import Point, all_samples, click_right_of, is_hit, parse_point, random_question, word_problem
+from data.prompts import decode, pack_sequences, prompt_batch
+from data.questions import Point, all_samples, click_right_of, is_hit, parse_point, word_problem
 from data.screens import Screen
 
 MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
@@ -53,26 +53,6 @@ def evaluate(
         is_correct = [output == sample["answer"] for output, sample in zip(outputs, samples)]
     answers = [Answer(screens[i], sample, output) for i, sample, output in zip(numbers, samples, outputs)]
     return float(np.mean(is_correct)), answers
-
-
-def own_answers(
-    model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int, generate=generate_answers
-) -> list[list[dict]]:
-    """The model's own greedy answers to random questions of these kinds, as samples about each screen, for replay.
-
-    features: of the screens, [N, P, D]. generate: as in `evaluate`."""
-    rng = np.random.default_rng(seed)
-    numbers, samples = [], []
-    for i, screen in enumerate(screens):
-        for _ in range(QUESTIONS_PER_SCREEN):
-            numbers.append(i)
-            samples.append({"instruction": random_question(screen, str(rng.choice(kinds)), rng)})
-    samples_of_screens = [[] for _ in screens]
-    for i, sample, answer in zip(numbers, samples, generate(model, samples, features[numbers])):
-        # Answers that were cut off would teach to stop in the middle.
-        if 0 < len(answer.split()) < MAX_NEW_TOKENS:
-            samples_of_screens[i].append(sample | {"answer": answer})
-    return samples_of_screens
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:

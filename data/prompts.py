@@ -5,22 +5,19 @@
 Shapes:  B sequences · T tokens · N screens · P visual tokens of each · D hidden size
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.questions import ACTIONS, BINS, MAX_NUMBER, PEOPLE, THINGS, VERBS, old_samples, random_samples, word_problem
-from data.screens import COLOURS, ICONS, LABELS, Screen
+from data.screens import COLOURS, ICONS, LABELS
 
 PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
 TRAIN_SCREENS = 2048  # a run draws its batches from at most this many
 SCREENS_PER_STEP = 8  # sequences of a training step, one for each screen
 QUESTIONS_PER_SCREEN = 5  # packed into one sequence
 REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
-OWN_ANSWER_SCREENS = 512  # screens about which the base model answers five questions each, for replay of its own
 IGNORED = -100  # the label of a token that is not to be predicted
 
 # Every word of the questions and answers is a token.
@@ -90,19 +87,11 @@ def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
 
 
-class ReplayData(NamedTuple):
-    """What sequences of replay are made of."""
-
-    screens: list[Screen]
-    features: Tensor  # of the screens, [N, P, D]
-    kinds: list[str]  # of questions, see KINDS
-    own_answers: list[list[dict]] | None  # the base model's, as samples about each screen; None: true answers
-
-
-def training_batch(cfg, data: tuple, index: int, replay_data: ReplayData | None = None) -> dict:
+def training_batch(cfg, data: tuple, index: int, replay_data=None) -> dict:
     """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
-    data: (screens, features [N, P, D]) of the new task. replay_data: of what cfg.replay sequences hold instead."""
+    data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, if there
+    is replay."""
     all_screens, all_features = data
     rng = np.random.default_rng([cfg.seed, index])
     picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)

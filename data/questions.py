@@ -178,7 +178,7 @@ def kind_of(sample: dict) -> str:
 
 
 def random_question(screen: Screen, kind: str, rng) -> str:
-    """A question of a kind about a random element, for a model's own answer. kind: one of KINDS, but not click."""
+    """A question of one of KINDS about a random element, for a model's own answer."""
     if kind == "what_is_at":
         element = screen.elements[rng.integers(len(screen.elements))]
         return f"what is at {place(element.bbox)}"
@@ -186,7 +186,8 @@ def random_question(screen: Screen, kind: str, rng) -> str:
     name = description(screen, targets[rng.integers(len(targets))])
     if kind == "what_is_right_of":
         return f"what is right of {name}"
-    return f"{VERBS[rng.integers(len(VERBS))]} right of {name}"
+    verb = VERBS[rng.integers(len(VERBS))]
+    return f"{verb} {name}" if kind == "click" else f"{verb} right of {name}"
 
 
 def all_samples(screens: list[Screen], kind="grounding") -> list[tuple[int, dict]]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import costs, evaluate, figures, prompts, questions, screens, walk
+from data import costs, evaluate, figures, prompts, questions, replay, screens, walk
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
 from data.methods import LoRA, choose_heads
@@ -125,7 +125,7 @@ def test_replay_asks_the_kinds_of_old_questions_that_are_not_left_out_and_change
     model = load_base("data/tiny_vlm.pt")
     cfg = train.Config(replay=1, replay_without=without)
     data = screens_and_features(model, "switches", "train", 16)
-    replay_data = train.make_replay_data(cfg, model, data)
+    replay_data = replay.make_replay_data(cfg, model, *data)
     kinds = set()
     for index in range(8):
         expected = prompts.training_batch(train.Config(), data, index)
@@ -152,7 +152,7 @@ def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_a
     model = load_base("data/tiny_vlm.pt")
     cfg = train.Config(replay=1, replay_with=replay_with, task=task)
     data = screens_and_features(model, "switches", "train", 8)
-    replay_data = train.make_replay_data(cfg, model, data)
+    replay_data = replay.make_replay_data(cfg, model, *data)
     assert (replay_data.screens == data[0]) == (replay_with == "own")
     kinds = set()
     for features, samples in zip(replay_data.features, replay_data.own_answers):
@@ -162,7 +162,7 @@ def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_a
             prompt = prompts.prompt_batch([sample], features[None])
             ids = model.generate(**prompt, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
             assert prompts.decode(ids.tolist()) == sample["answer"]
-    assert kinds == {"what_is_right_of", "click_right_of"} | ({"what_is_at"} if task == "grounding" else set())
+    assert kinds == set(questions.KINDS) - {"click" if task == "grounding" else "what_is_at"}
     texts = [read(ids) for ids in prompts.training_batch(cfg, data, 0, replay_data)["input_ids"]]
     assert any(all(sample["answer"] in texts[0] for sample in samples) for samples in replay_data.own_answers)
 

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_QUESTIONS, Answer, evaluate, own_answers
+from data.evaluate import OTHER_QUESTIONS, Answer, evaluate
 from data.methods import LoRA
 from data.questions import KINDS, click_right_of, old_samples, parse_point, random_samples, relation_samples
+from data.replay import own_answers
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.runs import add_row, read_rows

@@ -1,0 +1,78 @@
+"""Replay: some sequences of a step hold other questions than the new task's, so that a model keeps what it knew.
+
+old      old questions about screens without switches, with true answers
+own      questions about the new screens, with the base model's own answers: Learning without Forgetting (arXiv
+         1606.09282). It needs no old screens and no labels
+own_old  the base model's own answers about screens without switches
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from data.base import screens_and_features
+from data.evaluate import MAX_NEW_TOKENS, generate_answers
+from data.prompts import QUESTIONS_PER_SCREEN
+from data.questions import KINDS, random_question
+from data.screens import Screen
+
+OWN_ANSWER_SCREENS = 512  # about which the base model answers five questions each
+
+
+class ReplayData(NamedTuple):
+    """What sequences of replay are made of."""
+
+    screens: list[Screen]
+    features: Tensor  # of the screens, [N, P, D]
+    kinds: list[str]  # of questions, see KINDS
+    own_answers: list[list[dict]] | None  # the base model's, as samples about each screen; None: true answers
+
+
+def replayed_kinds(cfg) -> list[str]:
+    """The kinds of questions that replay asks in a run; cfg is a train.Config.
+
+    ValueError if it names kinds that there are not, or if none is left."""
+    left_out = cfg.replay_without.split(",") if cfg.replay_without else []
+    for kind in left_out:
+        if kind not in KINDS:
+            raise ValueError(f"replay_without takes a list of {', '.join(KINDS)}, got {kind!r}")
+    if cfg.replay_with != "old":
+        # In the new task's own words, the base model would teach the old meaning.
+        left_out.append("click" if cfg.task == "grounding" else "what_is_at")
+    kinds = [kind for kind in KINDS if kind not in left_out]
+    if not kinds:
+        raise ValueError("replay_without leaves no question to ask; name fewer kinds")
+    return kinds
+
+
+def make_replay_data(cfg, model, new_screens: list[Screen], new_features: Tensor) -> ReplayData:
+    """What replay asks, about which screens, and the answers. cfg: a train.Config. new_features: [N, P, D]."""
+    kinds = replayed_kinds(cfg)
+    screens, features = new_screens, new_features
+    if cfg.replay_with != "own":
+        screens, features = screens_and_features(model, "source", "train", len(new_screens))
+    if cfg.replay_with == "old":
+        return ReplayData(screens, features, kinds, None)
+    screens, features = screens[:OWN_ANSWER_SCREENS], features[:OWN_ANSWER_SCREENS]
+    return ReplayData(screens, features, kinds, own_answers(model, screens, features, kinds, cfg.seed))
+
+
+def own_answers(
+    model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int, generate=generate_answers
+) -> list[list[dict]]:
+    """The model's own greedy answers to random questions of these kinds, as samples about each screen.
+
+    features: of the screens, [N, P, D]. generate: what replaces `generate_answers`, for a model of another kind."""
+    rng = np.random.default_rng(seed)
+    numbers, samples = [], []
+    for i, screen in enumerate(screens):
+        for _ in range(QUESTIONS_PER_SCREEN):
+            numbers.append(i)
+            samples.append({"instruction": random_question(screen, str(rng.choice(kinds)), rng)})
+    samples_of_screens = [[] for _ in screens]
+    for i, sample, answer in zip(numbers, samples, generate(model, samples, features[numbers])):
+        # An answer that was cut off would teach to stop in the middle.
+        if 0 < len(answer.split()) < MAX_NEW_TOKENS:
+            samples_of_screens[i].append(sample | {"answer": answer})
+    return samples_of_screens
