@@ -36,7 +36,7 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 
 def evaluate(
-    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None, generate=generate_answers
+    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None, generate=None
 ) -> tuple[float, list[Answer]]:
     """Ask one question of a kind (see `all_samples`) about each target -> (share of correct answers, answers).
 
@@ -45,6 +45,7 @@ def evaluate(
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
+    generate = generate or generate_answers
     outputs = generate(model, samples, features[list(numbers)], history)
     if kind in ("grounding", "relation_clicks"):
         outputs = [parse_point(text) for text in outputs]
