@@ -1,7 +1,6 @@
 """Makes the pictures on the pages anew, in about a minute: python -m data.figures
 
 tensors.png        what fine-tuning changes, layer by layer and token by token
-predictions.png    twelve answers before and after fine-tuning
 training.gif       a few clicks while they move to the switches
 look.png           where a head looks before and after fine-tuning
 
@@ -49,7 +48,6 @@ def make_figures(cfg: FiguresConfig) -> None:
         headline = f"step {step:,} of {run.steps:,}:  {hits} of {len(answers)} clicks hit"
         frames.append(pictures.page(list(map(pictures.clicks_panel, film[0], answers)), 3, headline))
     pictures.save(frames, out / "training.gif")
-    pictures.save([pictures.predictions(tuned.base_answers, tuned.answers)], out / "predictions.png")
     show_question(tuned, out / "tensors.png")
     show_attention(tuned, out / "look.png")
 

@@ -9,7 +9,6 @@ from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -291,19 +290,9 @@ def of_a_disabled_forward_pass(model):
     return slopes(model, loss)
 
 
-def after_ctrl_c_in_another_call(model):
-    """Python's Ctrl-C is no Exception, so no hook after the call notices it."""
-    loss = loss_of(model, EARLY)
-    press_ctrl_c = Mock(side_effect=KeyboardInterrupt)
-    hook = model.language_model.layers[1].input_layernorm.register_forward_pre_hook(press_ctrl_c)
-    with pytest.raises(KeyboardInterrupt):
-        loss_of(model, LATE)
-    hook.remove()
-    return slopes(model, loss)
-
-
 def inside_another_call(model):
-    """On a CPU the backward pass runs in the thread that called it, here in the middle of another call."""
+    """On a CPU the backward pass runs in the thread that called it, here in the middle of another call. It finds the
+    same as after a call that Ctrl-C has ended, because Ctrl-C is no Exception, and no hook notices it."""
     loss = loss_of(model, EARLY)
     gradients = []
 
@@ -339,7 +328,6 @@ def of_a_checkpoint_that_holds_the_model(model):
 CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose gradients must come of it
     (after_other_calls, [EARLY]),
     (of_a_disabled_forward_pass, []),
-    (after_ctrl_c_in_another_call, [EARLY]),
     (inside_another_call, [EARLY]),
     (in_two_threads_at_once, [EARLY, LATE]),
     (of_a_checkpoint_that_holds_the_model, [EARLY]),
@@ -382,17 +370,6 @@ def test_the_same_embeddings_may_come_again_under_another_mask():
     expected = gradients()
     checkpoint_layers(model)
     torch.testing.assert_close(gradients(), expected)
-
-
-def test_a_server_may_reuse_the_memory_of_a_layers_input():
-    """The call that runs comes before the one that was left on that memory."""
-    model = tiny_vlm()
-    attach_trained(model)
-    expected = logits_of(model, LATE)
-    buffer = torch.zeros(1, LATE["input_ids"].shape[1], D)
-    model.language_model.register_forward_pre_hook(lambda decoder, args: (buffer.copy_(args[0]), *args[1:]))
-    logits_of(model, EARLY)
-    assert torch.equal(logits_of(model, LATE), expected)
 
 
 # 5. Copies, and how an adapter comes off again

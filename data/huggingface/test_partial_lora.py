@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_huggingface import PICTURE, TEXT, VIDEO, hf_prompt, tiny_hf_vlm
 
-from test_imagelora import logits_of, loss_of, slopes
+from test_imagelora import logits_of, loss_of, slopes, watch
 
 peft = pytest.importorskip("peft")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -28,12 +28,8 @@ def trained(family="Llava", **options):
 
 def updates_of(model, batch):
     """What B adds in each layer, [B, T, features]."""
-    updates = []
-    for name, module in model.named_modules():
-        if name.endswith("lora_B.default"):
-            module.register_forward_hook(lambda _, args, update: updates.append(update))
-    logits_of(model, batch)
-    return updates
+    Bs = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
+    return [update for _, update in watch(model, batch, *Bs)]
 
 
 # 1. What it adapts

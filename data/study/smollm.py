@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import OTHER_QUESTIONS, Answer, evaluate
-from data.methods import LoRA
+from data.methods import LoRA, choose_heads
 from data.questions import KINDS, click_right_of, old_samples, parse_point, random_samples, relation_samples
 from data.replay import own_answers
 from data.screens import draw_screen
@@ -55,8 +55,8 @@ RATES = {  # {method: its learning rate}; the page says how they were chosen
     "Image-LoRA with replay": 0.016,
     "Image-LoRA with own answers": 0.016,
     "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
-    "Image-LoRA in 9 heads": 0.016,
-    "Image-LoRA in 9 random heads": 0.016,
+    "Image-LoRA in 9 heads by the probe": 0.016,
+    "Image-LoRA in 9 heads anywhere": 0.016,
     "Image-LoRA in layers 0 to 9": 0.016,
     "Image-LoRA in layers 10 to 19": 0.016,
     "Image-LoRA in layers 20 to 29": 0.016,
@@ -266,20 +266,17 @@ def attach_adapter(cfg: SmolConfig, vlm: SmolVLM, heads: Heads | None) -> nn.Mod
 def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | None:
     """The value heads that the method's name says: the most influential ones by the exact probe, random ones, or all of
     some layers. None means all of them."""
+    num_layers = vlm.model.config.num_hidden_layers
     num_heads = vlm.model.config.num_key_value_heads  # of a layer
-    if cfg.method == "Image-LoRA in 9 heads":
+    if cfg.method == "Image-LoRA in 9 heads by the probe":
         batches = [data.batch(STEPS + i) for i in range(PROBE_BATCHES)]
         return select_heads(score_heads(vlm.model, batches, probe="exact"), 9)
-    heads = {}
-    if cfg.method == "Image-LoRA in 9 random heads":
-        num_layers = vlm.model.config.num_hidden_layers
-        for number in sorted(np.random.default_rng(cfg.seed).permutation(num_layers * num_heads)[:9].tolist()):
-            layer, head = divmod(number, num_heads)
-            heads.setdefault(layer, []).append(head)
-    elif "in layers" in cfg.method:
+    if cfg.method == "Image-LoRA in 9 heads anywhere":
+        return choose_heads("anywhere", torch.zeros(num_layers, num_heads), 9, cfg.seed)
+    if "in layers" in cfg.method:
         first, last = map(int, re.findall(r"\d+", cfg.method))
-        heads = {layer: list(range(num_heads)) for layer in range(first, last + 1)}
-    return heads or None
+        return {layer: list(range(num_heads)) for layer in range(first, last + 1)}
+    return None
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------

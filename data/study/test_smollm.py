@@ -73,7 +73,12 @@ def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens
 @needs_smollm2
 @pytest.mark.parametrize(
     "method",
-    ["Image-LoRA in 9 heads", "Image-LoRA in 9 random heads", "LoRA with replay", "Partial LoRA with own answers"],
+    [
+        "Image-LoRA in 9 heads by the probe",
+        "Image-LoRA in 9 heads anywhere",
+        "LoRA with replay",
+        "Partial LoRA with own answers",
+    ],
 )
 def test_a_run_is_made_once(tmp_path, monkeypatch, method):
     """A short one."""
