@@ -83,12 +83,8 @@ FEW_HEADS = [
 SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2"]
 SMOLLM2 += [f"{method} with {what}" for method in THREE for what in ("own answers", "replay")]
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
-SMOLLM2_FEW_HEADS = [
-    "Image-LoRA",
-    "Image-LoRA in 9 heads by the probe",
-    "Image-LoRA in 9 heads anywhere",
-    "Partial LoRA on v, rank 2",
-]
+SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads by the probe", "Image-LoRA in 9 heads anywhere"]
+SMOLLM2_FEW_HEADS += ["Partial LoRA on v, rank 2"]
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
