@@ -52,14 +52,15 @@ WORDS = ["same_words_acc", "word_problem_after_image_acc", "word_problem_acc"]
 
 # Methods, the rows of the tables
 RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
-TUNED = ["LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]  # at several learning rates
+TUNED = ["LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
+TRIED_AT_RATES = [*TUNED, "Partial LoRA, rank 2"]
 THREE = ["LoRA", "Partial LoRA", "Image-LoRA"]
 OWN_ANSWERS = [f"{method} with own answers" for method in THREE]
 MAIN = ["base model", *TUNED, *OWN_ANSWERS]
 REPLAYS = ["", " with replay", " with replay without what is at", " with replay without right of"]
 REPLAYS += [" with replay of what is right of alone", " with own answers about old screens", " with own answers"]
 REPLAYS = [method + replay for method in reversed(THREE) for replay in REPLAYS]
-AS_LARGE = ["LoRA, rank 2", "LoRA on v", "Partial LoRA, rank 2", "Partial LoRA on v", "Image-LoRA"]
+AS_LARGE = ["LoRA on v", "Partial LoRA, rank 2", "Partial LoRA on v", "Image-LoRA"]
 TRAINED_AFTER = [method + after for method in THREE for after in ("", " trained after 9", " trained after 0 to 9")]
 TRAINED_AFTER = ["base model", *TRAINED_AFTER]
 UNEVEN = [f"Image-LoRA in uneven heads{factor}" for factor in ("", " without the factor")]
@@ -80,8 +81,7 @@ FEW_HEADS = [
     *("Image-LoRA in 4 heads by the probe", "Image-LoRA in 4 random heads", "Image-LoRA in 4 heads anywhere"),
     "Partial LoRA on v, rank 4",
 ]
-SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2"]
-SMOLLM2 += [f"{method} with {what}" for method in THREE for what in ("own answers", "replay")]
+SMOLLM2 = ["base model", *TUNED, *OWN_ANSWERS, "Image-LoRA with replay"]
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
 SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads by the probe", "Image-LoRA in 9 heads anywhere"]
 SMOLLM2_FEW_HEADS += ["Partial LoRA on v, rank 2"]
@@ -237,12 +237,12 @@ def both_kinds_table(models: pd.DataFrame) -> str:
 
 def rates(runs: pd.DataFrame, measure="validation_acc") -> pd.DataFrame:
     """Cells with a row for each method and a column for each learning rate; the chosen one is bold."""
-    runs = once(runs[runs.method.isin(TUNED)])
+    runs = once(runs[runs.method.isin(TRIED_AT_RATES)])
     chosen = runs.pivot_table("validation_acc", "method", "lr").apply(choose_rate, axis=1)
     cells = text(runs.pivot_table(measure, "method", "lr"))
     for method, rate in chosen.items():
         cells.loc[method, rate] = f"**{cells.loc[method, rate]}**"
-    return cells.loc[[method for method in TUNED if method in chosen]].rename(columns="{:g}".format)
+    return cells.loc[[method for method in TRIED_AT_RATES if method in chosen]].rename(columns="{:g}".format)
 
 
 def smollm2_rates(runs: pd.DataFrame) -> pd.DataFrame:
