@@ -78,11 +78,11 @@ UNEVEN = {"heads": f"0.0,{heads_of(1)},2.0,3.0", "lr": 0.01}  # six heads in lay
 
 REPLAY = {  # what one of a step's eight sequences holds
     "with replay": {},  # old questions of every kind, with true answers
-    "with replay without what is at": {"replay_without": "what_is_at"},
-    "with replay without right of": {"replay_without": "what_is_right_of,click_right_of"},
     "with own answers": {"replay_with": "own"},  # the base model's, about the new screens
 }
 REPLAY_ONCE = {
+    "with replay without what is at": {"replay_without": "what_is_at"},
+    "with replay without right of": {"replay_without": "what_is_right_of,click_right_of"},
     "with replay of what is right of alone": {"replay_without": "click,what_is_at,click_right_of"},
     "with own answers about old screens": {"replay_with": "own_old"},
 }
