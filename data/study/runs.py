@@ -42,9 +42,10 @@ MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validati
     "influence",  # of the head, where only one is adapted
 )
 HISTORIES = (0, 1, 3, 9)  # word problems before a screen
-# The new task and the other questions, asked after each of these numbers: of the rows of one table alone.
-MEASURES += tuple(f"{name}_after_{count}" for name in ("task_acc", "other_questions_acc") for count in HISTORIES)
-COLUMNS = (*Run._fields, *MEASURES)
+AFTER = tuple(  # what a run is asked after each of these, for one table: see `asked_after`
+    f"{name}_after_{count}" for name in ("task_acc", "other_questions_acc") for count in HISTORIES
+)
+COLUMNS = (*Run._fields, *MEASURES, *AFTER)
 REWORDED_SCREENS = 400  # test screens of reworded_acc
 
 
