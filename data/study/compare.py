@@ -196,7 +196,8 @@ def front_page(chosen: pd.DataFrame) -> str:
             for replay in ("with own answers", "with replay"):
                 kept = cell(setting, f"{method} {replay}", "other_questions_acc")
                 row[f"{models}: others {replay}, %"] = "" if method == "base model" else kept
-        row["SmolLM2: texts continued as before, of 20"] = cell("SmolLM2", method, "same_continuations")
+            if setting == "SmolLM2":
+                row["SmolLM2: texts continued as before, of 20"] = cell(setting, method, "same_continuations")
         cells[method] = row
     return markdown("fine-tuned with", pd.DataFrame(cells).T)
 
