@@ -197,7 +197,8 @@ def front_page(chosen: pd.DataFrame) -> str:
                 kept = cell(setting, f"{method} {replay}", "other_questions_acc")
                 row[f"{models}: others {replay}, %"] = "" if method == "base model" else kept
             if setting == "SmolLM2":
-                row["SmolLM2: texts continued as before, of 20"] = cell(setting, method, "same_continuations")
+                texts = cell(setting, method, "same_continuations")
+                row["SmolLM2: texts without an image continued as before, of 20"] = texts
         cells[method] = row
     return markdown("fine-tuned with", pd.DataFrame(cells).T)
 
