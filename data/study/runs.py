@@ -107,6 +107,7 @@ METHODS = {  # with two seeds
     "LoRA on v": LORA_ON_V,
     "LoRA at text tokens alone": LORA | {"method": "text_lora"},  # a control, like the next
     "LoRA on v at text tokens alone": LORA_ON_V | {"method": "text_lora"},
+    "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
     "Partial LoRA": PARTIAL_LORA,
     "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},  # as large as Image-LoRA in all heads
     "Partial LoRA on v": PARTIAL_LORA_ON_V,
@@ -148,6 +149,7 @@ RATES = {  # {setting: {method: the learning rates that were tried, once on each
         "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
         "LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
         "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "LoRA, rank 2": (0.0025, 0.005, 0.01, 0.02),
         "Partial LoRA, rank 2": (0.005, 0.01, 0.02, 0.04),
         "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
         "Image-LoRA": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
