@@ -81,7 +81,7 @@ FEW_HEADS = [
     *("Image-LoRA in 4 heads by the probe", "Image-LoRA in 4 random heads", "Image-LoRA in 4 heads anywhere"),
     "Partial LoRA on v, rank 4",
 ]
-SMOLLM2 = ["base model", *TUNED, *OWN_ANSWERS, "Image-LoRA with replay"]
+SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, "Image-LoRA with replay"]
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
 SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads by the probe", "Image-LoRA in 9 heads anywhere"]
 SMOLLM2_FEW_HEADS += ["Partial LoRA on v, rank 2"]
