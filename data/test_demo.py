@@ -105,7 +105,7 @@ def test_a_varied_history_is_drawn_anew_for_each_step():
     assert counts == {0, 1, 2, 3}
 
 
-def kinds_and_samples(screen: screens.Screen) -> dict:
+def kinds_of_questions(screen: screens.Screen) -> dict:
     """{question with its true answer: its kind}, of all questions about a screen that replay can ask."""
     kind_of = {}
     names = {"grounding": "click", "referring": "what_is_at"}
@@ -141,7 +141,7 @@ def test_replay_asks_the_kinds_of_old_questions_that_are_not_left_out_and_change
         assert "how many" in second_problem
         assert end == ""
         (pick,) = (replay_data.features == batch["image_features"][0]).all(2).all(1).nonzero()
-        kind_of = kinds_and_samples(replay_data.screens[pick])
+        kind_of = kinds_of_questions(replay_data.screens[pick])
         for text in asked:
             kinds.add(kind_of[re.sub(VERB, "click", text.strip())])
     assert kinds == set(questions.KINDS) - set(without.split(","))

@@ -7,8 +7,8 @@ On tiny models, a number is the mean over three models, each of which is a mean 
 lowest and the highest of the three. On SmolLM2, they hold those of the seeds.
 
 We say that one method is ahead of another if it is ahead in each of the six runs, compared on the same model with the
-same seed. If two methods were equal, chance would do this once in 32 comparisons. On other tasks, at other learning
-rates and on models without the skill there is one run on each model. There, the two ranges must not overlap, either.
+same seed. If two methods were equal, chance would do this once in 32 comparisons. Where there is one run on each model,
+the two ranges must not overlap, either.
 """
 
 import sys
