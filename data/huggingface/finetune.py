@@ -45,6 +45,17 @@ class Options:
     num_heads: int | None = HfArg(default=None, help="how many heads Image-LoRA adapts, the best by the probe (or all)")
 
 
+def load_processor(model: str) -> transformers.ProcessorMixin:
+    """The model's processor. If its tokenizer begins a text with a BOS token and its chat template does not, as that of
+    LLaVA-1.5, the template gets one, because TRL takes a template's text as it is."""
+    processor = transformers.AutoProcessor.from_pretrained(model)
+    tokenizer = processor.tokenizer
+    text = processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "a"}]}])
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
+        processor.chat_template = tokenizer.bos_token + processor.chat_template
+    return processor
+
+
 def read_file(file: str, method: str, placeholder: str) -> datasets.Dataset:
     """The examples of a file. Images are read when an example is needed."""
     examples = []
@@ -90,7 +101,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     if options.num_heads is not None and options.method != "image_lora":
         parser.error("--num_heads is for --method image_lora; leave it out")
 
-    processor = transformers.AutoProcessor.from_pretrained(options.model)
+    processor = load_processor(options.model)
     image_token_id = transformers.AutoConfig.from_pretrained(options.model).image_token_id
     placeholder = processor.tokenizer.convert_ids_to_tokens(image_token_id)
     try:

@@ -23,9 +23,9 @@ from transformers.hf_argparser import HfArg
 from trl import apply_chat_template, prepare_multimodal_messages
 
 if __package__:  # python -m data.huggingface.own_answers
-    from data.huggingface.finetune import read_file
+    from data.huggingface.finetune import load_processor, read_file
 else:  # a copy of this file, beside a copy of finetune.py
-    from finetune import read_file
+    from finetune import load_processor, read_file
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     (options,) = parser.parse_args_into_dataclasses(arguments)
     if Path(options.output_file).exists():
         parser.error(f"{options.output_file} is there already; remove it, or choose another --output_file")
-    processor = transformers.AutoProcessor.from_pretrained(options.model)
+    processor = load_processor(options.model)
     image_token_id = transformers.AutoConfig.from_pretrained(options.model).image_token_id
     placeholder = processor.tokenizer.convert_ids_to_tokens(image_token_id)
     try:

@@ -14,6 +14,7 @@ from test_imagelora import logits_of
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("trl")
+tokenizers = pytest.importorskip("tokenizers")
 safetensors = pytest.importorskip("safetensors.torch")
 from data.huggingface import finetune  # noqa: E402
 from data.huggingface.partial_lora import load_partial_lora  # noqa: E402
@@ -116,6 +117,19 @@ def test_labels_are_the_completion_alone_also_if_it_is_json(folder):
     learned = [decode(labels[labels != -100]) for labels in batch["labels"]]
     assert learned == [f"{answer} </s>" for answer in [*answers, "7"]]
     assert "a cat [412, 88] </s> 3" in decode(batch["input_ids"][-1])
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_a_bos_token_of_the_tokenizer_begins_an_example_once_whether_the_template_has_it_or_not(tmp_path, start):
+    processor = processor_for("Llava")
+    processor.tokenizer.bos_token = "<s>"
+    processing = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    processor.tokenizer.backend_tokenizer.post_processor = processing
+    processor.chat_template = start + processor.chat_template
+    processor.save_pretrained(tmp_path)
+    collate = finetune.DataCollatorForVisionLanguageModeling(finetune.load_processor(tmp_path))
+    (ids,) = collate([json.loads(line([])) | {"images": [Image.new("RGB", (8, 8))]}])["input_ids"]
+    assert (ids == 1).nonzero().tolist() == [[0]]
 
 
 BAD_LINES = {
