@@ -29,6 +29,7 @@ class LoRA(nn.Module):
         self.enabled = True
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
+        self.linears = []  # the projections, a list that no module sees: they are the model's
         model.requires_grad_(False)
         if tokens != "all":
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
@@ -36,6 +37,7 @@ class LoRA(nn.Module):
         for layer in model.language_model.layers:
             for linear in [module for name, module in layer.named_modules() if name.endswith(suffixes)]:
                 linear.register_forward_hook(partial(self._add_update, len(self.A)))
+                self.linears.append(linear)
                 A = torch.empty(linear.in_features, r, device=model.device)
                 nn.init.kaiming_uniform_(A.T, a=math.sqrt(5))
                 self.A.append(A)
@@ -62,6 +64,13 @@ class LoRA(nn.Module):
         if self.tokens != "all":
             return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
         return y + update
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the updates to the weights of the model, and is off from then on. For LoRA at all tokens."""
+        for linear, A, B in zip(self.linears, self.A, self.B):
+            linear.weight += self.scaling * (A @ B).T
+        self.enabled = False
 
     @contextmanager
     def disabled(self):

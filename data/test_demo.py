@@ -213,6 +213,18 @@ def test_the_other_choices_of_heads_are_what_they_are_called():
     assert random != top
 
 
+def test_merged_lora_is_the_same_model():
+    model = tiny_vlm()
+    lora = LoRA(model, 2, 4)
+    for B in lora.B:
+        torch.nn.init.normal_(B, std=0.1)
+    adapted = model(**EARLY).logits
+    lora.merge()
+    torch.testing.assert_close(model(**EARLY).logits, adapted)
+    with lora.disabled():
+        torch.testing.assert_close(model(**EARLY).logits, adapted)
+
+
 # 4. The commands
 SHORT = dict(steps=3, num_heads=3, r=2, test_screens=2, device="cpu", base="base.pt")
 OPTIONS = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items())

@@ -82,6 +82,7 @@ FEW_HEADS = [
     "Partial LoRA on v, rank 4",
 ]
 SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, "Image-LoRA with replay"]
+SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2 taught with LoRA"}  # {base: the setting of its runs}
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
 SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads by the probe", "Image-LoRA in 9 heads anywhere"]
 SMOLLM2_FEW_HEADS += ["Partial LoRA on v, rank 2"]
@@ -95,7 +96,7 @@ def read_runs() -> pd.DataFrame:
     folder = Path(__file__).parent
     tiny = pd.read_csv(folder / "runs.csv")
     smollm2 = pd.read_csv(folder / "smollm.csv")
-    smollm2 = smollm2.assign(setting="SmolLM2", model=smollm2.seed)
+    smollm2 = smollm2.assign(setting=smollm2.base.map(SMOLLM2_BASES), model=smollm2.seed)
     runs = pd.concat([tiny, smollm2], ignore_index=True)
     runs[[measure for measure, title in TITLES.items() if title.endswith("%")]] *= 100
     return runs
@@ -185,22 +186,22 @@ def front_page(chosen: pd.DataFrame) -> str:
     def cell(setting: str, method: str, measure: str) -> str:
         found = chosen[(chosen.setting == setting) & (chosen.method == method)][measure].dropna()
         star = "*" if len(found) == 1 and method != "base model" else ""
-        return f"{found.mean():.0f}{star}" if len(found) else "not run"
+        return f"{found.mean():.0f}{star}" if len(found) else ""
+
+    def both(method: str, measure: str) -> str:
+        pair = [cell(setting, method, measure) for setting in ("SmolLM2", "skilled")]
+        return " / ".join(pair) if any(pair) else ""
 
     cells = {}
     for method in ["base model", *TUNED]:
-        row = {}
-        for setting, models in (("SmolLM2", "SmolLM2"), ("skilled", "tiny")):
-            row[f"{models}: new task, %"] = cell(setting, method, "task_acc")
-            row[f"{models}: others, %"] = cell(setting, method, "other_questions_acc")
-            for replay in ("with own answers", "with replay"):
-                kept = cell(setting, f"{method} {replay}", "other_questions_acc")
-                row[f"{models}: others {replay}, %"] = "" if method == "base model" else kept
-            if setting == "SmolLM2":
-                texts = cell(setting, method, "same_continuations")
-                row["SmolLM2: texts without an image continued as before, of 20"] = texts
-        cells[method] = row
-    return markdown("fine-tuned with", pd.DataFrame(cells).T)
+        cells[method] = {
+            "new task, %": both(method, "task_acc"),
+            "other questions, %": both(method, "other_questions_acc"),
+            "with own answers, %": both(f"{method} with own answers", "other_questions_acc"),
+            "with replay, %": both(f"{method} with replay", "other_questions_acc"),
+            "texts without an image continued as before, of 20": cell("SmolLM2", method, "same_continuations"),
+        }
+    return markdown("SmolLM2 / tiny models", pd.DataFrame(cells).T)
 
 
 def examples(runs: pd.DataFrame) -> str:

@@ -6,8 +6,9 @@ python -m data.study.smollm --make-base --base my.pt     make the base model ane
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
            SmolLM2's own word embeddings. SmolLM2 itself does not run.
 learn      The projector and a Partial LoRA (data/study/smollm_vlm.py) learn to answer about screens without switches.
-           From step 540 on, a second loss brings English after a screen back: its KL divergence from what the original
-           SmolLM2 predicts without the screen.
+           From some step on, a second loss brings English after a screen back: its KL divergence from what the
+           original SmolLM2 predicts without the screen. With --tokens all, a LoRA at all tokens learns instead, the
+           second loss holds English without a screen, too, and the LoRA is merged into the weights.
 fine-tune  This base model learns to click switches, by one of the methods. With replay, one of a step's 8 sequences
            holds old questions about a screen without switches, or the base model's own answers about a new one.
 
@@ -20,6 +21,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -61,9 +63,15 @@ RATES = {  # {method: its learning rate}; the page says how they were chosen
     "Image-LoRA in layers 10 to 19": 0.016,
     "Image-LoRA in layers 20 to 29": 0.016,
 }
-KEY = ("method", "lr", "seed")  # what tells one run from another
+KEY = ("base", "method", "lr", "seed")  # what tells one run from another
 SEE_STEPS = 500
-BASE_STEPS = (900, 120, 400)  # of learning to answer, in three parts; in each, the rate warms up and decays anew
+BASE_SCREENS = 2000  # of each of two kinds, to learn to answer
+# How each base model learns to answer: the learning rate, and (steps, screens a step, texts a step, the first step with
+# texts) of each part, in which the rate warms up and decays anew.
+BASE_PARTS = {
+    "visual": (2e-3, [(900, 4, 1, 540), (120, 8, 2, 0), (400, 8, 2, 0)]),
+    "all": (1e-3, [(600, 8, 2, 360)]),
+}
 STEPS = 300  # of fine-tuning
 SCREENS_PER_STEP = 8  # of fine-tuning
 TRAIN_SCREENS = 1024
@@ -82,6 +90,11 @@ class SmolConfig:
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
     dtype: str = option("float32", "bfloat16 is twice as fast on some processors", ("float32", "bfloat16"))
     make_base: bool = option(False, "make the base model and write it to --base")
+    tokens: str = option(
+        "visual",
+        "with --make-base: at which tokens SmolLM2 learns to answer; all: with LoRA, whose weights are merged",
+        ("visual", "all"),
+    )
 
 
 # ---- The base model: see, then learn to answer -----------------------------------------------------------------------
@@ -148,9 +161,10 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.add_projector()
     # Other screens than those that the tiny model was pretrained on. On half of those without switches, two names or
     # more have something to their right.
-    drawn = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(8000)]
-    screens = drawn[:2000] + [screen for screen in drawn[2000:] if len(relation_samples(screen)) > 1][:2000]
-    switch_screens = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(500)]
+    drawn = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4 * BASE_SCREENS)]
+    screens, more = drawn[:BASE_SCREENS], drawn[BASE_SCREENS:]
+    screens += [screen for screen in more if len(relation_samples(screen)) > 1][:BASE_SCREENS]
+    switch_screens = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(BASE_SCREENS // 4)]
     targets = [patch_targets(screen, vlm.patch_size, places=True) for screen in screens]
     targets += [patch_targets(screen, vlm.patch_size, places=False) for screen in switch_screens]
     features = image_features(vlm.tower, screens + switch_screens)
@@ -159,34 +173,36 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.model.to(getattr(torch, cfg.dtype))
     all_texts = vlm.write_texts()
     torch.manual_seed(cfg.seed)
-    vlm.add_partial_lora()
+    vlm.add_lora(cfg.tokens)
     rng = np.random.default_rng(cfg.seed)
 
-    def loss_of(num_screens: int, num_texts: int) -> Tensor:
+    def loss_of(num_screens: int, num_texts: int, first: int, step: int) -> Tensor:
         picks = rng.choice(len(screens), num_screens, replace=False)
         batch = vlm.batch([old_samples(screens[pick], 14, rng) for pick in picks])
         answer_loss = vlm.model(**batch, image_features=vlm.projector(features[picks])).loss
-        if num_texts == 0:
+        if step < first:
             return answer_loss
         texts = all_texts[rng.choice(len(all_texts), num_texts, replace=False)]
-        with torch.no_grad():
-            logits_alone = text_logits(vlm, texts)[:, 1:]  # the original's, because the Partial LoRA needs a screen
+        with torch.no_grad(), vlm.lora.disabled():
+            original_logits = text_logits(vlm, texts)[:, 1:]
         seen = vlm.projector(features[rng.choice(len(features), num_texts)])
-        return answer_loss + divergence(logits_alone, text_logits(vlm, texts[:, 1:], seen))
+        loss = answer_loss + divergence(original_logits, text_logits(vlm, texts[:, 1:], seen))
+        if cfg.tokens == "all":
+            loss = loss + divergence(original_logits, text_logits(vlm, texts)[:, 1:])
+        return loss
 
-    parameters = [*vlm.projector.parameters(), *vlm.partial_lora.parameters()]
-    first, *more = BASE_STEPS
-    optimize("learn", parameters, 2e-3, first, lambda step: loss_of(4, num_texts=int(step >= 0.6 * first)))
-    for steps in more:
-        optimize("learn more", parameters, 2e-3, steps, lambda step: loss_of(8, num_texts=2))
+    parameters = [*vlm.projector.parameters(), *vlm.lora.parameters()]
+    lr, parts = BASE_PARTS[cfg.tokens]
+    for steps, *sizes in parts:
+        optimize("learn", parameters, lr, steps, partial(loss_of, *sizes))
     path = file_path(cfg.base)
     vlm.save(path)
     vlm = SmolVLM()
-    vlm.load(cfg.base, cfg.dtype)  # what was written, because it is in 16 bits
+    vlm.load(cfg.base, cfg.dtype, merge=False)  # what was written, because it is in 16 bits
     record = {"seconds": round(time.time() - start), "dtype": cfg.dtype, "torch": torch.__version__}
     record["source_acc"], _ = ask(vlm, "source", TEST_SCREENS)
     record["reworded_acc"], _ = ask(vlm, "switches", TEST_SCREENS, reword=click_right_of)
-    record |= measure_english(vlm, nullcontext)
+    record |= measure_english(vlm, vlm.lora.disabled)
     write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -245,7 +261,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
         optimize("train", trained, lr, STEPS, lambda step: vlm.model(**data.batch(step)).loss)
-    row = {"method": cfg.method, "lr": lr, "seed": cfg.seed}
+    row = {"base": Path(cfg.base).stem, "method": cfg.method, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
     return row | {"selected": json.dumps(heads), "dtype": cfg.dtype}
@@ -357,8 +373,8 @@ def main(cfg: SmolConfig) -> None:
         make_base(cfg)
         return
     lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
-    known = {(row["method"], float(row["lr"]), int(row["seed"])) for row in read_rows(path, KEY)}
-    if (cfg.method, lr, cfg.seed) in known:
+    known = {(row["base"], row["method"], float(row["lr"]), int(row["seed"])) for row in read_rows(path, KEY)}
+    if (Path(cfg.base).stem, cfg.method, lr, cfg.seed) in known:
         print(f"{path} holds this run already; python -m data.study.compare prints the tables")
     else:
         make_directory(path.parent)

