@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import decode, pack_sequences, prompt_batch
-from data.questions import Point, all_samples, click_right_of, is_hit, parse_point, word_problem
+from data.questions import TASKS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
 from data.screens import Screen
 
 MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
@@ -36,9 +36,9 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 
 def evaluate(
-    model, screens: list[Screen], features: Tensor, kind="grounding", history=0, reword=None, generate=None
+    model, screens: list[Screen], features: Tensor, kind="click", history=0, reword=None, generate=None
 ) -> tuple[float, list[Answer]]:
-    """Ask one question of a kind (see `all_samples`) about each target -> (share of correct answers, answers).
+    """Ask one question of a kind (of data.questions.KINDS) about each target -> (share of correct answers, answers).
 
     features: of the screens, [N, P, D]. history: word problems before each of them. reword: a function that asks for a
     sample's target in other words. generate: what replaces `generate_answers`, for a model of another kind."""
@@ -47,7 +47,7 @@ def evaluate(
         samples = [reword(sample) for sample in samples]
     generate = generate or generate_answers
     outputs = generate(model, samples, features[list(numbers)], history)
-    if kind in ("grounding", "relation_clicks"):
+    if kind in ("click", "click_right_of"):
         outputs = [parse_point(text) for text in outputs]
         is_correct = [is_hit(output, sample["bbox"]) for output, sample in zip(outputs, samples)]
     else:
@@ -68,11 +68,7 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     return correct / count
 
 
-OTHER_QUESTIONS = {  # {measure: kind of question, see all_samples}
-    "what_is_at_acc": "referring",
-    "what_is_right_of_acc": "relations",
-    "click_right_of_acc": "relation_clicks",
-}
+OTHER_KINDS = ("what_is_at", "what_is_right_of", "click_right_of")  # all but the new task's own
 
 
 def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, list[Answer]]:
@@ -84,15 +80,16 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
 
     task_acc                      the new task, on screens with switches
     other_questions_acc           questions that were learned in pretraining and that the demo's fine-tuning never asks,
-                                  on screens without switches: the mean of the three kinds of OTHER_QUESTIONS
+                                  on screens without switches: the mean of what_is_at_acc, what_is_right_of_acc and
+                                  click_right_of_acc
     same_words_acc                a click on a name, on screens without switches. The new task asks for it in the same
                                   words and means the switch, so this tells whether a model distinguishes the screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
     metrics = {}
-    metrics["task_acc"], answers = evaluate(model, *switch_test, cfg.task, cfg.history)
-    for name, kind in OTHER_QUESTIONS.items():
-        metrics[name], _ = evaluate(model, *source_test, kind, cfg.history)
-    metrics["other_questions_acc"] = float(np.mean([metrics[name] for name in OTHER_QUESTIONS]))
+    metrics["task_acc"], answers = evaluate(model, *switch_test, TASKS[cfg.task], cfg.history)
+    for kind in OTHER_KINDS:
+        metrics[f"{kind}_acc"], _ = evaluate(model, *source_test, kind, cfg.history)
+    metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
     metrics["same_words_acc"], _ = evaluate(model, *source_test, history=cfg.history)
     _, features = switch_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])

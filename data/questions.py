@@ -20,6 +20,7 @@ BINS = 16  # coordinate tokens per axis
 BIN = SIZE // BINS  # pixels per coordinate token
 VERBS = "click tap press select".split()
 KINDS = "click", "what_is_at", "what_is_right_of", "click_right_of"  # of questions about a screen
+TASKS = {"grounding": "click", "referring": "what_is_at"}  # {task of train.Config: the kind of question that it asks}
 Point = tuple[float, float]  # x, y in pixels
 
 # ---- Places ----------------------------------------------------------------------------------------------------------
@@ -190,19 +191,18 @@ def random_question(screen: Screen, kind: str, rng) -> str:
     return f"{verb} {name}" if kind == "click" else f"{verb} right of {name}"
 
 
-def all_samples(screens: list[Screen], kind="grounding") -> list[tuple[int, dict]]:
+def all_samples(screens: list[Screen], kind="click") -> list[tuple[int, dict]]:
     """One question of a kind about every target of every screen, as pairs (number of the screen, sample).
 
-    kind: grounding, referring, relations or relation_clicks; the last two leave out targets with nothing on their
-    right."""
+    kind: one of KINDS; the last two leave out targets with nothing on their right."""
     rng = np.random.default_rng(0)
     numbers_and_samples = []
     for i, screen in enumerate(screens):
-        if kind == "relations":
+        if kind == "what_is_right_of":
             samples = relation_samples(screen)
-        elif kind == "relation_clicks":
+        elif kind == "click_right_of":
             samples = relation_click_samples(screen, rng)
-        elif kind == "referring":
+        elif kind == "what_is_at":
             samples = [referring_sample(target) for target in screen.targets()]
         else:
             samples = [grounding_sample(screen, target, rng) for target in screen.targets()]

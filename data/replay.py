@@ -14,7 +14,7 @@ from torch import Tensor
 from data.base import screens_and_features
 from data.evaluate import MAX_NEW_TOKENS, generate_answers
 from data.prompts import QUESTIONS_PER_SCREEN
-from data.questions import KINDS, random_question
+from data.questions import KINDS, TASKS, random_question
 from data.screens import Screen
 
 OWN_ANSWER_SCREENS = 512  # about which the base model answers five questions each
@@ -39,7 +39,7 @@ def replayed_kinds(cfg) -> list[str]:
             raise ValueError(f"replay_without takes a list of {', '.join(KINDS)}, got {kind!r}")
     if cfg.replay_with != "old":
         # In the new task's own words, the base model would teach the old meaning.
-        left_out.append("click" if cfg.task == "grounding" else "what_is_at")
+        left_out.append(TASKS[cfg.task])
     kinds = [kind for kind in KINDS if kind not in left_out]
     if not kinds:
         raise ValueError("replay_without leaves no question to ask; name fewer kinds")

@@ -56,14 +56,11 @@ def test_the_shipped_base_is_what_its_record_says():
     assert record["task_acc"] <= 0.02
     model = load_base("data/tiny_vlm.pt")
     some_screens, features = screens_and_features(model, "source", "test", 12)
-    for task, recorded in (
-        ("grounding", record["same_words_acc"]),
-        ("referring", record["what_is_at_acc"]),
-        ("relations", record["what_is_right_of_acc"]),
-    ):
-        accuracy, _ = evaluate.evaluate(model, some_screens, features, task)
+    for kind in questions.KINDS:
+        recorded = record["same_words_acc" if kind == "click" else f"{kind}_acc"]
+        accuracy, _ = evaluate.evaluate(model, some_screens, features, kind)
         assert recorded >= 0.94
-        assert accuracy == pytest.approx(recorded, abs=0.12), task
+        assert accuracy == pytest.approx(recorded, abs=0.12), kind
     assert evaluate.evaluate_word_problems(model, features[:, :0], count=32) > 0.95
     assert evaluate.evaluate_word_problems(model, features, count=32) > 0.95
 
@@ -108,13 +105,11 @@ def test_a_varied_history_is_drawn_anew_for_each_step():
 def kinds_of_questions(screen: screens.Screen) -> dict:
     """{question with its true answer: its kind}, of all questions about a screen that replay can ask."""
     kind_of = {}
-    names = {"grounding": "click", "referring": "what_is_at"}
-    names |= {"relations": "what_is_right_of", "relation_clicks": "click_right_of"}
-    for kind, name in names.items():
+    for kind in questions.KINDS:
         for _, sample in questions.all_samples([screen], kind):
             question = re.sub(VERB, "click", sample["instruction"])
-            kind_of[f"{question} {sample['answer']}"] = name
-            assert questions.kind_of(sample) == name
+            kind_of[f"{question} {sample['answer']}"] = kind
+            assert questions.kind_of(sample) == kind
     return kind_of
 
 
@@ -162,7 +157,7 @@ def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_a
             prompt = prompts.prompt_batch([sample], features[None])
             ids = model.generate(**prompt, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
             assert prompts.decode(ids.tolist()) == sample["answer"]
-    assert kinds == set(questions.KINDS) - {"click" if task == "grounding" else "what_is_at"}
+    assert kinds == set(questions.KINDS) - {questions.TASKS[task]}
     texts = [read(ids) for ids in prompts.training_batch(cfg, data, 0, replay_data)["input_ids"]]
     assert any(all(sample["answer"] in texts[0] for sample in samples) for samples in replay_data.own_answers)
 

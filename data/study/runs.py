@@ -21,8 +21,8 @@ from tqdm import tqdm
 import train
 from data.base import file_path, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_QUESTIONS, evaluate
-from data.questions import click_right_of
+from data.evaluate import OTHER_KINDS, evaluate
+from data.questions import TASKS, click_right_of
 
 
 class Run(NamedTuple):
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validation screens
-    *("task_acc", "validation_acc", "other_questions_acc", *OTHER_QUESTIONS, "same_words_acc"),
+    *("task_acc", "validation_acc", "other_questions_acc", *(f"{kind}_acc" for kind in OTHER_KINDS), "same_words_acc"),
     *("word_problem_after_image_acc", "word_problem_acc"),
     "reworded_acc",  # of the base model alone: the new task, if it is asked to click right of the name
     "influence",  # of the head, where only one is adapted
@@ -227,10 +227,10 @@ def make_run(run: Run, device: str) -> dict:
     tuned = train.finetune(cfg)
     row = tuned.result | run._asdict() | {"influence": ""}
     validation_screens = screens_and_features(tuned.model, "switches", "validation", cfg.test_screens)
-    row["validation_acc"], _ = evaluate(tuned.model, *validation_screens, cfg.task, cfg.history)
+    row["validation_acc"], _ = evaluate(tuned.model, *validation_screens, TASKS[cfg.task], cfg.history)
     if run.method in BASE_MODEL:
         test_screens = screens_and_features(tuned.model, "switches", "test", REWORDED_SCREENS)
-        row["reworded_acc"], _ = evaluate(tuned.model, *test_screens, cfg.task, cfg.history, click_right_of)
+        row["reworded_acc"], _ = evaluate(tuned.model, *test_screens, reword=click_right_of)
     if run.setting == "skilled" and run.method in {**BASE_MODEL, **THREE, **each_of_three(HISTORY)}:
         for count in HISTORIES:
             row |= asked_after(count, cfg, tuned.model)
@@ -244,8 +244,8 @@ def asked_after(count: int, cfg: train.Config, model) -> dict:
     """The new task and the other questions, each asked after so many word problems and its screen."""
     switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
-    task_acc, _ = evaluate(model, *switch_test, cfg.task, count)
-    others = [evaluate(model, *source_test, kind, count)[0] for kind in OTHER_QUESTIONS.values()]
+    task_acc, _ = evaluate(model, *switch_test, TASKS[cfg.task], count)
+    others = [evaluate(model, *source_test, kind, count)[0] for kind in OTHER_KINDS]
     return {f"task_acc_after_{count}": task_acc, f"other_questions_acc_after_{count}": sum(others) / len(others)}
 
 

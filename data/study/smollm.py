@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_QUESTIONS, Answer, evaluate
+from data.evaluate import OTHER_KINDS, Answer, evaluate
 from data.methods import LoRA, choose_heads
-from data.questions import KINDS, click_right_of, old_samples, parse_point, random_samples, relation_samples
+from data.questions import click_right_of, old_samples, parse_point, random_samples, relation_samples
 from data.replay import own_answers
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
@@ -225,8 +225,7 @@ class TrainingData:
             self.old_features = vlm.see(self.old_screens)
         if replay == "own":
             screens, features = self.screens[:OWN_ANSWER_SCREENS], self.features[:OWN_ANSWER_SCREENS]
-            kinds = [kind for kind in KINDS if kind != "click"]
-            self.own_answers = own_answers(vlm, screens, features, kinds, seed, SmolVLM.answers)
+            self.own_answers = own_answers(vlm, screens, features, OTHER_KINDS, seed, SmolVLM.answers)
 
     def batch(self, index: int) -> dict:
         """Batch number `index`: {input_ids, labels [B, T], image_features [B, P, D]}, five questions about a screen."""
@@ -306,9 +305,7 @@ OPENINGS = (
 ).split(" … ")
 
 
-def ask(
-    vlm: SmolVLM, domain: str, count: int, kind="grounding", split="test", reword=None
-) -> tuple[float, list[Answer]]:
+def ask(vlm: SmolVLM, domain: str, count: int, kind="click", split="test", reword=None) -> tuple[float, list[Answer]]:
     """One question of a kind about each target of these screens, see data.evaluate.evaluate."""
     screens = [draw_screen(domain, split, i) for i in range(count)]
     return evaluate(vlm, screens, vlm.see(screens), kind, reword=reword, generate=SmolVLM.answers)
@@ -324,14 +321,14 @@ def measure_questions(vlm: SmolVLM) -> dict:
     metrics["task_acc"], _ = ask(vlm, "switches", TEST_SCREENS)
     metrics["validation_acc"], _ = ask(vlm, "switches", half, split="validation")
     answers = {}
-    for name, kind in OTHER_QUESTIONS.items():
-        metrics[name], answers[kind] = ask(vlm, "source", half, kind)
-    metrics["other_questions_acc"] = float(np.mean([metrics[name] for name in OTHER_QUESTIONS]))
+    for kind in OTHER_KINDS:
+        metrics[f"{kind}_acc"], answers[kind] = ask(vlm, "source", half, kind)
+    metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
     metrics["same_words_acc"], _ = ask(vlm, "source", half)
-    answers_to_names = answers["referring"] + answers["relations"]
+    answers_to_names = answers["what_is_at"] + answers["what_is_right_of"]
     are_places = [parse_point(answer.output) is not None for answer in answers_to_names]
     metrics["places_for_names"] = float(np.mean(are_places))
-    _, sample, output = answers["relations"][0]
+    _, sample, output = answers["what_is_right_of"][0]
     metrics["example"] = f"{sample['instruction']}: {spell_places(output)} (correct: {sample['answer']})"
     return metrics
 
