@@ -87,17 +87,37 @@ def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
 
 
+def training_samples(
+    seed: int, index: int, data: tuple, replay_data=None, refer=0.0, replay=1, num_problems=REPLAYED_PROBLEMS
+) -> tuple[list[list[dict]], Tensor]:
+    """The questions of step number `index`, five about each of 8 screens; and the screens' features [8, P, D].
+
+    data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, or None. refer: 1.0 for
+    referring. replay: how many sequences hold other questions in place of the new task, and num_problems word
+    problems, if there is replay."""
+    all_screens, all_features = data
+    rng = np.random.default_rng([seed, index])
+    picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)
+    features = all_features[picks]
+    samples = [random_samples(all_screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+    for sequence in range(replay if replay_data else 0):
+        pick = rng.integers(len(replay_data.screens))
+        features[sequence] = replay_data.features[pick]
+        if replay_data.own_answers:
+            samples[sequence] = [*replay_data.own_answers[pick]]
+        else:
+            samples[sequence] = old_samples(replay_data.screens[pick], QUESTIONS_PER_SCREEN, rng, replay_data.kinds)
+        for _ in range(num_problems):
+            samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
+    return samples, features
+
+
 def training_batch(cfg, data: tuple, index: int, replay_data=None) -> dict:
     """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
-    data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, if there
-    is replay."""
-    all_screens, all_features = data
-    rng = np.random.default_rng([cfg.seed, index])
-    picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)
-    features = all_features[picks]
+    cfg: a train.Config. data, replay_data: see `training_samples`."""
     refer = float(cfg.task == "referring")
-    samples = [random_samples(all_screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+    samples, features = training_samples(cfg.seed, index, data, replay_data, refer, cfg.replay)
 
     # History: word problems before each screen, with their answers, which have no labels.
     history = cfg.history
@@ -107,18 +127,6 @@ def training_batch(cfg, data: tuple, index: int, replay_data=None) -> dict:
     for number in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):  # of the sequence in the run
         problems = [word_problem("train", number * cfg.history + k) for k in range(history)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
-
-    # Replay: the first sequences hold other questions in place of the new task.
-    if replay_data:
-        for sequence in range(cfg.replay):
-            pick = rng.integers(len(replay_data.screens))
-            features[sequence] = replay_data.features[pick]
-            if replay_data.own_answers:
-                samples[sequence] = [*replay_data.own_answers[pick]]
-            else:
-                samples[sequence] = old_samples(replay_data.screens[pick], QUESTIONS_PER_SCREEN, rng, replay_data.kinds)
-            for _ in range(REPLAYED_PROBLEMS):
-                samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
 
     batch = pack_sequences(samples, prefixes, features.shape[1], features.device)
     return batch | {"image_features": features}

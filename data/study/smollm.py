@@ -34,8 +34,9 @@ from data.base import file_path, image_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import OTHER_KINDS, Answer, evaluate
 from data.methods import LoRA, choose_heads
-from data.questions import click_right_of, old_samples, parse_point, random_samples, relation_samples
-from data.replay import own_answers
+from data.prompts import training_samples
+from data.questions import KINDS, click_right_of, old_samples, parse_point, relation_samples
+from data.replay import ReplayData, own_answers
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.runs import add_row, read_rows
@@ -73,7 +74,6 @@ BASE_PARTS = {
     "all": (1e-3, [(600, 8, 2, 360)]),
 }
 STEPS = 300  # of fine-tuning
-SCREENS_PER_STEP = 8  # of fine-tuning
 TRAIN_SCREENS = 1024
 OWN_ANSWER_SCREENS = 256  # screens about which the base model answers five questions each, for replay of its own
 PROBE_BATCHES = 8
@@ -217,30 +217,21 @@ class TrainingData:
     def __init__(self, vlm: SmolVLM, seed: int, replay: str):
         self.vlm = vlm
         self.seed = seed
-        self.replay = replay
-        self.screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
-        self.features = vlm.see(self.screens)  # [N, P, D]
+        screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
+        features = vlm.see(screens)  # [N, P, D]
+        self.new = screens, features
+        self.replayed = None
         if replay == "old":
-            self.old_screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
-            self.old_features = vlm.see(self.old_screens)
+            screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
+            self.replayed = ReplayData(screens, vlm.see(screens), KINDS, None)
         if replay == "own":
-            screens, features = self.screens[:OWN_ANSWER_SCREENS], self.features[:OWN_ANSWER_SCREENS]
-            self.own_answers = own_answers(vlm, screens, features, OTHER_KINDS, seed, SmolVLM.answers)
+            screens, features = screens[:OWN_ANSWER_SCREENS], features[:OWN_ANSWER_SCREENS]
+            answers = own_answers(vlm, screens, features, OTHER_KINDS, seed, SmolVLM.answers)
+            self.replayed = ReplayData(screens, features, OTHER_KINDS, answers)
 
     def batch(self, index: int) -> dict:
-        """Batch number `index`: {input_ids, labels [B, T], image_features [B, P, D]}, five questions about a screen."""
-        rng = np.random.default_rng([self.seed, index])
-        picks = rng.choice(len(self.screens), SCREENS_PER_STEP, replace=False)
-        samples = [random_samples(self.screens[pick], 5, rng, refer=0.0, distinct=True) for pick in picks]
-        features = self.features[picks]
-        if self.replay == "old":
-            pick = rng.integers(len(self.old_screens))
-            samples[0] = old_samples(self.old_screens[pick], 5, rng)
-            features[0] = self.old_features[pick]
-        if self.replay == "own":
-            pick = rng.integers(len(self.own_answers))
-            samples[0] = self.own_answers[pick]
-            features[0] = self.features[pick]
+        """Batch number `index`: {input_ids, labels [B, T], image_features [B, P, D]}."""
+        samples, features = training_samples(self.seed, index, self.new, self.replayed, num_problems=0)
         return self.vlm.batch(samples) | {"image_features": features}
 
 
