@@ -82,7 +82,8 @@ FEW_HEADS = [
     "Partial LoRA on v, rank 4",
 ]
 SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, "Image-LoRA with replay"]
-SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2 taught with LoRA"}  # {base: the setting of its runs}
+SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2, second base"}  # {base: the setting of its runs}
+ON_SECOND_BASE = ["base model", "LoRA", "LoRA on v", "Partial LoRA", "Image-LoRA"]
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
 SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads by the probe", "Image-LoRA in 9 heads anywhere"]
 SMOLLM2_FEW_HEADS += ["Partial LoRA on v, rank 2"]
@@ -161,6 +162,7 @@ def tables(runs: pd.DataFrame) -> list[str]:
         table("tiny models with the skill", "skilled", MAIN, ACCURACIES, KINDS + WORDS),
         examples(chosen),
         table("SmolLM2, each kind", "SmolLM2", SMOLLM2 + SMOLLM2_LAYERS, each_kind),
+        table("SmolLM2, second base", "SmolLM2, second base", ON_SECOND_BASE, [*ACCURACIES, *each_kind, *english]),
         table("tiny models, replay", "skilled", REPLAYS, ACCURACIES, [*KINDS, "same_words_acc"]),
         models_table("other questions at equal size, %", AS_LARGE, models.loc["skilled"]),
         models_table("other questions by tokens, %", WHICH_TOKENS, models.loc["skilled"]),
@@ -186,22 +188,22 @@ def front_page(chosen: pd.DataFrame) -> str:
     def cell(setting: str, method: str, measure: str) -> str:
         found = chosen[(chosen.setting == setting) & (chosen.method == method)][measure].dropna()
         star = "*" if len(found) == 1 and method != "base model" else ""
-        return f"{found.mean():.0f}{star}" if len(found) else ""
+        return f"{found.mean():.0f}{star}" if len(found) else "–"
 
-    def both(method: str, measure: str) -> str:
-        pair = [cell(setting, method, measure) for setting in ("SmolLM2", "skilled")]
-        return " / ".join(pair) if any(pair) else ""
+    def on_all(method: str, measure: str, settings=(*SMOLLM2_BASES.values(), "skilled")) -> str:
+        cells = [cell(setting, method, measure) for setting in settings]
+        return "" if set(cells) == {"–"} else " / ".join(cells)
 
-    cells = {}
+    rows = {}
     for method in ["base model", *TUNED]:
-        cells[method] = {
-            "new task, %": both(method, "task_acc"),
-            "other questions, %": both(method, "other_questions_acc"),
-            "with own answers, %": both(f"{method} with own answers", "other_questions_acc"),
-            "with replay, %": both(f"{method} with replay", "other_questions_acc"),
-            "texts without an image continued as before, of 20": cell("SmolLM2", method, "same_continuations"),
+        rows[method] = {
+            "new task, %": on_all(method, "task_acc"),
+            "other questions, %": on_all(method, "other_questions_acc"),
+            "others with own answers, %": on_all(f"{method} with own answers", "other_questions_acc"),
+            "others with replay, %": on_all(f"{method} with replay", "other_questions_acc"),
+            "texts continued as before, of 20": on_all(method, "same_continuations", SMOLLM2_BASES.values()),
         }
-    return markdown("SmolLM2 / tiny models", pd.DataFrame(cells).T)
+    return markdown("SmolLM2: first base / second base / tiny models", pd.DataFrame(rows).T)
 
 
 def examples(runs: pd.DataFrame) -> str:

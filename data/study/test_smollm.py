@@ -63,11 +63,17 @@ def test_questions_about_one_screen_are_answered_as_if_each_was_alone():
 def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens():
     rows = read_rows(STUDY / "smollm.csv", smollm.KEY)
     at_visual_tokens = [row for row in rows if not row["method"].startswith("LoRA")]
-    base = json.loads((STUDY / "smollm.json").read_text())
-    for row in [base, *at_visual_tokens]:
+    first_base = json.loads((STUDY / "smollm.json").read_text())
+    for row in [first_base, *at_visual_tokens]:
         assert row["identical"] == "yes"
         assert int(row["same_continuations"]) == len(smollm.OPENINGS)
-    assert f"{100 * base['reworded_acc']:.1f} %" in (STUDY / "README.md").read_text()
+
+
+def test_the_page_says_of_the_bases_what_their_records_say():
+    first, second = [json.loads((STUDY / f"{name}.json").read_text()) for name in ("smollm", "smollm_lora")]
+    page = (STUDY / "README.md").read_text()
+    assert f"hit {100 * first['reworded_acc']:.1f} % and {100 * second['reworded_acc']:.1f} % of the switches" in page
+    assert f"continues {second['same_continuations']} of 20 openings as the original" in page
 
 
 @pytest.fixture
