@@ -183,25 +183,29 @@ def tables(runs: pd.DataFrame) -> list[str]:
 
 
 def front_page(chosen: pd.DataFrame) -> str:
-    """What each method learns, and what it keeps without and with replay, in whole numbers. * is a single run."""
+    """What each method learns, and what it keeps without and with replay, in whole numbers, for each kind of model.
+
+    * is a single run, and – was not run."""
 
     def cell(setting: str, method: str, measure: str) -> str:
         found = chosen[(chosen.setting == setting) & (chosen.method == method)][measure].dropna()
         star = "*" if len(found) == 1 and method != "base model" else ""
         return f"{found.mean():.0f}{star}" if len(found) else "–"
 
-    def on_all(method: str, measure: str, settings=(*SMOLLM2_BASES.values(), "skilled")) -> str:
-        cells = [cell(setting, method, measure) for setting in settings]
-        return "" if set(cells) == {"–"} else " / ".join(cells)
+    def cells(settings: list, method: str, measure: str) -> str:
+        found = [cell(setting, method, measure) for setting in settings]
+        return "" if set(found) == {"–"} else " / ".join(found)
 
+    bases = [*SMOLLM2_BASES.values()]
+    models = [*bases, "skilled"]
     rows = {}
     for method in ["base model", *TUNED]:
         rows[method] = {
-            "new task, %": on_all(method, "task_acc"),
-            "other questions, %": on_all(method, "other_questions_acc"),
-            "others with own answers, %": on_all(f"{method} with own answers", "other_questions_acc"),
-            "others with replay, %": on_all(f"{method} with replay", "other_questions_acc"),
-            "texts continued as before, of 20": on_all(method, "same_continuations", SMOLLM2_BASES.values()),
+            "new task, %": cells(models, method, "task_acc"),
+            "other questions, %": cells(models, method, "other_questions_acc"),
+            "others with own answers, %": cells(models, f"{method} with own answers", "other_questions_acc"),
+            "others with replay, %": cells(models, f"{method} with replay", "other_questions_acc"),
+            "texts continued as before, of 20": cells(bases, method, "same_continuations"),
         }
     return markdown("SmolLM2: first base / second base / tiny models", pd.DataFrame(rows).T)
 
