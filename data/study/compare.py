@@ -205,15 +205,15 @@ def front_page(chosen: pd.DataFrame) -> str:
             "other questions, %": cells(models, method, "other_questions_acc"),
             "others with own answers, %": cells(models, f"{method} with own answers", "other_questions_acc"),
             "others with replay, %": cells(models, f"{method} with replay", "other_questions_acc"),
-            "texts continued as before, of 20": cells(bases, method, "same_continuations"),
+            "SmolLM2's texts continued as before, of 20": cells(bases, method, "same_continuations"),
         }
-    return markdown("SmolLM2: first base / second base / tiny models", pd.DataFrame(rows).T)
+    return markdown("first base / second base / tiny models", pd.DataFrame(rows).T)
 
 
 def examples(runs: pd.DataFrame) -> str:
     """What some models answer to the first question of *what is right of*."""
-    first = runs.groupby("method").example.first()
-    shown = "base model", "LoRA", "Image-LoRA", "Image-LoRA with own answers"
+    first = runs[runs.setting == "SmolLM2"].groupby("method").example.first()
+    shown = "base model", "Image-LoRA", "Image-LoRA with own answers"
     return "".join(f"{method:30}{first[method]}\n" for method in shown)
 
 
