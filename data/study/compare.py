@@ -84,6 +84,7 @@ FEW_HEADS = [
 SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, "Image-LoRA with replay"]
 SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2, second base"}  # {base: the setting of its runs}
 ON_SECOND_BASE = ["base model", "LoRA", "LoRA on v", "Partial LoRA", "Image-LoRA"]
+ON_SECOND_BASE += ["LoRA with own answers", "Image-LoRA with own answers"]
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
 SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads by the probe", "Image-LoRA in 9 heads anywhere"]
 SMOLLM2_FEW_HEADS += ["Partial LoRA on v, rank 2"]
