@@ -81,7 +81,8 @@ FEW_HEADS = [
     *("Image-LoRA in 4 heads by the probe", "Image-LoRA in 4 random heads", "Image-LoRA in 4 heads anywhere"),
     "Partial LoRA on v, rank 4",
 ]
-SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, "Image-LoRA with replay"]
+WITH_REPLAY = [f"{method} with replay" for method in THREE]
+SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, *WITH_REPLAY]
 SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2, second base"}  # {base: the setting of its runs}
 ON_SECOND_BASE = ["base model", "LoRA", "LoRA on v", "Partial LoRA", "Image-LoRA"]
 ON_SECOND_BASE += ["LoRA with own answers", "Image-LoRA with own answers"]
