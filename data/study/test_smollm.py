@@ -1,6 +1,8 @@
 """Without a screen SmolLM2's English stays the original's, bit for bit; and runs are made once."""
 
 import json
+from copy import deepcopy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,18 @@ from data.study.runs import read_rows
 STUDY = Path(__file__).parent
 MISSING = [name for name in smollm_vlm.PACKAGES if find_spec(name) is None]
 needs_smollm2 = pytest.mark.skipif(len(MISSING) > 0, reason=f"without {', '.join(MISSING)}")
+
+
+if not MISSING:  # because reading SmolLM2 takes 15 to 20 seconds
+    read_model = cache(smollm_vlm.SeeingLlama.from_pretrained)
+    read_tokenizer = cache(smollm_vlm.AutoTokenizer.from_pretrained)
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    if not MISSING:
+        monkeypatch.setattr(smollm_vlm.SeeingLlama, "from_pretrained", lambda *a, **b: deepcopy(read_model(*a, **b)))
+        monkeypatch.setattr(smollm_vlm.AutoTokenizer, "from_pretrained", read_tokenizer)
 
 
 @needs_smollm2
