@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import decode, pack_sequences, prompt_batch
-from data.questions import TASKS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
+from data.questions import KINDS, TASKS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
 from data.screens import Screen
 
 MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
@@ -68,7 +68,7 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     return correct / count
 
 
-OTHER_KINDS = ("what_is_at", "what_is_right_of", "click_right_of")  # all but the new task's own
+OTHER_KINDS = KINDS[1:]  # all but a plain click
 
 
 def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, list[Answer]]:

@@ -29,7 +29,7 @@ class LoRA(nn.Module):
         self.enabled = True
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
-        self.linears = []  # the projections, a list that no module sees: they are the model's
+        self.linears = []  # the adapted projections, in a plain list, because they belong to the model
         model.requires_grad_(False)
         if tokens != "all":
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
@@ -67,19 +67,20 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the updates to the weights of the model, and is off from then on. For LoRA at all tokens."""
+        """Adds the updates to the model's weights, and switches them off here. For LoRA at all tokens."""
         for linear, A, B in zip(self.linears, self.A, self.B):
             linear.weight += self.scaling * (A @ B).T
         self.enabled = False
 
     @contextmanager
     def disabled(self):
-        """A context in which the model is the base model."""
+        """A context in which the model is the base model; or, once merged, what it has become."""
+        before = self.enabled
         self.enabled = False
         try:
             yield
         finally:
-            self.enabled = True
+            self.enabled = before
 
 
 def check_choice(choice: str) -> None:

@@ -218,6 +218,7 @@ def test_merged_lora_is_the_same_model():
     torch.testing.assert_close(model(**EARLY).logits, adapted)
     with lora.disabled():
         torch.testing.assert_close(model(**EARLY).logits, adapted)
+    torch.testing.assert_close(model(**EARLY).logits, adapted)
 
 
 # 4. The commands
