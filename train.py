@@ -6,7 +6,6 @@ python train.py --method lora    the same with standard LoRA (q, k, v, o, all to
 Image-LoRA is imagelora.py, and its rivals are in data/methods.py. The questions and the batches that are made of them
 are in data/questions.py and data/prompts.py, replay in data/replay.py, and the measures in data/evaluate.py.
 
-python -m data.walk              a guided walk: one question through every step, tensor by tensor
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
 python -m data.study.compare     the tables of the pages: every method on several base models
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from data import costs, figures, prompts, walk
+from data import costs, figures, prompts
 from data.base import load_base
 from data.command import command
 from data.study import pretrain, runs, smollm
@@ -24,7 +24,6 @@ PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob
 TESTS = "".join(path.read_text() for path in [*ROOT.glob("test_*.py"), *ROOT.glob("data/**/test_*.py")])
 COMMANDS = {  # those that have options
     "train.py": train.Config,
-    "-m data.walk": walk.WalkConfig,
     "-m data.figures": figures.FiguresConfig,
     "-m data.study.pretrain": pretrain.PretrainConfig,
     "-m data.study.runs": runs.RunsConfig,
@@ -132,7 +131,7 @@ def test_the_file_holds_the_runs_of_the_study_and_no_others():
 
 # 3. Pages
 def test_the_lesson_needs_neither_the_study_nor_its_packages():
-    lesson = "train, data.walk, data.figures, data.costs"
+    lesson = "train, data.figures, data.costs"
     check = (
         f"import sys, {lesson}; print([name for name in ('data.study', 'pandas', 'matplotlib') if name in sys.modules])"
     )
