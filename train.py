@@ -36,8 +36,8 @@ from data.command import command, make_directory, option, write_file
 from tiny_vlm import TinyVLM
 
 # Of three tiny models, chosen on validation screens: for Image-LoRA in all heads, and for the others on q, k, v and o
-# (data/study/README.md). text_lora has that of lora.
-RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.005, "text_lora": 0.0025, "none": 0.0}
+# (data/study/README.md).
+RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.005, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
 
@@ -47,8 +47,8 @@ class Config:
 
     method: str = option(
         "image_lora",
-        "partial_lora is LoRA at visual tokens only, text_lora at all others; none measures the frozen model",
-        ("image_lora", "lora", "partial_lora", "text_lora", "none"),
+        "partial_lora is LoRA at visual tokens only; none measures the frozen model",
+        ("image_lora", "lora", "partial_lora", "none"),
     )
     projections: str = option("qkvo", "which of q, k, v and o all methods but image_lora adapt", ("qkvo", "v"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
@@ -149,7 +149,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         if verbose:
             print_heads(scores, heads)
     elif cfg.method != "none":
-        tokens = {"lora": "all", "partial_lora": "visual", "text_lora": "text"}[cfg.method]
+        tokens = "visual" if cfg.method == "partial_lora" else "all"
         adapter = methods.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
     if adapter:
         train(cfg, model, adapter, train_data, replay_data, verbose, after_step)

@@ -122,8 +122,8 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
         flops = image_lora_flops(num_visual, D, head_dim, heads, cfg.r)
         lowest = min(heads)
     elif cfg.method != "none":
-        num_tokens = {"lora": ids.numel(), "partial_lora": num_visual, "text_lora": ids.numel() - num_visual}
-        parameters, flops = lora_costs(shape, num_tokens[cfg.method], cfg.projections, cfg.r)
+        num_tokens = num_visual if cfg.method == "partial_lora" else ids.numel()
+        parameters, flops = lora_costs(shape, num_tokens, cfg.projections, cfg.r)
     lora_parameters, flops_of_lora = lora_costs(shape, ids.numel())
     return {
         "trainable_parameters": parameters,

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imagelora import Heads, select_heads
+from imagelora import Heads, select_heads, visual_rows
 
 
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
     projections: names among q, k, v, o, gate, up and down; a string such as "qkvo" means its letters.
-    tokens: "all"; "visual", which makes it Partial LoRA; or "text", all others, which is a control.
+    tokens: "all"; or "visual", which makes it Partial LoRA.
     As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
 
     It keeps the rows of the model's last call that it adapts. That is safe here, because a layer runs only inside
@@ -31,7 +31,7 @@ class LoRA(nn.Module):
         self.B = nn.ParameterList()
         self.linears = []  # the adapted projections, in a plain list, because they belong to the model
         model.requires_grad_(False)
-        if tokens != "all":
+        if tokens == "visual":
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
         suffixes = tuple(f"{name}_proj" for name in projections)
         for layer in model.language_model.layers:
@@ -44,11 +44,9 @@ class LoRA(nn.Module):
                 self.B.append(torch.zeros(r, linear.out_features, device=model.device))
 
     def _find_rows(self, model, args, kwargs) -> None:
-        """Remember which of the B * T rows of this call are adapted."""
+        """Remember which of the B * T rows of this call are visual."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        is_visual = ids == model.config.image_token_id  # [B, T]
-        is_adapted = is_visual if self.tokens == "visual" else ~is_visual
-        self.rows = is_adapted.flatten().nonzero().squeeze(1)
+        self.rows = visual_rows(ids, {model.config.image_token_id})
 
     def _add_update(self, i: int, linear, inputs, y: Tensor) -> Tensor:
         """What projection number i computes, y [B, T, d_out], with the update in the adapted rows."""
@@ -57,11 +55,11 @@ class LoRA(nn.Module):
         (x,) = inputs  # [B, T, d_in]
         A = self.A[i]  # [d_in, r]
         B = self.B[i]  # [r, d_out]
-        if self.tokens != "all":
-            x = x.flatten(0, -2)[self.rows]  # [adapted rows, d_in]
+        if self.tokens == "visual":
+            x = x.flatten(0, -2)[self.rows]  # [visual rows, d_in]
         update = self.scaling * (x.to(A.dtype) @ A) @ B
         update = update.to(y.dtype)
-        if self.tokens != "all":
+        if self.tokens == "visual":
             return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
         return y + update
 

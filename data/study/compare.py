@@ -67,10 +67,6 @@ UNEVEN = [f"Image-LoRA in uneven heads{factor}" for factor in ("", " without the
 UNEVEN += ["Image-LoRA in uneven heads without the factor at half the rate"]
 GAMMA = ["Image-LoRA", "Image-LoRA with γ trained"]
 GAMMA += ["Image-LoRA in 12 heads by the probe", "Image-LoRA in 12 heads with γ trained"]
-WHICH_TOKENS = [
-    *("LoRA on v", "LoRA on v at text tokens alone", "Partial LoRA on v"),
-    *("LoRA", "LoRA at text tokens alone", "Partial LoRA"),  # on q, k, v and o
-]
 LAYERS = [
     *("Image-LoRA in layer 0", "Image-LoRA in layer 1", "Image-LoRA in layer 2", "Image-LoRA in layer 3"),
     "Image-LoRA in layers 2 and 3",
@@ -166,7 +162,6 @@ def tables(runs: pd.DataFrame) -> list[str]:
         table("SmolLM2, second base", "SmolLM2, second base", ON_SECOND_BASE, [*ACCURACIES, *each_kind, *english]),
         table("tiny models, replay", "skilled", REPLAYS, ACCURACIES, [*KINDS, "same_words_acc"]),
         models_table("other questions at equal size, %", AS_LARGE, models.loc["skilled"]),
-        models_table("other questions by tokens, %", WHICH_TOKENS, models.loc["skilled"]),
         table("tiny models, layers", "skilled", LAYERS, ACCURACIES),
         table("SmolLM2, layers", "SmolLM2", SMOLLM2_LAYERS, ACCURACIES),
         table("tiny models, few heads", "skilled", FEW_HEADS, ACCURACIES),

@@ -105,8 +105,6 @@ def each_of_three(variants: dict[str, dict], **shared) -> dict[str, dict]:
 METHODS = {  # with two seeds
     "LoRA": LORA,
     "LoRA on v": LORA_ON_V,
-    "LoRA at text tokens alone": LORA | {"method": "text_lora"},  # a control, like the next
-    "LoRA on v at text tokens alone": LORA_ON_V | {"method": "text_lora"},
     "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
     "Partial LoRA": PARTIAL_LORA,
     "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},  # as large as Image-LoRA in all heads
