@@ -57,6 +57,7 @@ RATES = {  # {method: its learning rate}; the page says how they were chosen
     "Image-LoRA": 0.016,
     "Image-LoRA with replay": 0.016,
     "Image-LoRA with own answers": 0.016,
+    "Image-LoRA with own answers about old screens": 0.016,
     "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
     "Image-LoRA in 9 heads by the probe": 0.016,
     "Image-LoRA in 9 heads anywhere": 0.016,
@@ -221,10 +222,12 @@ class TrainingData:
         features = vlm.see(screens)  # [N, P, D]
         self.new = screens, features
         self.replayed = None
-        if replay == "old":
+        if replay in ("old", "own_old"):
             screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
-            self.replayed = ReplayData(screens, vlm.see(screens), KINDS, None)
-        if replay == "own":
+            features = vlm.see(screens)
+        if replay == "old":
+            self.replayed = ReplayData(screens, features, KINDS, None)
+        if replay in ("own", "own_old"):
             screens, features = screens[:OWN_ANSWER_SCREENS], features[:OWN_ANSWER_SCREENS]
             answers = own_answers(vlm, screens, features, OTHER_KINDS, seed, SmolVLM.answers)
             self.replayed = ReplayData(screens, features, OTHER_KINDS, answers)
@@ -243,7 +246,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     if "with replay" in cfg.method:
         replay = "old"
     if "with own answers" in cfg.method:
-        replay = "own"
+        replay = "own_old" if "about old screens" in cfg.method else "own"
     data = TrainingData(vlm, cfg.seed, replay)
     heads = chosen_heads(cfg, vlm, data)
     adapter = attach_adapter(cfg, vlm, heads)
