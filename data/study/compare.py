@@ -195,7 +195,7 @@ def front_page(chosen: pd.DataFrame) -> str:
     bases = [*SMOLLM2_BASES.values()]
     models = [*bases, "skilled"]
     rows = {}
-    for method in ["base model", *TUNED]:
+    for method in ["base model", *RIVALS]:
         rows[method] = {
             "new task, %": cells(models, method, "task_acc"),
             "other questions, %": cells(models, method, "other_questions_acc"),
