@@ -408,7 +408,7 @@ def thread_and_backward_pass() -> tuple[int, int]:
 class PortableValueAdapter(ValueAdapter):
     """A ValueAdapter that never drops below float32, and whose state_dict says which heads and scale it belongs to.
 
-    Its heads are no buffer, because whoever averages models averages buffers, too, and would make a head 2 of a 3."""
+    Its heads are no buffer, because to_empty() would leave them uninitialized."""
 
     def _apply(self, fn, recurse=True):
         def convert(tensor):  # .to(), .half(), .to_empty() and their like convert each tensor by fn.
@@ -429,7 +429,7 @@ class PortableValueAdapter(ValueAdapter):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         own = self.get_extra_state()
         given = state_dict.pop(f"{prefix}_extra_state", own).cpu().float()
-        # Close is enough, because someone may have averaged state_dicts, or rounded them to bfloat16.
+        # Close is enough, because someone may have rounded the state_dict to bfloat16.
         if given.shape != own.shape or not given.allclose(own, rtol=3e-3, atol=0):
             (scale, *heads), (own_scale, *own_heads) = given.tolist(), own.tolist()
             got = f"{prefix}B is of heads {heads} and scale {scale:.4g}, not of {own_heads} and {own_scale:.4g}"

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from imagelora import attach, load, score_heads, select_heads
@@ -235,23 +234,6 @@ def test_a_state_dict_may_be_rounded_to_16_bits_and_the_adapter_stays_in_float32
     adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=assign)
     assert adapter.heads == SOME_HEADS
     torch.testing.assert_close(adapter.state_dict(), state, rtol=0.01, atol=0)  # which compares types, too
-
-
-def test_an_average_of_a_model_or_of_the_layers_alone_can_take_their_place():
-    """With the same heads, though torch truncates an average of integers, and would make a head 2 of a head 3."""
-    model = tiny_vlm(num_key_value_heads=6)
-    layers = attach_trained(model).layers
-    expected = logits_of(model, EARLY)
-    of_model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    of_layers = AveragedModel(layers)
-    assert len(list(of_layers.parameters())) == len(list(layers.parameters()))  # it copies no base
-    for average, source in ((of_model, model), (of_layers, layers)):
-        average.update_parameters(source)
-        average.update_parameters(source)
-    torch.testing.assert_close(logits_of(of_model, EARLY), expected)
-    for average, source in ((of_model, model), (of_layers, layers)):
-        source.load_state_dict(average.module.state_dict())
-        torch.testing.assert_close(logits_of(model, EARLY), expected)
 
 
 def test_the_meta_device_and_to_empty_forget_no_heads_and_reset_parameters_starts_anew():
