@@ -97,10 +97,8 @@ def test_layers_may_have_different_numbers_of_heads():
     model = tiny_vlm()
     attention(model, 1).k_proj = nn.Linear(D, D_H)
     attention(model, 1).v_proj = nn.Linear(D, D_H)
-    scores = score_heads(model, [EARLY])
-    for tau in (0, 0.5, 20):
-        heads = select_heads(scores, 7, tau)
-        assert heads == {0: [0, 1, 2], 1: [0], 2: [0, 1, 2]}
+    heads = select_heads(score_heads(model, [EARLY]), 7)
+    assert heads == {0: [0, 1, 2], 1: [0], 2: [0, 1, 2]}
     assert attach(model, heads=heads).heads == heads
 
 
@@ -126,7 +124,6 @@ def model_and_embeddings():
 def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_one():
     """input_ids take precedence. generate() repeats each prompt for its beams, and so must whoever gives the mask."""
     model, x = model_and_embeddings()
-    base = model(inputs_embeds=x)
     adapter = attach_trained(model)
     expected = model(input_ids=IDS)
     with pytest.raises(ValueError, match="which tokens are visual"):
@@ -134,24 +131,19 @@ def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_
     with adapter.visual_mask(MASK.float()), pytest.raises(ValueError, match="must be bool"):
         model(inputs_embeds=x)
     with adapter.visual_mask(MASK):
-        with pytest.raises(ValueError, match="inputs_embeds by name"):
-            model(None, x)
+        assert torch.equal(model(inputs_embeds=x), expected)
         with pytest.raises(RuntimeError, match="repeat_interleave"):
             model(inputs_embeds=x.repeat_interleave(2, 0))
-        adapted = model(inputs_embeds=x)
         with adapter.disabled():
-            assert torch.equal(model(inputs_embeds=x), base)
-    assert torch.equal(adapted, expected)
+            assert not torch.equal(model(inputs_embeds=x), expected)
     with adapter.visual_mask(MASK.flip(0)):
         assert torch.equal(model(input_ids=IDS), expected)
-        assert not torch.equal(model(inputs_embeds=x), expected)
-    assert torch.autograd.grad(adapted.sum(), x)[0].any()
 
 
 def test_a_prompt_with_an_image_and_no_placeholder_is_refused():
     """Not a decoded token, not what follows a cache, and not the zeros that a collator pads with."""
     model, _ = model_and_embeddings()
-    adapter = attach_trained(model)
+    attach_trained(model)
     image = torch.ones(1, 3, 32, 32)
     text = torch.tensor([TEXT])
     with pytest.raises(ValueError, match="no placeholder"):
@@ -159,8 +151,6 @@ def test_a_prompt_with_an_image_and_no_placeholder_is_refused():
     model(text[:, :1], pixel_values=image)
     model(text, pixel_values=image, past_key_values="a cache")
     model(text, pixel_values=torch.zeros_like(image))
-    with adapter.disabled():
-        model(text, pixel_values=image)
 
 
 @pytest.mark.parametrize("field", ["image_token_id", "image_token_index", "video_token_id", "video_token_index"])
@@ -181,19 +171,6 @@ def test_a_context_belongs_to_its_thread_and_to_its_coroutine():
         assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
         assert torch.equal(task.run(logits_of, model, EARLY), adapted)
         assert not torch.equal(logits_of(model, EARLY), adapted)
-
-
-def test_under_autocast_text_is_the_base_models_bit_for_bit_and_every_gradient_is_finite():
-    model = tiny_vlm()
-    text = prompt(TEXT)
-    with torch.autocast(model.device.type, torch.bfloat16):
-        base = logits_of(model, text)
-        attach_trained(model)
-        assert torch.equal(logits_of(model, text), base)
-        gradients = slopes(model, loss_of(model, EARLY))
-    for gradient in gradients:
-        assert gradient.isfinite().all()
-        assert gradient.any()
 
 
 # 3. Types, devices, state dicts
@@ -248,10 +225,8 @@ def test_the_meta_device_and_to_empty_forget_no_heads_and_reset_parameters_start
     adapter.to("meta").to_empty(device="cpu")
     for layer in adapter.layers.values():
         layer.reset_parameters()
-    fresh = attach(tiny_vlm(), heads=SOME_HEADS)
-    assert adapter.heads == fresh.heads
-    for parameter, new in zip(adapter.parameters(), fresh.parameters()):
-        torch.testing.assert_close(parameter.std(correction=0), new.std(correction=0), rtol=0.1, atol=0)
+        assert not layer.B.any()
+    assert adapter.heads == SOME_HEADS
 
 
 # 4. Gradient checkpointing runs a layer again
@@ -416,25 +391,18 @@ def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_
     assert loaded.train_gamma
 
 
-def test_a_save_takes_the_place_of_the_old_file_at_once_or_if_it_fails_not_at_all(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     adapter, path = saved_adapter(tmp_path)
-    old = path.read_bytes()
-    layer = adapter.layers["2"]
-    layer.gamma.data.zero_()
-    with path.open("rb") as reader:
-        adapter.save(path)
-        assert reader.read() == old
     saved = path.read_bytes()
-    assert saved != old
 
     def fill_the_disk(content, file):
         file.write(b"half")
         raise OSError("No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(torch, "save", fill_the_disk)
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
         adapter.save(path)
-    layer.A.data.fill_(math.inf)
+    adapter.layers["2"].A.data.fill_(math.inf)
     with pytest.raises(ValueError, match="diverged"):
         adapter.save(path)
     assert path.read_bytes() == saved
@@ -445,10 +413,7 @@ def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_w
     """B is zero, or get_peft_model() has frozen it after load(). Nobody is warned who has frozen the whole model."""
     _, path = saved_adapter(tmp_path)
     model = tiny_vlm()
-    load(model, path).detach()
-    object.__setattr__(model.config, "_name_or_path", "")  # as of a model that came from no file
     adapter = load(model, path)
-    adapter.save(path)
     model.requires_grad_(False)
     adapter.save(path)
     assert not recwarn.list
@@ -457,22 +422,10 @@ def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_w
         adapter.save(path)
     with pytest.warns(UserWarning, match="B is zero.*get_peft_model"):
         attach(adapter.detach()).save(path)
-    object.__setattr__(model.config, "_name_or_path", "models/other")  # the dataclass is frozen
-    _, path = saved_adapter(tmp_path)
     model.image_lora.detach()
+    object.__setattr__(model.config, "_name_or_path", "models/other")  # the dataclass is frozen
     with pytest.warns(UserWarning, match="saved with 'TinyVLM', but this model is 'models/other'"):
         load(model, path)
-
-
-def test_a_damaged_file_is_refused(tmp_path):
-    adapter, path = saved_adapter(tmp_path)
-    content = bytearray(path.read_bytes())
-    path.write_bytes(content[: len(content) // 2])
-    check_refusal("damaged or does not fit this model", load, tiny_vlm(), path)
-    content[content.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
-    path.write_bytes(content)  # torch.load alone would not notice a flipped bit
-    check_refusal("checksum", load, tiny_vlm(), path)
-    check_refusal("missing.pt is missing", load, tiny_vlm(), path.with_name("missing.pt"))
 
 
 class Exploit(str):
@@ -482,16 +435,17 @@ class Exploit(str):
         return Path.touch, (Path(self),)
 
 
-def test_a_file_that_holds_no_adapter_for_this_model_is_refused_and_runs_no_code(tmp_path):
-    _, path = saved_adapter(tmp_path)
+def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(tmp_path):
+    adapter, path = saved_adapter(tmp_path)
     check_refusal("does not fit this model", load, tiny_vlm(num_hidden_layers=2), path)
     check_refusal("on the meta device", load, tiny_vlm().to("meta"), path)
     content = torch.load(path, weights_only=True)
-    of_integers = {name: torch.ones_like(tensor).long() for name, tensor in content["layers"]["0"].items()}
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(damaged)  # torch.load alone would not notice a flipped bit
+    check_refusal("checksum", load, tiny_vlm(), path)
     made = tmp_path / "made"
-    misfits = [{"r": Exploit(made)}, content | {"layers": {}}]
-    misfits += [[1, 2], content | {"layers": content["layers"] | {"0": of_integers}}]
-    for misfit in misfits:
+    for misfit in ({"r": Exploit(made)}, content | {"layers": {}}):
         torch.save(misfit, path)
         check_refusal("does not fit this model", load, tiny_vlm(), path)
     assert not made.exists()
@@ -504,12 +458,6 @@ def the_models_forward(model):
     model.forward(**EARLY)
 
 
-def a_layer_whose_input_was_offloaded(model):
-    checkpoint_layers(model)
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):  # offloading copies, too
-        loss_of(model, EARLY).backward()
-
-
 def v_proj_alone(model):
     """As someone does who looks into a model: with an input that a hook has caught, which still has its Call."""
     v_proj = attention(model, 2).v_proj
@@ -519,13 +467,7 @@ def v_proj_alone(model):
 
 
 def another_v_proj(model):
-    """Beside one that runs twice."""
-
-    def run_v_proj(attention, args):
-        attention.v_proj(args[0])
-
     attention(model, 2).v_proj = nn.Linear(D, H * D_H)
-    attention(model, 0).register_forward_pre_hook(run_v_proj)
     model(**EARLY)
 
 
@@ -540,7 +482,6 @@ def export(model):
 
 NOT_RIGHT = [
     (the_models_forward, "no call of model"),
-    (a_layer_whose_input_was_offloaded, "no call of model"),
     (v_proj_alone, "no call of model"),
     (another_v_proj, "was not called"),
     (heads_split_over_devices, "4 features for 3 heads of 4"),
@@ -587,7 +528,6 @@ def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentenc
 
 
 SELECTIONS = [  # scores of two layers' heads, the number of heads to select, tau, and why that cannot be
-    ([1.0, 1.0], 0, 0.5, "^num_heads must be in 1..4, got 0$"),
     ([1.0, -torch.inf], 3, 0.5, "^num_heads must be in 1..2, got 3$"),
     ([1.0, 2.0], 2, -1.0, "^tau must not be negative, got -1.0$"),  # it would prefer the worst layers
     ([0.0, -torch.inf], 1, 0.5, "^select_heads got scores between 0 and 0, .* not all zero$"),
@@ -621,11 +561,8 @@ def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sen
 
 def test_the_tiny_model_refuses_other_pictures_and_padding_behind_a_prompt():
     model = tiny_vlm()
-    ids = EARLY["input_ids"]
     with pytest.raises(ValueError, match=r"must have shape \[images, 3, 32, 32\], got \[1, 3, 32, 48\]"):
-        model(ids, torch.zeros(1, 3, 32, 48))
-    with pytest.raises(ValueError, match="4 image placeholder tokens for 2 images; each needs 4"):
-        model(ids, torch.zeros(2, 3, 32, 32))
+        model(EARLY["input_ids"], torch.zeros(1, 3, 32, 48))
     with pytest.raises(ValueError, match="padded on the left"):
         model.generate(**prompt(TEXT), attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]))
     with pytest.raises(ValueError, match="num_attention_heads 6 is not a multiple of num_key_value_heads 4"):
