@@ -147,7 +147,6 @@ class ImageLoRA(nn.Module):
         return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
-@torch.inference_mode(False)  # because what is made in inference mode can never be trained
 def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False) -> ImageLoRA:
     """Freeze the model, and adapt the values of its visual tokens in these heads.
 
@@ -181,8 +180,8 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
 
     batches: an iterable of batches; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by
     default `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from
-    large ones. Where a layer has fewer heads than others, the rest of its row is -inf. ValueError if a loss or gradient
-    is not finite, or if no loss depends on a visual token. In float16, gradients can also underflow: scale the loss."""
+    large ones. Where a layer has fewer heads than others, the rest of its row is -inf. ValueError if a loss is not
+    finite, or if no loss depends on a visual token. In float16, gradients can overflow or underflow: scale the loss."""
     if probe not in ("rank1", "exact"):
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
     if isinstance(batches, Mapping):
@@ -603,8 +602,6 @@ def check_loss(loss: Tensor | None, batch: int) -> None:
 
 
 def check_influence(scores: Tensor, num_batches: int) -> None:
-    if not scores.isfinite().all():
-        raise ValueError("a gradient of the probe is not finite; probe in bfloat16 or float32, or scale the loss down")
     if not scores.any():
         none = f"in none of the {num_batches} probe batches does the loss depend on a visual token"
         raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")

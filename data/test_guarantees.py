@@ -83,15 +83,6 @@ def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_r
     assert torch.equal(score_heads(model, [EARLY], seed=1), scores)
 
 
-def test_what_is_attached_under_inference_mode_can_be_trained():
-    model = tiny_vlm()
-    with torch.inference_mode():
-        adapter = attach(model)
-    loss_of(model, EARLY).backward()
-    torch.optim.SGD(adapter.parameters(), lr=0.01).step()
-    assert all(layer.B.any() for layer in adapter.layers.values())
-
-
 def test_layers_may_have_different_numbers_of_heads():
     """No layer is given a head that it lacks, however many heads are selected."""
     model = tiny_vlm()
@@ -501,13 +492,7 @@ def test_a_use_that_cannot_be_right_is_refused(use, sentence):
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 
 
-def huge_loss(model, batch):
-    """Finite, but the squares of its gradients are not."""
-    return 1e30 * loss_of(model, batch)
-
-
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
-    (attach, {"r": 25}, "r must be in 1..24 and lora_alpha positive, got r=25"),
     (attach, {"lora_alpha": 0}, "lora_alpha positive, got r=8 and lora_alpha=0"),  # nothing would be learned
     (attach, {"heads": {0: []}}, "no head is selected"),
     (attach, {"heads": {0: [1, 1]}}, "layer 0 has 3 heads; .* each once, not .1, 1."),
@@ -517,7 +502,6 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (score_heads, {"batches": EARLY}, "this is one batch; pass .batch."),
     (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
-    (score_heads, {"batches": [EARLY], "loss_fn": huge_loss}, "a gradient of the probe is not finite"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
 ]
 
