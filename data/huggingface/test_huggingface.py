@@ -227,23 +227,19 @@ def test_a_lora_of_peft_that_was_there_before_is_left_alone_by_a_probe_and_train
     assert all(parameter.any() for parameter in trainable)  # both B have left zero
 
 
-def test_accelerates_hooks_may_come_first_or_later_and_go_again_and_an_adapter_that_they_offload_is_not_trained():
+def test_accelerates_hooks_may_come_first_or_later_and_an_adapter_that_they_offload_is_not_trained():
     """Where accelerate has put A and B on the meta device, their gradients would be lost."""
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(tiny_hf_vlm(), torch.device("cpu"))
     attach_trained(model)
     expected = logits_of(model, hf_prompt())
-    gradients = slopes(model, loss_of(model, hf_prompt()))
-    assert all(gradient.any() for gradient in gradients)
+    assert all(gradient.any() for gradient in slopes(model, loss_of(model, hf_prompt())))
     model = tiny_hf_vlm()
     attach_trained(model)
     accelerate.cpu_offload(model, torch.device("cpu"))
     close(logits_of(model, hf_prompt()), expected)
     with pytest.raises(RuntimeError, match="offload the model before you attach"):
         loss_of(model, hf_prompt())
-    accelerate.hooks.remove_hook_from_submodules(model)
-    close(logits_of(model, hf_prompt()), expected)
-    close(slopes(model, loss_of(model, hf_prompt())), gradients)
 
 
 def test_a_base_loaded_in_four_bits_is_probed_adapted_and_trained_by_a_plain_loop(tmp_path):
