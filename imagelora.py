@@ -451,8 +451,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         options = content.get("normalize", True), content.get("train_gamma", True)  # the authors' files have neither
-        with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
-            adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], *options)
+        adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], *options)
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise ValueError("the model is on the meta device; give it its weights first")
         state = {}

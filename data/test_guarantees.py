@@ -2,8 +2,6 @@
 
 import copy
 import math
-import pickle
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -59,17 +57,20 @@ def check_refusal(sentence, function, model, *args, **kwargs):
 
 
 # 1. The base, the probe, the heads
-def test_inside_disabled_the_model_is_the_base_bit_for_bit():
+def test_inside_disabled_the_model_is_the_base_bit_for_bit_in_this_thread_and_coroutine_alone():
     """These contexts nest, an exception ends them, and that of another model's adapter changes nothing."""
     model = tiny_vlm()
     base = logits_of(model, EARLY)
     adapter = attach_trained(model)
     adapted = logits_of(model, EARLY)
     other = attach(tiny_vlm())
-    with pytest.raises(ZeroDivisionError), adapter.disabled():
+    task = copy_context()  # as asyncio makes one for each task
+    with pytest.raises(ZeroDivisionError), adapter.disabled(), ThreadPoolExecutor(1) as pool:
         with adapter.disabled(), other.disabled():
             assert torch.equal(logits_of(model, EARLY), base)
         assert torch.equal(logits_of(model, EARLY), base)
+        assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
+        assert torch.equal(task.run(logits_of, model, EARLY), adapted)
         raise ZeroDivisionError
     with other.disabled():
         assert torch.equal(logits_of(model, EARLY), adapted)
@@ -152,18 +153,6 @@ def test_a_config_may_name_visual_tokens_in_any_of_four_ways(field):
         assert torch.equal(model(input_ids=IDS), model(inputs_embeds=x))
 
 
-def test_a_context_belongs_to_its_thread_and_to_its_coroutine():
-    """Each task of asyncio runs in a copy of the context in which it was made."""
-    model = tiny_vlm()
-    adapter = attach_trained(model)
-    adapted = logits_of(model, EARLY)
-    task = copy_context()
-    with adapter.disabled(), ThreadPoolExecutor(1) as pool:
-        assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
-        assert torch.equal(task.run(logits_of, model, EARLY), adapted)
-        assert not torch.equal(logits_of(model, EARLY), adapted)
-
-
 # 3. Types, devices, state dicts
 def test_under_half_the_adapter_stays_in_float32():
     model = tiny_vlm()
@@ -195,11 +184,10 @@ def test_a_state_dict_of_other_heads_or_of_another_scale_is_refused(options):
         adapter.load_state_dict(state)
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_may_be_rounded_to_16_bits_and_the_adapter_stays_in_float32(assign):
+def test_a_state_dict_may_be_rounded_to_16_bits_and_the_adapter_stays_in_float32():
     state = attach_trained(tiny_vlm(), heads=SOME_HEADS).state_dict()
     adapter = attach(tiny_vlm(), heads=SOME_HEADS)
-    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=assign)
+    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=True)
     assert adapter.heads == SOME_HEADS
     torch.testing.assert_close(adapter.state_dict(), state, rtol=0.01, atol=0)  # which compares types, too
 
@@ -238,35 +226,31 @@ def of_a_disabled_forward_pass(model):
     return slopes(model, loss)
 
 
+def in_the_middle_of_another_call(model, run):
+    results = []
+
+    def run_once(norm, args):
+        hook.remove()
+        with torch.enable_grad():  # a re-entrant checkpoint's first run has none
+            results.append(run())
+
+    hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_once)
+    results.append(loss_of(model, LATE))
+    return results
+
+
 def inside_another_call(model):
     """On a CPU the backward pass runs in the thread that called it, here in the middle of another call. It finds the
     same as after a call that Ctrl-C has ended, because Ctrl-C is no Exception, and no hook notices it."""
     loss = loss_of(model, EARLY)
-    gradients = []
-
-    def run_backward(norm, args):
-        hook.remove()
-        with torch.enable_grad():  # a re-entrant checkpoint's first run has none
-            gradients.extend(slopes(model, loss))
-
-    hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_backward)
-    loss_of(model, LATE)
+    gradients, _ = in_the_middle_of_another_call(model, lambda: slopes(model, loss))
     return gradients
 
 
 def in_two_threads_at_once(model):
-    """The threads meet in layer 1, also where it is run again."""
-    parties = 2 if model.device.type == "cpu" else 1  # on other devices all backward passes run in one thread
-    barrier = threading.Barrier(parties, timeout=60)
-
-    def meet(norm, args):
-        barrier.wait()
-
-    model.language_model.layers[1].input_layernorm.register_forward_pre_hook(meet)
-    with ThreadPoolExecutor(2) as pool:
-        losses = list(pool.map(loss_of, [model, model], [EARLY, LATE]))
-        list(pool.map(torch.autograd.backward, losses))
-    return [parameter.grad for parameter in model.image_lora.parameters()]
+    with ThreadPoolExecutor(1) as pool:
+        losses = in_the_middle_of_another_call(model, lambda: pool.submit(loss_of, model, EARLY).result())
+    return slopes(model, *losses)
 
 
 def of_a_checkpoint_that_holds_the_model(model):
@@ -327,16 +311,15 @@ def test_a_copy_is_a_model_of_its_own_and_after_detach_each_is_as_it_was_down_to
     before = state_of(model)
     attach_trained(model, heads=SOME_HEADS)
     expected = slopes(model, loss_of(model, EARLY))
-    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    twin = copy.deepcopy(model)
     for layer in model.image_lora.layers.values():
         layer.gamma.data.zero_()
-    for twin in copies:
-        torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
-    for twin in (*copies, model):
-        adapter = twin.image_lora
-        assert adapter.detach() is twin
-        assert state_of(twin) == before
-        assert torch.equal(logits_of(twin, EARLY), logits_of(tiny_vlm(), EARLY))
+    torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
+    for one in (twin, model):
+        adapter = one.image_lora
+        assert adapter.detach() is one
+        assert state_of(one) == before
+        assert torch.equal(logits_of(one, EARLY), logits_of(tiny_vlm(), EARLY))
         with pytest.raises(AttributeError):
             adapter.disabled()  # would not disable the next adapter
 
@@ -350,9 +333,7 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     expected = logits_of(model, EARLY)
     adapter.detach()
     adapter.save(tmp_path / "adapter.pt")  # detached, it still has its weights
-    random_numbers = torch.get_rng_state()
     loaded = load(model, tmp_path / "adapter.pt")
-    assert torch.equal(torch.get_rng_state(), random_numbers)
     assert torch.equal(logits_of(model, EARLY), expected)
     trainable = [parameter.requires_grad for parameter in loaded.parameters()]
     assert trainable == [True, True, options.get("train_gamma", True)] * 2  # attach_trained trains gamma, too
@@ -419,13 +400,6 @@ def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_w
         load(model, path)
 
 
-class Exploit(str):
-    """Unpickled without care, it makes a file of that name."""
-
-    def __reduce__(self):
-        return Path.touch, (Path(self),)
-
-
 def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(tmp_path):
     adapter, path = saved_adapter(tmp_path)
     check_refusal("does not fit this model", load, tiny_vlm(num_hidden_layers=2), path)
@@ -435,11 +409,10 @@ def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(
     damaged[damaged.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
     path.write_bytes(damaged)  # torch.load alone would not notice a flipped bit
     check_refusal("checksum", load, tiny_vlm(), path)
-    made = tmp_path / "made"
-    for misfit in ({"r": Exploit(made)}, content | {"layers": {}}):
-        torch.save(misfit, path)
-        check_refusal("does not fit this model", load, tiny_vlm(), path)
-    assert not made.exists()
+    torch.save(content | {"layers": {}}, path)
+    check_refusal("Missing key", load, tiny_vlm(), path)
+    torch.save(content | {"note": Path()}, path)  # to make a Path, torch.load would have to run its code
+    check_refusal("Weights only load failed", load, tiny_vlm(), path)
 
 
 # 7. What cannot be right is refused in one sentence
