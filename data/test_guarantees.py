@@ -319,7 +319,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         adapter.save(path)
-    adapter.layers["2"].A.data.fill_(math.inf)
+    adapter.layers["2"].B.data = torch.ones(8)  # as under FSDP1 or ZeRO-3
+    with pytest.raises(ValueError, match="one rank's shard.*summon_full_params.*GatheredParameters"):
+        adapter.save(path)
+    adapter.layers["0"].A.data.fill_(math.inf)
     with pytest.raises(ValueError, match="diverged"):
         adapter.save(path)
     assert path.read_bytes() == saved

@@ -26,24 +26,14 @@ def trained(family="Llava", **options):
     return model.eval()
 
 
-def updates_of(model, batch):
-    """What B adds in each layer, [B, T, features]."""
-    Bs = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
-    return [update for _, update in watch(model, batch, *Bs)]
-
-
 # 1. What it adapts
 @pytest.mark.parametrize("family, kind", [("Llava", PICTURE), ("Qwen2_5_VL", PICTURE), ("Qwen2_5_VL", VIDEO)])
-def test_it_is_lora_at_the_tokens_of_images_and_videos_and_nothing_elsewhere(family, kind):
+def test_its_update_is_zero_but_at_the_tokens_of_images_and_videos(family, kind):
     batch = hf_prompt(family, kind)
     visual = batch["input_ids"] == kind
     model = trained(family)
-    ours = updates_of(model, batch)
-    plain = lora(family, model.peft_config["default"].target_modules)
-    plain.load_state_dict(model.state_dict())
-    plain = updates_of(plain, batch)
-    assert torch.equal(ours[0][visual], plain[0][visual])  # in the first layer, whose input is the same
-    for update in ours:
+    Bs = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
+    for _, update in watch(model, batch, *Bs):  # [B, T, features]
         assert update[visual].any()
         assert not update[~visual].any()
 
