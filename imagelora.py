@@ -544,8 +544,6 @@ def check_attention(where: str, attention: nn.Module) -> None:
     if "v_proj" not in parts:
         others = "cross-attention to images, other layers of hybrid models, fused qkv and latent values"
         raise ValueError(f"{where} has no self_attn.v_proj, only {', '.join(parts)}; {others} cannot be adapted")
-    if not hasattr(attention.v_proj, "out_features"):
-        raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
     if getattr(attention, "head_dim", None) is None:
         raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]

@@ -1,4 +1,4 @@
-"""What engineering promises beyond the paper: masks, threads, checkpointing, copies, files, refusals."""
+"""What engineering promises beyond the paper: types, threads, checkpointing, copies, files, refusals."""
 
 import copy
 import math
@@ -120,7 +120,6 @@ def test_under_half_the_adapter_stays_in_float32():
     adapter = attach_trained(model)
     before = [parameter.clone() for parameter in adapter.parameters()]
     model.half()
-    assert attention(model, 0).v_proj.weight.dtype == torch.half
     torch.testing.assert_close([*adapter.parameters()], before, rtol=0, atol=0)
     half = partial(torch.ones, dtype=torch.half)
     assert adapter.layers["0"].add_update(half(1, 7, D), half(1, 7, H * D_H), torch.tensor([3])).dtype == torch.half
@@ -223,7 +222,7 @@ CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "re-entrant"])
 @pytest.mark.parametrize("gradients, batches", CHECKPOINTED)
 def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batches, use_reentrant):
-    """Whether there is a norm before its attention, as in layer 0, or not."""
+    """Layer 2 has no norm before its attention, so v_proj itself reads the input that a checkpoint keeps."""
     model = tiny_vlm()
     layer = model.language_model.layers[2]
     del layer.input_layernorm
@@ -409,7 +408,6 @@ def test_a_use_that_cannot_be_right_is_refused(use, sentence):
 
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 
-
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
     (attach, {"lora_alpha": 0}, "lora_alpha positive, got r=8 and lora_alpha=0"),  # nothing would be learned
     (attach, {"heads": {0: []}}, "no head is selected"),
@@ -444,13 +442,10 @@ def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence)
         select_heads(torch.tensor([scores, scores]), num_heads, tau)
 
 
-ATTENTION = "language_model.layers.1.self_attn"
 MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
     ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
-    ("", "language_model", None, "found none"),
     ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
-    (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
-    (ATTENTION, "head_dim", None, "has no head_dim"),
+    ("language_model.layers.1.self_attn", "head_dim", None, "has no head_dim"),
 ]
 
 

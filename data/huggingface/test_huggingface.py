@@ -28,9 +28,7 @@ def block(text: str) -> str:
 
 
 def adapt_by_the_front_page(model, adapter, visual, heads, r, lora_alpha):
-    """Puts the front page's class around the v_proj of each layer of heads, with the adapter's weights.
-
-    visual: [B, T], True where a token is visual."""
+    """Puts the front page's class around each v_proj, with the adapter's weights; visual [B, T] says where M is 1."""
     lines = {}
     exec(block("class NaiveImageLoRA"), lines)
     model.requires_grad_(False)
