@@ -137,6 +137,7 @@ BAD_LINES = {
     line([], tools=[]): "a line needs images, prompt and completion, and nothing else",
     line([], prompt=[turn("assistant", "a")]): "the prompt must end with a turn of the user",
     line([], completion=[turn("user", "a"), turn("assistant", "a")]): "the completion is one turn of the assistant",
+    line([], prompt=[turn("user", [{"type": "text", "text": "a"}])]): "the content of a turn must be a string",
     line([], " "): "that of the completion must not be empty",
     line(["deep.png"]): "has more than 8 bits a channel; save it with 8",
     line([], prompt=[turn("user", "<image><|image_pad|>")]): "leave it out, because it is added for each image",
