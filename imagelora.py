@@ -124,11 +124,7 @@ class ImageLoRA(nn.Module):
     def disabled(self) -> AbstractContextManager:
         """A context in which the model is the base model again, for this thread or coroutine. In a generator, enter it
         around each call of the model. Around a `yield`, it would also be in force for the caller."""
-        return self._tracker.override("disabled", True)
-
-    def visual_mask(self, mask: Tensor) -> AbstractContextManager:
-        """A context in which calls without input_ids take M from a bool mask [B, T], True where a token is visual."""
-        return self._tracker.override("mask", mask)
+        return self._tracker.disabled()
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
@@ -147,7 +143,6 @@ class ImageLoRA(nn.Module):
         return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
-@torch.inference_mode(False)  # because what is made in inference mode can never be trained
 def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False) -> ImageLoRA:
     """Freeze the model, and adapt the values of its visual tokens in these heads.
 
@@ -181,8 +176,8 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
 
     batches: an iterable of batches; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by
     default `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from
-    large ones. Where a layer has fewer heads than others, the rest of its row is -inf. ValueError if a loss or gradient
-    is not finite, or if no loss depends on a visual token. In float16, gradients can also underflow: scale the loss."""
+    large ones. Where a layer has fewer heads than others, the rest of its row is -inf. ValueError if a loss is not
+    finite, or if no loss depends on a visual token. In float16, gradients can overflow or underflow: scale the loss."""
     if probe not in ("rank1", "exact"):
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
     if isinstance(batches, Mapping):
@@ -254,9 +249,9 @@ class Call:
     updated: set = field(default_factory=set)  # the layers that have added theirs
 
 
-# What disabled() and visual_mask() have set in this thread or coroutine: {(tracker, "disabled"): True, (tracker,
-# "mask"): Tensor}. It is global, because a ContextVar cannot be copied, and a tracker is copied with its model.
-OVERRIDES = ContextVar("OVERRIDES")
+# The trackers that disabled() has silenced in this thread or coroutine. It is global, because a ContextVar cannot be
+# copied, and a tracker is copied with its model.
+DISABLED = ContextVar("DISABLED", default=frozenset())
 
 
 class CallTracker:
@@ -304,30 +299,17 @@ class CallTracker:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             raise RuntimeError("a trace or an export of the model would fix which tokens are visual; run it eagerly")
         ids = kwargs.get("input_ids", args[0] if args else None)
-        embeddings = kwargs.get("inputs_embeds")
-        if embeddings is not None:
-            # Cloned, because the caller may pass it again with another mask, whose Call would replace this one on it.
-            kwargs["inputs_embeds"] = embeddings.clone()
-        overrides = OVERRIDES.get({})
-        mask = overrides.get((self, "mask"))
-        if (self, "disabled") in overrides:
+        if self in DISABLED.get():
             call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
-        # input_ids take precedence over a mask: after a prompt of embeddings, generate() continues with input_ids.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
             if len(call.rows) == 0 and ids.shape[-1] > 1:
                 check_placeholders(kwargs)
-        elif mask is not None and embeddings is not None:
-            if mask.dtype != torch.bool:  # in a float mask of attention, 0 means True
-                raise ValueError(f"a visual mask must be bool, True where a token is visual, got {mask.dtype}")
-            call = Call(mask.flatten().nonzero().squeeze(1), mask.shape)
         else:
-            known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
-            raise ValueError(f"the model was called without telling which tokens are visual; {known}")
+            raise ValueError("Image-LoRA finds visual tokens in input_ids, which this call lacks; pass them")
         if torch.is_grad_enabled() and not self.ranks_agree and distributed.is_initialized():
             self.check_ranks()
         self.running[thread_and_backward_pass()] = call
-        return args, kwargs
 
     def check_ranks(self):
         """Ranks that probe their own data select other heads. attach() does not check it, because one rank may attach
@@ -358,8 +340,7 @@ class CallTracker:
             raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
-            hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
-            raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
+            raise RuntimeError(f"input_ids have shape {shapes}; a model that adds or drops tokens cannot be adapted")
         x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
@@ -388,13 +369,12 @@ class CallTracker:
         return call
 
     @contextmanager
-    def override(self, name: str, value):
-        """In this thread or coroutine, calls begin with this override: "disabled" or "mask"."""
-        token = OVERRIDES.set(OVERRIDES.get({}) | {(self, name): value})
+    def disabled(self):
+        token = DISABLED.set(DISABLED.get() | {self})
         try:
             yield
         finally:
-            OVERRIDES.reset(token)
+            DISABLED.reset(token)
 
 
 def thread_and_backward_pass() -> tuple[int, int]:
@@ -408,7 +388,7 @@ def thread_and_backward_pass() -> tuple[int, int]:
 class PortableValueAdapter(ValueAdapter):
     """A ValueAdapter that never drops below float32, and whose state_dict says which heads and scale it belongs to.
 
-    Its heads are no buffer, because whoever averages models averages buffers, too, and would make a head 2 of a 3."""
+    Its heads are no buffer, because to_empty() would leave them uninitialized."""
 
     def _apply(self, fn, recurse=True):
         def convert(tensor):  # .to(), .half(), .to_empty() and their like convert each tensor by fn.
@@ -429,7 +409,7 @@ class PortableValueAdapter(ValueAdapter):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         own = self.get_extra_state()
         given = state_dict.pop(f"{prefix}_extra_state", own).cpu().float()
-        # Close is enough, because someone may have averaged state_dicts, or rounded them to bfloat16.
+        # Close is enough, because someone may have rounded the state_dict to bfloat16.
         if given.shape != own.shape or not given.allclose(own, rtol=3e-3, atol=0):
             (scale, *heads), (own_scale, *own_heads) = given.tolist(), own.tolist()
             got = f"{prefix}B is of heads {heads} and scale {scale:.4g}, not of {own_heads} and {own_scale:.4g}"
@@ -452,8 +432,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         options = content.get("normalize", True), content.get("train_gamma", True)  # the authors' files have neither
-        with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
-            adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], *options)
+        adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], *options)
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise ValueError("the model is on the meta device; give it its weights first")
         state = {}
@@ -565,8 +544,6 @@ def check_attention(where: str, attention: nn.Module) -> None:
     if "v_proj" not in parts:
         others = "cross-attention to images, other layers of hybrid models, fused qkv and latent values"
         raise ValueError(f"{where} has no self_attn.v_proj, only {', '.join(parts)}; {others} cannot be adapted")
-    if not hasattr(attention.v_proj, "out_features"):
-        raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
     if getattr(attention, "head_dim", None) is None:
         raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
@@ -603,8 +580,6 @@ def check_loss(loss: Tensor | None, batch: int) -> None:
 
 
 def check_influence(scores: Tensor, num_batches: int) -> None:
-    if not scores.isfinite().all():
-        raise ValueError("a gradient of the probe is not finite; probe in bfloat16 or float32, or scale the loss down")
     if not scores.any():
         none = f"in none of the {num_batches} probe batches does the loss depend on a visual token"
         raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")

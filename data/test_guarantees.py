@@ -1,9 +1,7 @@
-"""What engineering promises beyond the paper: masks, threads, checkpointing, copies, files, refusals."""
+"""What engineering promises beyond the paper: types, threads, checkpointing, copies, files, refusals."""
 
 import copy
 import math
-import pickle
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -13,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from imagelora import attach, load, score_heads, select_heads
@@ -21,7 +18,6 @@ from test_imagelora import (
     D_H,
     EARLY,
     IMAGE,
-    IMG,
     LATE,
     TEXT,
     D,
@@ -36,7 +32,6 @@ from test_imagelora import (
     tiny_vlm,
     watch,
 )
-from tiny_vlm import TinyVLM
 
 SOME_HEADS = {0: [1], 2: [0, 1]}
 
@@ -60,17 +55,20 @@ def check_refusal(sentence, function, model, *args, **kwargs):
 
 
 # 1. The base, the probe, the heads
-def test_inside_disabled_the_model_is_the_base_bit_for_bit():
+def test_inside_disabled_the_model_is_the_base_bit_for_bit_in_this_thread_and_coroutine_alone():
     """These contexts nest, an exception ends them, and that of another model's adapter changes nothing."""
     model = tiny_vlm()
     base = logits_of(model, EARLY)
     adapter = attach_trained(model)
     adapted = logits_of(model, EARLY)
     other = attach(tiny_vlm())
-    with pytest.raises(ZeroDivisionError), adapter.disabled():
+    task = copy_context()  # as asyncio makes one for each task
+    with pytest.raises(ZeroDivisionError), adapter.disabled(), ThreadPoolExecutor(1) as pool:
         with adapter.disabled(), other.disabled():
             assert torch.equal(logits_of(model, EARLY), base)
         assert torch.equal(logits_of(model, EARLY), base)
+        assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
+        assert torch.equal(task.run(logits_of, model, EARLY), adapted)
         raise ZeroDivisionError
     with other.disabled():
         assert torch.equal(logits_of(model, EARLY), adapted)
@@ -84,117 +82,36 @@ def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_r
     assert torch.equal(score_heads(model, [EARLY], seed=1), scores)
 
 
-def test_what_is_attached_under_inference_mode_can_be_trained():
-    model = tiny_vlm()
-    with torch.inference_mode():
-        adapter = attach(model)
-    loss_of(model, EARLY).backward()
-    torch.optim.SGD(adapter.parameters(), lr=0.01).step()
-    assert all(layer.B.any() for layer in adapter.layers.values())
-
-
 def test_layers_may_have_different_numbers_of_heads():
     """No layer is given a head that it lacks, however many heads are selected."""
     model = tiny_vlm()
     attention(model, 1).k_proj = nn.Linear(D, D_H)
     attention(model, 1).v_proj = nn.Linear(D, D_H)
-    scores = score_heads(model, [EARLY])
-    for tau in (0, 0.5, 20):
-        heads = select_heads(scores, 7, tau)
-        assert heads == {0: [0, 1, 2], 1: [0], 2: [0, 1, 2]}
+    heads = select_heads(score_heads(model, [EARLY]), 7)
+    assert heads == {0: [0, 1, 2], 1: [0], 2: [0, 1, 2]}
     assert attach(model, heads=heads).heads == heads
 
 
 # 2. The visual tokens of a call
-class FromEmbeddings(TinyVLM):
-    """Hugging Face's other way to call a model: by inputs_embeds instead of input_ids."""
-
-    def forward(self, input_ids=None, inputs_embeds=None, pixel_values=None, past_key_values=None):
-        x = self.language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden_states, _ = self.language_model(x, torch.arange(x.shape[1])[None])
-        return hidden_states
-
-
-IDS = torch.tensor([[1, IMG, IMG, 5, 6, 7], [1, 5, 6, IMG, IMG, 7]])
-MASK = IDS == IMG
-
-
-def model_and_embeddings():
-    model = FromEmbeddings(tiny_vlm().config)
-    return model, model.language_model.embed_tokens(IDS)
-
-
-def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_one():
-    """input_ids take precedence. generate() repeats each prompt for its beams, and so must whoever gives the mask."""
-    model, x = model_and_embeddings()
-    base = model(inputs_embeds=x)
-    adapter = attach_trained(model)
-    expected = model(input_ids=IDS)
-    with pytest.raises(ValueError, match="which tokens are visual"):
-        model(inputs_embeds=x)
-    with adapter.visual_mask(MASK.float()), pytest.raises(ValueError, match="must be bool"):
-        model(inputs_embeds=x)
-    with adapter.visual_mask(MASK):
-        with pytest.raises(ValueError, match="inputs_embeds by name"):
-            model(None, x)
-        with pytest.raises(RuntimeError, match="repeat_interleave"):
-            model(inputs_embeds=x.repeat_interleave(2, 0))
-        adapted = model(inputs_embeds=x)
-        with adapter.disabled():
-            assert torch.equal(model(inputs_embeds=x), base)
-    assert torch.equal(adapted, expected)
-    with adapter.visual_mask(MASK.flip(0)):
-        assert torch.equal(model(input_ids=IDS), expected)
-        assert not torch.equal(model(inputs_embeds=x), expected)
-    assert torch.autograd.grad(adapted.sum(), x)[0].any()
-
-
 def test_a_prompt_with_an_image_and_no_placeholder_is_refused():
     """Not a decoded token, not what follows a cache, and not the zeros that a collator pads with."""
-    model, _ = model_and_embeddings()
-    adapter = attach_trained(model)
+    model = tiny_vlm()
+    attach_trained(model)
+    model.forward = lambda *args, **kwargs: "an answer"  # the tiny model would refuse it, too
     image = torch.ones(1, 3, 32, 32)
     text = torch.tensor([TEXT])
-    with pytest.raises(ValueError, match="no placeholder"):
+    with pytest.raises(ValueError, match="has no placeholder"):
         model(text, pixel_values=image)
     model(text[:, :1], pixel_values=image)
     model(text, pixel_values=image, past_key_values="a cache")
     model(text, pixel_values=torch.zeros_like(image))
-    with adapter.disabled():
-        model(text, pixel_values=image)
 
 
-@pytest.mark.parametrize("field", ["image_token_id", "image_token_index", "video_token_id", "video_token_index"])
-def test_a_config_may_name_visual_tokens_in_any_of_four_ways(field):
-    model, x = model_and_embeddings()
-    model.config = SimpleNamespace(**{field: IMG})
-    with attach_trained(model).visual_mask(MASK):
-        assert torch.equal(model(input_ids=IDS), model(inputs_embeds=x))
-
-
-def test_a_context_belongs_to_its_thread_and_to_its_coroutine():
-    """Each task of asyncio runs in a copy of the context in which it was made."""
+def test_a_config_may_name_visual_tokens_in_any_of_four_ways():
     model = tiny_vlm()
-    adapter = attach_trained(model)
-    adapted = logits_of(model, EARLY)
-    task = copy_context()
-    with adapter.disabled(), ThreadPoolExecutor(1) as pool:
-        assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
-        assert torch.equal(task.run(logits_of, model, EARLY), adapted)
-        assert not torch.equal(logits_of(model, EARLY), adapted)
-
-
-def test_under_autocast_text_is_the_base_models_bit_for_bit_and_every_gradient_is_finite():
-    model = tiny_vlm()
-    text = prompt(TEXT)
-    with torch.autocast(model.device.type, torch.bfloat16):
-        base = logits_of(model, text)
-        attach_trained(model)
-        assert torch.equal(logits_of(model, text), base)
-        gradients = slopes(model, loss_of(model, EARLY))
-    for gradient in gradients:
-        assert gradient.isfinite().all()
-        assert gradient.any()
+    ids = {"image_token_id": 1, "image_token_index": 2, "video_token_id": 3, "video_token_index": 4}
+    model.config = SimpleNamespace(**ids)
+    assert attach(model)._tracker.image_token_ids == {1, 2, 3, 4}
 
 
 # 3. Types, devices, state dicts
@@ -203,7 +120,6 @@ def test_under_half_the_adapter_stays_in_float32():
     adapter = attach_trained(model)
     before = [parameter.clone() for parameter in adapter.parameters()]
     model.half()
-    assert attention(model, 0).v_proj.weight.dtype == torch.half
     torch.testing.assert_close([*adapter.parameters()], before, rtol=0, atol=0)
     half = partial(torch.ones, dtype=torch.half)
     assert adapter.layers["0"].add_update(half(1, 7, D), half(1, 7, H * D_H), torch.tensor([3])).dtype == torch.half
@@ -228,30 +144,12 @@ def test_a_state_dict_of_other_heads_or_of_another_scale_is_refused(options):
         adapter.load_state_dict(state)
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_may_be_rounded_to_16_bits_and_the_adapter_stays_in_float32(assign):
+def test_a_state_dict_may_be_rounded_to_16_bits_and_the_adapter_stays_in_float32():
     state = attach_trained(tiny_vlm(), heads=SOME_HEADS).state_dict()
     adapter = attach(tiny_vlm(), heads=SOME_HEADS)
-    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=assign)
+    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=True)
     assert adapter.heads == SOME_HEADS
     torch.testing.assert_close(adapter.state_dict(), state, rtol=0.01, atol=0)  # which compares types, too
-
-
-def test_an_average_of_a_model_or_of_the_layers_alone_can_take_their_place():
-    """With the same heads, though torch truncates an average of integers, and would make a head 2 of a head 3."""
-    model = tiny_vlm(num_key_value_heads=6)
-    layers = attach_trained(model).layers
-    expected = logits_of(model, EARLY)
-    of_model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    of_layers = AveragedModel(layers)
-    assert len(list(of_layers.parameters())) == len(list(layers.parameters()))  # it copies no base
-    for average, source in ((of_model, model), (of_layers, layers)):
-        average.update_parameters(source)
-        average.update_parameters(source)
-    torch.testing.assert_close(logits_of(of_model, EARLY), expected)
-    for average, source in ((of_model, model), (of_layers, layers)):
-        source.load_state_dict(average.module.state_dict())
-        torch.testing.assert_close(logits_of(model, EARLY), expected)
 
 
 def test_the_meta_device_and_to_empty_forget_no_heads_and_reset_parameters_starts_anew():
@@ -266,59 +164,47 @@ def test_the_meta_device_and_to_empty_forget_no_heads_and_reset_parameters_start
     adapter.to("meta").to_empty(device="cpu")
     for layer in adapter.layers.values():
         layer.reset_parameters()
-    fresh = attach(tiny_vlm(), heads=SOME_HEADS)
-    assert adapter.heads == fresh.heads
-    for parameter, new in zip(adapter.parameters(), fresh.parameters()):
-        torch.testing.assert_close(parameter.std(correction=0), new.std(correction=0), rtol=0.1, atol=0)
+        assert not layer.B.any()
+    assert adapter.heads == SOME_HEADS
 
 
 # 4. Gradient checkpointing runs a layer again
 def after_other_calls(model):
-    """Its own backward pass, other steps, and generate()."""
+    """Its own backward pass, other steps, and generate(). A disabled call adds a gradient of zero."""
     loss = loss_of(model, EARLY)
     slopes(model, loss)
     slopes(model, loss_of(model, LATE))
     with model.image_lora.disabled():
-        slopes(model, loss_of(model, LATE))
+        disabled_loss = loss_of(model, LATE)
     model.generate(LATE["input_ids"], LATE["pixel_values"])
-    return slopes(model, loss)
+    return slopes(model, loss, disabled_loss)
 
 
-def of_a_disabled_forward_pass(model):
-    with model.image_lora.disabled():
-        loss = loss_of(model, EARLY)
-    return slopes(model, loss)
+def in_the_middle_of_another_call(model, run):
+    results = []
+
+    def run_once(norm, args):
+        hook.remove()
+        with torch.enable_grad():  # a re-entrant checkpoint's first run has none
+            results.append(run())
+
+    hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_once)
+    results.append(loss_of(model, LATE))
+    return results
 
 
 def inside_another_call(model):
     """On a CPU the backward pass runs in the thread that called it, here in the middle of another call. It finds the
     same as after a call that Ctrl-C has ended, because Ctrl-C is no Exception, and no hook notices it."""
     loss = loss_of(model, EARLY)
-    gradients = []
-
-    def run_backward(norm, args):
-        hook.remove()
-        with torch.enable_grad():  # a re-entrant checkpoint's first run has none
-            gradients.extend(slopes(model, loss))
-
-    hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_backward)
-    loss_of(model, LATE)
+    gradients, _ = in_the_middle_of_another_call(model, lambda: slopes(model, loss))
     return gradients
 
 
 def in_two_threads_at_once(model):
-    """The threads meet in layer 1, also where it is run again."""
-    parties = 2 if model.device.type == "cpu" else 1  # on other devices all backward passes run in one thread
-    barrier = threading.Barrier(parties, timeout=60)
-
-    def meet(norm, args):
-        barrier.wait()
-
-    model.language_model.layers[1].input_layernorm.register_forward_pre_hook(meet)
-    with ThreadPoolExecutor(2) as pool:
-        losses = list(pool.map(loss_of, [model, model], [EARLY, LATE]))
-        list(pool.map(torch.autograd.backward, losses))
-    return [parameter.grad for parameter in model.image_lora.parameters()]
+    with ThreadPoolExecutor(1) as pool:
+        losses = in_the_middle_of_another_call(model, lambda: pool.submit(loss_of, model, EARLY).result())
+    return slopes(model, *losses)
 
 
 def of_a_checkpoint_that_holds_the_model(model):
@@ -327,7 +213,6 @@ def of_a_checkpoint_that_holds_the_model(model):
 
 CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose gradients must come of it
     (after_other_calls, [EARLY]),
-    (of_a_disabled_forward_pass, []),
     (inside_another_call, [EARLY]),
     (in_two_threads_at_once, [EARLY, LATE]),
     (of_a_checkpoint_that_holds_the_model, [EARLY]),
@@ -337,39 +222,16 @@ CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "re-entrant"])
 @pytest.mark.parametrize("gradients, batches", CHECKPOINTED)
 def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batches, use_reentrant):
+    """Layer 2 has no norm before its attention, so v_proj itself reads the input that a checkpoint keeps."""
     model = tiny_vlm()
+    layer = model.language_model.layers[2]
+    del layer.input_layernorm
+    layer.input_layernorm = lambda x: x
     attach_trained(model, heads=SOME_HEADS)
-    expected = slopes(model, 0 * loss_of(model, EARLY), *[loss_of(model, batch) for batch in batches])
+    expected = slopes(model, *[loss_of(model, batch) for batch in batches])
     model.zero_grad()
     checkpoint_layers(model, use_reentrant)
     torch.testing.assert_close(gradients(model), expected)
-
-
-def test_a_layer_that_is_run_again_needs_no_norm_before_its_attention():
-    model = tiny_vlm()
-    for layer in model.language_model.layers:
-        del layer.input_layernorm
-        layer.input_layernorm = lambda x: x
-    attach_trained(model)
-    expected = slopes(model, loss_of(model, EARLY))
-    checkpoint_layers(model)
-    torch.testing.assert_close(slopes(model, loss_of(model, EARLY)), expected)
-
-
-def test_the_same_embeddings_may_come_again_under_another_mask():
-    model, x = model_and_embeddings()
-    adapter = attach_trained(model)
-
-    def gradients():
-        losses = []
-        for mask in (MASK, MASK.flip(0)):
-            with adapter.visual_mask(mask):
-                losses.append(model(inputs_embeds=x).logsumexp(-1).sum())
-        return slopes(model, *losses)
-
-    expected = gradients()
-    checkpoint_layers(model)
-    torch.testing.assert_close(gradients(), expected)
 
 
 # 5. Copies, and how an adapter comes off again
@@ -379,16 +241,15 @@ def test_a_copy_is_a_model_of_its_own_and_after_detach_each_is_as_it_was_down_to
     before = state_of(model)
     attach_trained(model, heads=SOME_HEADS)
     expected = slopes(model, loss_of(model, EARLY))
-    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    twin = copy.deepcopy(model)
     for layer in model.image_lora.layers.values():
         layer.gamma.data.zero_()
-    for twin in copies:
-        torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
-    for twin in (*copies, model):
-        adapter = twin.image_lora
-        assert adapter.detach() is twin
-        assert state_of(twin) == before
-        assert torch.equal(logits_of(twin, EARLY), logits_of(tiny_vlm(), EARLY))
+    torch.testing.assert_close(slopes(twin, loss_of(twin, EARLY)), expected)
+    for one in (twin, model):
+        adapter = one.image_lora
+        assert adapter.detach() is one
+        assert state_of(one) == before
+        assert torch.equal(logits_of(one, EARLY), logits_of(tiny_vlm(), EARLY))
         with pytest.raises(AttributeError):
             adapter.disabled()  # would not disable the next adapter
 
@@ -402,9 +263,7 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
     expected = logits_of(model, EARLY)
     adapter.detach()
     adapter.save(tmp_path / "adapter.pt")  # detached, it still has its weights
-    random_numbers = torch.get_rng_state()
     loaded = load(model, tmp_path / "adapter.pt")
-    assert torch.equal(torch.get_rng_state(), random_numbers)
     assert torch.equal(logits_of(model, EARLY), expected)
     trainable = [parameter.requires_grad for parameter in loaded.parameters()]
     assert trainable == [True, True, options.get("train_gamma", True)] * 2  # attach_trained trains gamma, too
@@ -434,25 +293,21 @@ def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_
     assert loaded.train_gamma
 
 
-def test_a_save_takes_the_place_of_the_old_file_at_once_or_if_it_fails_not_at_all(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     adapter, path = saved_adapter(tmp_path)
-    old = path.read_bytes()
-    layer = adapter.layers["2"]
-    layer.gamma.data.zero_()
-    with path.open("rb") as reader:
-        adapter.save(path)
-        assert reader.read() == old
     saved = path.read_bytes()
-    assert saved != old
 
     def fill_the_disk(content, file):
         file.write(b"half")
         raise OSError("No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(torch, "save", fill_the_disk)
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
         adapter.save(path)
-    layer.A.data.fill_(math.inf)
+    adapter.layers["2"].B.data = torch.ones(8)  # as under FSDP1 or ZeRO-3
+    with pytest.raises(ValueError, match="one rank's shard.*summon_full_params.*GatheredParameters"):
+        adapter.save(path)
+    adapter.layers["0"].A.data.fill_(math.inf)
     with pytest.raises(ValueError, match="diverged"):
         adapter.save(path)
     assert path.read_bytes() == saved
@@ -463,10 +318,7 @@ def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_w
     """B is zero, or get_peft_model() has frozen it after load(). Nobody is warned who has frozen the whole model."""
     _, path = saved_adapter(tmp_path)
     model = tiny_vlm()
-    load(model, path).detach()
-    object.__setattr__(model.config, "_name_or_path", "")  # as of a model that came from no file
     adapter = load(model, path)
-    adapter.save(path)
     model.requires_grad_(False)
     adapter.save(path)
     assert not recwarn.list
@@ -475,44 +327,25 @@ def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_w
         adapter.save(path)
     with pytest.warns(UserWarning, match="B is zero.*get_peft_model"):
         attach(adapter.detach()).save(path)
-    object.__setattr__(model.config, "_name_or_path", "models/other")  # the dataclass is frozen
-    _, path = saved_adapter(tmp_path)
     model.image_lora.detach()
+    object.__setattr__(model.config, "_name_or_path", "models/other")  # the dataclass is frozen
     with pytest.warns(UserWarning, match="saved with 'TinyVLM', but this model is 'models/other'"):
         load(model, path)
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(tmp_path):
     adapter, path = saved_adapter(tmp_path)
-    content = bytearray(path.read_bytes())
-    path.write_bytes(content[: len(content) // 2])
-    check_refusal("damaged or does not fit this model", load, tiny_vlm(), path)
-    content[content.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
-    path.write_bytes(content)  # torch.load alone would not notice a flipped bit
-    check_refusal("checksum", load, tiny_vlm(), path)
-    check_refusal("missing.pt is missing", load, tiny_vlm(), path.with_name("missing.pt"))
-
-
-class Exploit(str):
-    """Unpickled without care, it makes a file of that name."""
-
-    def __reduce__(self):
-        return Path.touch, (Path(self),)
-
-
-def test_a_file_that_holds_no_adapter_for_this_model_is_refused_and_runs_no_code(tmp_path):
-    _, path = saved_adapter(tmp_path)
     check_refusal("does not fit this model", load, tiny_vlm(num_hidden_layers=2), path)
     check_refusal("on the meta device", load, tiny_vlm().to("meta"), path)
     content = torch.load(path, weights_only=True)
-    of_integers = {name: torch.ones_like(tensor).long() for name, tensor in content["layers"]["0"].items()}
-    made = tmp_path / "made"
-    misfits = [{"r": Exploit(made)}, content | {"layers": {}}]
-    misfits += [[1, 2], content | {"layers": content["layers"] | {"0": of_integers}}]
-    for misfit in misfits:
-        torch.save(misfit, path)
-        check_refusal("does not fit this model", load, tiny_vlm(), path)
-    assert not made.exists()
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(damaged)  # torch.load alone would not notice a flipped bit
+    check_refusal("checksum", load, tiny_vlm(), path)
+    torch.save(content | {"layers": {}}, path)
+    check_refusal("Missing key", load, tiny_vlm(), path)
+    torch.save(content | {"note": Path()}, path)  # to make a Path, torch.load would have to run its code
+    check_refusal("Weights only load failed", load, tiny_vlm(), path)
 
 
 # 7. What cannot be right is refused in one sentence
@@ -520,12 +353,6 @@ def the_models_forward(model):
     with pytest.raises(ValueError, match="0 images"):
         model(EARLY["input_ids"])  # fails, and leaves nothing behind that would adapt what follows
     model.forward(**EARLY)
-
-
-def a_layer_whose_input_was_offloaded(model):
-    checkpoint_layers(model)
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):  # offloading copies, too
-        loss_of(model, EARLY).backward()
 
 
 def v_proj_alone(model):
@@ -536,14 +363,17 @@ def v_proj_alone(model):
         v_proj(x)
 
 
+def tokens_that_are_dropped_on_the_way(model):
+    attention(model, 2).v_proj.register_forward_pre_hook(lambda v_proj, args: args[0][:, 1:])
+    model(**EARLY)
+
+
+def embeddings_in_place_of_input_ids(model):
+    model(inputs_embeds=model.language_model.embed_tokens(EARLY["input_ids"]))
+
+
 def another_v_proj(model):
-    """Beside one that runs twice."""
-
-    def run_v_proj(attention, args):
-        attention.v_proj(args[0])
-
     attention(model, 2).v_proj = nn.Linear(D, H * D_H)
-    attention(model, 0).register_forward_pre_hook(run_v_proj)
     model(**EARLY)
 
 
@@ -558,8 +388,9 @@ def export(model):
 
 NOT_RIGHT = [
     (the_models_forward, "no call of model"),
-    (a_layer_whose_input_was_offloaded, "no call of model"),
     (v_proj_alone, "no call of model"),
+    (tokens_that_are_dropped_on_the_way, "a model that adds or drops tokens cannot be adapted"),
+    (embeddings_in_place_of_input_ids, "visual tokens in input_ids, which this call lacks"),
     (another_v_proj, "was not called"),
     (heads_split_over_devices, "4 features for 3 heads of 4"),
     (export, "would fix which tokens are visual"),
@@ -571,20 +402,13 @@ NOT_RIGHT = [
 def test_a_use_that_cannot_be_right_is_refused(use, sentence):
     model = tiny_vlm()
     attach_trained(model, heads=SOME_HEADS)
-    with pytest.raises(RuntimeError, match=sentence):
+    with pytest.raises((RuntimeError, ValueError), match=sentence):
         use(model)
 
 
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 
-
-def huge_loss(model, batch):
-    """Finite, but the squares of its gradients are not."""
-    return 1e30 * loss_of(model, batch)
-
-
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
-    (attach, {"r": 25}, "r must be in 1..24 and lora_alpha positive, got r=25"),
     (attach, {"lora_alpha": 0}, "lora_alpha positive, got r=8 and lora_alpha=0"),  # nothing would be learned
     (attach, {"heads": {0: []}}, "no head is selected"),
     (attach, {"heads": {0: [1, 1]}}, "layer 0 has 3 heads; .* each once, not .1, 1."),
@@ -594,7 +418,6 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (score_heads, {"batches": EARLY}, "this is one batch; pass .batch."),
     (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
-    (score_heads, {"batches": [EARLY], "loss_fn": huge_loss}, "a gradient of the probe is not finite"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
 ]
 
@@ -605,7 +428,6 @@ def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentenc
 
 
 SELECTIONS = [  # scores of two layers' heads, the number of heads to select, tau, and why that cannot be
-    ([1.0, 1.0], 0, 0.5, "^num_heads must be in 1..4, got 0$"),
     ([1.0, -torch.inf], 3, 0.5, "^num_heads must be in 1..2, got 3$"),
     ([1.0, 2.0], 2, -1.0, "^tau must not be negative, got -1.0$"),  # it would prefer the worst layers
     ([0.0, -torch.inf], 1, 0.5, "^select_heads got scores between 0 and 0, .* not all zero$"),
@@ -620,13 +442,10 @@ def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence)
         select_heads(torch.tensor([scores, scores]), num_heads, tau)
 
 
-ATTENTION = "language_model.layers.1.self_attn"
 MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
     ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
-    ("", "language_model", None, "found none"),
     ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
-    (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
-    (ATTENTION, "head_dim", None, "has no head_dim"),
+    ("language_model.layers.1.self_attn", "head_dim", None, "has no head_dim"),
 ]
 
 
@@ -639,11 +458,8 @@ def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sen
 
 def test_the_tiny_model_refuses_other_pictures_and_padding_behind_a_prompt():
     model = tiny_vlm()
-    ids = EARLY["input_ids"]
     with pytest.raises(ValueError, match=r"must have shape \[images, 3, 32, 32\], got \[1, 3, 32, 48\]"):
-        model(ids, torch.zeros(1, 3, 32, 48))
-    with pytest.raises(ValueError, match="4 image placeholder tokens for 2 images; each needs 4"):
-        model(ids, torch.zeros(2, 3, 32, 32))
+        model(EARLY["input_ids"], torch.zeros(1, 3, 32, 48))
     with pytest.raises(ValueError, match="padded on the left"):
         model.generate(**prompt(TEXT), attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]))
     with pytest.raises(ValueError, match="num_attention_heads 6 is not a multiple of num_key_value_heads 4"):

@@ -7,8 +7,6 @@
 Prompts without images and videos get the output of the base model, bit for bit. So there are no biases, no PiSSA, no
 new embeddings, and no other option of PEFT that would change those outputs."""
 
-import warnings
-
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,10 +31,6 @@ def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
     if getattr(config, "init_lora_weights", None) != MARK:
         raise ValueError(f"{folder} holds no Partial LoRA; load it with PeftModel.from_pretrained()")
     config.init_lora_weights = True
-    saved_with, name = config.base_model_name_or_path, model.config.name_or_path
-    if saved_with and name and saved_with != name:
-        why = "an adapter works only with the base that it was trained on; ignore this if the model was only moved"
-        warnings.warn(f"{folder} was saved with {saved_with!r}, but this model is {name!r}; {why}", stacklevel=2)
     model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
     if load_peft_weights(folder, device="cpu").keys() != get_peft_model_state_dict(model).keys():
         model.unload()

@@ -1,4 +1,4 @@
-"""PyTorch's data-parallel training in two processes: DistributedDataParallel, FSDP and FSDP2."""
+"""PyTorch's data-parallel training in two processes: DistributedDataParallel and FSDP2."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from imagelora import attach, load, score_heads
 from test_imagelora import EARLY, TEXT, attach_trained, logits_of, loss_of, prompt, tiny_vlm
@@ -34,7 +34,6 @@ def loaded_after_save(adapter, path):
 
 def train_as_one(rank, path, mesh):
     text = prompt(TEXT)
-    base_of_text = logits_of(tiny_vlm(), text)
     expected = tiny_vlm()
     expected_adapter = attach_trained(expected)
     before = [parameter.detach().clone() for parameter in expected_adapter.parameters()]
@@ -45,7 +44,6 @@ def train_as_one(rank, path, mesh):
         user = wrap(model)
         train_a_step(user, adapter, EARLY if rank == 0 else text)
         torch.testing.assert_close(logits_of(user, EARLY), logits_of(expected, EARLY))
-        assert torch.equal(logits_of(user, text), base_of_text)
         torch.testing.assert_close(loaded_after_save(adapter, path), [*expected_adapter.parameters()])
     with pytest.raises(ValueError, match="attach first, then shard"):
         attach(adapter.detach())
@@ -65,22 +63,10 @@ def train_other_heads(rank, mesh):
         train_a_step(model, attach(model, heads={0: [1]}), EARLY)
     without_buffers = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
     for wrap in (without_buffers, partial(shard, mesh=mesh)):
-        for options in ({"heads": {0: [rank]}}, {"lora_alpha": 8 + rank}):
-            model = tiny_vlm()
-            adapter = attach(model, **options)
-            with pytest.raises(RuntimeError, match="ranks adapt different heads"):
-                train_a_step(wrap(model), adapter, EARLY)
-
-
-def save_a_shard(path):
-    model = tiny_vlm()
-    adapter = attach_trained(model)
-    before = [parameter.detach().clone() for parameter in adapter.parameters()]
-    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match="one rank's shard.*summon_full_params.*GatheredParameters"):
-        adapter.save(path)
-    with FullyShardedDataParallel.summon_full_params(sharded):
-        torch.testing.assert_close(loaded_after_save(adapter, path), before)
+        model = tiny_vlm()
+        adapter = attach(model, heads={0: [rank]})
+        with pytest.raises(RuntimeError, match="ranks adapt different heads"):
+            train_a_step(wrap(model), adapter, EARLY)
 
 
 def in_two_processes(rank: int, folder: Path):
@@ -89,11 +75,10 @@ def in_two_processes(rank: int, folder: Path):
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     train_as_one(rank, folder / f"{rank}.pt", mesh)
     train_other_heads(rank, mesh)
-    save_a_shard(folder / f"{rank}.pt")
     dist.barrier()  # so that neither leaves while the other still talks to it
     dist.destroy_process_group()
 
 
-def test_two_processes_train_as_one_and_refuse_to_train_other_heads_or_to_save_a_shard(tmp_path):
-    """One of them has no image, and its text stays the base's bit for bit. A file holds all weights in float32."""
+def test_two_processes_train_as_one_and_refuse_to_train_other_heads(tmp_path):
+    """One of them has no image. A file holds all weights in float32."""
     torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)

@@ -135,21 +135,17 @@ def test_a_bos_token_of_the_tokenizer_begins_an_example_once_whether_the_templat
 BAD_LINES = {
     "{'images'": "JSONDecodeError",
     line([], tools=[]): "a line needs images, prompt and completion, and nothing else",
-    line([], prompt="a"): "TypeError",
     line([], prompt=[turn("assistant", "a")]): "the prompt must end with a turn of the user",
     line([], completion=[turn("user", "a"), turn("assistant", "a")]): "the completion is one turn of the assistant",
     line([], prompt=[turn("user", [{"type": "text", "text": "a"}])]): "the content of a turn must be a string",
     line([], " "): "that of the completion must not be empty",
-    line(["c.png"]): "FileNotFoundError",
     line(["deep.png"]): "has more than 8 bits a channel; save it with 8",
     line([], prompt=[turn("user", "<image><|image_pad|>")]): "leave it out, because it is added for each image",
 }
 BAD_OPTIONS = [
     ("image_lora", "--train_file {}/text.jsonl", "text.jsonl has an image, as image_lora needs"),
     ("image_lora", "--eval_file {}/text.jsonl", "text.jsonl has an image, as image_lora needs"),
-    ("partial_lora", "--eval_file {}/text.jsonl", "text.jsonl has an image, as partial_lora needs"),
     ("lora", "--train_file {}/empty.jsonl", "empty.jsonl holds no example"),
-    ("lora", "--train_file {}/no.jsonl", "No such file"),
     ("lora", "--num_heads 2", "--num_heads is for --method image_lora; leave it out"),
 ]
 

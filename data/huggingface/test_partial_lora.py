@@ -26,34 +26,14 @@ def trained(family="Llava", **options):
     return model.eval()
 
 
-def updates_of(model, batch):
-    """What B adds in each layer, [B, T, features]."""
-    Bs = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
-    return [update for _, update in watch(model, batch, *Bs)]
-
-
 # 1. What it adapts
-@pytest.mark.parametrize("options", [{}, {"projections": ["v_proj", "down_proj"], "r": 2, "lora_alpha": 3}], ids=str)
-def test_it_starts_as_the_base_and_then_changes_the_output_after_an_image_alone(options):
-    base = tiny_hf_vlm()
-    untrained = partial_lora(tiny_hf_vlm(), **options)
-    assert torch.equal(logits_of(untrained, hf_prompt()), logits_of(base, hf_prompt()))
-    model = trained(**options)
-    assert torch.equal(logits_of(model, TEXT), logits_of(base, TEXT))
-    assert not torch.equal(logits_of(model, hf_prompt()), logits_of(base, hf_prompt()))
-
-
 @pytest.mark.parametrize("family, kind", [("Llava", PICTURE), ("Qwen2_5_VL", PICTURE), ("Qwen2_5_VL", VIDEO)])
-def test_it_is_lora_at_the_tokens_of_images_and_videos_and_nothing_elsewhere(family, kind):
+def test_its_update_is_zero_but_at_the_tokens_of_images_and_videos(family, kind):
     batch = hf_prompt(family, kind)
     visual = batch["input_ids"] == kind
     model = trained(family)
-    ours = updates_of(model, batch)
-    plain = lora(family, model.peft_config["default"].target_modules)
-    plain.load_state_dict(model.state_dict())
-    plain = updates_of(plain, batch)
-    assert torch.equal(ours[0][visual], plain[0][visual])  # in the first layer, whose input is the same
-    for update in ours:
+    Bs = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
+    for _, update in watch(model, batch, *Bs):  # [B, T, features]
         assert update[visual].any()
         assert not update[~visual].any()
 
@@ -82,55 +62,44 @@ def test_it_stays_partial_lora_however_often_it_is_saved(tmp_path):
             tiny_hf_vlm().load_adapter(folder)
 
 
-def test_one_of_another_name_is_warned_of_and_one_of_other_layers_is_refused(tmp_path):
-    base = tiny_hf_vlm()
-    base.name_or_path = base.config.name_or_path = "Qwen"
-    partial_lora(base).save_pretrained(tmp_path)
-    other = tiny_hf_vlm()
-    other.config.name_or_path = "Llava"
-    with pytest.warns(UserWarning, match="was saved with 'Qwen', but this model is 'Llava'"):
-        load_partial_lora(other, tmp_path)
+def test_one_of_other_layers_is_refused(tmp_path):
+    """PEFT alone would ignore them."""
+    trained().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     weights = safetensors.load_file(file)
     more = {name.replace("layers.1", "layers.2"): weight.clone() for name, weight in weights.items()}
-    fewer = {name: weight for name, weight in weights.items() if "layers.1" not in name}
-    for changed in (more | weights, fewer):
-        safetensors.save_file(changed, file)
-        with pytest.raises(ValueError, match="has weights for other layers than this model"):
-            load_partial_lora(tiny_hf_vlm(), tmp_path)
+    safetensors.save_file(more | weights, file)
+    with pytest.raises(ValueError, match="has weights for other layers than this model"):
+        load_partial_lora(tiny_hf_vlm(), tmp_path)
 
 
 # 3. What is refused
 def test_it_is_never_merged():
-    for merge in (trained().merge_and_unload, trained().merge_adapter):
-        with pytest.raises(ValueError, match="cannot be merged"):
-            merge()
+    with pytest.raises(ValueError, match="cannot be merged"):
+        trained().merge_and_unload()
 
 
 def test_it_is_not_added_to_an_adapted_model_and_lora_at_all_tokens_is_not_loaded_as_one(tmp_path):
-    for model in (trained(), lora(), lora().get_base_model()):
-        with pytest.raises(ValueError, match="give it a model without an adapter"):
-            partial_lora(model)
+    with pytest.raises(ValueError, match="give it a model without an adapter"):
+        partial_lora(lora())
     lora().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds no Partial LoRA; load it with PeftModel.from_pretrained\(\)"):
         load_partial_lora(tiny_hf_vlm(), tmp_path)
 
 
-def test_a_second_adapter_is_refused_at_the_next_call_and_so_is_a_base_without_any():
+def test_a_second_adapter_is_refused_at_the_next_call():
     model = trained()
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["down_proj"]), model.get_base_model(), "other")
-    for changed in (model, trained().unload()):
-        with pytest.raises(ValueError, match="Partial LoRA must be the only adapter"):
-            changed(**TEXT)
+    with pytest.raises(ValueError, match="Partial LoRA must be the only adapter"):
+        model(**TEXT)
 
 
 def test_it_never_takes_the_mask_of_another_call():
-    """A part of the model is refused, in training as well, and so is a call before backward() with checkpointing."""
+    """A part of the model is refused, and so is a call before backward() with checkpointing."""
     model = trained()
     logits_of(model, hf_prompt())
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="no call of model"):
-            model.get_base_model().model(**hf_prompt())
+    with pytest.raises(RuntimeError, match="no call of model"):
+        model.get_base_model().model(**hf_prompt())
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     loss = loss_of(model, hf_prompt())
     model(**TEXT)
@@ -140,12 +109,8 @@ def test_it_never_takes_the_mask_of_another_call():
 
 def test_it_needs_input_ids_and_a_config_that_names_visual_tokens():
     model = trained()
-    batch = hf_prompt()
-    expected = logits_of(model, batch)
-    ids = batch.pop("input_ids")
-    assert torch.equal(model(ids, **batch).logits, expected)
     with pytest.raises(ValueError, match="Partial LoRA finds visual tokens in input_ids"):
-        model(inputs_embeds=model.get_input_embeddings()(ids), **batch)
+        model(inputs_embeds=model.get_input_embeddings()(TEXT["input_ids"]))
     base = tiny_hf_vlm()
     base.config.image_token_id = base.config.video_token_id = base.config.video_token_index = None
     with pytest.raises(ValueError, match="by image_token_id in the model's config, which lacks it"):
