@@ -124,7 +124,11 @@ class ImageLoRA(nn.Module):
     def disabled(self) -> AbstractContextManager:
         """A context in which the model is the base model again, for this thread or coroutine. In a generator, enter it
         around each call of the model. Around a `yield`, it would also be in force for the caller."""
-        return self._tracker.disabled()
+        return self._tracker.override("disabled", True)
+
+    def visual_mask(self, mask: Tensor) -> AbstractContextManager:
+        """A context in which calls without input_ids take M from a bool mask [B, T], True where a token is visual."""
+        return self._tracker.override("mask", mask)
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
@@ -249,9 +253,9 @@ class Call:
     updated: set = field(default_factory=set)  # the layers that have added theirs
 
 
-# The trackers that disabled() has silenced in this thread or coroutine. It is global, because a ContextVar cannot be
-# copied, and a tracker is copied with its model.
-DISABLED = ContextVar("DISABLED", default=frozenset())
+# What disabled() and visual_mask() have set in this thread or coroutine: {(tracker, "disabled"): True, (tracker,
+# "mask"): Tensor}. It is global, because a ContextVar cannot be copied, and a tracker is copied with its model.
+OVERRIDES = ContextVar("OVERRIDES")
 
 
 class CallTracker:
@@ -299,17 +303,30 @@ class CallTracker:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             raise RuntimeError("a trace or an export of the model would fix which tokens are visual; run it eagerly")
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if self in DISABLED.get():
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None:
+            # Cloned, because the caller may pass it again with another mask, whose Call would replace this one on it.
+            kwargs["inputs_embeds"] = embeddings.clone()
+        overrides = OVERRIDES.get({})
+        mask = overrides.get((self, "mask"))
+        if (self, "disabled") in overrides:
             call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
+        # input_ids take precedence over a mask: after a prompt of embeddings, generate() continues with input_ids.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
             if len(call.rows) == 0 and ids.shape[-1] > 1:
                 check_placeholders(kwargs)
+        elif mask is not None and embeddings is not None:
+            if mask.dtype != torch.bool:  # in a float mask of attention, 0 means True
+                raise ValueError(f"a visual mask must be bool, True where a token is visual, got {mask.dtype}")
+            call = Call(mask.flatten().nonzero().squeeze(1), mask.shape)
         else:
-            raise ValueError("Image-LoRA finds visual tokens in input_ids, which this call lacks; pass them")
+            known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
+            raise ValueError(f"the model was called without telling which tokens are visual; {known}")
         if torch.is_grad_enabled() and not self.ranks_agree and distributed.is_initialized():
             self.check_ranks()
         self.running[thread_and_backward_pass()] = call
+        return args, kwargs
 
     def check_ranks(self):
         """Ranks that probe their own data select other heads. attach() does not check it, because one rank may attach
@@ -340,7 +357,8 @@ class CallTracker:
             raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
-            raise RuntimeError(f"input_ids have shape {shapes}; a model that adds or drops tokens cannot be adapted")
+            hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
+            raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
         x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
@@ -369,12 +387,13 @@ class CallTracker:
         return call
 
     @contextmanager
-    def disabled(self):
-        token = DISABLED.set(DISABLED.get() | {self})
+    def override(self, name: str, value):
+        """In this thread or coroutine, calls begin with this override: "disabled" or "mask"."""
+        token = OVERRIDES.set(OVERRIDES.get({}) | {(self, name): value})
         try:
             yield
         finally:
-            DISABLED.reset(token)
+            OVERRIDES.reset(token)
 
 
 def thread_and_backward_pass() -> tuple[int, int]:
@@ -544,6 +563,8 @@ def check_attention(where: str, attention: nn.Module) -> None:
     if "v_proj" not in parts:
         others = "cross-attention to images, other layers of hybrid models, fused qkv and latent values"
         raise ValueError(f"{where} has no self_attn.v_proj, only {', '.join(parts)}; {others} cannot be adapted")
+    if not hasattr(attention.v_proj, "out_features"):
+        raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
     if getattr(attention, "head_dim", None) is None:
         raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
     later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
