@@ -486,10 +486,12 @@ def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence)
         select_heads(torch.tensor([scores, scores]), num_heads, tau)
 
 
+ATTENTION = "language_model.layers.1.self_attn"
 MODELS = [  # a module of the model, its attribute, and a value with which it cannot be adapted
     ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
     ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
-    ("language_model.layers.1.self_attn", "head_dim", None, "has no head_dim"),
+    (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
+    (ATTENTION, "head_dim", None, "has no head_dim"),
 ]
 
 
