@@ -37,16 +37,8 @@ class TinyVLMConfig:
     rope_theta: int = 10000
 
     def __post_init__(self):
-        for name, divisor_name in (
-            ("image_size", "patch_size"),  # otherwise no patch would show the picture's edge
-            ("vision_hidden_size", "vision_num_attention_heads"),
-            ("hidden_size", "num_attention_heads"),
-            ("num_attention_heads", "num_key_value_heads"),
-        ):
-            size = getattr(self, name)
-            divisor = getattr(self, divisor_name)
-            if size % divisor:
-                raise ValueError(f"{name} {size} is not a multiple of {divisor_name} {divisor}")
+        if self.image_size % self.patch_size:  # no patch would show the picture's right and bottom edges
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
     @property
     def num_patches(self) -> int:

@@ -508,5 +508,5 @@ def test_the_tiny_model_refuses_other_pictures_and_padding_behind_a_prompt():
         model(EARLY["input_ids"], torch.zeros(1, 3, 32, 48))
     with pytest.raises(ValueError, match="padded on the left"):
         model.generate(**prompt(TEXT), attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]))
-    with pytest.raises(ValueError, match="num_attention_heads 6 is not a multiple of num_key_value_heads 4"):
-        tiny_vlm(num_key_value_heads=4)
+    with pytest.raises(ValueError, match="image_size 36 is not a multiple of patch_size 16"):
+        tiny_vlm(image_size=36)
