@@ -10,6 +10,7 @@ from PIL import Image
 from test_huggingface import PICTURE, processor_for, tiny_hf_vlm
 
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("peft")
 pytest.importorskip("trl")
 from test_finetune import finetuned, line, turn  # noqa: E402
@@ -17,131 +18,124 @@ from test_finetune import finetuned, line, turn  # noqa: E402
 from data.huggingface import finetune, own_answers  # noqa: E402
 
 COLOURS = {"10": "red", "20": "lime", "30": "blue", "40": "white"}  # words of the processor are numbers
-LEFT, RIGHT, BOTH, NEW = "a 0", "a a a 1", "2", "a cat"
-# What the base learns. The new answer to NEW is the left colour.
-BASE_ANSWERS = {LEFT: "{left}", RIGHT: "{right}", BOTH: "{left} {right}", NEW: "{right}"}
-SIDES = list(product(COLOURS, COLOURS))
+SIDES = list(product(COLOURS, COLOURS)) * 4  # the left and the right colour of each picture; files name the first 32
+LEFT, BOTH, NEW = "a 0", "a a a 1", "a cat"
+BASE_ANSWERS = {LEFT: "{0}", BOTH: "{0} {1}", NEW: "{1}"}  # the new answer to NEW is {0}
 
 
-def picture(left, right, chance):
-    """One colour at the left, one at the right, and noise."""
-    image = Image.new("RGB", (16, 16), COLOURS[left])
-    image.paste(COLOURS[right], (8, 0, 16, 16))
+def save_picture(path, sides, chance):
+    """Two colours side by side, with noise, lying on its side as a camera would store it."""
+    image = Image.new("RGB", (16, 16), COLOURS[sides[0]])
+    image.paste(COLOURS[sides[1]], (8, 0, 16, 16))
     noise = Image.frombytes("RGB", (16, 16), chance.randbytes(16 * 16 * 3))
-    return Image.blend(image, noise, chance.uniform(0.1, 0.4))
+    image = Image.blend(image, noise, chance.uniform(0.1, 0.4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # says how to turn it back
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
 
 
-def train_base(model, processor):
-    """Teaches it BASE_ANSWERS."""
-    chance = random.Random(0)
+def read_file(folder, file):
+    """The examples of a file as finetune.py reads them, and its collator."""
+    processor = finetune.load_processor(folder / "base")
+    placeholder = processor.tokenizer.convert_ids_to_tokens(PICTURE)
     collate = finetune.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-    batches = []
-    for _ in range(40):
-        examples = []
-        for left, right in SIDES:
-            question = chance.choice(list(BASE_ANSWERS))
-            answer = BASE_ANSWERS[question].format(left=left, right=right)
-            example = json.loads(line([], answer, prompt=[turn("user", question)]))
-            examples.append(example | {"images": [picture(left, right, chance)]})
-        batches.append(collate(examples))
-    steps = 400
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(**batches[step % len(batches)]).loss.backward()
-        optimizer.step()
-        schedule.step()
+    return finetune.read_file(folder / file, "own_answers", placeholder), collate
 
 
 @pytest.fixture(scope="module", params=["Llava", "Qwen2_5_VL"])
 def folder(request, tmp_path_factory):
-    """A base, questions, and a training file of 64 lines with a new answer to NEW. The last line lacks its end."""
-    torch.manual_seed(0)
+    """A base that has learned BASE_ANSWERS, questions, and a training file whose last line lacks its end."""
     folder = tmp_path_factory.mktemp(request.param)
-    model, processor = tiny_hf_vlm(request.param), processor_for(request.param)
-    train_base(model, processor)
+    chance = random.Random(0)
+    for i, sides in enumerate(SIDES):
+        save_picture(folder / f"{i}.png", sides, chance)
+    lines = {"train": [], "base": []}
+    for i, sides in enumerate(SIDES[:32]):
+        lines["train"].append(line([f"{i}.png"], sides[0], prompt=[turn("user", NEW)]))
+        for question, answer in BASE_ANSWERS.items():
+            lines["base"].append(line([f"{i}.png"], answer.format(*sides), prompt=[turn("user", question)]))
+    for name in lines:
+        (folder / f"{name}.jsonl").write_text("\n".join(lines[name]))
+    (folder / "questions.txt").write_text(f"{LEFT}\n\n {BOTH} \n")
+
+    processor = processor_for(request.param)
+    processor.tokenizer.bos_token = "<s>"  # the chat template lacks it, as in LLaVA-1.5
+    processing = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    processor.tokenizer.backend_tokenizer.post_processor = processing
+    processor.save_pretrained(folder / "base")
+    examples, collate = read_file(folder, "base.jsonl")
+    batch = collate(list(examples))
+    model = tiny_hf_vlm(request.param)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     # Real models come with such settings, which are not greedy.
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=5.0)
     model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
-    chance = random.Random(1)
-    lines = []
-    for i, (left, right) in enumerate(SIDES * 4):
-        picture(left, right, chance).save(folder / f"{i}.png")
-        lines.append(line([f"{i}.png"], left, prompt=[turn("user", NEW)]))
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    (folder / "questions.txt").write_text(f"{LEFT}\n\n {RIGHT} \n{BOTH}")
-    (folder / "text.jsonl").write_text(line([]))
-    (folder / "bad.jsonl").write_text(f"{line(['0.png'])}\n{line(['no.png'])}\n")
-    (folder / "empty.txt").write_text(" \n")
-    (folder / "placeholder.txt").write_text(f"a\n{processor.tokenizer.convert_ids_to_tokens(PICTURE)} a")
-    (folder / "latin.txt").write_bytes(b"\xff")
     return folder
 
 
 def answered(folder, out, options=""):
-    """The examples that it writes. The options may override these."""
+    """The lines that it writes. The options may override these."""
     defaults = f"--model {folder}/base --train_file {folder}/train.jsonl --questions {folder}/questions.txt"
     defaults += f" --output_file {folder}/{out} --share 0.5"
     own_answers.main(f"{defaults} {options.format(folder)}".split())
     return [json.loads(text) for text in (folder / out).read_text().splitlines() if text]
 
 
-def greedy_answer(model, processor, path, question):
+def greedy_answer(model, processor, image, question):
     """The likeliest next token, again and again, of one prompt without padding or a cache."""
     placeholder = processor.tokenizer.convert_ids_to_tokens(PICTURE)
-    image = Image.open(path)
     answer = []
     while "</s>" not in answer:
-        text = f"a {placeholder} a {question} {' '.join(answer)}"
+        text = f"<s> a {placeholder} a {question} {' '.join(answer)}"
         inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
-        logits = model(**inputs).logits[0, -1]
-        logits[PICTURE] = -torch.inf
-        answer.append(processor.tokenizer.convert_ids_to_tokens(logits.argmax().item()))
+        token = model(**inputs).logits[0, -1].argmax().item()
+        answer.append(processor.tokenizer.convert_ids_to_tokens(token))
     return " ".join(answer[:-1])
 
 
-def test_its_lines_are_the_greedy_answers_of_the_base(folder):
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
-    processor = transformers.AutoProcessor.from_pretrained(folder / "base")
-    examples = answered(folder, "own.jsonl", "--batch_size 5")
-    assert len(examples) == 32  # half of the training lines
-    for example in examples:
-        ((image,), (prompt,), (completion,)) = example["images"], example["prompt"], example["completion"]
-        assert prompt["content"] in (LEFT, RIGHT, BOTH)
-        assert completion["content"] == greedy_answer(model, processor, folder / image, prompt["content"])
-
-
-def test_its_images_are_found_from_the_new_file_wherever_that_is(folder):
+def test_its_lines_are_the_greedy_answers_of_the_base_wherever_the_new_file_is(folder):
     (folder / "elsewhere" / "deep").mkdir(parents=True)
     (folder / "link").symlink_to(folder / "elsewhere" / "deep")
-    beside = answered(folder, "beside.jsonl")
-    for name in ("new", "link"):
-        examples = answered(folder, f"{name}/own.jsonl")
-        assert len(examples) == len(beside)
-        for example, other in zip(examples, beside):
-            assert (folder / name / example["images"][0]).samefile(folder / other["images"][0])
-            assert example["completion"] == other["completion"]
+    answered(folder, "link/own.jsonl", "--batch_size 5")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
+    processor = transformers.AutoProcessor.from_pretrained(folder / "base")
+    examples, _ = read_file(folder, "link/own.jsonl")
+    assert len(examples) == 16  # half of the training lines
+    for example in examples:
+        ((image,), (prompt,), (completion,)) = example["images"], example["prompt"], example["completion"]
+        assert prompt["content"] in (LEFT, BOTH)
+        assert completion["content"] == greedy_answer(model, processor, image, prompt["content"])
 
 
-def test_no_question_about_an_image_is_asked_twice(folder):
-    asked = [
-        json.dumps([example["images"], example["prompt"]]) for example in answered(folder, "all.jsonl", "--share 9")
-    ]
-    assert len(set(asked)) == len(asked) == 64 * 3
-
-
-def test_a_system_prompt_stays_before_the_image(folder):
+def test_the_base_is_shown_what_training_will_show(folder, monkeypatch):
+    """The same pixels and tokens: one BOS token, and a system prompt before the image."""
     system = turn("system", "3 4 5")
     lines = [line(["0.png"], prompt=[system, turn("user", NEW)]), line(["1.png"], prompt=[turn("user", NEW)])]
     (folder / "system.jsonl").write_text("\n".join(lines))
-    for example in answered(folder, "with_system.jsonl", "--train_file {}/system.jsonl --share 9"):
-        assert example["prompt"][:-1] == ([system] if example["images"] == ["0.png"] else [])
-        assert example["prompt"][-1]["role"] == "user"
+    calls = []
+    generate = transformers.GenerationMixin.generate
+
+    def recorded_generate(model, **inputs):
+        calls.append(inputs)
+        return generate(model, **inputs)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", recorded_generate)
+    written = answered(folder, "shown.jsonl", "--train_file {}/system.jsonl --share 1 --batch_size 1")
+    prompts = {example["images"][0]: example["prompt"][:-1] for example in written}
+    assert prompts == {"0.png": [system], "1.png": []}
+    examples, collate = read_file(folder, "shown.jsonl")
+    for example, inputs in zip(examples, calls):
+        shown = collate([example])
+        tokens = inputs["input_ids"]
+        assert torch.equal(tokens, shown["input_ids"][:, : tokens.shape[1]])
+        assert torch.equal(inputs["pixel_values"], shown["pixel_values"])
 
 
-def test_the_seed_chooses_questions_and_images(folder):
+def test_the_seed_chooses_lines_and_questions(folder):
     first, again, other = (answered(folder, f"seed_{name}.jsonl", f"--seed {name[0]}") for name in ("1", "1_", "2"))
     assert first == again
     assert first != other
@@ -150,12 +144,11 @@ def test_the_seed_chooses_questions_and_images(folder):
 def test_answers_that_were_cut_off_are_left_out_and_counted(folder, capsys):
     """The answers to BOTH are of two words, and their end is the third token."""
     whole = answered(folder, "whole.jsonl", "--max_new_tokens 3")
-    assert "whole.jsonl holds 32 answers. 0 of 32 answers were left out" in capsys.readouterr().out
     short = answered(folder, "short.jsonl", "--max_new_tokens 2")
-    assert short == [example for example in whole if example["prompt"][0]["content"] != BOTH]
-    left_out = 32 - len(short)
-    assert left_out > 0
-    assert f"short.jsonl holds {len(short)} answers. {left_out} of 32 answers were left out" in capsys.readouterr().out
+    assert len(whole) == 16
+    assert short == [example for example in whole if example["prompt"][0]["content"] == LEFT]
+    assert f"{len(short)} answers; {16 - len(short)} others were longer" in capsys.readouterr().out
+    assert len(short) < 16
 
 
 def test_a_placeholder_is_never_generated(folder):
@@ -168,60 +161,50 @@ def test_a_placeholder_is_never_generated(folder):
     assert answered(folder, "eager.jsonl", "--model {}/eager/base") == answered(folder, "calm.jsonl")
 
 
-def equal_share(answers, others):
-    return sum(answer == other for answer, other in zip(answers, others)) / len(others)
+def share_right(folder, model, question, answer):
+    """The share of right answers about the pictures that no file names."""
+    processor = finetune.load_processor(folder / "base")
+    prompt = [turn("user", question)]
+    examples = [{"images": [{"path": f"{folder}/{i}.png"}], "prompt": prompt} for i in range(32, 64)]
+    answers = own_answers.greedy_answers(model, processor, examples, max_new_tokens=4)
+    return sum(given == answer.format(*sides) for given, sides in zip(answers, SIDES[32:])) / 32
 
 
 def test_finetuning_on_the_mixed_file_learns_the_new_task_and_keeps_more_answers_about_other_images(folder):
-    answered(folder, "many.jsonl", "--share 1")  # so many that 100 steps show it
+    answered(folder, "many.jsonl", "--share 1")  # so many that 60 steps show it
     mixed = (folder / "train.jsonl").read_text() + (folder / "many.jsonl").read_text()  # as cat does
     (folder / "mixed.jsonl").write_text(mixed)
-    chance = random.Random(2)
-    paths = []
-    for i, sides in enumerate(SIDES * 2):
-        paths.append(f"{folder}/other_{i}.png")
-        picture(*sides, chance).save(paths[-1])
-    processor = transformers.AutoProcessor.from_pretrained(folder / "base")
-
-    def answers(model, questions):
-        given = []
-        for question in questions:
-            prompts = [[turn("user", question)]] * len(paths)
-            given += own_answers.greedy_answers(model, processor, paths, prompts, max_new_tokens=4)
-        return given
-
-    base = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.bfloat16)
-    kept, learned = {}, {}
+    learned, kept = {}, {}
     for name in ("train", "mixed"):
-        options = f"--train_file {{}}/{name}.jsonl --max_steps 100 --save_strategy no --learning_rate 0.03"
-        trainer = finetuned(folder, "image_lora", name, f"{options} --per_device_train_batch_size 8")
-        model = trainer.model.eval()
-        learned[name] = equal_share(answers(model, [NEW]), [left for left, _ in SIDES * 2])
-        kept[name] = equal_share(answers(model, [LEFT, RIGHT, BOTH]), answers(base, [LEFT, RIGHT, BOTH]))
-    assert learned["train"] > 0.8
-    assert learned["mixed"] > 0.8
+        options = f"--train_file {{}}/{name}.jsonl --max_steps 60 --save_strategy no --learning_rate 0.05"
+        model = finetuned(folder, "image_lora", name, f"{options} --per_device_train_batch_size 8").model.eval()
+        learned[name] = share_right(folder, model, NEW, "{0}")
+        kept[name] = share_right(folder, model, BOTH, "{0} {1}")
+    assert learned["train"] > 0.6
+    assert learned["mixed"] > 0.6
     assert kept["mixed"] > kept["train"] + 0.2
 
 
 BAD_OPTIONS = [
     ("--train_file {}/text.jsonl", "no example of {}/text.jsonl has an image, as own_answers needs"),
-    ("--train_file {}/bad.jsonl", "{}/bad.jsonl, line 2: FileNotFoundError"),
     ("--train_file {}/no.jsonl", "No such file"),
-    ("--questions {}/empty.txt", "{}/empty.txt holds no question; write one on each line"),
-    ("--questions {}/placeholder.txt", "{}/placeholder.txt, line 2: a question contains "),
-    ("--questions {}/latin.txt", "{}/latin.txt, line 1: 'utf-8' codec can't decode"),
+    ("--questions {}/empty.txt", "{}/empty.txt needs a question on each line"),
+    ("--questions {}/placeholder.txt", "{}/placeholder.txt needs a question on each line, and none may contain <"),
     ("--questions {}/no.txt", "No such file"),
-    ("--output_file {}/train.jsonl", "{}/train.jsonl is there already; remove it, or choose another --output_file"),
+    ("--output_file {}/train.jsonl", "{}/train.jsonl is there already"),
+    ("--output_file {}/no/own.jsonl", "choose another --output_file"),
     ("--max_new_tokens 1", "no answer is left"),
 ]
 
 
 def test_what_it_cannot_do_is_refused_in_one_sentence_and_nothing_is_written(folder, capsys):
-    train = (folder / "train.jsonl").read_text()
+    (folder / "text.jsonl").write_text(line([]))
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "placeholder.txt").write_text("a\n<image><|image_pad|> a")
+    files = {path: path.read_bytes() for path in folder.glob("*.*")}
     for options, sentence in BAD_OPTIONS:
         with pytest.raises(SystemExit) as refused:
             answered(folder, "refused.jsonl", options)
         assert refused.value.code == 2
         assert sentence.format(folder) in capsys.readouterr().err.splitlines()[-1]
-        assert not (folder / "refused.jsonl").exists()
-    assert (folder / "train.jsonl").read_text() == train
+    assert files == {path: path.read_bytes() for path in folder.glob("*.*")}
