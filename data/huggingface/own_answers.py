@@ -4,8 +4,8 @@
         --train_file train.jsonl --questions questions.txt --output_file own.jsonl
     cat train.jsonl own.jsonl > mixed.jsonl
 
-This is Learning without Forgetting (arXiv 1606.09282). A new line is a random line of the training file in which a
-random question replaces the user's last one, and the base model's answer the completion. An example to copy."""
+This is Learning without Forgetting (arXiv 1606.09282). Each new line is a random line of the training file, but with a
+random question of questions.txt and the base model's answer to it. An example to copy, together with finetune.py."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 from transformers.image_utils import load_image
 from trl import prepare_multimodal_messages
 
-from data.huggingface.finetune import load_processor, read_file  # in a copy: from finetune import ...
+from data.huggingface.finetune import load_processor, read_file  # in copies of both: from finetune
 
 
 @dataclass
@@ -40,9 +40,9 @@ def greedy_answers(model, processor, examples: list[dict], max_new_tokens: int) 
     images = [[load_image(image["path"]) for image in example["images"]] for example in examples]  # upright, in RGB
     messages = [prepare_multimodal_messages(example["prompt"], image) for example, image in zip(examples, images)]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    padding = {"padding": True, "padding_side": "left", "add_special_tokens": False}  # as TRL does in training
-    inputs = processor(images=images, text=text, return_tensors="pt", **padding).to(model.device, model.dtype)
-    # Drops the base's other settings, because they may sample or penalize repetition.
+    like_trl = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+    inputs = processor(images=images, text=text, return_tensors="pt", **like_trl).to(model.device, model.dtype)
+    # We drop the base's other settings, because they may sample or penalize repetition.
     end = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id)
     # A generated placeholder would count as an image, so we forbid it.
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     (options,) = parser.parse_args_into_dataclasses(arguments)
     folder = Path(options.output_file).parent.resolve()  # because ".." does not lead back through a symbolic link
     if Path(options.output_file).exists() or not folder.is_dir():
-        parser.error(f"{options.output_file} is there already, or its folder is not; choose another --output_file")
+        parser.error(f"{options.output_file} is there already, or its folder is missing; choose another --output_file")
     processor = load_processor(options.model)
     image_token_id = AutoConfig.from_pretrained(options.model).image_token_id
     placeholder = processor.tokenizer.convert_ids_to_tokens(image_token_id)
