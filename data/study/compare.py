@@ -78,9 +78,10 @@ FEW_HEADS = [
     "Partial LoRA on v, rank 4",
 ]
 WITH_REPLAY = [f"{method} with replay" for method in THREE]
-SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, *WITH_REPLAY]
+ABOUT_OLD_SCREENS = "Image-LoRA with own answers about old screens"
+SMOLLM2 = ["base model", *TUNED, "Partial LoRA, rank 2", *OWN_ANSWERS, ABOUT_OLD_SCREENS, *WITH_REPLAY]
 SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2, second base"}  # {base: the setting of its runs}
-ON_SECOND_BASE = ["base model", *TUNED, *OWN_ANSWERS, "Image-LoRA with replay"]
+ON_SECOND_BASE = ["base model", *TUNED, *OWN_ANSWERS, ABOUT_OLD_SCREENS, "Image-LoRA with replay"]
 SMOLLM2_LAYERS = ["Image-LoRA in layers 0 to 9", "Image-LoRA in layers 10 to 19", "Image-LoRA in layers 20 to 29"]
 SMOLLM2_FEW_HEADS = ["Image-LoRA", "Image-LoRA in 9 heads by the probe", "Image-LoRA in 9 heads anywhere"]
 SMOLLM2_FEW_HEADS += ["Partial LoRA on v, rank 2"]
