@@ -38,14 +38,14 @@ def make_figures(cfg: FiguresConfig) -> None:
     filmed_steps = {round(run.steps * (frame / 32) ** 2) for frame in range(33)}
     film = {}  # {step: answers, ...}
 
-    def look(step: int, model) -> None:
+    def film_step(step: int, model) -> None:
         if step in filmed_steps:
-            # Every seventh answer about nine screens: six, each about another screen, of words and icons.
+            # Every seventh of the answers about nine screens, which gives six on six screens, of words and icons.
             _, answers = evaluate(model, *screens_and_features(model, "switches", "test", 9))
             film[step] = answers[::7]
 
-    look(0, load_base(run.base, find_device(run.device)))
-    tuned = train.finetune(run, verbose=True, after_step=look)
+    film_step(0, load_base(run.base, find_device(run.device)))
+    tuned = train.finetune(run, verbose=True, after_step=film_step)
     frames = []
     for step, answers in film.items():
         hits = sum(map(pictures.is_correct, answers))
@@ -72,22 +72,23 @@ def draw_changes(tuned: train.FinetuningRun, path: Path) -> None:
 def draw_attention(tuned: train.FinetuningRun, path: Path) -> None:
     """Find the head that has turned to the targets the most, and draw where it looks for four of the answers."""
     answers = tuned.answers
-    questions = answers[:100]  # enough for a mean
-    shares = [pictures.share_on(answer.sample["bbox"], attention_maps(tuned, answer)) for answer in questions]
+    counted = answers[:100]  # enough for a mean
+    shares = [pictures.share_on(answer.sample["bbox"], attention_maps(tuned, answer)) for answer in counted]
     base_share, share = torch.stack(shares).mean(0)  # [L, H_q]
     layer, head = divmod(int((share - base_share).argmax()), share.shape[1])
     wrong = [i for i, answer in enumerate(answers) if not pictures.is_correct(answer)]
-    last = max(wrong, default=len(answers) - 1)
-    shown = [0, len(answers) // 5, 2 * len(answers) // 5, last]
+    last_wrong = max(wrong, default=len(answers) - 1)
+    shown = [0, len(answers) // 5, 2 * len(answers) // 5, last_wrong]
 
     maps = {i: attention_maps(tuned, answers[i])[:, layer, head] for i in shown}
+    # A row for each: before, after, the clicks
     panels = [pictures.attention_panel(answers[i], maps[i][moment]) for moment in (0, 1) for i in shown]
     panels += [pictures.clicks_panel(tuned.base_answers[i], answers[i]) for i in shown]
     name = f"head {head} of layer {layer}"
     before = f"Before fine-tuning: where {name} looks (bright), and how much of its attention is on the target"
     picture = pictures.page(panels, len(shown), titles=(before, "After fine-tuning", "The clicks"))
     pictures.save([picture], path)
-    growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}, averaged over {len(questions)} questions"
+    growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}, averaged over {len(counted)} questions"
     print(f"look     the attention of {name} to the target grew the most: {growth}")
 
 
@@ -123,11 +124,12 @@ def queries_keys_values(tuned: train.FinetuningRun, prompt: dict) -> list[Tensor
 
     hooks = [layer.self_attn.register_forward_pre_hook(keep_queries) for layer in model.language_model.layers]
     with tuned.adapter.disabled():
-        layers = model(**prompt).past_key_values.layers
-    layers += model(**prompt).past_key_values.layers
+        before = model(**prompt).past_key_values.layers
+    after = model(**prompt).past_key_values.layers
     for hook in hooks:
         hook.remove()
-    return [torch.cat(tensors).unflatten(0, (2, -1)) for tensors in (queries, *zip(*layers))]
+    keys, values = zip(*before, *after)  # of L layers before, and then of L layers after
+    return [torch.cat(tensors).unflatten(0, (2, -1)) for tensors in (queries, keys, values)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rivals of Image-LoRA, LoRA and Partial LoRA; and the choices of heads."""
+"""Image-LoRA's rivals, which are LoRA and Partial LoRA; and the choices of heads."""
 
 import math
 import re
@@ -19,7 +19,7 @@ class LoRA(nn.Module):
     tokens: "all"; or "visual", which makes it Partial LoRA.
     As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
 
-    It keeps the rows of the model's last call that it adapts. That is safe here, because a layer runs only inside
+    It remembers which rows of the model's last call are visual. That is safe here, because a layer runs only inside
     that call: one thread calls the model, and without checkpoints no layer runs again in the backward pass."""
 
     def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", tokens: str = "all"):
@@ -72,7 +72,7 @@ class LoRA(nn.Module):
 
     @contextmanager
     def disabled(self):
-        """A context in which the model is the base model; or, once merged, what it has become."""
+        """A context in which the model is the base model; or, after `merge`, the merged model."""
         before = self.enabled
         self.enabled = False
         try:

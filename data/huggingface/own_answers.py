@@ -5,7 +5,8 @@
     cat train.jsonl own.jsonl > mixed.jsonl
 
 This is Learning without Forgetting (arXiv 1606.09282). Each new line is a random line of the training file, but with a
-random question of questions.txt and the base model's answer to it. An example to copy, together with finetune.py."""
+random question of questions.txt and the base model's answer to it. An example to copy, together with finetune.py and
+partial_lora.py."""
 
 import json
 import os
@@ -20,7 +21,10 @@ from transformers.hf_argparser import HfArg
 from transformers.image_utils import load_image
 from trl import prepare_multimodal_messages
 
-from data.huggingface.finetune import load_processor, read_file  # in copies of both: from finetune
+if __package__:  # python -m data.huggingface.own_answers
+    from data.huggingface.finetune import load_processor, read_file
+else:  # a copy of this file, beside a copy of finetune.py
+    from finetune import load_processor, read_file
 
 
 @dataclass
@@ -38,12 +42,12 @@ class Options:
 def greedy_answers(model, processor, examples: list[dict], max_new_tokens: int) -> list[str]:
     """The model's answer to the prompt of each example, or "" if max_new_tokens cut it off."""
     images = [[load_image(image["path"]) for image in example["images"]] for example in examples]  # upright, in RGB
-    messages = [prepare_multimodal_messages(example["prompt"], image) for example, image in zip(examples, images)]
+    messages = [prepare_multimodal_messages(example["prompt"], own) for example, own in zip(examples, images)]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    like_trl = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    inputs = processor(images=images, text=text, return_tensors="pt", **like_trl).to(model.device, model.dtype)
+    padding = {"padding": True, "padding_side": "left", "add_special_tokens": False}  # as TRL does in training
+    inputs = processor(images=images, text=text, return_tensors="pt", **padding).to(model.device, model.dtype)
     # We drop the base's other settings, because they may sample or penalize repetition.
-    end = model.generation_config.eos_token_id
+    end = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id)
     # A generated placeholder would count as an image, so we forbid it.
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, suppress_tokens=[model.config.image_token_id])
@@ -71,12 +75,14 @@ def main(arguments: list[str] | None = None) -> None:
     if not questions or placeholder in text:
         parser.error(f"{options.questions} needs a question on each line, and none may contain {placeholder}")
 
-    chance = random.Random(options.seed)
-    examples = [example for example in train.data.to_pylist() if example["images"]]
-    chance.shuffle(examples)
+    rng = random.Random(options.seed)
+    examples = [example for example in train.data.to_pylist() if example["images"]]  # with paths; train has pixels
+    rng.shuffle(examples)
     examples = examples[: max(1, round(options.share * len(train)))]
     for example in examples:
-        example["prompt"][-1]["content"] = chance.choice(questions)  # a system prompt before it stays
+        # Earlier turns may be the new task's, so only a system prompt stays.
+        system = [turn for turn in example["prompt"] if turn["role"] == "system"]
+        example["prompt"] = [*system, {"role": "user", "content": rng.choice(questions)}]
 
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", device_map="auto")
     lines = []

@@ -47,7 +47,8 @@ def folder(request, tmp_path_factory):
         exif[0x0112] = 6  # turned by a quarter, as a camera may store it
         image.transpose(Image.Transpose.ROTATE_90).save(folder / f"{i}.png", exif=exif)
         system = [SYSTEM] if i == 0 else []
-        train.append(line([f"{i}.png"], left, prompt=[*system, turn("user", NEW)]))
+        earlier = [turn("user", NEW), turn("assistant", left)] if i == 1 else []
+        train.append(line([f"{i}.png"], left, prompt=[*system, *earlier, turn("user", NEW)]))
         for question, answer in BASE_ANSWERS.items():
             base.append(line([f"{i}.png"], answer.format(left, right), prompt=[*system, turn("user", question)]))
     (folder / "train.jsonl").write_text("\n".join([*train, line([])]))
@@ -80,7 +81,8 @@ def answered(folder, out, options=""):
 
 
 def test_its_lines_are_the_greedy_answers_of_the_base_to_what_training_will_show(folder):
-    """The images are found from the new file, system prompts stay, and one BOS token begins a prompt."""
+    """The images are found from the new file, system prompts stay and earlier turns do not, and one BOS token begins a
+    prompt."""
     (folder / "new" / "folder").mkdir(parents=True)
     (folder / "link").symlink_to(folder / "new" / "folder")
     generate = transformers.GenerationMixin.generate
@@ -89,7 +91,8 @@ def test_its_lines_are_the_greedy_answers_of_the_base_to_what_training_will_show
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
     assert is_greedy(model, batch_of(folder, "link/own.jsonl")).tolist() == [True] * 16
     assert {example["prompt"][-1]["content"] for example in examples} == {LEFT, BOTH}
-    assert [example["images"] for example in examples if example["prompt"][0] == SYSTEM] == [["../../0.png"]]
+    for example in examples:
+        assert example["prompt"][:-1] == ([SYSTEM] if example["images"] == ["../../0.png"] else [])
     for call in calls.call_args_list:
         assert ((call.kwargs["input_ids"] == BOS).sum(1) == 1).all()
 
