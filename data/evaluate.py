@@ -85,15 +85,22 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
     same_words_acc                a click on a name, on screens without switches. The new task asks for it in the same
                                   words and means the switch, so this tells whether a model distinguishes the screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
-    metrics = {}
-    metrics["task_acc"], answers = evaluate(model, *switch_test, TASKS[cfg.task], cfg.history)
-    for kind in OTHER_KINDS:
-        metrics[f"{kind}_acc"], _ = evaluate(model, *source_test, kind, cfg.history)
-    metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
-    metrics["same_words_acc"], _ = evaluate(model, *source_test, history=cfg.history)
+    task_acc, answers = evaluate(model, *switch_test, TASKS[cfg.task], cfg.history)
+    metrics, _ = measure_old_questions(model, source_test, cfg.history)
+    metrics["task_acc"] = task_acc
     _, features = switch_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
+    return metrics, answers
+
+
+def measure_old_questions(model, source_test: tuple, history=0, generate=None) -> tuple[dict, dict]:
+    """The measures on screens without switches, and the answers of each of OTHER_KINDS. Arguments as of `evaluate`."""
+    metrics, answers = {}, {}
+    for kind in OTHER_KINDS:
+        metrics[f"{kind}_acc"], answers[kind] = evaluate(model, *source_test, kind, history, generate=generate)
+    metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
+    metrics["same_words_acc"], _ = evaluate(model, *source_test, history=history, generate=generate)
     return metrics, answers
 
 

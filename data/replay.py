@@ -17,8 +17,6 @@ from data.prompts import QUESTIONS_PER_SCREEN
 from data.questions import KINDS, TASKS, random_question
 from data.screens import Screen
 
-OWN_ANSWER_SCREENS = 512  # about which the base model answers five questions each
-
 
 class ReplayData(NamedTuple):
     """What sequences of replay are made of."""
@@ -46,24 +44,27 @@ def replayed_kinds(cfg) -> list[str]:
     return kinds
 
 
-def make_replay_data(cfg, model, new_screens: list[Screen], new_features: Tensor) -> ReplayData:
-    """What replay asks, about which screens, and the answers. cfg: a train.Config. new_features: [N, P, D]."""
+def make_replay_data(
+    cfg, model, new_screens: list[Screen], new_features: Tensor, generate=generate_answers
+) -> ReplayData:
+    """What replay asks, about which screens, and the answers. Own answers are about a quarter of the screens.
+
+    cfg: a train.Config. new_features: [N, P, D]. generate: replaces `generate_answers` for a model of another kind."""
     kinds = replayed_kinds(cfg)
     screens, features = new_screens, new_features
     if cfg.replay_with != "own":
         screens, features = screens_and_features(model, "source", "train", len(new_screens))
     if cfg.replay_with == "old":
         return ReplayData(screens, features, kinds, None)
-    screens, features = screens[:OWN_ANSWER_SCREENS], features[:OWN_ANSWER_SCREENS]
-    return ReplayData(screens, features, kinds, own_answers(model, screens, features, kinds, cfg.seed))
+    count = len(screens) // 4
+    screens, features = screens[:count], features[:count]
+    return ReplayData(screens, features, kinds, own_answers(model, screens, features, kinds, cfg.seed, generate))
 
 
 def own_answers(
-    model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int, generate=generate_answers
+    model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int, generate
 ) -> list[list[dict]]:
-    """The model's own greedy answers to random questions of these kinds, as samples about each screen.
-
-    features: of the screens, [N, P, D]. generate: what replaces `generate_answers`, for a model of another kind."""
+    """The model's own greedy answers to five random questions of these kinds about each screen, as samples."""
     rng = np.random.default_rng(seed)
     numbers, samples = [], []
     for i, screen in enumerate(screens):

@@ -146,9 +146,9 @@ def test_replay_asks_the_kinds_of_old_questions_that_are_not_left_out_and_change
 def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_asks_the_new_task(task, replay_with):
     model = load_base("data/tiny_vlm.pt")
     cfg = train.Config(replay=1, replay_with=replay_with, task=task)
-    data = screens_and_features(model, "switches", "train", 8)
+    data = screens_and_features(model, "switches", "train", 32)
     replay_data = replay.make_replay_data(cfg, model, *data)
-    assert (replay_data.screens == data[0]) == (replay_with == "own")
+    assert (replay_data.screens == data[0][:8]) == (replay_with == "own")
     kinds = set()
     for features, samples in zip(replay_data.features, replay_data.own_answers):
         assert len(samples) <= prompts.QUESTIONS_PER_SCREEN

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.base import file_path, image_features
+import train
+from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_KINDS, Answer, evaluate
+from data.evaluate import evaluate, measure_old_questions
 from data.methods import LoRA, choose_heads
 from data.prompts import training_samples
-from data.questions import KINDS, click_right_of, old_samples, parse_point, relation_samples
-from data.replay import ReplayData, own_answers
+from data.questions import click_right_of, old_samples, parse_point, relation_samples
+from data.replay import make_replay_data
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.runs import add_row, read_rows
@@ -76,7 +77,6 @@ BASE_PARTS = {
 }
 STEPS = 300  # of fine-tuning
 TRAIN_SCREENS = 1024
-OWN_ANSWER_SCREENS = 256  # screens about which the base model answers five questions each, for replay of its own
 PROBE_BATCHES = 8
 TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for a run's other measures
 TEXTS = 16  # of 256 tokens, on which English is measured
@@ -201,8 +201,8 @@ def make_base(cfg: SmolConfig) -> None:
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype, merge=False)  # what was written, because it is in 16 bits
     record = {"seconds": round(time.time() - start), "dtype": cfg.dtype, "torch": torch.__version__}
-    record["source_acc"], _ = ask(vlm, "source", TEST_SCREENS)
-    record["reworded_acc"], _ = ask(vlm, "switches", TEST_SCREENS, reword=click_right_of)
+    record["source_acc"] = share_clicked(vlm, "source", "test", TEST_SCREENS)
+    record["reworded_acc"] = share_clicked(vlm, "switches", "test", TEST_SCREENS, click_right_of)
     record |= measure_english(vlm, vlm.lora.disabled)
     write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
@@ -210,27 +210,25 @@ def make_base(cfg: SmolConfig) -> None:
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
+REPLAY = {  # {how a method's name ends: train.Config.replay_with of one of a step's 8 sequences}
+    "with replay": "old",
+    "with own answers": "own",
+    "with own answers about old screens": "own_old",
+}
+
+
 class TrainingData:
-    """The screens of a run, and its batches.
+    """The screens of a run, and its batches."""
 
-    replay: what one of a step's 8 sequences holds, as train.Config.replay_with; "" is the new task, as the others."""
-
-    def __init__(self, vlm: SmolVLM, seed: int, replay: str):
+    def __init__(self, vlm: SmolVLM, cfg: SmolConfig):
         self.vlm = vlm
-        self.seed = seed
-        screens = [draw_screen("switches", "train", i) for i in range(TRAIN_SCREENS)]
-        features = vlm.see(screens)  # [N, P, D]
-        self.new = screens, features
+        self.seed = cfg.seed
+        self.new = screens_and_features(vlm, "switches", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
         self.replayed = None
-        if replay in ("old", "own_old"):
-            screens = [draw_screen("source", "train", i) for i in range(TRAIN_SCREENS)]
-            features = vlm.see(screens)
-        if replay == "old":
-            self.replayed = ReplayData(screens, features, KINDS, None)
-        if replay in ("own", "own_old"):
-            screens, features = screens[:OWN_ANSWER_SCREENS], features[:OWN_ANSWER_SCREENS]
-            answers = own_answers(vlm, screens, features, OTHER_KINDS, seed, SmolVLM.answers)
-            self.replayed = ReplayData(screens, features, OTHER_KINDS, answers)
+        for ending, replay_with in REPLAY.items():
+            if cfg.method.endswith(ending):
+                replay_cfg = train.Config(replay_with=replay_with, seed=cfg.seed)
+                self.replayed = make_replay_data(replay_cfg, vlm, *self.new, SmolVLM.answers)
 
     def batch(self, index: int) -> dict:
         """Batch number `index`: {input_ids, labels [B, T], image_features [B, P, D]}."""
@@ -242,12 +240,7 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     """Fine-tune the base model once, and measure: a row of the file."""
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype)
-    replay = ""
-    if "with replay" in cfg.method:
-        replay = "old"
-    if "with own answers" in cfg.method:
-        replay = "own_old" if "about old screens" in cfg.method else "own"
-    data = TrainingData(vlm, cfg.seed, replay)
+    data = TrainingData(vlm, cfg)
     heads = chosen_heads(cfg, vlm, data)
     adapter = attach_adapter(cfg, vlm, heads)
     trained = []
@@ -299,10 +292,11 @@ OPENINGS = (
 ).split(" … ")
 
 
-def ask(vlm: SmolVLM, domain: str, count: int, kind="click", split="test", reword=None) -> tuple[float, list[Answer]]:
-    """One question of a kind about each target of these screens, see data.evaluate.evaluate."""
-    screens = [draw_screen(domain, split, i) for i in range(count)]
-    return evaluate(vlm, screens, vlm.see(screens), kind, reword=reword, generate=SmolVLM.answers)
+def share_clicked(vlm: SmolVLM, domain: str, split: str, count: int, reword=None) -> float:
+    """The share of correct clicks on these screens, see data.evaluate.evaluate."""
+    test = screens_and_features(vlm, domain, split, count)
+    share, _ = evaluate(vlm, *test, reword=reword, generate=SmolVLM.answers)
+    return share
 
 
 def measure_questions(vlm: SmolVLM) -> dict:
@@ -311,14 +305,10 @@ def measure_questions(vlm: SmolVLM) -> dict:
     places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
     are a place. example: one such question with its answer."""
     half = TEST_SCREENS // 2
-    metrics = {}
-    metrics["task_acc"], _ = ask(vlm, "switches", TEST_SCREENS)
-    metrics["validation_acc"], _ = ask(vlm, "switches", half, split="validation")
-    answers = {}
-    for kind in OTHER_KINDS:
-        metrics[f"{kind}_acc"], answers[kind] = ask(vlm, "source", half, kind)
-    metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
-    metrics["same_words_acc"], _ = ask(vlm, "source", half)
+    source_test = screens_and_features(vlm, "source", "test", half)
+    metrics, answers = measure_old_questions(vlm, source_test, generate=SmolVLM.answers)
+    metrics["task_acc"] = share_clicked(vlm, "switches", "test", TEST_SCREENS)
+    metrics["validation_acc"] = share_clicked(vlm, "switches", "validation", half)
     answers_to_names = answers["what_is_at"] + answers["what_is_right_of"]
     are_places = [parse_point(answer.output) is not None for answer in answers_to_names]
     metrics["places_for_names"] = float(np.mean(are_places))
@@ -337,7 +327,7 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
     20 continuations without a screen are the same for 16 tokens."""
     reference = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
     texts = torch.tensor(vlm.tokenizer(reference[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
-    screen = vlm.see([draw_screen("switches", "test", 0)])  # [1, P, D]
+    _, screen = screens_and_features(vlm, "switches", "test", 1)  # [1, P, D]
     divergences, identical = [], True
     for part in texts.split(2):
         with disabled():

@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.base import file_path, image_features, load_base
+from data.base import file_path, load_base
 from data.command import write_file
 from data.methods import LoRA
 from data.prompts import IGNORED, pad
-from data.screens import Screen
 
 try:
     from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
@@ -89,6 +88,8 @@ class SmolVLM:
 
     Screens, questions and answers of the demo become token ids of SmolLM2 here."""
 
+    device = "cpu"
+
     def __init__(self):
         missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
@@ -122,10 +123,9 @@ class SmolVLM:
         self.lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, tokens)
         return self.lora
 
-    @torch.no_grad()
-    def see(self, screens: list[Screen]) -> Tensor:
-        """What SmolLM2 gets to see of these screens, [N, P, D]."""
-        return self.projector(image_features(self.tower, screens))
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """What SmolLM2 gets to see of pictures: [N, 3, S, S] in 0..1 -> [N, P, D]."""
+        return self.projector(self.tower(pixel_values))
 
     def ids(self, text: str) -> list[int]:
         """The token ids of a text, with letters for places."""

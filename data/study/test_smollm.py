@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.base import screens_and_features
 from data.questions import all_samples
-from data.screens import draw_screen
 from data.study import smollm, smollm_vlm
 from data.study.runs import read_rows
 
@@ -41,7 +41,7 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     original_texts = vlm.generate(openings, max_new_tokens=8)  # padded, from a cache
 
     vlm.load("data/study/smollm.pt")
-    features = vlm.see([draw_screen("switches", "test", 0)])
+    _, features = screens_and_features(vlm, "switches", "test", 1)
     after_screen = torch.tensor([vlm.screen_ids + openings[0]])
     assert torch.equal(vlm.model(english).logits, original)
     for method in ("Image-LoRA", "Partial LoRA on v"):
@@ -60,8 +60,7 @@ def test_questions_about_one_screen_are_answered_as_if_each_was_alone():
     """In float32, where rounding does not change an answer."""
     vlm = smollm_vlm.SmolVLM()
     vlm.load("data/study/smollm.pt")
-    screens = [draw_screen("source", "test", i) for i in range(2)]
-    features = vlm.see(screens)
+    screens, features = screens_and_features(vlm, "source", "test", 2)
     numbers, samples = zip(*all_samples(screens))
     prompts = [vlm.prompt(sample) for sample in samples]
     alone = []
