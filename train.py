@@ -116,7 +116,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
     train_data = screens_and_features(model, "switches", "train", num_train)
-    replay_data = replay.make_replay_data(cfg, model, *train_data) if cfg.replay else None
+    kinds = replay.replayed_kinds(cfg)
+    replay_data = replay.make_replay_data(model, train_data, cfg.replay_with, kinds, cfg.seed) if cfg.replay else None
     switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
     # A screen without switches has more targets, so half as many screens are enough.
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)

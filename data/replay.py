@@ -45,20 +45,21 @@ def replayed_kinds(cfg) -> list[str]:
 
 
 def make_replay_data(
-    cfg, model, new_screens: list[Screen], new_features: Tensor, generate=generate_answers
+    model, new_data: tuple, replay_with: str, kinds: list[str], seed: int, generate=generate_answers
 ) -> ReplayData:
-    """What replay asks, about which screens, and the answers. Own answers are about a quarter of the screens.
+    """The screens of replay, the kinds of questions about them and, if they are replayed, the base model's own answers.
 
-    cfg: a train.Config. new_features: [N, P, D]. generate: replaces `generate_answers` for a model of another kind."""
-    kinds = replayed_kinds(cfg)
-    screens, features = new_screens, new_features
-    if cfg.replay_with != "own":
-        screens, features = screens_and_features(model, "source", "train", len(new_screens))
-    if cfg.replay_with == "old":
+    replay_with: old, own or own_old, see above. Own answers are about a quarter of the screens, because they take time.
+    new_data: (screens, features [N, P, D]) of the new task. generate: replaces `generate_answers` for a model of
+    another kind."""
+    screens, features = new_data
+    if replay_with != "own":
+        screens, features = screens_and_features(model, "source", "train", len(screens))
+    if replay_with == "old":
         return ReplayData(screens, features, kinds, None)
     count = len(screens) // 4
     screens, features = screens[:count], features[:count]
-    return ReplayData(screens, features, kinds, own_answers(model, screens, features, kinds, cfg.seed, generate))
+    return ReplayData(screens, features, kinds, own_answers(model, screens, features, kinds, seed, generate))
 
 
 def own_answers(

@@ -120,7 +120,7 @@ def test_replay_asks_the_kinds_of_old_questions_that_are_not_left_out_and_change
     model = load_base("data/tiny_vlm.pt")
     cfg = train.Config(replay=1, replay_without=without)
     data = screens_and_features(model, "switches", "train", 16)
-    replay_data = replay.make_replay_data(cfg, model, *data)
+    replay_data = replay.make_replay_data(model, data, cfg.replay_with, replay.replayed_kinds(cfg), cfg.seed)
     kinds = set()
     for index in range(8):
         expected = prompts.training_batch(train.Config(), data, index)
@@ -147,7 +147,7 @@ def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_a
     model = load_base("data/tiny_vlm.pt")
     cfg = train.Config(replay=1, replay_with=replay_with, task=task)
     data = screens_and_features(model, "switches", "train", 32)
-    replay_data = replay.make_replay_data(cfg, model, *data)
+    replay_data = replay.make_replay_data(model, data, cfg.replay_with, replay.replayed_kinds(cfg), cfg.seed)
     assert (replay_data.screens == data[0][:8]) == (replay_with == "own")
     kinds = set()
     for features, samples in zip(replay_data.features, replay_data.own_answers):

@@ -30,13 +30,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import train
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import evaluate, measure_old_questions
+from data.evaluate import OTHER_KINDS, evaluate, measure_old_questions
 from data.methods import LoRA, choose_heads
 from data.prompts import training_samples
-from data.questions import click_right_of, old_samples, parse_point, relation_samples
+from data.questions import KINDS, click_right_of, old_samples, parse_point, relation_samples
 from data.replay import make_replay_data
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
@@ -210,7 +209,7 @@ def make_base(cfg: SmolConfig) -> None:
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
-REPLAY = {  # {how a method's name ends: train.Config.replay_with of one of a step's 8 sequences}
+REPLAY = {  # {how a method's name ends: what one of a step's 8 sequences holds, see data/replay.py}
     "with replay": "old",
     "with own answers": "own",
     "with own answers about old screens": "own_old",
@@ -227,8 +226,8 @@ class TrainingData:
         self.replayed = None
         for ending, replay_with in REPLAY.items():
             if cfg.method.endswith(ending):
-                replay_cfg = train.Config(replay_with=replay_with, seed=cfg.seed)
-                self.replayed = make_replay_data(replay_cfg, vlm, *self.new, SmolVLM.answers)
+                kinds = KINDS if replay_with == "old" else OTHER_KINDS  # never the new task's own words
+                self.replayed = make_replay_data(vlm, self.new, replay_with, kinds, cfg.seed, SmolVLM.answers)
 
     def batch(self, index: int) -> dict:
         """Batch number `index`: {input_ids, labels [B, T], image_features [B, P, D]}."""
