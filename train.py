@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
-from data import costs, evaluate, methods, pictures, prompts, questions, replay
+from data import costs, evaluate, methods, pictures, prompts, replay
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from tiny_vlm import TinyVLM
@@ -55,8 +55,8 @@ class Config:
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
         "top",
-        "top: the most influential by the probe; random: as many in each layer as top takes, but any;\n"
-        "anywhere: any of the model; all; or a list of layer.head, such as 1.3,2.0",
+        "top: the most influential by the probe; random: as many in each layer as top takes, but any; all;\n"
+        "or a list of layer.head, such as 1.3,2.0",
     )
     num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", minimum=1)
     r: int = option(8, "rank; alpha is 2 r", minimum=1)
@@ -73,9 +73,6 @@ class Config:
         "screens, with the base model's own answers; own_old: its own answers about screens without switches",
         ("old", "own", "own_old"),
     )
-    replay_without: str = option(
-        "", f"kinds of questions that replay leaves out, a list of {','.join(questions.KINDS)}"
-    )
     test_screens: int = option(100, "test screens with switches, and about half as many without", minimum=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", minimum=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
@@ -85,7 +82,17 @@ class Config:
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
         methods.check_choice(self.heads)
-        replay.replayed_kinds(self)
+        of_image_lora = "--method image_lora", self.method == "image_lora"
+        needs = {  # {option: (what it does nothing without, whether that is there)}
+            "projections": ("--method lora or partial_lora", self.method in ("lora", "partial_lora")),
+            **dict.fromkeys(("heads", "num_heads", "train_gamma", "no_normalize"), of_image_lora),
+            "vary_history": ("--history", self.history > 0),
+            "replay_with": ("--replay", self.replay > 0),
+        }
+        for f in fields(self):
+            needed, is_there = needs.get(f.name, ("", True))
+            if getattr(self, f.name) != f.default and not is_there:
+                raise ValueError(f"--{f.name.replace('_', '-')} does nothing without {needed}")
         if self.lr is None:
             self.lr = RATES[self.method]
 
@@ -112,19 +119,22 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     after_step(step, model), if given, is called after each training step."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
+    if cfg.method == "image_lora":
+        methods.check_heads(model, cfg.heads, cfg.num_heads, cfg.r)
 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
     train_data = screens_and_features(model, "switches", "train", num_train)
-    kinds = replay.replayed_kinds(cfg)
-    replay_data = replay.make_replay_data(model, train_data, cfg.replay_with, kinds, cfg.seed) if cfg.replay else None
+    replay_data = None
+    if cfg.replay:
+        replay_data = replay.make_replay_data(model, train_data, cfg.replay_with, cfg.seed, cfg.task)
     switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
     # A screen without switches has more targets, so half as many screens are enough.
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
 
     # Measure the new task on switch screens; and on the others, questions that training never asks, and the new task's
     # own words. Also word problems, and the logits of prompts without an image.
-    before, base_answers = evaluate.measure(cfg, model, switch_test, source_test)
+    before, base_answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
     base_logits = evaluate.text_only_logits(model)
     if verbose:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -156,7 +166,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
 
     # Measure the same again.
-    after, answers = evaluate.measure(cfg, model, switch_test, source_test)
+    after, answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
     influence = None if scores is None else scores.tolist()
     result = {**asdict(cfg), "influence": influence, "selected": heads, "before": before, **after}
     result["text_logits_max_abs_diff"] = evaluate.max_difference(base_logits, evaluate.text_only_logits(model))

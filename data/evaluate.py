@@ -71,12 +71,12 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
 OTHER_KINDS = KINDS[1:]  # all but a plain click
 
 
-def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, list[Answer]]:
-    """What the model can do on test screens, and the answers of its task.
+def measure(model, switch_test: tuple, source_test: tuple, task="grounding", history=0) -> tuple[dict, list[Answer]]:
+    """What the model can do on test screens, and the answers of its task, one of data.questions.TASKS.
 
     switch_test, source_test: (screens, features) with and without switches.
 
-    All but the word problems are asked after `cfg.history` word problems and the screen, as in training.
+    All but the word problems are asked after `history` word problems and the screen.
 
     task_acc                      the new task, on screens with switches
     other_questions_acc           questions that were learned in pretraining and that the demo's fine-tuning never asks,
@@ -85,8 +85,8 @@ def measure(cfg, model, switch_test: tuple, source_test: tuple) -> tuple[dict, l
     same_words_acc                a click on a name, on screens without switches. The new task asks for it in the same
                                   words and means the switch, so this tells whether a model distinguishes the screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
-    task_acc, answers = evaluate(model, *switch_test, TASKS[cfg.task], cfg.history)
-    metrics, _ = measure_old_questions(model, source_test, cfg.history)
+    task_acc, answers = evaluate(model, *switch_test, TASKS[task], history)
+    metrics, _ = measure_old_questions(model, source_test, history)
     metrics["task_acc"] = task_acc
     _, features = switch_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])

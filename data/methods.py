@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imagelora import Heads, select_heads, visual_rows
+from imagelora import Heads, attach, select_heads, visual_rows
 
 
 class LoRA(nn.Module):
@@ -81,10 +81,29 @@ class LoRA(nn.Module):
             self.enabled = before
 
 
+@contextmanager
+def scaled(adapter: nn.Module, gamma: float):
+    """A context in which the update of a LoRA or an Image-LoRA is multiplied by gamma."""
+    scalings = {module: module.scaling for module in adapter.modules() if hasattr(module, "scaling")}
+    for module, scaling in scalings.items():
+        module.scaling = gamma * scaling
+    try:
+        yield
+    finally:
+        for module, scaling in scalings.items():
+            module.scaling = scaling
+
+
 def check_choice(choice: str) -> None:
     """ValueError unless this is a choice of heads."""
-    if not re.fullmatch(r"top|random|anywhere|all|\d+\.\d+(,\d+\.\d+)*", choice):
-        raise ValueError(f"heads must be top, random, anywhere, all or a list such as 1.3,2.0, got {choice!r}")
+    if not re.fullmatch(r"top|random|all|\d+\.\d+(,\d+\.\d+)*", choice):
+        raise ValueError(f"heads must be top, random, all or a list such as 1.3,2.0, got {choice!r}")
+
+
+def check_heads(model, choice: str, count: int, r: int) -> None:
+    """ValueError unless the model has these heads and can have this rank. It is better to fail before training."""
+    scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)  # any will do
+    attach(model, r, heads=choose_heads(choice, scores, count, seed=0)).detach()
 
 
 def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
@@ -99,11 +118,6 @@ def choose_heads(choice: str, scores: Tensor, count: int, seed: int) -> Heads:
             selected.setdefault(layer, []).append(head)
         return selected
     rng = np.random.default_rng(seed)
-    if choice == "anywhere":
-        for number in sorted(rng.permutation(scores.numel())[:count].tolist()):
-            layer, head = divmod(number, heads_in_layer)
-            selected.setdefault(layer, []).append(head)
-        return selected
     for layer, heads in select_heads(scores, count).items():
         if choice == "random":
             heads = rng.permutation(heads_in_layer)[: len(heads)].tolist()

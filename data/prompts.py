@@ -106,7 +106,7 @@ def training_samples(
         if replay_data.own_answers:
             samples[sequence] = [*replay_data.own_answers[pick]]
         else:
-            samples[sequence] = old_samples(replay_data.screens[pick], QUESTIONS_PER_SCREEN, rng, replay_data.kinds)
+            samples[sequence] = old_samples(replay_data.screens[pick], QUESTIONS_PER_SCREEN, rng)
         for _ in range(num_problems):
             samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
     return samples, features

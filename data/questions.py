@@ -152,30 +152,14 @@ def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0,
     return samples
 
 
-def old_samples(screen: Screen, count: int, rng, kinds=KINDS) -> list[dict]:
-    """`count` random questions of these kinds about a screen without switches, with true answers.
+def old_samples(screen: Screen, count: int, rng) -> list[dict]:
+    """`count` random questions of all kinds about a screen without switches, with true answers.
 
     Up to half of them are about what is right of a name and where that is, the others about where a name is and what is
-    at a place. If only the former are wanted, there can be fewer, because not every name has something to its right."""
-    about_right = [sample for sample in neighbour_samples(screen, rng) if kind_of(sample) in kinds]
-    if "click" not in kinds and "what_is_at" not in kinds:
-        return about_right[:count]
-    refer = 0.4
-    if "click" not in kinds:
-        refer = 1.0
-    if "what_is_at" not in kinds:
-        refer = 0.0
-    about_right = about_right[: count // 2]
-    samples = random_samples(screen, count - len(about_right), rng, refer, distinct=True)
+    at a place."""
+    about_right = neighbour_samples(screen, rng)[: count // 2]
+    samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
     return rng.permutation(samples + about_right).tolist()
-
-
-def kind_of(sample: dict) -> str:
-    """Which of KINDS a sample is."""
-    words = sample["instruction"].split()
-    if words[0] == "what":
-        return "what_is_at" if words[2] == "at" else "what_is_right_of"
-    return "click_right_of" if words[1:3] == ["right", "of"] else "click"
 
 
 def random_question(screen: Screen, kind: str, rng) -> str:

@@ -23,47 +23,32 @@ class ReplayData(NamedTuple):
 
     screens: list[Screen]
     features: Tensor  # of the screens, [N, P, D]
-    kinds: list[str]  # of questions, see KINDS
+    kinds: tuple[str, ...]  # of questions, see KINDS
     own_answers: list[list[dict]] | None  # the base model's, as samples about each screen; None: true answers
 
 
-def replayed_kinds(cfg) -> list[str]:
-    """The kinds of questions that replay asks in a run; cfg is a train.Config.
-
-    ValueError if it names kinds that there are not, or if none is left."""
-    left_out = cfg.replay_without.split(",") if cfg.replay_without else []
-    for kind in left_out:
-        if kind not in KINDS:
-            raise ValueError(f"replay_without takes a list of {', '.join(KINDS)}, got {kind!r}")
-    if cfg.replay_with != "old":
-        # In the new task's own words, the base model would teach the old meaning.
-        left_out.append(TASKS[cfg.task])
-    kinds = [kind for kind in KINDS if kind not in left_out]
-    if not kinds:
-        raise ValueError("replay_without leaves no question to ask; name fewer kinds")
-    return kinds
-
-
 def make_replay_data(
-    model, new_data: tuple, replay_with: str, kinds: list[str], seed: int, generate=generate_answers
+    model, new_data: tuple, replay_with: str, seed: int, task="grounding", generate=generate_answers
 ) -> ReplayData:
     """The screens of replay, the kinds of questions about them and, if they are replayed, the base model's own answers.
 
     replay_with: old, own or own_old, see above. Own answers are about a quarter of the screens, because they take time.
-    new_data: (screens, features [N, P, D]) of the new task. generate: replaces `generate_answers` for a model of
-    another kind."""
+    new_data: (screens, features [N, P, D]) of the new task, which is one of TASKS. generate: replaces
+    `generate_answers` for a model of another kind."""
     screens, features = new_data
     if replay_with != "own":
         screens, features = screens_and_features(model, "source", "train", len(screens))
     if replay_with == "old":
-        return ReplayData(screens, features, kinds, None)
+        return ReplayData(screens, features, KINDS, None)
+    # In the new task's own words, the base model would teach the old meaning.
+    kinds = tuple(kind for kind in KINDS if kind != TASKS[task])
     count = len(screens) // 4
     screens, features = screens[:count], features[:count]
     return ReplayData(screens, features, kinds, own_answers(model, screens, features, kinds, seed, generate))
 
 
 def own_answers(
-    model, screens: list[Screen], features: Tensor, kinds: list[str], seed: int, generate
+    model, screens: list[Screen], features: Tensor, kinds: tuple[str, ...], seed: int, generate
 ) -> list[list[dict]]:
     """The model's own greedy answers to five random questions of these kinds about each screen, as samples."""
     rng = np.random.default_rng(seed)

@@ -32,39 +32,18 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_KINDS, evaluate, measure_old_questions
-from data.methods import LoRA, choose_heads
+from data.evaluate import evaluate, measure_old_questions
+from data.methods import LoRA
 from data.prompts import training_samples
-from data.questions import KINDS, click_right_of, old_samples, parse_point, relation_samples
+from data.questions import click_right_of, old_samples, parse_point, relation_samples
 from data.replay import make_replay_data
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
-from data.study.runs import add_row, read_rows
+from data.study.plan import METHODS, SMOLLM2
+from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, spell_places
-from imagelora import Heads, attach, score_heads, select_heads
+from imagelora import attach
 
-RATES = {  # {method: its learning rate}; the page says how they were chosen
-    "base model": 0.0,
-    "LoRA": 0.001,
-    "LoRA with replay": 0.001,
-    "LoRA with own answers": 0.001,
-    "LoRA on v": 0.004,
-    "Partial LoRA": 0.004,
-    "Partial LoRA with replay": 0.004,
-    "Partial LoRA with own answers": 0.004,
-    "Partial LoRA, rank 2": 0.004,
-    "Partial LoRA on v": 0.004,
-    "Image-LoRA": 0.016,
-    "Image-LoRA with replay": 0.016,
-    "Image-LoRA with own answers": 0.016,
-    "Image-LoRA with own answers about old screens": 0.016,
-    "Partial LoRA on v, rank 2": 0.016,  # as large as Image-LoRA in 9 heads
-    "Image-LoRA in 9 heads by the probe": 0.016,
-    "Image-LoRA in 9 heads anywhere": 0.016,
-    "Image-LoRA in layers 0 to 9": 0.016,
-    "Image-LoRA in layers 10 to 19": 0.016,
-    "Image-LoRA in layers 20 to 29": 0.016,
-}
 KEY = ("base", "method", "lr", "seed")  # what tells one run from another
 SEE_STEPS = 500
 BASE_SCREENS = 2000  # of each of two kinds, to learn to answer
@@ -76,16 +55,15 @@ BASE_PARTS = {
 }
 STEPS = 300  # of fine-tuning
 TRAIN_SCREENS = 1024
-PROBE_BATCHES = 8
 TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for a run's other measures
 TEXTS = 16  # of 256 tokens, on which English is measured
 
 
 @dataclass
 class SmolConfig:
-    method: str = option("Image-LoRA", "make a run of this method, unless the file holds it", tuple(RATES))
+    method: str = option("Image-LoRA", "make a run of this method, unless the file holds it", tuple(SMOLLM2))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", minimum=0)
-    seed: int = option(1, "seed for the order of the data, A and the heads; with --make-base for all of it", minimum=0)
+    seed: int = option(1, "seed for the order of the data and A; with --make-base for all of it", minimum=0)
     out: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
     dtype: str = option("float32", "bfloat16 is twice as fast on some processors", ("float32", "bfloat16"))
@@ -209,75 +187,43 @@ def make_base(cfg: SmolConfig) -> None:
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
-REPLAY = {  # {how a method's name ends: what one of a step's 8 sequences holds, see data/replay.py}
-    "with replay": "old",
-    "with own answers": "own",
-    "with own answers about old screens": "own_old",
-}
-
-
-class TrainingData:
-    """The screens of a run, and its batches."""
-
-    def __init__(self, vlm: SmolVLM, cfg: SmolConfig):
-        self.vlm = vlm
-        self.seed = cfg.seed
-        self.new = screens_and_features(vlm, "switches", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
-        self.replayed = None
-        for ending, replay_with in REPLAY.items():
-            if cfg.method.endswith(ending):
-                kinds = KINDS if replay_with == "old" else OTHER_KINDS  # never the new task's own words
-                self.replayed = make_replay_data(vlm, self.new, replay_with, kinds, cfg.seed, SmolVLM.answers)
-
-    def batch(self, index: int) -> dict:
-        """Batch number `index`: {input_ids, labels [B, T], image_features [B, P, D]}."""
-        samples, features = training_samples(self.seed, index, self.new, self.replayed, num_problems=0)
-        return self.vlm.batch(samples) | {"image_features": features}
-
-
 def run(cfg: SmolConfig, lr: float) -> dict:
     """Fine-tune the base model once, and measure: a row of the file."""
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype)
-    data = TrainingData(vlm, cfg)
-    heads = chosen_heads(cfg, vlm, data)
-    adapter = attach_adapter(cfg, vlm, heads)
+    new_data = screens_and_features(vlm, "switches", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
+    replay_data = None
+    if "replay" in METHODS[cfg.method]:
+        replay_with = METHODS[cfg.method].get("replay_with", "old")
+        replay_data = make_replay_data(vlm, new_data, replay_with, cfg.seed, generate=SmolVLM.answers)
+
+    def loss_of(step: int) -> Tensor:
+        samples, features = training_samples(cfg.seed, step, new_data, replay_data, num_problems=0)
+        return vlm.model(**vlm.batch(samples), image_features=features).loss
+
+    adapter = attach_adapter(cfg, vlm)
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        optimize("train", trained, lr, STEPS, lambda step: vlm.model(**data.batch(step)).loss)
+        optimize("train", trained, lr, STEPS, loss_of)
     row = {"base": Path(cfg.base).stem, "method": cfg.method, "lr": lr, "seed": cfg.seed}
     row["parameters"] = sum(parameter.numel() for parameter in trained)
     row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
-    return row | {"selected": json.dumps(heads), "dtype": cfg.dtype}
+    return row | {"dtype": cfg.dtype}
 
 
-def attach_adapter(cfg: SmolConfig, vlm: SmolVLM, heads: Heads | None) -> nn.Module | None:
-    """Freeze SmolLM2 and add the adapter that the method's name says; None for the base model."""
+def attach_adapter(cfg: SmolConfig, vlm: SmolVLM) -> nn.Module | None:
+    """Freeze SmolLM2 and add the adapter of the method; None for the base model."""
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
-    if cfg.method == "base model":
+    fields = METHODS[cfg.method]
+    method = fields.get("method", "image_lora")
+    if method == "none":
         return None
-    if cfg.method.startswith("Image-LoRA"):
-        return attach(vlm.model, 8, 16, heads)
-    r = 2 if "rank 2" in cfg.method else 8
-    projections = "v" if "on v" in cfg.method else "qkvo"
-    return LoRA(vlm.model, r, 2 * r, projections, "visual" if cfg.method.startswith("Partial LoRA") else "all")
-
-
-def chosen_heads(cfg: SmolConfig, vlm: SmolVLM, data: TrainingData) -> Heads | None:
-    """The value heads that the method's name says: the most influential ones by the exact probe, random ones, or all of
-    some layers. None means all of them."""
-    num_layers = vlm.model.config.num_hidden_layers
-    num_heads = vlm.model.config.num_key_value_heads  # of a layer
-    if cfg.method == "Image-LoRA in 9 heads by the probe":
-        batches = [data.batch(STEPS + i) for i in range(PROBE_BATCHES)]
-        return select_heads(score_heads(vlm.model, batches, probe="exact"), 9)
-    if cfg.method == "Image-LoRA in 9 heads anywhere":
-        return choose_heads("anywhere", torch.zeros(num_layers, num_heads), 9, cfg.seed)
-    if "in layers" in cfg.method:
-        first, last = map(int, re.findall(r"\d+", cfg.method))
-        return {layer: list(range(num_heads)) for layer in range(first, last + 1)}
-    return None
+    if method == "image_lora":
+        return attach(vlm.model, 8, 16)
+    r = fields.get("r", 8)
+    tokens = "visual" if method == "partial_lora" else "all"
+    return LoRA(vlm.model, r, 2 * r, fields.get("projections", "qkvo"), tokens)
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
@@ -352,13 +298,13 @@ def main(cfg: SmolConfig) -> None:
         make_directory(Path(cfg.base).parent)  # now, because it is better to fail before hours of work
         make_base(cfg)
         return
-    lr = RATES[cfg.method] if cfg.lr is None else cfg.lr
+    lr = SMOLLM2[cfg.method] if cfg.lr is None else cfg.lr
     known = {(row["base"], row["method"], float(row["lr"]), int(row["seed"])) for row in read_rows(path, KEY)}
     if (Path(cfg.base).stem, cfg.method, lr, cfg.seed) in known:
         print(f"{path} holds this run already; python -m data.study.compare prints the tables")
     else:
         make_directory(path.parent)
-        add_row(path, run(cfg, lr), KEY)
+        add_rows(path, [run(cfg, lr)], KEY)
 
 
 if __name__ == "__main__":

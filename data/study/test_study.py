@@ -7,15 +7,16 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import train
-from data import costs, figures, prompts
+from data import costs, prompts
 from data.base import load_base
 from data.command import command
-from data.study import pretrain, runs, smollm
+from data.study import plan, pretrain, runs, smollm
 from data.study.muon import muon
 
 torch.set_num_threads(1)
@@ -24,15 +25,14 @@ PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob
 TESTS = "".join(path.read_text() for path in [*ROOT.glob("test_*.py"), *ROOT.glob("data/**/test_*.py")])
 COMMANDS = {  # those that have options
     "train.py": train.Config,
-    "-m data.figures": figures.FiguresConfig,
     "-m data.study.pretrain": pretrain.PretrainConfig,
     "-m data.study.runs": runs.RunsConfig,
     "-m data.study.smollm": smollm.SmolConfig,
 }
-if find_spec("pandas"):
-    from data.study.compare import CompareConfig
+if find_spec("pandas") and find_spec("matplotlib"):
+    from data.study import compare, figures
 
-    COMMANDS["-m data.study.compare"] = CompareConfig
+    COMMANDS |= {"-m data.study.compare": compare.CompareConfig, "-m data.study.figures": figures.FiguresConfig}
 
 
 # 1. Base models
@@ -73,29 +73,36 @@ def make_runs(path: Path) -> int:
 
 
 def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkeypatch, capsys):
-    """Of the shipped base: once frozen and once, with its influence, with a single head."""
-    planned = [
-        runs.Run("skilled", 1, "base model", 0.0, 1),
-        runs.Run("skilled", 1, "Image-LoRA in head 1.3", 0.01, 1),
-    ]
-    monkeypatch.setattr(runs, "all_runs", lambda: planned)
-    monkeypatch.setitem(runs.SETTINGS, "skilled", (runs.SKILLED, {"steps": 1, "test_screens": 2}))
+    """Of the shipped base: frozen, asked in other words, and trained once but asked in three ways."""
+    trained = plan.Row("skilled", 1, "Image-LoRA trained after 0 to 9", 0.01, 1, 1.0, 0)
+    planned = [trained, trained._replace(gamma=0.0), trained._replace(text=1)]
+    planned += [plan.Row("skilled", 1, method, 0.0, 1, 1.0, 0) for method in ("base model", plan.REWORDED)]
+    monkeypatch.setattr(runs, "all_rows", lambda: planned)
+    monkeypatch.setitem(runs.SETTINGS, "skilled", (plan.SKILLED, {"steps": 20, "test_screens": 2}))
     monkeypatch.setattr(runs, "REWORDED_SCREENS", 2)
     monkeypatch.setattr(runs, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
     monkeypatch.setattr(prompts, "TRAIN_SCREENS", 16)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
+    trainings = Mock(side_effect=train.finetune)
+    monkeypatch.setattr(train, "finetune", trainings)
     path = tmp_path / "new" / "runs.csv"
     assert make_runs(path) == 0
-    frozen, one_head = runs.read_rows(path, runs.COLUMNS)
-    assert float(frozen["task_acc"]) < 0.5 < float(frozen["reworded_acc"])
-    assert float(one_head["influence"]) > 0
-    assert [name for name in runs.COLUMNS if frozen[name] == ""] == ["influence"]
-    assert [name for name in runs.COLUMNS if one_head[name] == ""] == ["reworded_acc", *runs.AFTER]
+    assert trainings.call_count == 3
+    made = runs.read_rows(path, runs.COLUMNS)
+    keys = [tuple(line[name] for name in plan.Row._fields) for line in made]
+    assert keys == [tuple(map(str, row)) for row in planned]
+    measures = [[line[name] for name in runs.MEASURES] for line in made]
+    as_trained, without_update, after_text, frozen, reworded = measures
+    assert as_trained != without_update == frozen
+    assert as_trained != after_text
+    assert float(frozen[0]) < 0.5 < float(reworded[0])
+    assert "" not in frozen
+    assert reworded[1:] == [""] * (len(runs.MEASURES) - 1)
 
-    monkeypatch.setattr(runs, "make_run", None)  # nothing can run
+    monkeypatch.setattr(runs, "make_rows", None)  # nothing can run
     assert make_runs(path) == 0
     assert "holds all runs" in capsys.readouterr().out
-    assert runs.read_rows(path, runs.COLUMNS) == [frozen, one_head]
+    assert runs.read_rows(path, runs.COLUMNS) == made
 
 
 @pytest.mark.parametrize(
@@ -103,7 +110,7 @@ def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkey
 )
 def test_a_file_of_something_else_and_a_missing_base_are_refused(name, sentence, tmp_path, capsys, monkeypatch):
     """In one sentence, before anything runs."""
-    monkeypatch.setitem(runs.SKILLED, 2, "runs/bases/no.pt")
+    monkeypatch.setitem(plan.SKILLED, 2, "runs/bases/no.pt")
     (tmp_path / "notes.csv").write_text("base,seed\n")
     assert make_runs(tmp_path / name) == 2
     assert sentence in capsys.readouterr().err
@@ -115,7 +122,7 @@ def test_a_new_measure_is_a_new_column(tmp_path):
     """The runs that were made before are kept as they are."""
     path = tmp_path / "runs.csv"
     path.write_text("method,lr,task_acc\nLoRA,0.0025,0.30000000000000004\n")
-    runs.add_row(path, {"method": "LoRA", "lr": 0.005, "new_acc": 0.5}, ("method", "lr"))
+    runs.add_rows(path, [{"method": "LoRA", "lr": 0.005, "new_acc": 0.5}], ("method", "lr"))
     assert path.read_text().splitlines() == [
         "method,lr,task_acc,new_acc",
         "LoRA,0.0025,0.30000000000000004,",
@@ -123,15 +130,15 @@ def test_a_new_measure_is_a_new_column(tmp_path):
     ]
 
 
-def test_the_file_holds_the_runs_of_the_study_and_no_others():
-    rows = runs.read_rows(ROOT / "data/study/runs.csv", runs.COLUMNS)
-    kept = [tuple(row[name] for name in runs.Run._fields) for row in rows]
-    assert sorted(kept) == sorted(tuple(map(str, run)) for run in runs.all_runs())
+def test_the_file_holds_the_runs_of_the_tables_and_no_others():
+    lines = runs.read_rows(ROOT / "data/study/runs.csv", runs.COLUMNS)
+    kept = [tuple(line[name] for name in plan.Row._fields) for line in lines]
+    assert sorted(kept) == sorted(tuple(map(str, row)) for row in plan.all_rows())
 
 
 # 3. Pages
 def test_the_lesson_needs_neither_the_study_nor_its_packages():
-    lesson = "train, data.figures, data.costs"
+    lesson = "train, data.costs"
     check = (
         f"import sys, {lesson}; print([name for name in ('data.study', 'pandas', 'matplotlib') if name in sys.modules])"
     )
@@ -139,7 +146,7 @@ def test_the_lesson_needs_neither_the_study_nor_its_packages():
     assert ended.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("program", ["data.study.compare", "data.study.diagrams"])
+@pytest.mark.parametrize("program", ["data.study.compare", "data.study.figures"])
 def test_a_missing_package_is_told_with_the_command_that_installs_it(program):
     without_pandas = (
         f"import sys, runpy; sys.modules['pandas'] = None; runpy.run_module('{program}', run_name='__main__')"

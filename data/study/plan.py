@@ -1,0 +1,255 @@
+"""What the study compares. Each table is declared here, once: compare.py prints it, and runs.py makes the runs that it
+needs. (SmolLM2's are made one by one, by smollm.py.)
+
+This file needs neither torch nor pandas, because compare.py runs without the one and runs.py without the other.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """What tells a row of runs.csv from all others: how a model was trained, and how it was asked then."""
+
+    setting: str  # one of SETTINGS
+    model: int
+    method: str  # one of METHODS
+    lr: float
+    seed: int
+    gamma: float  # what the update is multiplied by after training
+    text: int  # how many word problems stand before each screen when the model is asked
+
+
+# ---- Models, methods and learning rates ------------------------------------------------------------------------------
+
+MODELS = (1, 2, 3)
+SKILLED = {1: "data/tiny_vlm.pt", 2: "data/study/base_2.pt", 3: "data/study/base_3.pt"}
+UNSKILLED = {model: f"runs/bases/{model}-unskilled.pt" for model in MODELS}  # never asked what is right of a name
+SETTINGS = {  # {setting: (base models, the fields of train.Config that its runs share)}
+    "skilled": (SKILLED, {}),
+    "unskilled": (UNSKILLED, {}),
+    "referring": (SKILLED, {"task": "referring"}),
+}
+
+# {method: fields of train.Config}. With replay, in fewer heads, after text and on other tasks, a method keeps its rate.
+LORA = {"method": "lora", "lr": 0.0025}
+PARTIAL_LORA = {"method": "partial_lora", "lr": 0.005}  # arXiv 2401.16420, there on all linear layers
+IMAGE_LORA = {"heads": "all", "lr": 0.01}
+THREE = {"LoRA": LORA, "Partial LoRA": PARTIAL_LORA, "Image-LoRA": IMAGE_LORA}
+ON_V = {"LoRA on v": LORA | {"projections": "v", "lr": 0.005}, "Partial LoRA on v": PARTIAL_LORA | {"projections": "v"}}
+RANK_2 = {  # Partial LoRA is then as large as Image-LoRA in all heads
+    "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
+    "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},
+}
+FEW_HEADS = {
+    "Image-LoRA in 12 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 12},
+    "Image-LoRA in 12 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 12},
+    "Image-LoRA in 4 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 4},
+    "Image-LoRA in 4 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 4},
+}
+WITH_FACTOR = IMAGE_LORA | {"heads": "0.0,1.0,1.1,1.2,1.3,1.4,1.5,2.0,3.0"}  # six of layer 1, one of each other
+WITHOUT_FACTOR = WITH_FACTOR | {"no_normalize": True}
+UNEVEN = {
+    "Image-LoRA in uneven heads": WITH_FACTOR,
+    "Image-LoRA in uneven heads without the factor": WITHOUT_FACTOR,
+    "Image-LoRA in uneven heads without the factor at half the rate": WITHOUT_FACTOR | {"lr": 0.005},
+}
+
+
+def each_of_three(ending: str, **changes) -> dict[str, dict]:
+    """LoRA, Partial LoRA and Image-LoRA with this ending of their names, and these changes of their fields."""
+    return {name + ending: fields | changes for name, fields in THREE.items()}
+
+
+WITH_REPLAY = each_of_three(" with replay", replay=1)  # old questions, with true answers
+OWN_ANSWERS = each_of_three(" with own answers", replay=1, replay_with="own")  # the base model's, about new screens
+OWN_OLD = each_of_three(" with own answers about old screens", replay=1, replay_with="own_old")
+AFTER_9 = each_of_three(" trained after 9", history=9)  # word problems before each screen
+AFTER_0_TO_9 = each_of_three(" trained after 0 to 9", history=9, vary_history=True)
+REWORDED = "base model, asked to click right of the name"
+BASE = dict.fromkeys(("base model", REWORDED), {"method": "none", "lr": 0.0})
+TWICE = THREE | ON_V | RANK_2 | FEW_HEADS | UNEVEN | WITH_REPLAY | OWN_ANSWERS  # with two seeds, if skilled
+METHODS = TWICE | OWN_OLD | AFTER_9 | AFTER_0_TO_9 | BASE
+
+SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2, second base"}  # {base: the setting of its runs}
+SMOLLM2 = {  # {method: its learning rate}
+    "base model": 0.0,
+    "LoRA": 0.001,
+    "LoRA on v": 0.004,
+    "Partial LoRA": 0.004,
+    "Partial LoRA on v": 0.004,
+    "Image-LoRA": 0.016,
+    "Partial LoRA, rank 2": 0.004,
+    "LoRA with own answers": 0.001,
+    "Partial LoRA with own answers": 0.004,
+    "Image-LoRA with own answers": 0.016,
+    "Image-LoRA with own answers about old screens": 0.016,
+    "LoRA with replay": 0.001,
+    "Partial LoRA with replay": 0.004,
+    "Image-LoRA with replay": 0.016,
+}
+CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
+    "skilled": {method: fields["lr"] for method, fields in METHODS.items()},
+    "referring": {method: fields["lr"] for method, fields in METHODS.items()},
+    "unskilled": {REWORDED: 0.0, "LoRA": 0.005, "Partial LoRA": 0.005, "Partial LoRA on v": 0.04, "Image-LoRA": 0.08},
+    **dict.fromkeys(SMOLLM2_BASES.values(), SMOLLM2),
+}
+TRIED = {  # {setting: {method: learning rates, once on each model}}
+    "skilled": {
+        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
+        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+        "Image-LoRA": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+        "LoRA, rank 2": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA, rank 2": (0.005, 0.01, 0.02, 0.04),
+    },
+    "unskilled": {
+        "LoRA": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA on v": (0.01, 0.02, 0.04, 0.08),
+        "Image-LoRA": (0.02, 0.04, 0.08, 0.16),
+    },
+}
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+TITLES = {  # {measure, a column of the files: its title in a table}
+    "parameters": "parameters",
+    "task_acc": "new task, %",
+    "validation_acc": "new task on validation screens, %",
+    "other_questions_acc": "other questions, %",  # the mean of the next three
+    "what_is_at_acc": "what is at, %",
+    "what_is_right_of_acc": "what is right of, %",
+    "click_right_of_acc": "click right of, %",
+    "same_words_acc": "same words, %",
+    "word_problem_after_image_acc": "word problems after an image, %",
+    "word_problem_acc": "word problems without an image, %",
+    "places_for_names": "places given for names, %",
+    "divergence_after_screen": "KL divergence after an image",
+    "same_continuations": "openings continued as before, of 20",
+}
+
+
+class Column(NamedTuple):
+    """What a table shows of a measure."""
+
+    title: str
+    measure: str
+    show: str = "mean"  # over the models; or range, with the lowest and the highest; or spread, between seeds
+    where: dict = {}  # of which rows, if not of all seeds and models with gamma = 1 and no text
+
+
+class Table(NamedTuple):
+    """A row for each method."""
+
+    title: str
+    setting: str
+    methods: list[str]
+    columns: list[Column]
+
+    def where(self, column: Column) -> dict:
+        """What the rows of a column have in common."""
+        return {"setting": self.setting, "gamma": 1.0, "text": 0} | column.where
+
+
+def means(*measures: str) -> list[Column]:
+    return [Column(TITLES[measure], measure) for measure in measures]
+
+
+def ranges(*measures: str) -> list[Column]:
+    return [Column(TITLES[measure], measure, "range") for measure in measures]
+
+
+# Rows of tables
+RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
+MAIN = ["base model", "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", *OWN_ANSWERS]
+REPLAYS = ("", " with replay", " with own answers about old screens", " with own answers")
+REPLAYED = [method + replay for method in reversed(THREE) for replay in REPLAYS]
+AS_LARGE = ["LoRA, rank 2", "LoRA on v", "Partial LoRA, rank 2", "Partial LoRA on v", "Image-LoRA"]
+TRAININGS = ("", " trained after 9", " trained after 0 to 9")
+TRAINED_AFTER = ["base model", *(method + training for method in THREE for training in TRAININGS)]
+
+# Columns of tables
+ACCURACIES = ("task_acc", "other_questions_acc")
+OTHERS = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
+PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc")
+ENGLISH = ("divergence_after_screen", "same_continuations")
+EACH_MODEL = [Column(f"model {model}", "other_questions_acc", where={"model": model}) for model in MODELS]
+BOTH_SKILLS = [
+    Column(f"model {model} {kind} the skill", "task_acc", where={"setting": setting, "model": model})
+    for setting, kind in (("skilled", "with"), ("unskilled", "without"))
+    for model in MODELS
+]
+AFTER_TEXT = [
+    Column(f"{name} after {text}, %", measure, where={"seed": 1, "text": text})
+    for name, measure in (("new task", "task_acc"), ("others", "other_questions_acc"))
+    for text in (0, 1, 3, 9)
+]
+SPREADS = [
+    Column("new task, points between seeds", "task_acc", "spread"),
+    Column("other questions, points between seeds", "other_questions_acc", "spread"),
+]
+
+TABLES = [  # in the order of the page
+    Table("SmolLM2", "SmolLM2", [*SMOLLM2], ranges("parameters", *ACCURACIES, *ENGLISH)),
+    Table("tiny models with the skill", "skilled", MAIN, ranges(*ACCURACIES) + means(*OTHERS, *PROBLEMS)),
+    Table("SmolLM2, each kind", "SmolLM2", [*SMOLLM2], ranges(*OTHERS, "places_for_names")),
+    Table(
+        "SmolLM2, second base",
+        "SmolLM2, second base",
+        [*MAIN, "Image-LoRA with own answers about old screens", "Image-LoRA with replay"],
+        ranges(*ACCURACIES, *OTHERS, "places_for_names", *ENGLISH),
+    ),
+    Table("tiny models, replay", "skilled", REPLAYED, ranges(*ACCURACIES) + means(*OTHERS)),
+    Table("other questions at equal size, %", "skilled", AS_LARGE, EACH_MODEL + means("task_acc")),
+    Table("tiny models, few heads", "skilled", ["Image-LoRA", *FEW_HEADS], ranges(*ACCURACIES)),
+    Table("new task, %", "skilled", [REWORDED, *RIVALS], BOTH_SKILLS),
+    Table("tiny models, text before the image", "skilled", TRAINED_AFTER, AFTER_TEXT),
+    # Referring also asks what is at a place, so this is no other question after it.
+    Table("tiny models, referring", "referring", RIVALS, ranges("task_acc", *OTHERS[1:])),
+    Table("tiny models, uneven heads", "skilled", [*UNEVEN], means(*ACCURACIES) + SPREADS),
+]
+GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+TRADE_OFF = Table(  # which figures.py draws
+    "tiny models, turned down",
+    "skilled",
+    [*THREE, "Image-LoRA with own answers"],
+    [Column(f"γ = {gamma}", "other_questions_acc", where={"seed": 1, "gamma": gamma}) for gamma in GAMMAS],
+)
+
+
+# ---- The rows of runs.csv --------------------------------------------------------------------------------------------
+
+
+def seeds_of(setting: str, model: int, method: str) -> tuple[int, ...]:
+    """A run of a model without the skill has the seed that the model was pretrained with."""
+    if setting == "unskilled":
+        return (model,)
+    return (1, 2) if setting == "skilled" and method in TWICE else (1,)
+
+
+def rows_of(table: Table) -> Iterator[Row]:
+    """The rows that a table shows."""
+    for column, method, model in product(table.columns, table.methods, MODELS):
+        where = table.where(column)
+        setting = where["setting"]
+        for seed in seeds_of(setting, model, method):
+            row = Row(setting, model, method, CHOSEN[setting][method], seed, where["gamma"], where["text"])
+            if where.items() <= row._asdict().items():
+                yield row
+
+
+def all_rows() -> list[Row]:
+    """Each row once: those of the tables and of the picture, and those of the learning rates that were tried."""
+    rows = []
+    for table in (*TABLES, TRADE_OFF):
+        if table.setting in SETTINGS:
+            rows += rows_of(table)
+    for setting, tried in TRIED.items():
+        for (method, rates), model in product(tried.items(), MODELS):
+            seed, *_ = seeds_of(setting, model, method)
+            rows += [Row(setting, model, method, lr, seed, 1.0, 0) for lr in rates]
+    return list(dict.fromkeys(rows))
