@@ -289,7 +289,7 @@ class CallTracker:
         self.model = model
         self.image_token_ids = image_token_ids
         self.adapters = adapters
-        self.ranks_agree = not distributed.is_available()  # else check_ranks finds out
+        self.ranks_agree = not distributed.is_available()  # otherwise compare_ranks finds out
         self.running = {}  # {thread and backward pass: the Call that runs there}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
@@ -324,22 +324,9 @@ class CallTracker:
             known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
             raise ValueError(f"the model was called without telling which tokens are visual; {known}")
         if torch.is_grad_enabled() and not self.ranks_agree and distributed.is_initialized():
-            self.check_ranks()
+            self.ranks_agree = compare_ranks(self.model, self.adapters)
         self.running[thread_and_backward_pass()] = call
         return args, kwargs
-
-    def check_ranks(self):
-        """Ranks that probe their own data select other heads. attach() does not check it, because one rank may attach
-        alone. In a training call under DDP or FSDP2, all ranks wait for each other anyway."""
-        ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-        if ddp is not None or any(hasattr(module, "reshard") for module in self.model.modules()):  # FSDP2
-            group = None if ddp is None else ddp.process_group
-            own = {layer: adapter.get_extra_state().tolist() for layer, adapter in self.adapters.items()}
-            of_ranks = [own] * distributed.get_world_size(group)
-            distributed.all_gather_object(of_ranks, own, group)
-            if of_ranks.count(own) < len(of_ranks):
-                raise RuntimeError("ranks adapt different heads or scales; select heads on rank 0 and broadcast them")
-            self.ranks_agree = True
 
     def pass_on(self, norm, args, output):
         x = args[0]
@@ -355,20 +342,10 @@ class CallTracker:
         if call is None:
             how = "call model(...) itself, not a part of it; checkpoint single layers, and do not offload their inputs"
             raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
-        if len(call.rows) > 0 and call.shape != x.shape[:-1]:
-            shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
-            hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
-            raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
         x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
-        if value.shape[-1] != adapter.num_kv_heads * adapter.B.shape[2]:
-            got = f"v_proj gave {value.shape[-1]} features for {adapter.num_kv_heads} heads of {adapter.B.shape[2]}"
-            raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
-        if adapter.B.is_meta and adapter.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
-            raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
-        if adapter.heads.device != x.device and not x.is_meta:
-            adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
+        prepare_update(adapter, call, x, value)
         call.updated = call.updated | {adapter}  # a new set, because torch.compile loses what is added to the old one
         return adapter.add_update(x, value, call.rows.to(x.device))
 
@@ -593,6 +570,36 @@ def check_placeholders(arguments: dict) -> None:
     if arguments.get("past_key_values") is None and any(isinstance(p, Tensor) and p.any() for p in pixels):
         what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
         raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
+
+
+def compare_ranks(model: nn.Module, adapters: nn.ModuleDict) -> bool:
+    """RuntimeError if ranks adapt different heads, because each has probed its own data. False if they did not compare:
+    one rank may attach and train alone. In a training call under DDP or FSDP2, all ranks wait for each other anyway."""
+    ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if ddp is None and not any(hasattr(module, "reshard") for module in model.modules()):  # as FSDP2's have
+        return False
+    group = None if ddp is None else ddp.process_group
+    own = {layer: adapter.get_extra_state().tolist() for layer, adapter in adapters.items()}
+    of_ranks = [own] * distributed.get_world_size(group)
+    distributed.all_gather_object(of_ranks, own, group)
+    if of_ranks.count(own) < len(of_ranks):
+        raise RuntimeError("ranks adapt different heads or scales; select heads on rank 0 and broadcast them")
+    return True
+
+
+def prepare_update(adapter: ValueAdapter, call: Call, x: Tensor, value: Tensor) -> None:
+    """Bring the adapter's heads to x's device. RuntimeError if its update would be wrong, or could not be trained."""
+    if len(call.rows) > 0 and call.shape != x.shape[:-1]:
+        shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
+        hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
+        raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
+    if value.shape[-1] != adapter.num_kv_heads * adapter.B.shape[2]:
+        got = f"v_proj gave {value.shape[-1]} features for {adapter.num_kv_heads} heads of {adapter.B.shape[2]}"
+        raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+    if adapter.B.is_meta and adapter.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
+        raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
+    if adapter.heads.device != x.device and not x.is_meta:
+        adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
 
 
 def check_loss(loss: Tensor | None, batch: int) -> None:
