@@ -530,8 +530,10 @@ def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, s
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and not getattr(config, "distributed_config", None):
         raise ValueError("the model is sharded already; attach first, then shard")
     D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-    if not (1 <= r <= D and lora_alpha > 0):
-        raise ValueError(f"r must be in 1..{D} and lora_alpha positive, got r={r} and lora_alpha={lora_alpha}")
+    if not 1 <= r <= D:
+        raise ValueError(f"r must be in 1..{D}, got {r}")
+    if not 0 < lora_alpha < torch.inf:  # an infinite one would make every logit nan
+        raise ValueError(f"lora_alpha must be positive and finite, got {lora_alpha}")
     return model, decoder, ids
 
 
