@@ -76,6 +76,14 @@ def test_inside_disabled_the_model_is_the_base_bit_for_bit_in_this_thread_and_co
         assert torch.equal(logits_of(model, EARLY), adapted)
 
 
+def test_by_default_all_heads_are_adapted_with_rank_8_and_alpha_16_and_normalized_and_gamma_is_not_trained():
+    adapter = attach(tiny_vlm())
+    assert adapter.heads == {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2]}
+    assert adapter.layers["0"].A.shape == (D, 8)
+    assert adapter.layers["0"].scaling == pytest.approx(16 / 8 / math.sqrt(3))
+    assert not adapter.layers["0"].gamma.requires_grad
+
+
 def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_random_number():
     model = tiny_vlm()
     before = torch.get_rng_state()
