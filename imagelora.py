@@ -279,8 +279,9 @@ class CallTracker:
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
     `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
     the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
-    tensors, so that a layer called alone is refused. A checkpoint that holds the whole model runs model(...) again in
-    the backward pass, and that counts as a first run.
+    tensors, so that a layer called alone is refused. It is not directly after Ctrl-C, for which PyTorch runs no hook:
+    that Call stays in `running` until the next model(...) replaces it. A checkpoint that holds the whole model runs
+    model(...) again in the backward pass, and that counts as a first run.
 
     pass_on hooks a layer's norms, because transformers 5 runs a layer again without the layer's own hooks. If there is
     no norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
