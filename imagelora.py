@@ -523,7 +523,7 @@ def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, s
         if isinstance(module, nn.ModuleList) and f".{name}".endswith(".layers") and not in_encoder:
             stacks[name] = module
     if len(stacks) != 1:
-        raise ValueError(f"expected one stack of layers outside of encoders, found {', '.join(stacks) or 'none'}")
+        raise ValueError(f"expected one stack of decoder layers outside encoders, found {', '.join(stacks) or 'none'}")
     ((name, decoder),) = stacks.items()
     for i, layer in enumerate(decoder):
         check_attention(f"{name}.{i}", getattr(layer, "self_attn", layer))

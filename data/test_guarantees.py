@@ -7,6 +7,7 @@ from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -233,15 +234,10 @@ def loss_and_in_the_middle(model, batch, function):
 
 
 def after_ctrl_c(model):
-    """PyTorch runs no hook for a KeyboardInterrupt, so the Call that it ends stays behind. A backward pass does not go
-    by it, and the next call replaces it."""
-
-    def interrupt():
-        raise KeyboardInterrupt
-
+    """PyTorch runs no hook then, so LATE's Call stays behind. No backward pass goes by it, and no other call."""
     loss = loss_of(model, EARLY)
     with pytest.raises(KeyboardInterrupt):
-        loss_and_in_the_middle(model, LATE, interrupt)
+        loss_and_in_the_middle(model, LATE, Mock(side_effect=KeyboardInterrupt))
     gradients = slopes(model, loss)
     assert torch.equal(loss_of(model, EARLY), loss)
     return gradients
