@@ -136,7 +136,8 @@ class ImageLoRA(nn.Module):
         for hook in self._tracker.hooks:
             hook.remove()
         del model.image_lora, self._tracker  # disabled() fails from now on, and the model is not kept in memory
-        restore_requires_grad(model, self._required_grad)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
         return model
 
     def save(self, path: str | os.PathLike) -> None:
@@ -152,7 +153,8 @@ def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True
 
     r, lora_alpha: rank and alpha of LoRA; the update is scaled by lora_alpha / r and, with normalize, by 1/sqrt|S|.
     heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter.
-    train_gamma: whether gamma is trained, as in the paper. By default it stays 1.
+    train_gamma: whether gamma is trained, as in the paper. By default it stays 1. To turn a trained adapter down, run
+    `layer.gamma.mul_(0.8)` under torch.no_grad() for each layer of `adapter.layers.values()`.
 
     `adapter.parameters()` are A, B and gamma, float32. They are in the model's state_dict, too, as `model.image_lora`.
     Raises ValueError, and changes nothing, if the model cannot be adapted. What PEFT has added stays trainable; to
@@ -187,12 +189,11 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
     if isinstance(batches, Mapping):
         raise ValueError("batches must be a list of batches, but this is one batch; pass [batch]")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
-    _, decoder, _ = checked_model(model)
+    base, decoder, _ = checked_model(model)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
-    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
-    model.requires_grad_(False)  # Otherwise backward() would leave gradients in PEFT's parameters.
+    base.requires_grad_(False)  # Otherwise backward() would leave gradients in PEFT's parameters.
     for layer in adapter.layers.values():
         layer.B.requires_grad_(True)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -214,7 +215,6 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
             count += 1
     finally:
         adapter.detach()
-        restore_requires_grad(model, required_grad)
     check_influence(scores, count)
     for row, num_heads in zip(scores, adapter.head_counts):
         row[num_heads:] = -torch.inf  # the layer has no such heads
@@ -279,17 +279,16 @@ class CallTracker:
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
     `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
     the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
-    tensors, so that a layer called alone is refused. A checkpoint that holds the whole model runs model(...) again in
-    the backward pass, and that counts as a first run.
-
-    pass_on hooks a layer's norms, because transformers 5 runs a layer again without the layer's own hooks. If there is
-    no norm before attention, v_proj reads the layer's input itself, and adapt leaves the Call there."""
+    tensors, so that a layer called alone is refused. But PyTorch runs no hook after Ctrl-C: its Call stays in `running`
+    until the next model(...) replaces it, and a layer called alone before then goes by it. A checkpoint that holds the
+    whole model runs model(...) again in the backward pass, and that counts as a first run. pass_on hooks a layer's
+    norms, because transformers 5 runs a layer again without the layer's own hooks."""
 
     def __init__(self, model: nn.Module, image_token_ids: set[int], decoder: nn.ModuleList, adapters: nn.ModuleDict):
         self.model = model
         self.image_token_ids = image_token_ids
         self.adapters = adapters
-        self.ranks_agree = not distributed.is_available()  # else check_ranks finds out
+        self.ranks_agree = not distributed.is_available()  # otherwise check_ranks finds out
         self.running = {}  # {thread and backward pass: the Call that runs there}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
@@ -355,20 +354,10 @@ class CallTracker:
         if call is None:
             how = "call model(...) itself, not a part of it; checkpoint single layers, and do not offload their inputs"
             raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
-        if len(call.rows) > 0 and call.shape != x.shape[:-1]:
-            shapes = f"{list(call.shape)}, but v_proj received tokens of shape {list(x.shape[:-1])}"
-            hint = "if you generate with beams, use mask.repeat_interleave(num_beams, 0)"
-            raise RuntimeError(f"input_ids or the visual mask have shape {shapes}; {hint}")
         x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
-        if value.shape[-1] != adapter.num_kv_heads * adapter.B.shape[2]:
-            got = f"v_proj gave {value.shape[-1]} features for {adapter.num_kv_heads} heads of {adapter.B.shape[2]}"
-            raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
-        if adapter.B.is_meta and adapter.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
-            raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
-        if adapter.heads.device != x.device and not x.is_meta:
-            adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
+        prepare_update(adapter, call, x, value)
         call.updated = call.updated | {adapter}  # a new set, because torch.compile loses what is added to the old one
         return adapter.add_update(x, value, call.rows.to(x.device))
 
@@ -405,9 +394,8 @@ def thread_and_backward_pass() -> tuple[int, int]:
 
 
 class PortableValueAdapter(ValueAdapter):
-    """A ValueAdapter that never drops below float32, and whose state_dict says which heads and scale it belongs to.
-
-    Its heads are no buffer, because to_empty() would leave them uninitialized."""
+    """A ValueAdapter that never drops below float32, and whose state_dict says which heads and scale it belongs to. The
+    heads are not a buffer, because to_empty() would leave them uninitialized."""
 
     def _apply(self, fn, recurse=True):
         def convert(tensor):  # .to(), .half(), .to_empty() and their like convert each tensor by fn.
@@ -430,9 +418,9 @@ class PortableValueAdapter(ValueAdapter):
         given = state_dict.pop(f"{prefix}_extra_state", own).cpu().float()
         # Close is enough, because someone may have rounded the state_dict to bfloat16.
         if given.shape != own.shape or not given.allclose(own, rtol=3e-3, atol=0):
-            (scale, *heads), (own_scale, *own_heads) = given.tolist(), own.tolist()
-            got = f"{prefix}B is of heads {heads} and scale {scale:.4g}, not of {own_heads} and {own_scale:.4g}"
-            raise RuntimeError(f"{got}; attach with the same heads, r, lora_alpha and normalize")
+            got = f"{prefix}B is of heads {given[1:].tolist()} and scale {given[0]:.4g}"
+            expected = f"heads {own[1:].tolist()} and scale {own[0]:.4g}"
+            raise RuntimeError(f"{got}, not of {expected}; attach with the same heads, r, lora_alpha and normalize")
         # Also under load_state_dict(assign=True) the adapter stays in float32.
         state_dict = {name: t.float() if t.element_size() < 4 else t for name, t in state_dict.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -450,14 +438,15 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        options = content.get("normalize", True), content.get("train_gamma", True)  # the authors' files have neither
-        adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], *options)
+        normalize = content.get("normalize", True)  # neither this nor the next is in the authors' files
+        train_gamma = content.get("train_gamma", True)
+        adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], normalize, train_gamma)
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise ValueError("the model is on the meta device; give it its weights first")
         state = {}
         for layer, tensors in content["layers"].items():
-            state |= {f"{layer}.{name}": whole_tensor(tensor) for name, tensor in tensors.items()}
-            state[f"{layer}.gamma"] = state[f"{layer}.gamma"].reshape(1)
+            for name, tensor in tensors.items():
+                state[f"{layer}.{name}"] = torch.atleast_1d(whole_tensor(tensor))  # gamma is a scalar in a file
         adapter.layers.load_state_dict(state)
     except Exception as error:
         if adapter is not None:
@@ -482,8 +471,9 @@ def write_file(adapter: ImageLoRA, path: Path) -> None:
             raise ValueError(f"this is only one rank's shard of the adapter; call save() inside {gather}")
         layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())  # [1] in the model: FSDP cannot shard a scalar
     model = adapter._tracker.model if hasattr(adapter, "_tracker") else adapter
-    frozen = any(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in adapter.parameters())
-    if frozen or not any(tensors["B"].any() for tensors in layers.values()):
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    only_others_learn = trainable and trainable.isdisjoint(adapter.parameters())
+    if only_others_learn or not any(tensors["B"].any() for tensors in layers.values()):
         why = "if that is a surprise, call get_peft_model() before attach() or load(), because it freezes what it finds"
         warnings.warn(f"B is zero, or frozen beside a LoRA, so the adapter has learned nothing; {why}", stacklevel=3)
     content = {
@@ -516,18 +506,13 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 def device_of(v_proj: nn.Module) -> torch.device:
     """The device that v_proj computes on. Under accelerate's offloading its weights lie elsewhere."""
-    tensor, *_ = *v_proj.parameters(), *v_proj.buffers()  # a quantized v_proj may have buffers alone
+    tensors = [*v_proj.parameters(), *v_proj.buffers()]  # a quantized v_proj may have buffers alone
     execution_device = getattr(getattr(v_proj, "_hf_hook", None), "execution_device", None)
-    return tensor.device if execution_device is None else execution_device
-
-
-def restore_requires_grad(model: nn.Module, before: dict[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(before.get(name, parameter.requires_grad))
+    return tensors[0].device if execution_device is None else execution_device
 
 
 def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, set[int]]:
-    """The unwrapped model, its decoder layers and the ids of visual tokens. ValueError if it cannot be adapted so."""
+    """The unwrapped model, its decoder layers and the ids of visual tokens. ValueError if it cannot be adapted."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
     if any(isinstance(module, ImageLoRA) for module in model.modules()):
         raise ValueError("the model already has an Image-LoRA; call its detach() first")
@@ -538,9 +523,7 @@ def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, s
         if isinstance(module, nn.ModuleList) and f".{name}".endswith(".layers") and not in_encoder:
             stacks[name] = module
     if len(stacks) != 1:
-        raise ValueError(
-            f"expected one stack of decoder layers but the vision tower's, found {', '.join(stacks) or 'none'}"
-        )
+        raise ValueError(f"expected one stack of decoder layers outside encoders, found {', '.join(stacks) or 'none'}")
     ((name, decoder),) = stacks.items()
     for i, layer in enumerate(decoder):
         check_attention(f"{name}.{i}", getattr(layer, "self_attn", layer))
@@ -553,8 +536,8 @@ def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, s
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and not getattr(config, "distributed_config", None):
         raise ValueError("the model is sharded already; attach first, then shard")
     D = min(layer.self_attn.v_proj.in_features for layer in decoder)
-    if not (1 <= r <= D and lora_alpha > 0):
-        raise ValueError(f"r must be in 1..{D} and lora_alpha positive, got r={r} and lora_alpha={lora_alpha}")
+    if not (1 <= r <= D and 0 < lora_alpha < torch.inf):
+        raise ValueError(f"r must be in 1..{D} and lora_alpha positive and finite, got r={r}, lora_alpha={lora_alpha}")
     return model, decoder, ids
 
 
@@ -575,12 +558,14 @@ def check_attention(where: str, attention: nn.Module) -> None:
 def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     """The selected heads as integers, in order of layers, without empty ones. ValueError if the model lacks one."""
     if heads is None:
-        heads = dict(enumerate(map(range, head_counts)))
-    heads = {int(layer) if str(layer).isdecimal() else layer: selected for layer, selected in heads.items()}  # of JSON
+        heads = {layer: range(count) for layer, count in enumerate(head_counts)}
+    # In JSON, layers are strings.
+    heads = {int(layer) if str(layer).isdecimal() else layer: selected for layer, selected in heads.items()}
     for layer, selected in heads.items():
         # Unchecked, head H would write into head 0 of the next token, and layer -1 would be the last one.
         count = head_counts[layer] if layer in range(len(head_counts)) else 0
-        if sum(head in selected for head in range(count)) < len(selected):
+        existing = [head for head in range(count) if head in selected]
+        if len(existing) < len(selected):  # the layer lacks one, or one is named twice
             raise ValueError(f"layer {layer!r} has {count} heads; name some of them, each once, not {selected!r}")
     if not any(heads.values()):
         raise ValueError("no head is selected; name at least one")
@@ -593,6 +578,20 @@ def check_placeholders(arguments: dict) -> None:
     if arguments.get("past_key_values") is None and any(isinstance(p, Tensor) and p.any() for p in pixels):
         what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
         raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
+
+
+def prepare_update(adapter: ValueAdapter, call: Call, x: Tensor, value: Tensor) -> None:
+    """Bring the adapter's heads to x's device. RuntimeError if its update would be wrong, or could not be trained."""
+    if len(call.rows) > 0 and call.shape != x.shape[:-1]:
+        got = f"v_proj received tokens of shape {list(x.shape[:-1])}, input_ids or the visual mask {list(call.shape)}"
+        raise RuntimeError(f"{got}; if you generate with beams, use mask.repeat_interleave(num_beams, 0)")
+    if value.shape[-1] != adapter.num_kv_heads * adapter.B.shape[2]:
+        got = f"v_proj gave {value.shape[-1]} features for {adapter.num_kv_heads} heads of {adapter.B.shape[2]}"
+        raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+    if adapter.B.is_meta and adapter.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
+        raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
+    if adapter.heads.device != x.device and not x.is_meta:
+        adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
 
 
 def check_loss(loss: Tensor | None, batch: int) -> None:

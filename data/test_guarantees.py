@@ -7,6 +7,7 @@ from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -74,6 +75,14 @@ def test_inside_disabled_the_model_is_the_base_bit_for_bit_in_this_thread_and_co
         raise ZeroDivisionError
     with other.disabled():
         assert torch.equal(logits_of(model, EARLY), adapted)
+
+
+def test_by_default_all_heads_are_adapted_with_rank_8_and_alpha_16_and_normalized_and_gamma_is_not_trained():
+    adapter = attach(tiny_vlm())
+    assert adapter.heads == {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2]}
+    assert adapter.layers["0"].A.shape == (D, 8)
+    assert adapter.layers["0"].scaling == pytest.approx(16 / 8 / math.sqrt(3))
+    assert not adapter.layers["0"].gamma.requires_grad
 
 
 def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_random_number():
@@ -148,8 +157,7 @@ def test_a_prompt_with_an_image_and_no_placeholder_is_refused():
 
 def test_a_config_may_name_visual_tokens_in_any_of_four_ways():
     model = tiny_vlm()
-    ids = {"image_token_id": 1, "image_token_index": 2, "video_token_id": 3, "video_token_index": 4}
-    model.config = SimpleNamespace(**ids)
+    model.config = SimpleNamespace(image_token_id=1, image_token_index=2, video_token_id=3, video_token_index=4)
     assert attach(model)._tracker.image_token_ids == {1, 2, 3, 4}
 
 
@@ -183,19 +191,14 @@ def test_a_state_dict_of_other_heads_or_of_another_scale_is_refused(options):
         adapter.load_state_dict(state)
 
 
-def test_a_state_dict_may_be_rounded_to_16_bits_and_the_adapter_stays_in_float32():
-    state = attach_trained(tiny_vlm(), heads=SOME_HEADS).state_dict()
-    adapter = attach(tiny_vlm(), heads=SOME_HEADS)
-    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=True)
-    assert adapter.heads == SOME_HEADS
-    torch.testing.assert_close(adapter.state_dict(), state, rtol=0.01, atol=0)  # which compares types, too
-
-
-def test_the_meta_device_and_to_empty_forget_no_heads_and_reset_parameters_starts_anew():
+def test_an_adapter_keeps_float32_and_its_heads_when_a_state_dict_is_rounded_and_on_the_meta_device():
     """accelerate takes each entry of the state_dict of a model on the meta device for a parameter. to_empty() leaves
     what was in memory, and by PyTorch's convention whoever calls it resets each module."""
     state = attach_trained(tiny_vlm(), heads=SOME_HEADS).state_dict()
-    adapter = attach(tiny_vlm(), heads=SOME_HEADS).to("meta")
+    adapter = attach(tiny_vlm(), heads=SOME_HEADS)
+    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()}, assign=True)
+    torch.testing.assert_close(adapter.state_dict(), state, rtol=0.01, atol=0)  # which compares types, too
+    adapter.to("meta")
     own = {name: state[name] for name, _ in adapter.named_parameters()}
     assert adapter.state_dict().keys() == own.keys()
     adapter.load_state_dict(own, assign=True)
@@ -219,30 +222,35 @@ def after_other_calls(model):
     return slopes(model, loss, disabled_loss)
 
 
-def in_the_middle_of_another_call(model, run):
-    results = []
+def loss_and_in_the_middle(model, batch, function):
+    """loss_of(model, batch), with a call of this function between two layers."""
 
     def run_once(norm, args):
         hook.remove()
-        with torch.enable_grad():  # a re-entrant checkpoint's first run has none
-            results.append(run())
+        function()
 
     hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_once)
-    results.append(loss_of(model, LATE))
-    return results
+    return loss_of(model, batch)
 
 
-def inside_another_call(model):
-    """On a CPU the backward pass runs in the thread that called it, here in the middle of another call. It finds the
-    same as after a call that Ctrl-C has ended, because Ctrl-C is no Exception, and no hook notices it."""
+def after_ctrl_c(model):
+    """PyTorch runs no hook then, so LATE's Call stays behind. No backward pass goes by it, and no other call."""
     loss = loss_of(model, EARLY)
-    gradients, _ = in_the_middle_of_another_call(model, lambda: slopes(model, loss))
+    with pytest.raises(KeyboardInterrupt):
+        loss_and_in_the_middle(model, LATE, Mock(side_effect=KeyboardInterrupt))
+    gradients = slopes(model, loss)
+    assert torch.equal(loss_of(model, EARLY), loss)
     return gradients
 
 
 def in_two_threads_at_once(model):
-    with ThreadPoolExecutor(1) as pool:
-        losses = in_the_middle_of_another_call(model, lambda: pool.submit(loss_of, model, EARLY).result())
+    losses = []
+
+    def other_thread():
+        with ThreadPoolExecutor(1) as pool:
+            losses.append(pool.submit(loss_of, model, EARLY).result())
+
+    losses.append(loss_and_in_the_middle(model, LATE, other_thread))
     return slopes(model, *losses)
 
 
@@ -252,7 +260,7 @@ def of_a_checkpoint_that_holds_the_model(model):
 
 CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose gradients must come of it
     (after_other_calls, [EARLY]),
-    (inside_another_call, [EARLY]),
+    (after_ctrl_c, [EARLY]),
     (in_two_threads_at_once, [EARLY, LATE]),
     (of_a_checkpoint_that_holds_the_model, [EARLY]),
 ]
@@ -277,16 +285,13 @@ def test_the_same_embeddings_may_come_again_under_another_mask():
     model, x = model_and_embeddings()
     adapter = attach_trained(model)
 
-    def gradients():
-        losses = []
-        for mask in (MASK, MASK.flip(0)):
-            with adapter.visual_mask(mask):
-                losses.append(model(inputs_embeds=x).logsumexp(-1).sum())
-        return slopes(model, *losses)
+    def loss_under(mask):
+        with adapter.visual_mask(mask):
+            return model(inputs_embeds=x).logsumexp(-1).sum()
 
-    expected = gradients()
+    expected = slopes(model, loss_under(MASK), loss_under(MASK.flip(0)))
     checkpoint_layers(model)
-    torch.testing.assert_close(gradients(), expected)
+    torch.testing.assert_close(slopes(model, loss_under(MASK), loss_under(MASK.flip(0))), expected)
 
 
 # 5. Copies, and how an adapter comes off again
@@ -310,18 +315,16 @@ def test_a_copy_is_a_model_of_its_own_and_after_detach_each_is_as_it_was_down_to
 
 
 # 6. Files
-@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"train_gamma": False}], ids=str)
-def test_a_saved_adapter_loads_as_it_was(tmp_path, options):
+def test_a_saved_adapter_loads_as_it_was(tmp_path):
     model = tiny_vlm()
     heads = {"0": [2.0, 0], 2: (1,)}  # whole numbers of any type, and JSON's names of layers
-    adapter = attach_trained(model, r=2, lora_alpha=3, heads=heads, **options)
+    adapter = attach_trained(model, r=2, lora_alpha=3, heads=heads, normalize=False, train_gamma=False)
     expected = logits_of(model, EARLY)
     adapter.detach()
     adapter.save(tmp_path / "adapter.pt")  # detached, it still has its weights
     loaded = load(model, tmp_path / "adapter.pt")
     assert torch.equal(logits_of(model, EARLY), expected)
-    trainable = [parameter.requires_grad for parameter in loaded.parameters()]
-    assert trainable == [True, True, options.get("train_gamma", True)] * 2  # attach_trained trains gamma, too
+    assert [parameter.requires_grad for parameter in loaded.parameters()] == [True, True, False] * 2
     assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] per layer, r=2, lora_alpha=3" in repr(loaded)
 
 
@@ -399,61 +402,43 @@ def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(
     check_refusal("checksum", load, tiny_vlm(), path)
     torch.save(content | {"layers": {}}, path)
     check_refusal("Missing key", load, tiny_vlm(), path)
+    torch.save(content | {"alpha": math.inf}, path)
+    check_refusal("lora_alpha positive and finite", load, tiny_vlm(), path)
     torch.save(content | {"note": Path()}, path)  # to make a Path, torch.load would have to run its code
     check_refusal("Weights only load failed", load, tiny_vlm(), path)
 
 
 # 7. What cannot be right is refused in one sentence
-def the_models_forward(model):
+@pytest.mark.filterwarnings("error:.*always_call")  # a call that has failed has said why
+def test_a_use_that_cannot_be_right_is_refused():
+    """A part of the model called alone, a v_proj that gives other features or was replaced, and an export."""
+    model = tiny_vlm()
+    adapter = attach_trained(model, heads=SOME_HEADS)
+    v_proj = attention(model, 2).v_proj
+    ((x, _),) = watch(model, EARLY, v_proj)  # x still has its Call
+    with adapter.disabled(), pytest.raises(RuntimeError, match="no call of model"):
+        v_proj(x)
     with pytest.raises(ValueError, match="0 images"):
         model(EARLY["input_ids"])  # fails, and leaves nothing behind that would adapt what follows
-    model.forward(**EARLY)
-
-
-def v_proj_alone(model):
-    """As someone does who looks into a model: with an input that a hook has caught, which still has its Call."""
-    v_proj = attention(model, 2).v_proj
-    ((x, _),) = watch(model, EARLY, v_proj)
-    with model.image_lora.disabled():
-        v_proj(x)
-
-
-def another_v_proj(model):
+    with pytest.raises(RuntimeError, match="no call of model"):
+        model.forward(**EARLY)
+    with pytest.raises(RuntimeError, match="would fix which tokens are visual"):
+        torch.export.export(model, (EARLY["input_ids"], EARLY["pixel_values"]), strict=False)
+    v_proj.register_forward_hook(lambda v_proj, args, value: value[..., :4], prepend=True)
+    with pytest.raises(RuntimeError, match="4 features for 3 heads of 4"):
+        model(**EARLY)
     attention(model, 2).v_proj = nn.Linear(D, H * D_H)
-    model(**EARLY)
-
-
-def heads_split_over_devices(model):
-    attention(model, 2).v_proj.register_forward_hook(lambda v_proj, args, value: value[..., :4], prepend=True)
-    model(**EARLY)
-
-
-def export(model):
-    torch.export.export(model, (EARLY["input_ids"], EARLY["pixel_values"]), strict=False)
-
-
-NOT_RIGHT = [
-    (the_models_forward, "no call of model"),
-    (v_proj_alone, "no call of model"),
-    (another_v_proj, "was not called"),
-    (heads_split_over_devices, "4 features for 3 heads of 4"),
-    (export, "would fix which tokens are visual"),
-]
-
-
-@pytest.mark.filterwarnings("error:.*always_call")  # a call that has failed has said why
-@pytest.mark.parametrize("use, sentence", NOT_RIGHT)
-def test_a_use_that_cannot_be_right_is_refused(use, sentence):
-    model = tiny_vlm()
-    attach_trained(model, heads=SOME_HEADS)
-    with pytest.raises(RuntimeError, match=sentence):
-        use(model)
+    with pytest.raises(RuntimeError, match="was not called"):
+        model(**EARLY)
 
 
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
-    (attach, {"lora_alpha": 0}, "lora_alpha positive, got r=8 and lora_alpha=0"),  # nothing would be learned
+    (attach, {"r": 25}, "r must be in 1..24 .* got r=25"),
+    (attach, {"lora_alpha": 0}, "lora_alpha positive and finite, got r=8, lora_alpha=0"),  # nothing would be learned
+    (attach, {"lora_alpha": math.inf}, "lora_alpha positive and finite, .* lora_alpha=inf"),  # all logits would be nan
+    (attach, {"lora_alpha": math.nan}, "lora_alpha positive and finite, .* lora_alpha=nan"),
     (attach, {"heads": {0: []}}, "no head is selected"),
     (attach, {"heads": {0: [1, 1]}}, "layer 0 has 3 heads; .* each once, not .1, 1."),
     (attach, {"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
