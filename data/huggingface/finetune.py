@@ -3,12 +3,11 @@
     python finetune.py --method image_lora --model Qwen/Qwen2.5-VL-7B-Instruct --learning_rate 8e-4 \\
         --train_files train.jsonl --output_dir runs/image_lora
 
-Only the completion of a line is learned. Images, whose paths are relative to the file, come before the first question:
+Each line of a file is an example, of which only the completion is learned. Its images come before the first question,
+and their paths are relative to the file:
 
     {"images": ["page.png"], "prompt": [{"role": "user", "content": "Where is the search box?"}],
      "completion": [{"role": "assistant", "content": "(412, 88)"}]}
-
-own_answers() writes such a file, so that training keeps what the base model knows.
 """
 
 import json
@@ -17,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Image
@@ -34,7 +34,7 @@ import imagelora
 class Options(SFTConfig):
     method: Literal["image_lora", "lora", "partial_lora"]
     model: str = HfArg(help="name or folder of the base model")
-    train_files: list[str] = HfArg(help="what is learned, a conversation a line")
+    train_files: list[str] = HfArg(help="what is learned, an example a line")
     eval_files: list[str] | None = HfArg(default=None, help="their loss is measured, by default after each epoch")
     r: int = HfArg(default=8, help="rank; alpha is 2 r")
     num_heads: int | None = HfArg(default=None, help="how many heads Image-LoRA adapts, the best by the probe (or all)")
@@ -42,41 +42,68 @@ class Options(SFTConfig):
     max_length: int | None = HfArg(default=None, help="TRL's default would cut answers off")
     bf16: bool | None = HfArg(default=False, help="TRL's default, autocast, would round the adapter")
 
+    def __post_init__(self):
+        if self.eval_files and self.eval_strategy == "no":
+            self.eval_strategy = "epoch"
+        super().__post_init__()
+        self.model_init_kwargs = {"dtype": "bfloat16"} | (self.model_init_kwargs or {})
 
-def read(files: list[str]) -> Dataset:
-    """The lines of these files. (load_dataset() could take answers for dates.) Images are read when they are needed."""
+
+def read_examples(files: list[str]) -> Dataset:
+    """The lines of these files. (load_dataset() could take answers for dates.) Pixels are read when they are needed."""
     examples = []
     for file in map(Path, files):
-        for line in filter(str.strip, file.open(encoding="utf-8-sig")):
-            example = json.loads(line)
-            example["images"] = [str((file.parent / path).resolve(strict=True)) for path in example["images"]]
-            examples.append(example)
+        for number, line in enumerate(file.open(encoding="utf-8-sig"), start=1):
+            if line.strip():
+                example = json.loads(line) | {"source": f"{file}, line {number}"}
+                example["images"] = [str((file.parent / path).resolve()) for path in example["images"]]
+                if any(PIL.Image.open(path).mode.startswith(("I", "F")) for path in example["images"]):
+                    raise SystemExit(f"{example['source']}: an image of over 8 bits would turn white; save it with 8")
+                examples.append(example)
     return Dataset.from_list(examples).cast_column("images", [Image(mode="RGB")])
 
 
+def check_examples(trainer: SFTTrainer, examples: Dataset) -> None:
+    """Prepares each example as training will, shows the first one, and refuses those that would teach nonsense."""
+    args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class.tokenizer
+    begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
+    ends = tokenizer.batch_decode(torch.tensor(model.generation_config.eos_token_id).view(-1, 1))
+    for i in tqdm(range(args.process_index, len(examples), args.world_size), "Checking the examples"):
+        example = examples[i]
+        roles = [turn["role"] for turn in example["prompt"][-1:] + example["completion"]]
+        batch = trainer.data_collator([example])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        is_shown = (ids != ids.roll(1)) | (ids != model.config.image_token_id)  # one placeholder for each image
+        text = tokenizer.decode(ids[is_shown])
+        answer = tokenizer.decode(labels[is_shown & (labels != -100)])
+        report = f"{example['source']}: the model gets {text!r}\nand learns {answer!r}"
+        if i == 0:
+            tqdm.write(report)
+        if roles != ["user", "assistant"] or answer.strip() in ["", *ends]:
+            rule = "must end its prompt with the user's turn, and learn one answer of the assistant"
+            raise SystemExit(f"{report}, but it {rule}; correct the line")
+        if not (text.startswith(begin) and answer.rstrip().endswith(tuple(ends))):
+            rule = f"must begin with {begin!r} and end with one of {ends}"
+            raise SystemExit(f"{report}, but it {rule}; give a --chat_template_path that does, and no --max_length")
+
+
 def main(arguments: list[str] | None = None) -> SFTTrainer:
-    (args,) = TrlParser(Options, usage="%(prog)s OPTIONS (--help lists them)").parse_args_and_config(arguments)
+    parser = TrlParser(Options, usage="%(prog)s OPTIONS (--help lists them)")
+    (args,) = parser.parse_args_and_config(arguments)
     if any(Path(args.output_dir).glob("*")) and not args.resume_from_checkpoint:
-        raise SystemExit(f"{args.output_dir} holds an earlier run; choose another --output_dir")
-    if args.eval_files and args.eval_strategy == "no":
-        args.eval_strategy = "epoch"
-    train, evaluation = read(args.train_files), read(args.eval_files) if args.eval_files else None
-    args.model_init_kwargs = {"dtype": "bfloat16"} | (args.model_init_kwargs or {})
+        parser.error(f"{args.output_dir} holds an earlier run; choose another --output_dir, or resume that run")
+    if args.num_heads is not None and args.method != "image_lora":
+        parser.error("--num_heads is for --method image_lora; leave it out")
+    train = read_examples(args.train_files)
+    evaluation = read_examples(args.eval_files) if args.eval_files else None
     targets = r".*(language|text)_model\.layers\..*\.[qkvo]_proj"  # of the decoder; vision towers have them, too
     lora = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=targets) if args.method != "image_lora" else None
-    trainer = SFTTrainer(args.model, args, None, train, evaluation, peft_config=lora)
-    model, tokenizer, say = trainer.model, trainer.processing_class.tokenizer, trainer.accelerator.print
+    trainer = SFTTrainer(args.model, args, train_dataset=train, eval_dataset=evaluation, peft_config=lora)
+    check_examples(trainer, train)
+    if evaluation:
+        check_examples(trainer, evaluation)
 
-    batch = trainer.data_collator([train[0]])  # we show it, because a chat template can leave tokens out
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    shown = (ids != ids.roll(1)) | (ids != model.config.image_token_id)  # of each image one placeholder
-    text, learned = tokenizer.decode(ids[shown]), tokenizer.decode(labels[shown & (labels != -100)])
-    say(f"The first example: {text!r}\nWhat is learned of it: {learned!r}")
-    begin = tokenizer.decode(tokenizer("").input_ids)
-    ends = tokenizer.batch_decode(torch.tensor(model.generation_config.eos_token_id).view(-1, 1))
-    if not (text.startswith(begin) and learned.rstrip().endswith(tuple(ends))):
-        raise SystemExit(f"It must begin with {begin!r} and end with one of {ends}; mend it by --chat_template_path")
-
+    model = trainer.model
     if args.method == "partial_lora":
         VisualTokens(model)
     elif args.method == "image_lora":
@@ -86,9 +113,9 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
                 model.train().gradient_checkpointing_enable({"use_reentrant": False})
             batches = (batch for batch in trainer.get_train_dataloader() if "pixel_values" in batch)
             scores = imagelora.score_heads(model, islice(batches, 16))
-            # All processes take the heads of the first one, because each of them rounds in its own way.
+            # All processes take the heads of the first one, because each has batches of its own.
             (heads,) = broadcast_object_list([imagelora.select_heads(scores, args.num_heads)])
-            say(f"{args.num_heads} heads, the best of {scores.numel()} by the probe: {heads}")
+            trainer.accelerator.print(f"{args.num_heads} heads, the best of {scores.numel()} by the probe: {heads}")
         model._keys_to_ignore_on_save = list(model.state_dict())  # so checkpoints hold the adapter alone, as PEFT's do
         adapter = imagelora.attach(model, r=args.r, lora_alpha=2 * args.r, heads=heads)  # in float32
 
@@ -101,8 +128,9 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
 
 
 def own_answers(base, image_file, question_file, output_file, one_in=8, max_new_tokens=128, seed=0) -> None:
-    """Learning without Forgetting (arXiv 1606.09282): the base model answers a question about one line in eight."""
-    lines = read([image_file]).cast_column("images", [Image(decode=False)]).shuffle(seed).shard(one_in, 0)
+    """Learning without Forgetting (arXiv 1606.09282): the base model answers a question about one image in eight."""
+    examples = read_examples([image_file]).cast_column("images", [Image(decode=False)]).shuffle(seed)
+    examples = [example for example in examples if example["images"]][::one_in]
     questions = [line.strip() for line in Path(question_file).open(encoding="utf-8-sig") if line.strip()]
     processor = AutoProcessor.from_pretrained(base)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", device_map="auto")
@@ -110,20 +138,20 @@ def own_answers(base, image_file, question_file, output_file, one_in=8, max_new_
     settings = {"eos_token_id": model.generation_config.eos_token_id, "suppress_tokens": [model.config.image_token_id]}
     model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
     template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    with open(output_file, "x", encoding="utf-8", buffering=1) as file:
-        for i, line in enumerate(tqdm(lines)):
+    with open(output_file, "x", encoding="utf-8", buffering=1) as file:  # writes each line at once
+        for i, example in enumerate(tqdm(examples)):
             # Earlier turns may be the new task's, so only a system prompt stays.
-            prompt = [turn for turn in line.get("prompt") or [] if turn["role"] == "system"]
+            prompt = [turn for turn in example.get("prompt") or [] if turn["role"] == "system"]
             prompt.append({"role": "user", "content": questions[i % len(questions)]})
-            images = [image["path"] for image in line["images"]]
+            images = [image["path"] for image in example["images"]]
             inputs = processor.apply_chat_template(prepare_multimodal_messages(prompt, images), **template)
             tokens = model.generate(**inputs.to(model.device, model.dtype))[0, inputs["input_ids"].shape[1] :]
-            answer = processor.decode(tokens[:-1]).strip()
+            answer = processor.decode(tokens[:-1]).strip()  # with its special tokens, but without its end
             if answer and len(tokens) < max_new_tokens:
                 example = {"images": images, "prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
                 file.write(json.dumps(example, ensure_ascii=False) + "\n")
-            else:
-                tqdm.write(f"Left out, because it is empty or was cut off: {answer!r}")
+    num_answers = Path(output_file).read_text(encoding="utf-8").count("\n")
+    print(f"{num_answers} of {len(examples)} answers; the others are left out, because they are empty or were cut off")
 
 
 if __name__ == "__main__":
