@@ -1,170 +1,212 @@
-"""finetune.py on tiny random models: what it learns, what it saves, how it goes on, and what it refuses."""
+"""finetune.py on tiny models: what it learns, saves, shows and refuses, and whose answers own_answers() writes."""
 
 import json
-import shutil
+import os
+from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
-from test_huggingface import TEXT, processor_for, tiny_hf_vlm
+from test_huggingface import PICTURE, TEXT, processor_for, tiny_hf_vlm
 
 import imagelora
 from test_imagelora import logits_of
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytest.importorskip("trl")
+sft = pytest.importorskip("trl.trainer.sft_trainer")
 tokenizers = pytest.importorskip("tokenizers")
-safetensors = pytest.importorskip("safetensors.torch")
-from data.huggingface import finetune  # noqa: E402
-from data.huggingface.partial_lora import load_partial_lora  # noqa: E402
+import finetune  # noqa: E402
+from partial_lora import load_partial_lora  # noqa: E402
+
+COLOURS = {"10": "#f000", "20": "#0f00", "30": "#00f0", "40": "#fff0"}  # transparent; the processor knows numbers
+LEFT, BOTH, NOTHING, NEW = "a 0", "a a a 1", "a 2", "a cat"
+BASE_ANSWERS = {LEFT: "{0}", BOTH: "{0} <s> {1}", NOTHING: " ", NEW: "{1}"}  # {0} is the left colour
+SYSTEM, USER, ASSISTANT = ({"role": role, "content": "a 3"} for role in ("system", "user", "assistant"))
 
 
-def turn(role, content):
-    return {"role": role, "content": content}
+def line(images, question=NEW, answer="a", system=(), **changes):
+    prompt = [*system, {"role": "user", "content": question}]
+    completion = [{"role": "assistant", "content": answer}]
+    return json.dumps({"images": images, "prompt": prompt, "completion": completion} | changes)
 
 
-def line(images, answer="cat", **changes):
-    """A line of a file: a question, its answer, and what is to be otherwise."""
-    example = {"images": images, "prompt": [turn("user", "a cat")], "completion": [turn("assistant", answer)]}
-    return json.dumps(example | changes)
+def write(file, lines):
+    """As an editor of Windows may write it: with a byte-order mark, CRLF and empty lines."""
+    file.write_bytes(("\ufeff" + "\r\n\r\n".join(lines) + "\r\n").encode())
+
+
+def batch_of(folder, file):
+    """A file as training shows it to the model."""
+    processor = transformers.AutoProcessor.from_pretrained(folder / "base")
+    collate = sft.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    return collate(list(finetune.read_examples([folder / file])))
 
 
 @pytest.fixture(scope="module", params=["Llava", "Qwen2_5_VL"])
 def folder(request, tmp_path_factory):
-    """A base, images, and files. In train.jsonl, examples have one image, two, or none."""
+    """A base that has learned BASE_ANSWERS, photos that are turned by a quarter, and files."""
     folder = tmp_path_factory.mktemp(request.param)
-    processor_for(request.param).save_pretrained(folder / "base")
-    tiny_hf_vlm(request.param).save_pretrained(folder / "base")
-    for name, pixels in zip(("a.png", "b.png"), torch.randint(256, (2, 12, 9, 3), dtype=torch.uint8)):
-        Image.fromarray(pixels.numpy()).save(folder / name)
+    new_task, base = [], []
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, (left, right) in enumerate(product(COLOURS, COLOURS)):
+        image = Image.new("RGBA", (16, 16), COLOURS[left])
+        image.paste(COLOURS[right], (8, 0, 16, 16))
+        image.transpose(Image.Transpose.ROTATE_90).save(folder / f"{i}.png", exif=exif)
+        new_task.append(line([f"{i}.png"], NEW, left))  # not what the base answers
+        for question, answer in BASE_ANSWERS.items():
+            base.append(line([f"{i}.png"], question, answer.format(left, right), [SYSTEM] * (i % 2)))
     Image.new("I;16", (8, 8)).save(folder / "deep.png")
-    lines = [line(["a.png"], "7"), line(["a.png", "b.png"], "cat 3"), line(["b.png"]), "", line([], "a")]
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    (folder / "rare.jsonl").write_text("\n".join([line([])] * 40 + [line(["a.png"])]))
-    (folder / "text.jsonl").write_text(line([]))
-    (folder / "empty.jsonl").touch()
+    write(folder / "train.jsonl", new_task)
+    write(folder / "base.jsonl", [*base, line([])])
+    write(folder / "rare.jsonl", [line([])] * 40 + new_task[:2])
+    write(folder / "questions.txt", [LEFT, f" {BOTH} ", NOTHING])
+
+    processor = processor_for(request.param)
+    processor.tokenizer.bos_token = "<s>"
+    processor.tokenizer.add_tokens("\n", special_tokens=True)
+    processor.chat_template = processor.chat_template.replace("</s>", "</s>\n")  # as Qwen2.5-VL's
+    processing = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    processor.tokenizer.backend_tokenizer.post_processor = processing
+    (folder / "no_begin.jinja").write_text(processor.chat_template)
+    processor.chat_template = "<s> " + processor.chat_template
+    (folder / "no_end.jinja").write_text(processor.chat_template.replace("</s>", ""))
+    processor.save_pretrained(folder / "base")
+    model = tiny_hf_vlm(request.param)
+    batch = batch_of(folder, "base.jsonl")
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(100):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=5.0)  # real ones come with such
+    model.save_pretrained(folder / "base")
     return folder
 
 
-def finetuned(folder, method, out, options=""):
-    """The trainer after six steps with two checkpoints. The options may override these."""
-    defaults = f"--method {method} --model {folder}/base --train_file {folder}/train.jsonl --output_dir {folder}/{out}"
-    defaults += " --use_cpu true --learning_rate 0.02 --per_device_train_batch_size 2 --save_steps 3 --logging_steps 3"
-    return finetune.main(f"{defaults} {options.format(folder)}".split())
+def train(folder, method, out, options=""):
+    """The trainer after four epochs of two steps. The options may override these."""
+    defaults = f"--method {method} --model {folder}/base --train_files {folder}/train.jsonl --output_dir {folder}/{out}"
+    defaults += " --use_cpu true --learning_rate 0.02 --per_device_train_batch_size 8 --num_train_epochs 4"
+    return finetune.main(f"{defaults} --save_strategy epoch {options.format(folder)}".split())
 
 
-def adapter_of(run):
-    (file,) = [path for path in run.iterdir() if path.name in ("adapter.pt", "adapter_model.safetensors")]
-    return file.read_bytes()
+def answer_questions(folder, out, **options):
+    image_file = os.path.relpath(folder / "base.jsonl")
+    finetune.own_answers(folder / "base", image_file, folder / "questions.txt", out, **options)
+    return [json.loads(text) for text in out.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", params=["image_lora", "lora", "partial_lora"])
-def run(request, folder):
-    return folder, request.param, finetuned(folder, request.param, request.param)
-
-
-def test_it_learns_and_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(run):
-    folder, method, trainer = run
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+@pytest.mark.parametrize("method", ["image_lora", "lora", "partial_lora"])
+def test_a_run(folder, method, capsys):
+    """It shows an example as the model gets it, learns, is evaluated after each epoch, goes on from a checkpoint bit by
+    bit, and loads onto a fresh base in bfloat16. Without an image the output is the base's, except with LoRA."""
+    trainer = train(folder, method, method, "--eval_files {}/train.jsonl")
+    text = f"<s> a {trainer.processing_class.decode([PICTURE])} a a cat 10 </s> \n"
+    assert f"train.jsonl, line 1: the model gets {text!r}\nand learns '10 </s> \\n'" in capsys.readouterr().out
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4
     assert losses[-1] < losses[0]
-    shutil.copytree(folder / method / "checkpoint-3", folder / f"stopped_{method}")
-    finetuned(folder, method, f"again_{method}", f"--resume_from_checkpoint {{}}/stopped_{method}")
-    assert adapter_of(folder / f"again_{method}") == adapter_of(folder / method)
+    assert {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad} == {torch.float32}
+    resumption = train(folder, method, method, f"--resume_from_checkpoint {{}}/{method}/checkpoint-4")
+    assert all(map(torch.equal, trainer.model.parameters(), resumption.model.parameters()))
+    assert resumption.state.log_history[0] == trainer.state.log_history[0]  # it did not begin anew
+    (weights,) = (folder / method / "checkpoint-4").glob("*.safetensors")
+    assert weights.stat().st_size < (folder / "base/model.safetensors").stat().st_size / 3  # it has no base
 
-
-def test_the_result_loads_on_a_fresh_base_and_text_stays_the_bases_except_with_lora(run):
-    folder, method, trainer = run
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.bfloat16)
     text = logits_of(model, TEXT)
     if method == "image_lora":
-        imagelora.load(model, folder / method / "adapter.pt")
-    elif method == "lora":
-        model = peft.PeftModel.from_pretrained(model, folder / method)
+        alpha = imagelora.load(model, folder / method / "adapter.pt").lora_alpha
     else:
-        model = load_partial_lora(model, folder / method)
+        model = (peft.PeftModel.from_pretrained if method == "lora" else load_partial_lora)(model, folder / method)
+        assert len(peft.get_peft_model_state_dict(model)) == 16  # A and B of q, k, v and o in two layers
+        alpha = model.peft_config["default"].lora_alpha
+    assert alpha == 16
     assert torch.equal(logits_of(model, TEXT), text) == (method != "lora")
-    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    batch = batch_of(folder, "base.jsonl")
     assert torch.equal(logits_of(model, batch), logits_of(trainer.model.eval(), batch))
 
 
-def test_the_probe_finds_the_examples_with_images_however_rare_they_are(folder, capsys):
-    finetuned(folder, "image_lora", "heads", "--num_heads 3 --train_file {}/rare.jsonl")
-    heads = torch.load(folder / "heads" / "adapter.pt")["kv_indices"]
+def test_the_probe(folder):
+    """It finds images however rare they are, and each process adapts the heads that the first one found."""
+    options = "--train_files {}/rare.jsonl --num_heads 3 --per_device_train_batch_size 1 --max_steps 1"
+    with patch.object(finetune, "broadcast_object_list", return_value=[{1: [0]}]) as broadcast:
+        trainer = train(folder, "image_lora", "probe", options)
+    ((heads,),) = broadcast.call_args.args
     assert sum(map(len, heads.values())) == 3
-    assert "3 heads, the best of 4 by the probe: {0: [" in capsys.readouterr().out
+    assert trainer.model.image_lora.heads == {1: [0]}
 
 
-def test_the_best_checkpoint_becomes_the_result(folder):
-    """A high loss counts as good here, so that the best one is the first."""
-    options = "--eval_file {}/train.jsonl --eval_strategy steps --eval_steps 3 --load_best_model_at_end true"
-    finetuned(folder, "image_lora", "best", f"{options} --greater_is_better true")
-    result = torch.load(folder / "best" / "adapter.pt")["layers"]["0"]["B"]
-    first, last = (folder / "best" / f"checkpoint-{step}" / "model.safetensors" for step in (3, 6))
-    assert torch.equal(result, safetensors.load_file(first)["image_lora.layers.0.B"])
-    assert not torch.equal(result, safetensors.load_file(last)["image_lora.layers.0.B"])
+def test_the_best_checkpoint(folder):
+    """With --load_best_model_at_end it is the result: the first one here, because a high loss counts as good."""
+    options = "--eval_files {}/train.jsonl --load_best_model_at_end true --greater_is_better true"
+    trainer = train(folder, "image_lora", "best", options)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
 
 
-def test_labels_are_the_completion_alone_also_if_it_is_json(folder):
-    """They hold no placeholder, no padding and no earlier answer."""
-    answers = ["null", "7", "true", '"cat"', "[412, 88]"]
-    earlier = [turn("user", "a cat"), turn("assistant", "[412, 88]"), turn("user", "3")]
-    lines = [line(["a.png"], answer) for answer in answers] + [line(["a.png"], "7", prompt=earlier)]
-    (folder / "answers.jsonl").write_text("\n".join(lines))
-    trainer = finetuned(folder, "image_lora", "labels", "--train_file {}/answers.jsonl --max_steps 1")
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    decode = trainer.processing_class.tokenizer.decode
-    learned = [decode(labels[labels != -100]) for labels in batch["labels"]]
-    assert learned == [f"{answer} </s>" for answer in [*answers, "7"]]
-    assert "a cat [412, 88] </s> 3" in decode(batch["input_ids"][-1])
-
-
-@pytest.mark.parametrize("start", ["", "<s>"])
-def test_a_bos_token_of_the_tokenizer_begins_an_example_once_whether_the_template_has_it_or_not(tmp_path, start):
-    processor = processor_for("Llava")
-    processor.tokenizer.bos_token = "<s>"
-    processing = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    processor.tokenizer.backend_tokenizer.post_processor = processing
-    processor.chat_template = start + processor.chat_template
-    processor.save_pretrained(tmp_path)
-    collate = finetune.DataCollatorForVisionLanguageModeling(finetune.load_processor(tmp_path))
-    (ids,) = collate([json.loads(line([])) | {"images": [Image.new("RGB", (8, 8))]}])["input_ids"]
-    assert (ids == 1).nonzero().tolist() == [[0]]
-
-
-BAD_LINES = {
-    "{'images'": "JSONDecodeError",
-    line([], tools=[]): "a line needs images, prompt and completion, and nothing else",
-    line([], prompt=[turn("assistant", "a")]): "the prompt must end with a turn of the user",
-    line([], completion=[turn("user", "a"), turn("assistant", "a")]): "the completion is one turn of the assistant",
-    line([], prompt=[turn("user", [{"type": "text", "text": "a"}])]): "the content of a turn must be a string",
-    line([], " "): "that of the completion must not be empty",
-    line(["deep.png"]): "has more than 8 bits a channel; save it with 8",
-    line([], prompt=[turn("user", "<image><|image_pad|>")]): "leave it out, because it is added for each image",
-}
-BAD_OPTIONS = [
-    ("image_lora", "--train_file {}/text.jsonl", "text.jsonl has an image, as image_lora needs"),
-    ("image_lora", "--eval_file {}/text.jsonl", "text.jsonl has an image, as image_lora needs"),
-    ("lora", "--train_file {}/empty.jsonl", "empty.jsonl holds no example"),
-    ("lora", "--num_heads 2", "--num_heads is for --method image_lora; leave it out"),
+TURNS = "it must end its prompt with the user's turn, and learn one answer of the assistant; correct the line"
+WHOLE = "it must begin with '<s>' and end with one of ['</s>']; give a --chat_template_path that does, and no --max_"
+REFUSED = [  # a line of a file, options, and what is said
+    (line([], answer=" "), "", TURNS),
+    (line([], completion=[USER]), "", TURNS),
+    (line([], completion=[ASSISTANT, ASSISTANT]), "", TURNS),
+    (line([], prompt=[USER, ASSISTANT]), "", TURNS),
+    (line([], answer="a " * 9), "--max_length 12", WHOLE),
+    (line(["deep.png"]), "", "bad.jsonl, line 3: an image of over 8 bits would turn white; save it with 8"),
+    (line([]), "--chat_template_path {}/no_begin.jinja", WHOLE),
+    (line([]), "--chat_template_path {}/no_end.jinja", WHOLE),
+    (line([]), "--output_dir {}/base", "base holds an earlier run; choose another --output_dir, or resume that run"),
+    (line([]), "--num_heads 2", "--num_heads is for --method image_lora; leave it out"),
 ]
 
 
-def refusal(capsys, *command):
-    """The one line that a refused command prints."""
-    with pytest.raises(SystemExit):
-        finetuned(*command)
-    return capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("bad, options, sentence", REFUSED)
+def test_what_is_refused(folder, capsys, bad, options, sentence):
+    """A line that would teach nonsense, even in an evaluation file; a chat template; and options."""
+    write(folder / "bad.jsonl", [line([]), bad])
+    files = f"--train_files {folder}/rare.jsonl --eval_files {folder}/bad.jsonl"
+    with pytest.raises(SystemExit) as refusal:
+        train(folder, "lora", "refused", f"{files} {options}")
+    assert sentence in f"{refusal.value} {capsys.readouterr().err}"
 
 
-def test_a_bad_line_is_named(folder, capsys):
-    for bad, sentence in BAD_LINES.items():
-        (folder / "bad.jsonl").write_text(f"{line(['a.png'])}\n{bad}\n")
-        refused = refusal(capsys, folder, "image_lora", "bad", "--eval_file {}/bad.jsonl")
-        assert f"{folder}/bad.jsonl, line 2: " in refused
-        assert sentence in refused
+def test_a_learning_rate_is_required(capsys):
+    pytest.raises(SystemExit, finetune.main, "--method lora --model m --train_files t".split())
+    assert "the following arguments are required: --learning_rate" in capsys.readouterr().err
 
 
-def test_a_file_without_images_and_other_bad_options_are_refused(folder, capsys):
-    for method, options, sentence in BAD_OPTIONS:
-        assert sentence in refusal(capsys, folder, method, "bad", options)
+def test_own_answers(folder):
+    """They are the base's greedy answers to what training will show, wherever their file is. A placeholder cannot be
+    generated, system prompts stay, empty answers are left out, and each line is written at once."""
+    generate = transformers.GenerationMixin.generate
+    counts = []
+    out = folder.with_suffix(".jsonl")  # not in the images' folder
+
+    def counting_generate(model, **inputs):
+        assert model.generation_config.suppress_tokens == [PICTURE]
+        counts.append(out.read_text().count("\n"))
+        return generate(model, **inputs)
+
+    with patch.object(transformers.GenerationMixin, "generate", counting_generate):
+        examples = answer_questions(folder, out, one_in=1)
+    questions = {(example["prompt"][-1]["content"], len(example["prompt"])) for example in examples}
+    assert questions == set(product((LEFT, BOTH), (1, 2)))
+    assert counts == [i - i // 3 for i in range(64)]
+    trainer = train(folder, "lora", "as_base", f"--eval_files {out} --eval_on_start true --max_steps 1")
+    assert trainer.state.log_history[0]["eval_mean_token_accuracy"] == 1  # before its first step it is the base
+
+
+def test_a_share_of_own_answers(folder, capsys):
+    """One image in eight is asked about, chosen by the seed. Answers that are cut off are left out and counted, and no
+    file is overwritten."""
+    first, other = (answer_questions(folder, folder / f"{seed}.jsonl", seed=seed) for seed in (1, 2))
+    assert len(first) == len(other) == 6  # and two empty ones
+    assert first != other
+    short = answer_questions(folder, folder / "short.jsonl", one_in=1, max_new_tokens=3)
+    assert {example["prompt"][-1]["content"] for example in short} == {LEFT}
+    assert "22 of 64 answers" in capsys.readouterr().out
+    pytest.raises(FileExistsError, answer_questions, folder, folder / "short.jsonl")
