@@ -418,8 +418,8 @@ class PortableValueAdapter(ValueAdapter):
         given = state_dict.pop(f"{prefix}_extra_state", own).cpu().float()
         # Close is enough, because someone may have rounded the state_dict to bfloat16.
         if given.shape != own.shape or not given.allclose(own, rtol=3e-3, atol=0):
-            got = f"{prefix}B is of heads {given[1:].tolist()} and scale {given[0]:.4g}"
-            expected = f"heads {own[1:].tolist()} and scale {own[0]:.4g}"
+            got = f"{prefix}B is of heads {given[1:].int().tolist()} and scale {given[0]:.4g}"
+            expected = f"heads {own[1:].int().tolist()} and scale {own[0]:.4g}"
             raise RuntimeError(f"{got}, not of {expected}; attach with the same heads, r, lora_alpha and normalize")
         # Also under load_state_dict(assign=True) the adapter stays in float32.
         state_dict = {name: t.float() if t.element_size() < 4 else t for name, t in state_dict.items()}

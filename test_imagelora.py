@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.costs import image_lora_flops, lora_flops
-from data.methods import LoRA
+from data.rivals import LoRA
 from imagelora import ImageLoRA, ValueAdapter, attach, score_heads, select_heads
 from tiny_vlm import TinyVLM, TinyVLMConfig
 

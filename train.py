@@ -1,9 +1,9 @@
 """Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and see what that changes and what it cannot.
 
-python train.py                  measure, probe, select, attach, train, measure again: about a minute on two CPU cores
+python train.py                  measure, probe, select, attach, train, turn down, measure again: about a minute
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
-Image-LoRA is imagelora.py, and its rivals are in data/methods.py. The questions and the batches that are made of them
+Image-LoRA is imagelora.py, and its rivals are in data/rivals.py. The questions and the batches that are made of them
 are in data/questions.py and data/prompts.py, replay in data/replay.py, and the measures in data/evaluate.py.
 
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
-from data import costs, evaluate, methods, pictures, prompts, replay
+from data import costs, evaluate, pictures, prompts, replay, rivals
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
+from data.heads import check_choice, check_heads, choose_heads
 from tiny_vlm import TinyVLM
 
 # Of three tiny models, chosen on validation screens: for Image-LoRA in all heads, and for the others on q, k, v and o
@@ -60,6 +61,7 @@ class Config:
     )
     num_heads: int = option(12, "number of value heads to adapt, unless heads is all or a list", minimum=1)
     r: int = option(8, "rank; alpha is 2 r", minimum=1)
+    gamma: float = option(1.0, "what the update is multiplied by after training, to turn it down", minimum=0)
     train_gamma: bool = option(False, "image_lora also trains gamma, as in the paper")
     no_normalize: bool = option(False, "image_lora without selection-size normalization, the factor 1/sqrt|S|")
     lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", minimum=0)
@@ -69,9 +71,10 @@ class Config:
     replay: int = option(0, "how many of a step's 8 sequences hold other questions and word problems", minimum=0)
     replay_with: str = option(
         "old",
-        "old: old questions about screens without switches, with true answers; own: questions about the new\n"
-        "screens, with the base model's own answers; own_old: its own answers about screens without switches",
-        ("old", "own", "own_old"),
+        "old: questions about screens without switches, with true answers; new: about the new screens, with true\n"
+        "answers; own: about the new screens, with the base model's own answers; own_old: its own answers about\n"
+        "screens without switches",
+        ("old", "new", "own", "own_old"),
     )
     test_screens: int = option(100, "test screens with switches, and about half as many without", minimum=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", minimum=0)
@@ -81,11 +84,13 @@ class Config:
     def __post_init__(self):
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
-        methods.check_choice(self.heads)
+        check_choice(self.heads)
         of_image_lora = "--method image_lora", self.method == "image_lora"
         needs = {  # {option: (what it does nothing without, whether that is there)}
             "projections": ("--method lora or partial_lora", self.method in ("lora", "partial_lora")),
-            **dict.fromkeys(("heads", "num_heads", "train_gamma", "no_normalize"), of_image_lora),
+            **dict.fromkeys(("heads", "train_gamma", "no_normalize"), of_image_lora),
+            "num_heads": ("--heads top or random", self.heads in ("top", "random") and self.method == "image_lora"),
+            "gamma": ("an adapter", self.method != "none"),
             "vary_history": ("--history", self.history > 0),
             "replay_with": ("--replay", self.replay > 0),
         }
@@ -120,7 +125,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
     if cfg.method == "image_lora":
-        methods.check_heads(model, cfg.heads, cfg.num_heads, cfg.r)
+        check_heads(model, cfg.heads, cfg.num_heads, cfg.r)
 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
@@ -149,7 +154,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     probe_batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
     if cfg.method == "image_lora":
         scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
-        heads = methods.choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
+        heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
 
     # Freeze the model and attach the adapter. It starts at B = 0, as the base model.
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
@@ -161,18 +166,25 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
             print_heads(scores, heads)
     elif cfg.method != "none":
         tokens = "visual" if cfg.method == "partial_lora" else "all"
-        adapter = methods.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
+        adapter = rivals.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
     if adapter:
         train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
 
-    # Measure the same again.
+    # Turn the update down, and see what comes back; then measure the same again at the run's own gamma.
+    curve = []
+    if adapter:
+        validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
+        curve = evaluate.measure_curve(model, adapter, validation, source_test, cfg.task, cfg.history)
+        rivals.turn_down(adapter, cfg.gamma)
     after, answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
-    influence = None if scores is None else scores.tolist()
-    result = {**asdict(cfg), "influence": influence, "selected": heads, "before": before, **after}
+    result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
+    result["own_answers_acc"] = replay_data.share_correct if replay_data and cfg.replay_with.startswith("own") else None
     result["text_logits_max_abs_diff"] = evaluate.max_difference(base_logits, evaluate.text_only_logits(model))
     result |= costs.run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     if verbose:
+        if adapter:
+            print_curve(curve)
         print_metrics("after", cfg.task, result)
         print_text(result["text_logits_max_abs_diff"])
     return FinetuningRun(result, model, adapter, base_answers, answers)
@@ -255,10 +267,22 @@ def print_metrics(when: str, task: str, metrics: dict) -> None:
     print(f"         word problems   {metrics['word_problem_acc']:6.1%}, {after_image}")
 
 
+def print_curve(curve: list[dict]) -> None:
+    """The new task and the other questions at each gamma, and a bracket around the smallest that costs little."""
+    chosen = evaluate.smallest_gamma(curve)
+    points = []
+    for point in curve:
+        text = f"{point['gamma']}: {point['validation_acc']:.0%}/{point['other_questions_acc']:.0%}".replace("%", "")
+        points.append(f"[{text}]" if point["gamma"] == chosen else text)
+    print(f"gamma    {' · '.join(points)}  (validation screens/other questions)")
+
+
 def print_replay(cfg: Config, data: replay.ReplayData) -> None:
     kinds = ", ".join(kind.replace("_", " ") for kind in data.kinds)
-    answers = "the base model's own answers" if data.own_answers else "true answers"
-    switches = "with" if cfg.replay_with == "own" else "without"
+    answers = "true answers"
+    if cfg.replay_with in ("own", "own_old"):
+        answers = f"the base model's own answers, {data.share_correct:.0%} of them correct,"
+    switches = "with" if cfg.replay_with in ("own", "new") else "without"
     print(f"replay   {cfg.replay} of a step's {prompts.SCREENS_PER_STEP} sequences: {kinds}; and word problems")
     print(f"         {answers} about {len(data.screens)} screens {switches} switches")
 

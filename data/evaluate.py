@@ -9,9 +9,11 @@ from torch import Tensor
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import decode, pack_sequences, prompt_batch
 from data.questions import KINDS, TASKS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
+from data.rivals import turned_down
 from data.screens import Screen
 
 MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
+GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # at which a trained update is measured
 
 
 class Answer(NamedTuple):
@@ -46,14 +48,18 @@ def evaluate(
     if reword:
         samples = [reword(sample) for sample in samples]
     generate = generate or generate_answers
-    outputs = generate(model, samples, features[list(numbers)], history)
-    if kind in ("click", "click_right_of"):
-        outputs = [parse_point(text) for text in outputs]
-        is_correct = [is_hit(output, sample["bbox"]) for output, sample in zip(outputs, samples)]
-    else:
-        is_correct = [output == sample["answer"] for output, sample in zip(outputs, samples)]
-    answers = [Answer(screens[i], sample, output) for i, sample, output in zip(numbers, samples, outputs)]
-    return float(np.mean(is_correct)), answers
+    texts = generate(model, samples, features[list(numbers)], history)
+    answers = []
+    for i, sample, text in zip(numbers, samples, texts):
+        answers.append(Answer(screens[i], sample, parse_point(text) if "bbox" in sample else text))
+    return float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)])), answers
+
+
+def is_correct(sample: dict, text: str) -> bool:
+    """Whether an answer to a sample is its name or, where the sample has a "bbox", a point inside."""
+    if "bbox" in sample:
+        return is_hit(parse_point(text), sample["bbox"])
+    return text == sample["answer"]
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
@@ -96,12 +102,39 @@ def measure(model, switch_test: tuple, source_test: tuple, task="grounding", his
 
 def measure_old_questions(model, source_test: tuple, history=0, generate=None) -> tuple[dict, dict]:
     """The measures on screens without switches, and the answers of each of OTHER_KINDS. Arguments as of `evaluate`."""
+    metrics, answers = measure_other_questions(model, source_test, history, generate)
+    metrics["same_words_acc"], _ = evaluate(model, *source_test, history=history, generate=generate)
+    return metrics, answers
+
+
+def measure_other_questions(model, source_test: tuple, history=0, generate=None) -> tuple[dict, dict]:
+    """The measures of OTHER_KINDS and their mean, and the answers of each kind. Arguments as of `evaluate`."""
     metrics, answers = {}, {}
     for kind in OTHER_KINDS:
         metrics[f"{kind}_acc"], answers[kind] = evaluate(model, *source_test, kind, history, generate=generate)
     metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
-    metrics["same_words_acc"], _ = evaluate(model, *source_test, history=history, generate=generate)
     return metrics, answers
+
+
+def measure_curve(model, adapter, validation: tuple, source_test: tuple, task="grounding", history=0) -> list[dict]:
+    """The new task on validation screens, and the other questions, where a trained update is multiplied by each of
+    GAMMAS: a list of {"gamma", "validation_acc", "other_questions_acc"}.
+
+    validation, source_test: (screens, features [N, P, D]), with and without switches."""
+    curve = []
+    for gamma in GAMMAS:
+        with turned_down(adapter, gamma):
+            validation_acc, _ = evaluate(model, *validation, TASKS[task], history)
+            metrics, _ = measure_other_questions(model, source_test, history)
+        others = metrics["other_questions_acc"]
+        curve.append({"gamma": gamma, "validation_acc": validation_acc, "other_questions_acc": others})
+    return curve
+
+
+def smallest_gamma(curve: list[dict], cost=0.02) -> float:
+    """The smallest gamma of a curve that costs at most two points of the new task on validation screens."""
+    least = curve[0]["validation_acc"] - cost
+    return min(point["gamma"] for point in curve if point["validation_acc"] >= least)
 
 
 def measure_controls(cfg, model) -> dict:

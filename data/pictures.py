@@ -71,19 +71,19 @@ def page(base_answers: list[Answer], answers: list[Answer], columns: int, headli
         for click, draw_mark in ((base_answer.output, draw_cross), (answer.output, draw_ring)):
             if click is not None:  # otherwise the answer is no point
                 draw_mark(draw, x + zoom * click[0], y + zoom * click[1])
-        verdict, ink = ("correct", INK) if is_correct(answer) else ("wrong", RED)
+        verdict, ink = ("correct", INK) if hits(answer) else ("wrong", RED)
         draw.text((x, y + side + 48), f"{answer.sample['instruction']}: {verdict}", ink, FONT, "lm")
     return image.reduce(2)
 
 
-def is_correct(answer: Answer) -> bool:
+def hits(answer: Answer) -> bool:
     """Whether a click hits its target."""
     return is_hit(answer.output, answer.sample["bbox"])
 
 
 def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Image:
     """Eleven of the answers, evenly chosen, and the first one that is wrong, if any is."""
-    wrong = [i for i, answer in enumerate(answers) if not is_correct(answer)]
+    wrong = [i for i, answer in enumerate(answers) if not hits(answer)]
     evenly = [twelfth * len(answers) // 12 for twelfth in range(11)]
     shown = sorted({*evenly, *wrong[:1]})
     headline = f"{1 - len(wrong) / len(answers):.1%} of {len(answers):,} are correct"

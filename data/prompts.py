@@ -103,8 +103,8 @@ def training_samples(
     for sequence in range(replay if replay_data else 0):
         pick = rng.integers(len(replay_data.screens))
         features[sequence] = replay_data.features[pick]
-        if replay_data.own_answers:
-            samples[sequence] = [*replay_data.own_answers[pick]]
+        if replay_data.samples:
+            samples[sequence] = [*replay_data.samples[pick]]
         else:
             samples[sequence] = old_samples(replay_data.screens[pick], QUESTIONS_PER_SCREEN, rng)
         for _ in range(num_problems):

@@ -162,17 +162,27 @@ def old_samples(screen: Screen, count: int, rng) -> list[dict]:
     return rng.permutation(samples + about_right).tolist()
 
 
-def random_question(screen: Screen, kind: str, rng) -> str:
-    """A question of one of KINDS about a random element, for a model's own answer."""
+def random_sample(screen: Screen, kind: str, rng) -> dict | None:
+    """A question of one of KINDS about a random element, with its true answer.
+
+    None if it would be about what is right of a name, and there is nothing right of any name."""
     if kind == "what_is_at":
         element = screen.elements[rng.integers(len(screen.elements))]
-        return f"what is at {place(element.bbox)}"
-    targets = screen.targets()
-    name = description(screen, targets[rng.integers(len(targets))])
+        return {"instruction": f"what is at {place(element.bbox)}", "answer": element.full_name()}
+    if kind == "click":
+        targets = screen.targets()
+        return grounding_sample(screen, targets[rng.integers(len(targets))], rng)
+    pairs = [(target, right_neighbour(screen, target)) for target in screen.targets()]
+    pairs = [(target, neighbour) for target, neighbour in pairs if neighbour]
+    if not pairs:
+        return None
+    target, neighbour = pairs[rng.integers(len(pairs))]
+    name = description(screen, target)
     if kind == "what_is_right_of":
-        return f"what is right of {name}"
+        return {"instruction": f"what is right of {name}", "answer": neighbour.full_name()}
     verb = VERBS[rng.integers(len(VERBS))]
-    return f"{verb} {name}" if kind == "click" else f"{verb} right of {name}"
+    box = neighbour.click or neighbour.bbox  # of a switch
+    return {"instruction": f"{verb} right of {name}", "answer": place(box), "bbox": box}
 
 
 def all_samples(screens: list[Screen], kind="click") -> list[tuple[int, dict]]:

@@ -1,7 +1,8 @@
 """Replay: some sequences of a step hold other questions than the new task's, so that a model keeps what it knew.
 
-old      old questions about screens without switches, with true answers
-own      questions about the new screens, with the base model's own answers: Learning without Forgetting (arXiv
+old      questions about screens without switches, with true answers
+new      questions about the new screens, with true answers
+own      the same questions about the new screens, with the base model's own answers: Learning without Forgetting (arXiv
          1606.09282). It needs no old screens and no labels
 own_old  the base model's own answers about screens without switches
 """
@@ -12,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from data.base import screens_and_features
-from data.evaluate import MAX_NEW_TOKENS, generate_answers
+from data.evaluate import MAX_NEW_TOKENS, generate_answers, is_correct
 from data.prompts import QUESTIONS_PER_SCREEN
-from data.questions import KINDS, TASKS, random_question
+from data.questions import KINDS, TASKS, random_sample
 from data.screens import Screen
 
 
@@ -24,42 +25,48 @@ class ReplayData(NamedTuple):
     screens: list[Screen]
     features: Tensor  # of the screens, [N, P, D]
     kinds: tuple[str, ...]  # of questions, see KINDS
-    own_answers: list[list[dict]] | None  # the base model's, as samples about each screen; None: true answers
+    samples: list[list[dict]] | None = None  # about each screen; None: questions of all kinds are drawn for each step
+    share_correct: float | None = None  # of the base model's own answers
 
 
 def make_replay_data(
     model, new_data: tuple, replay_with: str, seed: int, task="grounding", generate=generate_answers
 ) -> ReplayData:
-    """The screens of replay, the kinds of questions about them and, if they are replayed, the base model's own answers.
+    """The screens of replay and, unless they are drawn for each step, the samples about each screen.
 
-    replay_with: old, own or own_old, see above. Own answers are about a quarter of the screens, because they take time.
-    new_data: (screens, features [N, P, D]) of the new task, which is one of TASKS. generate: replaces
-    `generate_answers` for a model of another kind."""
+    replay_with: old, new, own or own_old, see above. All but old are about a quarter of the screens, because the model
+    takes time to answer. new_data: (screens, features [N, P, D]) of the new task, which is one of TASKS. generate: what
+    replaces `generate_answers`, for a model of another kind."""
     screens, features = new_data
-    if replay_with != "own":
+    if replay_with in ("old", "own_old"):
         screens, features = screens_and_features(model, "source", "train", len(screens))
     if replay_with == "old":
-        return ReplayData(screens, features, KINDS, None)
+        return ReplayData(screens, features, KINDS)
     # In the new task's own words, the base model would teach the old meaning.
     kinds = tuple(kind for kind in KINDS if kind != TASKS[task])
     count = len(screens) // 4
     screens, features = screens[:count], features[:count]
-    return ReplayData(screens, features, kinds, own_answers(model, screens, features, kinds, seed, generate))
+    numbers, samples = random_questions(screens, kinds, seed)
+    texts = [sample["answer"] for sample in samples]
+    if replay_with != "new":
+        texts = generate(model, samples, features[numbers])
+    samples_of_screens = [[] for _ in screens]
+    for i, sample, text in zip(numbers, samples, texts):
+        # An answer that was cut off would teach to stop in the middle.
+        if 0 < len(text.split()) < MAX_NEW_TOKENS:
+            samples_of_screens[i].append(sample | {"answer": text})
+    share_correct = float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)]))
+    return ReplayData(screens, features, kinds, samples_of_screens, share_correct)
 
 
-def own_answers(
-    model, screens: list[Screen], features: Tensor, kinds: tuple[str, ...], seed: int, generate
-) -> list[list[dict]]:
-    """The model's own greedy answers to five random questions of these kinds about each screen, as samples."""
+def random_questions(screens: list[Screen], kinds: tuple[str, ...], seed: int) -> tuple[list[int], list[dict]]:
+    """Five random questions of these kinds about each screen, with true answers: (numbers of the screens, samples)."""
     rng = np.random.default_rng(seed)
     numbers, samples = [], []
     for i, screen in enumerate(screens):
         for _ in range(QUESTIONS_PER_SCREEN):
-            numbers.append(i)
-            samples.append({"instruction": random_question(screen, str(rng.choice(kinds)), rng)})
-    samples_of_screens = [[] for _ in screens]
-    for i, sample, answer in zip(numbers, samples, generate(model, samples, features[numbers])):
-        # An answer that was cut off would teach to stop in the middle.
-        if 0 < len(answer.split()) < MAX_NEW_TOKENS:
-            samples_of_screens[i].append(sample | {"answer": answer})
-    return samples_of_screens
+            sample = random_sample(screen, str(rng.choice(kinds)), rng)
+            if sample:  # on some screens there is nothing right of any name
+                numbers.append(i)
+                samples.append(sample)
+    return numbers, samples

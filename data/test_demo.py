@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,7 +14,8 @@ import train
 from data import costs, evaluate, prompts, questions, replay, screens
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
-from data.methods import LoRA, choose_heads
+from data.heads import choose_heads
+from data.rivals import LoRA
 from imagelora import attach, load
 from test_imagelora import EARLY, TEXT, tiny_vlm
 
@@ -145,7 +146,7 @@ def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_a
     starts = {"what_is_at": "what is at", "what_is_right_of": "what is right of"}
     starts |= {"click_right_of": f"{VERB} right of", "click": f"{VERB} (?!right of)"}
     kinds = set()
-    for features, samples in zip(replay_data.features, replay_data.own_answers):
+    for features, samples in zip(replay_data.features, replay_data.samples):
         assert len(samples) <= prompts.QUESTIONS_PER_SCREEN
         for sample in samples:
             kinds.update(kind for kind, start in starts.items() if re.match(start, sample["instruction"]))
@@ -154,7 +155,52 @@ def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_a
             assert prompts.decode(ids.tolist()) == sample["answer"]
     assert kinds == set(questions.KINDS) - {questions.TASKS[task]}
     texts = [read(ids) for ids in prompts.training_batch(cfg, data, 0, replay_data)["input_ids"]]
-    assert any(all(sample["answer"] in texts[0] for sample in samples) for samples in replay_data.own_answers)
+    assert any(all(sample["answer"] in texts[0] for sample in samples) for samples in replay_data.samples)
+
+
+def test_replay_of_new_true_answers_asks_what_own_answers_ask_and_corrects_them():
+    """So the two differ in who answers, and in nothing else."""
+    model = load_base("data/tiny_vlm.pt")
+    data = screens_and_features(model, "switches", "train", 64)
+    new, own = [replay.make_replay_data(model, data, replay_with, seed=1) for replay_with in ("new", "own")]
+    agreements = []
+    for screen, true_samples, own_samples in zip(new.screens, new.samples, own.samples):
+        names = {place: [] for place in (questions.place(element.bbox) for element in screen.elements)}
+        for element in screen.elements:
+            names[questions.place(element.bbox)].append(element.full_name())
+        switches = {questions.description(screen, name): name.click for name in screen.targets()}
+        for sample in true_samples:
+            place = sample["instruction"].removeprefix("what is at ")
+            if place in names:
+                assert sample["answer"] in names[place]
+            elif sample["instruction"].startswith("what is right of"):
+                assert sample["answer"] == "switch"
+            else:
+                _, name = sample["instruction"].split(" right of ")
+                assert sample["bbox"] == switches[name]
+                assert sample["answer"] == questions.place(switches[name])
+        assert [sample["instruction"] for sample in own_samples] == [sample["instruction"] for sample in true_samples]
+        agreements += [evaluate.is_correct(sample, sample["answer"]) for sample in own_samples if "bbox" in sample]
+        pairs = [pair for pair in zip(true_samples, own_samples) if "bbox" not in pair[0]]
+        agreements += [true["answer"] == own["answer"] for true, own in pairs]
+    assert 0.3 < own.share_correct < 0.6
+    assert own.share_correct == pytest.approx(sum(agreements) / len(agreements))
+    assert new.share_correct == 1
+
+
+def test_own_answers_are_about_what_is_right_of_a_name_only_if_something_is_there():
+    model = load_base("data/tiny_vlm.pt")
+    data = screens_and_features(model, "switches", "train", 400)
+    replay_data = replay.make_replay_data(model, data, "own_old", seed=1)
+    num_alone = 0  # screens on which nothing is right of any name
+    for screen, samples in zip(replay_data.screens, replay_data.samples):
+        asked = {
+            sample["instruction"].split(" right of ")[1] for sample in samples if "right of" in sample["instruction"]
+        }
+        names = {sample["instruction"].split(" right of ")[1] for sample in questions.relation_samples(screen)}
+        assert asked <= names
+        num_alone += not names
+    assert num_alone > 0
 
 
 @pytest.mark.parametrize("history", [0, 2])
@@ -215,8 +261,12 @@ def test_merged_lora_is_the_same_model():
 
 # 4. The commands
 SHORT = dict(steps=3, r=2, test_screens=2, device="cpu", base="base.pt")
-SHORT_IMAGE_LORA = SHORT | {"num_heads": 3}
-OPTIONS = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SHORT_IMAGE_LORA.items())
+SHORT_IMAGE_LORA = SHORT | {"num_heads": 3}  # unless all heads or a list are adapted
+
+
+def short_settings(changes) -> dict:
+    """Those to which a run's own are added; changes: the names of these."""
+    return SHORT if {"method", "heads"} & set(changes) else SHORT_IMAGE_LORA
 
 
 @pytest.fixture
@@ -231,22 +281,26 @@ def directory(monkeypatch, tmp_path) -> Path:
 def demo(options: str) -> int:
     """Runs the main job with these options and, first, the short ones -> its exit status."""
     try:
-        return command(train.Config, train.main, "", f"{OPTIONS} {options}".split())
+        short = short_settings(re.findall(r"--(\w+)", options))
+        short_options = [f"--{name.replace('_', '-')}={value}" for name, value in short.items()]
+        return command(train.Config, train.main, "", short_options + options.split())
     except SystemExit as stopped:  # argparse exits by itself
         return stopped.code
 
 
 RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring", "replay": 1}, {"train_gamma": True}]
 RUNS += [{"history": 1, "vary_history": True, "replay": 1, "replay_with": "own"}, {"no_normalize": True}]
-RUNS += [{"heads": heads} for heads in ("top", "random", "all", "2.1,0.0,2.0")]
+RUNS += [{"heads": "top", "num_heads": 3}, {"heads": "random", "num_heads": 3}, {"heads": "all"}]
+RUNS += [{"heads": "2.1,0.0,2.0"}]
 RUNS += [{"method": "lora"}, {"method": "partial_lora"}]
 RUNS += [{"method": "lora", "projections": "v"}, {"method": "partial_lora", "projections": "v"}]
+RUNS += [{"gamma": 0.5}, {"replay": 1, "replay_with": "new"}, {"replay": 1, "replay_with": "own_old"}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
 def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed(changes, directory):
-    cfg = train.Config(**(SHORT if "method" in changes else SHORT_IMAGE_LORA) | changes)
+    cfg = train.Config(**short_settings(changes) | changes)
     tuned = train.finetune(cfg)
     result = tuned.result
     assert result | asdict(cfg) == result
@@ -262,6 +316,26 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     assert (0 < flops < result["step_flops_per_screen"]) == (cfg.method != "none")
     if cfg.method == "lora" and cfg.projections == "qkvo":
         assert 4 * flops == result["lora_flops_per_screen"]  # which is of rank 8
+
+
+@pytest.mark.parametrize("method", ["image_lora", "lora", "partial_lora"])
+def test_a_run_turns_its_update_down_and_measures_it_there(method, directory, monkeypatch):
+    """The curve is of the update as it was trained; at gamma 0 the model is the base model, in every measure."""
+    monkeypatch.setattr(evaluate, "GAMMAS", (1.0, 0.5, 0.0))
+    changes = {"heads": "all"} if method == "image_lora" else {"method": method}
+    cfg = train.Config(base="data/tiny_vlm.pt", device="cpu", steps=20, lr=0.02, test_screens=4, **changes)
+    as_trained, half, nothing = [train.run(replace(cfg, gamma=gamma)) for gamma in (1.0, 0.5, 0.0)]
+    assert as_trained["curve"] == half["curve"] == nothing["curve"]
+    assert nothing["before"].items() <= nothing.items()
+    for run, point in zip((as_trained, half, nothing), half["curve"]):
+        assert (point["gamma"], point["other_questions_acc"]) == (run["gamma"], run["other_questions_acc"])
+    assert as_trained["other_questions_acc"] != nothing["other_questions_acc"]
+
+
+def test_the_smallest_gamma_costs_at_most_two_points_of_the_new_task():
+    curve = [{"gamma": g, "validation_acc": acc} for g, acc in ((1.0, 0.97), (0.9, 0.96), (0.8, 0.951), (0.7, 0.949))]
+    assert evaluate.smallest_gamma(curve) == 0.8
+    assert evaluate.smallest_gamma(curve[:1]) == 1.0
 
 
 def products_of_attention(number: int):
@@ -308,12 +382,19 @@ def test_the_demo_prints_and_writes_what_it_says(directory, capsys):
     out = Path("runs/switches")
     assert {path.name for path in out.iterdir()} == {*train.FILES}
     assert all(name in printed.splitlines()[-1] for name in train.FILES)
-    assert load(load_base("base.pt"), out / "adapter.pt")
+    adapter = load(load_base("base.pt"), out / "adapter.pt")
+    assert {layer.gamma.item() for layer in adapter.layers.values()} == {1.0}
+    assert f"[{evaluate.smallest_gamma(json.loads((out / 'metrics.json').read_text())['curve'])}: " in printed
     written = json.loads((out / "metrics.json").read_text())
     result = json.loads(json.dumps(train.run(train.Config(**SHORT_IMAGE_LORA))))
     assert {name for name in result if result[name] != written[name]} <= {"seconds"}
     assert written.keys() - result.keys() == {"reworded_acc", "erased_acc"}
 
+    assert demo("--gamma=0.5") == 0
+    adapter = load(load_base("base.pt"), out / "adapter.pt")
+    assert {layer.gamma.item() for layer in adapter.layers.values()} == {0.5}
+
+    capsys.readouterr()
     assert demo("--task=referring") == 0
     assert "of the switches named" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"adapter.pt", "metrics.json"}
@@ -334,9 +415,10 @@ def test_what_the_demo_cannot_do_is_one_sentence_and_writes_nothing(bad, directo
     assert {path.name for path in directory.rglob("*") if path.is_file()} == {"base.pt", "notes.txt"}
 
 
-INERT = {"--replay-with=own": "--replay", "--vary-history": "--history"}
+INERT = {"--replay-with=own": "--replay", "--vary-history": "--history", "--method=none --gamma=0.5": "an adapter"}
+INERT |= {f"{option} --num-heads=3": "--heads top or random" for option in ("--heads=all", "--method=lora")}
 INERT |= {f"--method={method} --projections=v": "--method lora or partial_lora" for method in ("image_lora", "none")}
-for name in ("--heads=all", "--num-heads=3", "--train-gamma", "--no-normalize"):
+for name in ("--heads=all", "--train-gamma", "--no-normalize"):
     INERT |= {f"--method={method} {name}": "--method image_lora" for method in ("lora", "partial_lora", "none")}
 
 

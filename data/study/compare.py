@@ -1,22 +1,37 @@
 """The evidence: the tables of the pages, from the runs of tiny models (runs.csv) and of SmolLM2 (smollm.csv).
 
-python -m data.study.compare                                        print the tables, at once
-python -m data.study.compare --method LoRA --rival "Partial LoRA"   how far one method is ahead of another
+python -m data.study.compare     print the tables, at once; then how learning rates were chosen
 
 On tiny models, a number is the mean over three models, each of which is a mean over its seeds, and brackets hold the
 lowest and the highest of the three. On SmolLM2, they hold those of the seeds.
 
-We say that one method is ahead of another if it is ahead in each of the six runs, compared on the same model with the
-same seed. If two methods were equal, chance would do this once in 32 comparisons. Where there is one run on each model,
-the two ranges must not overlap, either.
+Turned down means at the smallest gamma that costs at most two points of the new task on validation screens.
 """
 
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from data.command import command, option
-from data.study.plan import CHOSEN, METHODS, RIVALS, SMOLLM2_BASES, TABLES, TITLES, TRIED, Column, Table
+import numpy as np
+
+from data.command import command
+from data.evaluate import smallest_gamma
+from data.study.plan import (
+    AS_LARGE,
+    CHOSEN,
+    FEWER,
+    METHODS,
+    MODELS,
+    MORE_TEXT,
+    SMOLLM2_BASES,
+    TABLES,
+    THREE,
+    TITLES,
+    TRIED,
+    Column,
+    Table,
+)
 
 try:
     import pandas as pd
@@ -27,17 +42,25 @@ except ImportError:
     sys.exit(2)
 
 LAYOUTS = {"parameters": "{:,.0f}", "divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
+CLICKS = 95  # percent of the switches, at which methods of equal size are compared
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
 def read_runs() -> pd.DataFrame:
-    """The rows of both files, accuracies in percent. The seeds of SmolLM2 count as its models."""
+    """The rows of both files, accuracies in percent. The seeds of SmolLM2 count as its models.
+
+    turned_down: whether a row is the one of its curve that the rule takes."""
     folder = Path(__file__).parent
     smollm2 = pd.read_csv(folder / "smollm.csv")
-    smollm2 = smollm2.assign(setting=smollm2.base.map(SMOLLM2_BASES), model=smollm2.seed, gamma=1.0, text=0)
+    smollm2 = smollm2.assign(setting=smollm2.base.map(SMOLLM2_BASES), model=smollm2.seed, text=0)
     runs = pd.concat([pd.read_csv(folder / "runs.csv"), smollm2], ignore_index=True)
+    runs["turned_down"] = False
+    for _, curve in runs.groupby(["setting", "model", "method", "lr", "seed", "text"]):
+        if len(curve) > 1:
+            gamma = smallest_gamma(curve.sort_values("gamma", ascending=False).to_dict("records"))
+            runs.loc[curve.index[curve.gamma == gamma], "turned_down"] = True
     runs[[measure for measure, title in TITLES.items() if title.endswith("%")]] *= 100
     return runs
 
@@ -54,14 +77,11 @@ def at_chosen_rates(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[[lr == CHOSEN[setting][method] for setting, method, lr in zip(runs.setting, runs.method, runs.lr)]]
 
 
-def as_trained(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each training: gamma is 1, and the model was asked after as much text as in training."""
-    return runs[(runs.gamma == 1) & (runs.text == [METHODS[method].get("history", 0) for method in runs.method])]
-
-
 def once(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row for each method, model and rate: with seed 1, but models without the skill have their own."""
-    return as_trained(runs[runs.seed == runs.model.where(runs.setting == "unskilled", 1)])
+    """One row for each method, model and rate, as it was trained: with seed 1, but models without the skill have their
+    own."""
+    runs = runs[runs.seed == runs.model.where(runs.setting == "unskilled", 1)]
+    return runs[(runs.gamma == 1) & (runs.text == [METHODS[method].get("history", 0) for method in runs.method])]
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -69,7 +89,7 @@ def once(runs: pd.DataFrame) -> pd.DataFrame:
 
 def text(numbers: pd.Series, measure: str) -> pd.Series:
     """As in a table: empty where nothing was measured."""
-    return numbers.map(LAYOUTS.get(measure, "{:.1f}").format).replace("nan", "")
+    return numbers.map(LAYOUTS.get(measure, "{:.1f}").format).astype(str).replace("nan", "")
 
 
 def markdown(title: str, cells: pd.DataFrame) -> str:
@@ -79,15 +99,15 @@ def markdown(title: str, cells: pd.DataFrame) -> str:
 
 
 def tables(runs: pd.DataFrame) -> list[str]:
-    """Those of the pages, in their order."""
+    """Those of the pages."""
     chosen = at_chosen_rates(runs)
     shown = [show_table(table, chosen) for table in TABLES]
-    return [front_page(as_trained(chosen)), *shown[:2], examples(chosen), *shown[2:]]
+    return [front_page(chosen), equal_clicks(chosen), text_and_attention(chosen), examples(chosen), *shown]
 
 
 def show_table(table: Table, runs: pd.DataFrame) -> str:
     cells = {column.title: show_column(column, rows_where(runs, table.where(column))) for column in table.columns}
-    return markdown(table.title, pd.DataFrame(cells).loc[table.methods])
+    return markdown(table.title, pd.DataFrame(cells).reindex(table.methods).fillna(""))
 
 
 def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
@@ -103,47 +123,74 @@ def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
 
 
 def front_page(runs: pd.DataFrame) -> str:
-    """What each method learns, and what it keeps without and with replay, in whole numbers, for each kind of model.
+    """The other questions in whole numbers, one in a cell. A row stands there if all three methods were run."""
+    settings = {"skilled": "tiny models", **{setting: setting for setting in SMOLLM2_BASES.values()}}
+    strengths = {"as trained": {"gamma": 1}, "turned down": {"turned_down": True}}
+    cells = pd.DataFrame(columns=[*THREE], dtype=float)
+    for setting, models in settings.items():
+        of_setting = rows_where(runs, {"setting": setting, "text": 0})
+        base = rows_where(of_setting, {"method": "base model"}).other_questions_acc.mean()
+        for ending, (strength, where) in product(("", " with own answers"), strengths.items()):
+            shown = rows_where(of_setting, where)
+            means = [shown.other_questions_acc[shown.method == method + ending].mean() for method in THREE]
+            cells.loc[f"{models} (base model: {base:.0f}), {strength}{ending.replace(' ', ', ', 1)}"] = means
+    return markdown("other questions, %", cells.dropna().map("{:.0f}".format))
 
-    * is a single run, and – was not run."""
-    bases = [*SMOLLM2_BASES.values()]
-    models = [*bases, "skilled"]
-    columns = {  # {title: (settings, how the method's name ends, measure)}
-        "new task, %": (models, "", "task_acc"),
-        "other questions, %": (models, "", "other_questions_acc"),
-        "others with own answers, %": (models, " with own answers", "other_questions_acc"),
-        "others with replay, %": (models, " with replay", "other_questions_acc"),
-        "SmolLM2's texts continued as before, of 20": (bases, "", "same_continuations"),
-    }
 
-    def number(setting: str, method: str, measure: str) -> str:
-        found = rows_where(runs, {"setting": setting, "method": method})[measure].dropna()
-        star = "*" if len(found) == 1 and method != "base model" else ""
-        return f"{found.mean():.0f}{star}" if len(found) else "–"
+def equal_clicks(runs: pd.DataFrame) -> str:
+    """What methods of equal size keep where they hit equally many switches: a mean over seeds, for each model."""
+    cells = pd.DataFrame(index=AS_LARGE)
+    runs = rows_where(runs, {"setting": "skilled", "text": 0})
+    for model in MODELS:
+        for method in AS_LARGE:
+            seeds = rows_where(runs, {"model": model, "method": method}).groupby("seed")
+            cells.loc[method, f"model {model}"] = np.mean([kept_at_clicks(curve) for _, curve in seeds])
+    cells["mean"] = cells.mean(axis=1)
+    return markdown(f"other questions where {CLICKS} % of the switches are hit", cells.map("{:.1f}".format))
 
-    cells = pd.DataFrame(index=["base model", *RIVALS])
-    for title, (settings, ending, measure) in columns.items():
-        for method in cells.index:
-            numbers = " / ".join(number(setting, method + ending, measure) for setting in settings)
-            cells.loc[method, title] = numbers if numbers.strip("– /") else ""
-    return markdown("first base / second base / tiny models", cells)
+
+def kept_at_clicks(curve: pd.DataFrame) -> float:
+    """The other questions where a curve, from its lowest gamma up, first reaches CLICKS. Linear between two gammas."""
+    curve = curve.sort_values("gamma")
+    clicks, others = curve.task_acc.to_numpy(), curve.other_questions_acc.to_numpy()
+    after = int((clicks >= CLICKS).argmax())
+    return float(np.interp(CLICKS, clicks[after - 1 : after + 1], others[after - 1 : after + 1]))
+
+
+def text_and_attention(runs: pd.DataFrame) -> str:
+    """Image-LoRA, trained after nine word problems and asked after fewer: the gamma that the image's share of attention
+    in the base model predicts, the best one on validation screens, and what they hit on test screens."""
+    runs = rows_where(runs, {"setting": "skilled", "seed": 1})
+    rows = {}
+    for model in MODELS:
+        of_model = runs[runs.model == model]
+        share = of_model[of_model.method == "base model"].set_index("text").image_share
+        for history in FEWER:
+            curve = rows_where(of_model, {"method": MORE_TEXT, "text": history}).set_index("gamma")
+            predicted = share[9] / share[history]
+            best = curve.validation_acc.idxmax()
+            clicks = [curve.task_acc[gamma] for gamma in (1.0, round(predicted, 1), best)]
+            cells = [f"{share[history]:.0f}", f"{predicted:.2f}", f"{best}", *map("{:.1f}".format, clicks)]
+            rows[f"model {model}, after {history}"] = cells
+    titles = ["attention to the image, %", "predicted γ", "best γ", "new task at γ = 1, %"]
+    titles += ["at the predicted γ (rounded), %", "at the best γ, %"]
+    return markdown("trained after 9", pd.DataFrame.from_dict(rows, orient="index", columns=titles))
 
 
 def examples(runs: pd.DataFrame) -> str:
     """What some models answer to the first question of *what is right of*."""
-    first = runs[runs.setting == "SmolLM2"].groupby("method").example.first()
+    first = rows_where(runs, {"setting": "SmolLM2, first base", "gamma": 1}).groupby("method").example.first()
     shown = "base model", "Image-LoRA", "Image-LoRA with own answers"
     return "".join(f"{method:30}{first[method]}\n" for method in shown)
 
 
 def rate_tables(runs: pd.DataFrame) -> list[str]:
     """How learning rates were chosen."""
-    kept = rates(runs, "SmolLM2", "other_questions_acc").loc[["Image-LoRA"]].set_axis(["Image-LoRA, other questions"])
     tables = {
         "new task with the skill, % at the learning rate": rates(runs, "skilled"),
         "other questions with the skill, % at the learning rate": rates(runs, "skilled", "other_questions_acc"),
         "new task without the skill, % at the learning rate": rates(runs, "unskilled"),
-        "SmolLM2, new task in % at the learning rate": pd.concat([rates(runs, "SmolLM2"), kept]).fillna(""),
+        "SmolLM2, new task in % at the learning rate": rates(runs, "SmolLM2, first base"),
     }
     return [markdown(title, cells) for title, cells in tables.items()]
 
@@ -156,34 +203,17 @@ def rates(runs: pd.DataFrame, setting: str, measure="validation_acc") -> pd.Data
     for method in cells.index:
         rate = CHOSEN[setting][method]
         cells.loc[method, rate] = f"**{cells.loc[method, rate]}**"
-    return cells.reindex(methods).dropna().rename(columns="{:g}".format)
-
-
-def differences(runs: pd.DataFrame, method: str, rival: str) -> str:
-    """How many points a method is ahead of its rival on each tiny model, and in how many of the runs it is ahead."""
-    runs = as_trained(at_chosen_rates(runs[runs.setting == "skilled"]))
-    for name in (method, rival):
-        if name not in set(runs.method):
-            raise ValueError(f"runs.csv has no method {name}; expected one that its column 'method' names")
-    runs = runs.set_index(["method", "model", "seed"])[[*TITLES]]
-    ahead = (runs.loc[method] - runs.loc[rival]).dropna(axis=1)
-    cells = ahead.groupby("model").mean().T.map("{:+.1f}".format).rename(columns="model {}".format)
-    cells["ahead in runs"] = (ahead > 0).sum().map(f"{{}} of {len(ahead)}".format)
-    return markdown(f"{method}, points ahead of {rival}", cells.rename(lambda name: TITLES[name].removesuffix(", %")))
+    return cells.reindex(methods).dropna(how="all").fillna("").rename(columns="{:g}".format)
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    method: str = option("", "print how many points this method is ahead of the rival")
-    rival: str = option("Image-LoRA", "the method that it is compared with")
+    """No options."""
 
 
 def main(cfg: CompareConfig) -> None:
     runs = read_runs()
-    if cfg.method:
-        print(differences(runs, cfg.method, cfg.rival))
-    else:
-        print("\n".join(tables(runs) + rate_tables(runs)))
+    print("\n".join(tables(runs) + rate_tables(runs)))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from torch import Tensor
 
 import train
 from data import pictures
+from data.attention import attention_weights, queries_keys_values
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
 from data.evaluate import Answer, evaluate
 from data.pictures import BLUE, GREY, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE, Box
-from data.study.plan import MODELS, TRADE_OFF
-from tiny_vlm import rotate
+from data.study.plan import MODELS
 
 try:
     import matplotlib.pyplot as plt
@@ -78,7 +78,7 @@ def make_figures(cfg: FiguresConfig) -> None:
     tuned = train.finetune(run, verbose=True, after_step=film_step)
     frames = []
     for step, answers in film.items():
-        hits = sum(map(pictures.is_correct, answers))
+        hits = sum(map(pictures.hits, answers))
         headline = f"step {step:,} of {run.steps:,}:  {hits} of {len(answers)} clicks hit"
         frames.append(pictures.page(film[0], answers, 3, headline))
     pictures.save(frames, out / "training.gif")
@@ -164,7 +164,7 @@ def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
     growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}, averaged over {len(counted)} questions"
     print(f"look     the attention of {name} to the target grew the most: {growth}")
 
-    wrong = [i for i, answer in enumerate(answers) if not pictures.is_correct(answer)]
+    wrong = [i for i, answer in enumerate(answers) if not pictures.hits(answer)]
     last_wrong = max(wrong, default=len(answers) - 1)
     shown = [0, len(answers) // 5, 2 * len(answers) // 5, last_wrong]
     figure = plt.figure(figsize=(WIDTH, 7.8), layout="constrained")
@@ -178,7 +178,7 @@ def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
             draw_screen(ax, answers[i], f"{share_on(answers[i].sample['bbox'], weights):.0%}")
             shade = 0.8 - 0.8 * (weights / weights.max()).sqrt().numpy()
             ax.imshow(shade, ListedColormap(["#101828"]), alpha=shade, extent=(0, SIZE, SIZE, 0))
-        draw_screen(clicks, answers[i], "correct" if pictures.is_correct(answers[i]) else "wrong")
+        draw_screen(clicks, answers[i], "correct" if pictures.hits(answers[i]) else "wrong")
         for answer, mark in ((tuned.base_answers[i], CROSS), (answers[i], RING)):
             if answer.output is not None:  # otherwise the answer is no point
                 clicks.plot(*answer.output, **mark)
@@ -214,67 +214,55 @@ def attention_maps(tuned: train.FinetuningRun, answer: Answer) -> Tensor:
     """How much every head looks at each patch from the last token of a question, before and after fine-tuning:
     [2, L, H_q, rows, columns]."""
     ids, queries, keys, _ = look_inside(tuned, answer)
-    keys = keys.repeat_interleave(queries.shape[2] // keys.shape[2], dim=2)  # [2, L, H_q, T, d_h]
-    scores = queries[..., -1:, :] @ keys.mT / queries.shape[-1] ** 0.5  # [2, L, H_q, 1, T]
+    weights = attention_weights(queries, keys, first=len(ids) - 1)  # [2, L, H_q, 1, T]
     config = tuned.model.config
     side = config.image_size // config.patch_size  # patches in a row
-    return scores.softmax(-1)[..., 0, ids == config.image_token_id].unflatten(-1, (side, side))
+    return weights[..., 0, ids == config.image_token_id].unflatten(-1, (side, side))
 
 
-@torch.no_grad()
 def look_inside(tuned: train.FinetuningRun, answer: Answer, history=0) -> list[Tensor]:
     """The token ids [T] of a question that was answered; and its queries [2, L, H_q, T, d_h], keys and values
-    [2, L, H, T, d_h] before and after fine-tuning. Queries and keys are rotated."""
+    [2, L, H, T, d_h] before and after fine-tuning."""
     model = tuned.model
     features = image_features(model.get_image_features, [answer.screen], model.device)
     prompt = prompt_batch([answer.sample], features, history)
-    queries = []
-
-    def keep_queries(attention, arguments):
-        x, angles, *_ = arguments
-        queries.append(rotate(attention.split_heads(attention.q_proj(x)), angles))
-
-    hooks = [layer.self_attn.register_forward_pre_hook(keep_queries) for layer in model.language_model.layers]
     with tuned.adapter.disabled():
-        before = model(**prompt).past_key_values.layers
-    after = model(**prompt).past_key_values.layers
-    for hook in hooks:
-        hook.remove()
-    keys, values = zip(*before, *after)  # of L layers before, and then of L layers after
-    return [prompt["input_ids"][0], *(torch.cat(tensors).unflatten(0, (2, -1)) for tensors in (queries, keys, values))]
+        before = queries_keys_values(model, prompt)
+    after = queries_keys_values(model, prompt)
+    return [prompt["input_ids"][0], *(torch.stack(pair)[:, :, 0] for pair in zip(before, after))]
 
 
 # ---- What happens if the update is turned down -----------------------------------------------------------------------
 
-COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA with own answers": "#56b4e9", "Image-LoRA": BLUE}
+COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
 
 
 def draw_trade_off(runs: pd.DataFrame) -> plt.Figure:
-    """The new task and the other questions where the trained update is multiplied by gamma, a panel for each model."""
-    runs = compare.rows_where(compare.at_chosen_rates(runs), {"setting": TRADE_OFF.setting, "seed": 1, "text": 0})
-    figure, panels = plt.subplots(1, len(MODELS), figsize=(WIDTH, 3.9), sharey=True, layout="constrained")
+    """The new task and the other questions where the trained update is multiplied by gamma, a panel for each tiny model
+    with the skill. A point is a mean over the seeds."""
+    runs = compare.rows_where(compare.at_chosen_rates(runs), {"setting": "skilled", "text": 0})
+    figure, panels = plt.subplots(1, len(MODELS), figsize=(WIDTH, 4.4), sharey=True, layout="constrained")
     for model, ax in zip(MODELS, panels):
-        lines = runs[runs.model == model].sort_values("gamma", ascending=False).set_index("method")
-        ax.axhline(lines.other_questions_acc["base model"], color=GREY, linewidth=1, linestyle="--")
+        points = runs[runs.model == model].groupby(["method", "gamma"])[["task_acc", "other_questions_acc"]].mean()
+        ax.axhline(points.other_questions_acc["base model"][1.0], color=GREY, linewidth=1, linestyle="--")
         for method, colour in COLOURS.items():
-            line = lines.loc[method]
-            ax.plot(line.task_acc, line.other_questions_acc, color=colour, marker="o", markersize=4, label=method)
-            ax.plot(line.task_acc.iloc[0], line.other_questions_acc.iloc[0], color=colour, marker="o", markersize=9)
-        for gamma, *point in zip(line.gamma, line.task_acc, line.other_questions_acc):  # of the last one, Image-LoRA
-            if gamma in (1, 0.8, 0.6):
-                where = {"xytext": (-9, -3), "textcoords": "offset points", "ha": "right", "va": "top"}
-                ax.annotate("γ = 1" if gamma == 1 else gamma, point, **where, color=colour, path_effects=RIM)
-        ax.set(title=f"model {model}", xlabel="new task, %", xlim=(59, 101), ylim=(40, 101))
+            for name, style, fill in ((method, "-", colour), (f"{method} with own answers", ":", "white")):
+                line = points.loc[name].sort_index(ascending=False).to_numpy()  # [γ, 2]
+                mark = {"color": colour, "marker": "o", "markerfacecolor": fill}
+                ax.plot(*line.T, style, **mark, markersize=3, label=name)
+                ax.plot(*line[:1].T, **mark, markersize=8)  # γ = 1
+        curve = points.loc["Image-LoRA"]
+        for gamma, offset in ((1.0, (-8, 0)), (0.8, (-8, 0)), (0.6, (-4, -9))):
+            where = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": "center"}
+            point = curve.task_acc[gamma], curve.other_questions_acc[gamma]
+            ax.annotate(f"γ = {gamma:g}", point, **where, color=BLUE, path_effects=RIM)
+        ax.set(title=f"model {model}", xlabel="new task, %", xlim=(79, 100.5), ylim=(38, 101))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="#e4e7ec")
     first, *_ = panels
     first.set_ylabel("other questions, %")
-    first.text(60, 98, "base model", color=GREY, size=8)
-    story = "Turn γ down:\nfirst, other\nquestions return,\nthen the new\ntask suffers."
-    first.text(61, 66, story, color=GREY, va="center")
-    bend = {"arrowstyle": "->", "connectionstyle": "angle,angleA=90,angleB=0,rad=12", "color": GREY}
-    first.annotate("", (62, 83), (87, 52), arrowprops=bend)
-    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    first.text(79.3, 98.2, "base model", color=GREY, size=8)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

@@ -24,7 +24,7 @@ class Row(NamedTuple):
 # ---- Models, methods and learning rates ------------------------------------------------------------------------------
 
 MODELS = (1, 2, 3)
-SKILLED = {1: "data/tiny_vlm.pt", 2: "data/study/base_2.pt", 3: "data/study/base_3.pt"}
+SKILLED = {1: "data/tiny_vlm.pt", 2: "data/study/tiny_vlm_2.pt", 3: "data/study/tiny_vlm_3.pt"}
 UNSKILLED = {model: f"runs/bases/{model}-unskilled.pt" for model in MODELS}  # never asked what is right of a name
 SETTINGS = {  # {setting: (base models, the fields of train.Config that its runs share)}
     "skilled": (SKILLED, {}),
@@ -41,6 +41,7 @@ ON_V = {"LoRA on v": LORA | {"projections": "v", "lr": 0.005}, "Partial LoRA on 
 RANK_2 = {  # Partial LoRA is then as large as Image-LoRA in all heads
     "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
     "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},
+    "Partial LoRA, rank 2, at half the rate": PARTIAL_LORA | {"r": 2, "lr": 0.005},
 }
 FEW_HEADS = {
     "Image-LoRA in 12 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 12},
@@ -63,32 +64,28 @@ def each_of_three(ending: str, **changes) -> dict[str, dict]:
 
 
 WITH_REPLAY = each_of_three(" with replay", replay=1)  # old questions, with true answers
+TRUE_ANSWERS = each_of_three(" with true answers", replay=1, replay_with="new")  # to the questions of own answers
 OWN_ANSWERS = each_of_three(" with own answers", replay=1, replay_with="own")  # the base model's, about new screens
 OWN_OLD = each_of_three(" with own answers about old screens", replay=1, replay_with="own_old")
 AFTER_9 = each_of_three(" trained after 9", history=9)  # word problems before each screen
+LAYER_0 = {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": "0.0,0.1,0.2,0.3,0.4,0.5", "history": 9}}
 AFTER_0_TO_9 = each_of_three(" trained after 0 to 9", history=9, vary_history=True)
 REWORDED = "base model, asked to click right of the name"
 BASE = dict.fromkeys(("base model", REWORDED), {"method": "none", "lr": 0.0})
 TWICE = THREE | ON_V | RANK_2 | FEW_HEADS | UNEVEN | WITH_REPLAY | OWN_ANSWERS  # with two seeds, if skilled
-METHODS = TWICE | OWN_OLD | AFTER_9 | AFTER_0_TO_9 | BASE
+METHODS = TWICE | TRUE_ANSWERS | OWN_OLD | AFTER_9 | LAYER_0 | AFTER_0_TO_9 | BASE
 
-SMOLLM2_BASES = {"smollm": "SmolLM2", "smollm_lora": "SmolLM2, second base"}  # {base: the setting of its runs}
+SMOLLM2_BASES = {"smollm_1": "SmolLM2, first base", "smollm_2": "SmolLM2, second base"}  # {base: its runs' setting}
 SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
     "LoRA": 0.001,
-    "LoRA on v": 0.004,
     "Partial LoRA": 0.004,
-    "Partial LoRA on v": 0.004,
     "Image-LoRA": 0.016,
-    "Partial LoRA, rank 2": 0.004,
     "LoRA with own answers": 0.001,
     "Partial LoRA with own answers": 0.004,
     "Image-LoRA with own answers": 0.016,
-    "Image-LoRA with own answers about old screens": 0.016,
-    "LoRA with replay": 0.001,
-    "Partial LoRA with replay": 0.004,
-    "Image-LoRA with replay": 0.016,
 }
+SMOLLM2_GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "skilled": {method: fields["lr"] for method, fields in METHODS.items()},
     "referring": {method: fields["lr"] for method, fields in METHODS.items()},
@@ -118,6 +115,7 @@ TRIED = {  # {setting: {method: learning rates, once on each model}}
 
 TITLES = {  # {measure, a column of the files: its title in a table}
     "parameters": "parameters",
+    "gamma": "γ",
     "task_acc": "new task, %",
     "validation_acc": "new task on validation screens, %",
     "other_questions_acc": "other questions, %",  # the mean of the next three
@@ -127,6 +125,9 @@ TITLES = {  # {measure, a column of the files: its title in a table}
     "same_words_acc": "same words, %",
     "word_problem_after_image_acc": "word problems after an image, %",
     "word_problem_acc": "word problems without an image, %",
+    "own_answers_acc": "own answers correct, %",
+    "image_share": "attention to the image, %",
+    "name_alone_acc": "what is at, if places are forbidden, %",
     "places_for_names": "places given for names, %",
     "divergence_after_screen": "KL divergence after an image",
     "same_continuations": "openings continued as before, of 20",
@@ -152,7 +153,8 @@ class Table(NamedTuple):
 
     def where(self, column: Column) -> dict:
         """What the rows of a column have in common."""
-        return {"setting": self.setting, "gamma": 1.0, "text": 0} | column.where
+        gamma = {} if "turned_down" in column.where else {"gamma": 1.0}
+        return {"setting": self.setting, "text": 0} | gamma | column.where
 
 
 def means(*measures: str) -> list[Column]:
@@ -163,26 +165,36 @@ def ranges(*measures: str) -> list[Column]:
     return [Column(TITLES[measure], measure, "range") for measure in measures]
 
 
+def turned_down(*measures: str) -> list[Column]:
+    """At the smallest gamma that costs at most two points of the new task on validation screens."""
+    return [Column(f"turned down: {TITLES[measure]}", measure, "range", {"turned_down": True}) for measure in measures]
+
+
 # Rows of tables
 RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
-MAIN = ["base model", "LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", *OWN_ANSWERS]
-REPLAYS = ("", " with replay", " with own answers about old screens", " with own answers")
-REPLAYED = [method + replay for method in reversed(THREE) for replay in REPLAYS]
-AS_LARGE = ["LoRA, rank 2", "LoRA on v", "Partial LoRA, rank 2", "Partial LoRA on v", "Image-LoRA"]
+MAIN = ["LoRA", "LoRA on v", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", *OWN_ANSWERS]
+REPLAYS = ("", " with true answers", " with own answers", " with own answers about old screens", " with replay")
+REPLAYED = [method + replay for method in THREE for replay in REPLAYS]
+AS_LARGE = [*RANK_2, "LoRA on v", "Partial LoRA on v", "Image-LoRA"]
 TRAININGS = ("", " trained after 9", " trained after 0 to 9")
-TRAINED_AFTER = ["base model", *(method + training for method in THREE for training in TRAININGS)]
+TRAINED_AFTER = ["base model", *(method + training for method in THREE for training in TRAININGS), *LAYER_0]
 
 # Columns of tables
 ACCURACIES = ("task_acc", "other_questions_acc")
 OTHERS = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc", "same_words_acc")
 PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc")
 ENGLISH = ("divergence_after_screen", "same_continuations")
-EACH_MODEL = [Column(f"model {model}", "other_questions_acc", where={"model": model}) for model in MODELS]
 BOTH_SKILLS = [
     Column(f"model {model} {kind} the skill", "task_acc", where={"setting": setting, "model": model})
     for setting, kind in (("skilled", "with"), ("unskilled", "without"))
     for model in MODELS
 ]
+WITH_SEED_1 = [Column("own answers correct, %", "own_answers_acc", where={"seed": 1})]
+WITH_SEED_1 += [Column("new task, %", "task_acc", where={"seed": 1})]
+WITH_SEED_1 += [
+    Column(f"others, model {model}, %", "other_questions_acc", where={"seed": 1, "model": model}) for model in MODELS
+]
+WITH_SEED_1 += [Column("same words, %", "same_words_acc", where={"seed": 1})]
 AFTER_TEXT = [
     Column(f"{name} after {text}, %", measure, where={"seed": 1, "text": text})
     for name, measure in (("new task", "task_acc"), ("others", "other_questions_acc"))
@@ -193,32 +205,25 @@ SPREADS = [
     Column("other questions, points between seeds", "other_questions_acc", "spread"),
 ]
 
+DOWN = turned_down("gamma", "task_acc", "other_questions_acc", "word_problem_after_image_acc")
+SMOLLM2_COLUMNS = ranges(*ACCURACIES, *OTHERS[:3], "places_for_names", *ENGLISH)
+
 TABLES = [  # in the order of the page
-    Table("SmolLM2", "SmolLM2", [*SMOLLM2], ranges("parameters", *ACCURACIES, *ENGLISH)),
-    Table("tiny models with the skill", "skilled", MAIN, ranges(*ACCURACIES) + means(*OTHERS, *PROBLEMS)),
-    Table("SmolLM2, each kind", "SmolLM2", [*SMOLLM2], ranges(*OTHERS, "places_for_names")),
-    Table(
-        "SmolLM2, second base",
-        "SmolLM2, second base",
-        [*MAIN, "Image-LoRA with own answers about old screens", "Image-LoRA with replay"],
-        ranges(*ACCURACIES, *OTHERS, "places_for_names", *ENGLISH),
-    ),
-    Table("tiny models, replay", "skilled", REPLAYED, ranges(*ACCURACIES) + means(*OTHERS)),
-    Table("other questions at equal size, %", "skilled", AS_LARGE, EACH_MODEL + means("task_acc")),
-    Table("tiny models, few heads", "skilled", ["Image-LoRA", *FEW_HEADS], ranges(*ACCURACIES)),
+    Table("tiny models, turned down", "skilled", MAIN, ranges(*ACCURACIES) + means(*PROBLEMS) + DOWN),
+    *[Table(setting, setting, [*SMOLLM2], SMOLLM2_COLUMNS) for setting in SMOLLM2_BASES.values()],
+    Table("tiny models, replay", "skilled", REPLAYED, WITH_SEED_1),
     Table("new task, %", "skilled", [REWORDED, *RIVALS], BOTH_SKILLS),
     Table("tiny models, text before the image", "skilled", TRAINED_AFTER, AFTER_TEXT),
     # Referring also asks what is at a place, so this is no other question after it.
     Table("tiny models, referring", "referring", RIVALS, ranges("task_acc", *OTHERS[1:])),
+    Table("tiny models, few heads", "skilled", ["Image-LoRA", *FEW_HEADS], ranges(*ACCURACIES)),
     Table("tiny models, uneven heads", "skilled", [*UNEVEN], means(*ACCURACIES) + SPREADS),
 ]
 GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-TRADE_OFF = Table(  # which figures.py draws
-    "tiny models, turned down",
-    "skilled",
-    [*THREE, "Image-LoRA with own answers"],
-    [Column(f"γ = {gamma}", "other_questions_acc", where={"seed": 1, "gamma": gamma}) for gamma in GAMMAS],
-)
+CURVES = [*MAIN, *RANK_2]  # measured at each of these, which tells what they keep at equal clicks
+MORE_TEXT = "Image-LoRA trained after 9"  # word problems, and asked after as many or fewer
+FEWER = (0, 1, 3)
+FEWER_GAMMAS = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 # ---- The rows of runs.csv --------------------------------------------------------------------------------------------
@@ -232,22 +237,29 @@ def seeds_of(setting: str, model: int, method: str) -> tuple[int, ...]:
 
 
 def rows_of(table: Table) -> Iterator[Row]:
-    """The rows that a table shows."""
+    """The rows that a table shows of models as they were trained."""
     for column, method, model in product(table.columns, table.methods, MODELS):
         where = table.where(column)
+        if "turned_down" in where:
+            continue  # see all_rows
         setting = where["setting"]
         for seed in seeds_of(setting, model, method):
-            row = Row(setting, model, method, CHOSEN[setting][method], seed, where["gamma"], where["text"])
+            row = Row(setting, model, method, CHOSEN[setting][method], seed, 1.0, where["text"])
             if where.items() <= row._asdict().items():
                 yield row
 
 
 def all_rows() -> list[Row]:
-    """Each row once: those of the tables and of the picture, and those of the learning rates that were tried."""
+    """Each row once: those of the tables, of the curves, and of the learning rates that were tried."""
     rows = []
-    for table in (*TABLES, TRADE_OFF):
+    for table in TABLES:
         if table.setting in SETTINGS:
             rows += rows_of(table)
+    for method, model, gamma in product(CURVES, MODELS, GAMMAS):
+        lr = CHOSEN["skilled"][method]
+        rows += [Row("skilled", model, method, lr, seed, gamma, 0) for seed in seeds_of("skilled", model, method)]
+    for model, gamma, text in product(MODELS, FEWER_GAMMAS, FEWER):
+        rows.append(Row("skilled", model, MORE_TEXT, CHOSEN["skilled"][MORE_TEXT], 1, gamma, text))
     for setting, tried in TRIED.items():
         for (method, rates), model in product(tried.items(), MODELS):
             seed, *_ = seeds_of(setting, model, method)

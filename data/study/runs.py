@@ -18,16 +18,19 @@ from torch import nn
 from tqdm import tqdm
 
 import train
+from data.attention import image_share
 from data.base import file_path, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_KINDS, evaluate, measure
-from data.methods import scaled
-from data.questions import TASKS, click_right_of
-from data.study.plan import METHODS, REWORDED, SETTINGS, Row, all_rows
+from data.evaluate import OTHER_KINDS, evaluate, measure, measure_other_questions
+from data.questions import TASKS, all_samples, click_right_of
+from data.rivals import turned_down
+from data.study.plan import METHODS, MORE_TEXT, REWORDED, SETTINGS, Row, all_rows
 
 MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validation screens
     *("task_acc", "validation_acc", "other_questions_acc", *(f"{kind}_acc" for kind in OTHER_KINDS), "same_words_acc"),
     *("word_problem_after_image_acc", "word_problem_acc"),
+    "own_answers_acc",  # of the base model's own answers, if they are trained on
+    "image_share",  # of the base model's attention, see data/attention.py
 )
 COLUMNS = (*Row._fields, *MEASURES)
 REWORDED_SCREENS = 400  # test screens on which the base model is asked to click right of the name
@@ -77,22 +80,32 @@ def make_rows(rows: list[Row], device: str) -> list[dict]:
     tuned = train.finetune(cfg)
     lines = []
     for row in rows:
-        with scaled(tuned.adapter or nn.Module(), row.gamma):
-            line = row._asdict() | ask(tuned.model, row, cfg)
-        lines.append({name: line.get(name, "") for name in COLUMNS})
+        with turned_down(tuned.adapter or nn.Module(), row.gamma):
+            measures = ask(tuned.model, row, cfg) | {"own_answers_acc": tuned.result["own_answers_acc"]}
+        lines.append(row._asdict() | {name: measures.get(name, "") for name in MEASURES})
     return lines
 
 
 def ask(model, row: Row, cfg: train.Config) -> dict:
     """The measures of a row."""
+    test = screens_and_features(model, "switches", "test", cfg.test_screens)
+    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
+    validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
     if row.method == REWORDED:
         test = screens_and_features(model, "switches", "test", REWORDED_SCREENS)
         return {"task_acc": evaluate(model, *test, reword=click_right_of)[0]}
-    switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
-    measures, _ = measure(model, switch_test, source_test, cfg.task, row.text)
-    validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
-    measures["validation_acc"], _ = evaluate(model, *validation, TASKS[cfg.task], row.text)
+    if row.text == cfg.history:  # as in training
+        measures, _ = measure(model, test, source_test, cfg.task, row.text)
+    else:
+        measures, _ = measure_other_questions(model, source_test, row.text)
+        measures = {"other_questions_acc": measures["other_questions_acc"]}
+        measures["task_acc"], _ = evaluate(model, *test, TASKS[cfg.task], row.text)
+    if row.text == cfg.history or row.method == MORE_TEXT:
+        measures["validation_acc"], _ = evaluate(model, *validation, TASKS[cfg.task], row.text)
+    if row.method == "base model":
+        screens, features = test
+        numbers, samples = zip(*all_samples(screens)[:100])
+        measures["image_share"] = image_share(model, samples, features[list(numbers)], row.text)
     return measures
 
 

@@ -33,18 +33,18 @@ from tqdm import tqdm
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import evaluate, measure_old_questions
-from data.methods import LoRA
 from data.prompts import training_samples
 from data.questions import click_right_of, old_samples, parse_point, relation_samples
 from data.replay import make_replay_data
+from data.rivals import LoRA, turned_down
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
-from data.study.plan import METHODS, SMOLLM2
+from data.study.plan import METHODS, SMOLLM2, SMOLLM2_GAMMAS
 from data.study.runs import add_rows, read_rows
-from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM, spell_places
+from data.study.smollm_vlm import COLUMNS, PLACES, ROWS, SmolVLM, spell_places
 from imagelora import attach
 
-KEY = ("base", "method", "lr", "seed")  # what tells one run from another
+KEY = ("base", "method", "lr", "seed", "gamma")  # what tells one row from another
 SEE_STEPS = 500
 BASE_SCREENS = 2000  # of each of two kinds, to learn to answer
 # How each base model learns to answer: the learning rate, and (steps, screens a step, texts a step, the first step with
@@ -65,7 +65,7 @@ class SmolConfig:
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", minimum=0)
     seed: int = option(1, "seed for the order of the data and A; with --make-base for all of it", minimum=0)
     out: str = option("data/study/smollm.csv", "the file of runs")
-    base: str = option("data/study/smollm.pt", "the base model: what makes SmolLM2 see and answer")
+    base: str = option("data/study/smollm_1.pt", "the base model: what makes SmolLM2 see and answer")
     dtype: str = option("float32", "bfloat16 is twice as fast on some processors", ("float32", "bfloat16"))
     make_base: bool = option(False, "make the base model and write it to --base")
     tokens: str = option(
@@ -187,8 +187,8 @@ def make_base(cfg: SmolConfig) -> None:
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
-def run(cfg: SmolConfig, lr: float) -> dict:
-    """Fine-tune the base model once, and measure: a row of the file."""
+def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
+    """Fine-tune the base model once, and measure it at each gamma: rows of the file. English is measured at 1 alone."""
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype)
     new_data = screens_and_features(vlm, "switches", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
@@ -206,10 +206,16 @@ def run(cfg: SmolConfig, lr: float) -> dict:
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
         optimize("train", trained, lr, STEPS, loss_of)
-    row = {"base": Path(cfg.base).stem, "method": cfg.method, "lr": lr, "seed": cfg.seed}
-    row["parameters"] = sum(parameter.numel() for parameter in trained)
-    row |= measure_questions(vlm) | measure_english(vlm, adapter.disabled if adapter else nullcontext)
-    return row | {"dtype": cfg.dtype}
+    rows = []
+    for gamma in gammas:
+        row = {"base": Path(cfg.base).stem, "method": cfg.method, "lr": lr, "seed": cfg.seed, "gamma": gamma}
+        row["parameters"] = sum(parameter.numel() for parameter in trained)
+        with turned_down(adapter or nn.Module(), gamma):
+            row |= measure_questions(vlm)
+            if gamma == 1:
+                row |= measure_english(vlm, adapter.disabled if adapter else nullcontext)
+        rows.append(row | {"dtype": cfg.dtype})
+    return rows
 
 
 def attach_adapter(cfg: SmolConfig, vlm: SmolVLM) -> nn.Module | None:
@@ -248,7 +254,8 @@ def measure_questions(vlm: SmolVLM) -> dict:
     """The measures of data/evaluate.py, on test screens; and the new task on validation screens.
 
     places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
-    are a place. example: one such question with its answer."""
+    are a place. name_alone_acc: *what is at* again, if the model cannot say a place. example: one such question with
+    its answer."""
     half = TEST_SCREENS // 2
     source_test = screens_and_features(vlm, "source", "test", half)
     metrics, answers = measure_old_questions(vlm, source_test, generate=SmolVLM.answers)
@@ -257,6 +264,8 @@ def measure_questions(vlm: SmolVLM) -> dict:
     answers_to_names = answers["what_is_at"] + answers["what_is_right_of"]
     are_places = [parse_point(answer.output) is not None for answer in answers_to_names]
     metrics["places_for_names"] = float(np.mean(are_places))
+    name_alone = partial(SmolVLM.answers, forbidden=PLACES)
+    metrics["name_alone_acc"], _ = evaluate(vlm, *source_test, "what_is_at", generate=name_alone)
     _, sample, output = answers["what_is_right_of"][0]
     metrics["example"] = f"{sample['instruction']}: {spell_places(output)} (correct: {sample['answer']})"
     return metrics
@@ -299,12 +308,15 @@ def main(cfg: SmolConfig) -> None:
         make_base(cfg)
         return
     lr = SMOLLM2[cfg.method] if cfg.lr is None else cfg.lr
-    known = {(row["base"], row["method"], float(row["lr"]), int(row["seed"])) for row in read_rows(path, KEY)}
-    if (Path(cfg.base).stem, cfg.method, lr, cfg.seed) in known:
-        print(f"{path} holds this run already; python -m data.study.compare prints the tables")
-    else:
+    base = Path(cfg.base).stem
+    gammas = SMOLLM2_GAMMAS if cfg.method != "base model" and lr == SMOLLM2[cfg.method] else [1.0]
+    known = {tuple(row[name] for name in KEY) for row in read_rows(path, KEY)}
+    missing = [gamma for gamma in gammas if (base, cfg.method, str(lr), str(cfg.seed), str(gamma)) not in known]
+    if missing:
         make_directory(path.parent)
-        add_rows(path, [run(cfg, lr)], KEY)
+        add_rows(path, run(cfg, lr, missing), KEY)
+    else:
+        print(f"{path} holds this run already; python -m data.study.compare prints the tables")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from data.base import file_path, load_base
 from data.command import write_file
-from data.methods import LoRA
 from data.prompts import IGNORED, pad
+from data.rivals import LoRA
 
 try:
     from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
@@ -37,6 +37,7 @@ RANK = 10  # of the base model's LoRA
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
 ROWS = COLUMNS.lower()
+PLACES = [f" {letter}" for letter in COLUMNS]  # how a place begins, and no name does
 
 
 def spell_places(text: str) -> str:
@@ -149,16 +150,20 @@ class SmolVLM:
             labels.append(row_labels)
         return {"input_ids": pad(rows, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
 
-    def answers(self, samples: list[dict], features: Tensor, history=0) -> list[str]:
-        """Greedy answers to samples, each after its screen [B, P, D]; as `generate_answers` of data/evaluate.py."""
+    def answers(self, samples: list[dict], features: Tensor, history=0, forbidden=()) -> list[str]:
+        """Greedy answers to samples, each after its screen [B, P, D]; as `generate_answers` of data/evaluate.py.
+
+        forbidden: words, each a token, that the model cannot say."""
         prompts = [self.prompt(sample) for sample in samples]
-        return [read_answer(text) for text in self.generate(prompts, 4, features)]
+        return [read_answer(text) for text in self.generate(prompts, 4, features, forbidden)]
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, features: Tensor | None = None) -> list[str]:
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, features=None, forbidden=()) -> list[str]:
         """Greedy continuations of prompts, each after a screen if there are features [B, P, D]."""
         texts = []
         never = [self.model.config.image_token_id]
+        for word in forbidden:
+            never += self.ids(word)
         options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
         for start in range(0, len(prompts), 64):
             part = slice(start, start + 64)

@@ -24,7 +24,7 @@ def test_a_table_of_a_page_is_that_which_the_comparison_prints(table):
 
 
 COMPARED = [(setting, method) for setting, tried in plan.TRIED.items() for method in tried]
-COMPARED += [("SmolLM2", method) for method in plan.SMOLLM2]
+COMPARED += [("SmolLM2, first base", method) for method in plan.SMOLLM2]
 
 
 @pytest.mark.parametrize("setting, method", COMPARED)
@@ -39,16 +39,25 @@ def test_the_chosen_rate_is_the_lowest_within_one_point_of_the_best_on_validatio
         assert clicks.idxmax() < clicks.index.max()
 
 
-def test_a_method_is_compared_with_its_rival_on_the_same_models_with_the_same_seeds():
-    """LoRA is ahead of Image-LoRA by 2 and by 6 points, with two seeds: by 4 on the mean."""
+def made_up_curve(method: str, points: list[tuple], **changes) -> pd.DataFrame:
+    """Rows of a run with these gammas, clicks and other questions, the same clicks on test and validation screens."""
     rows = []
-    for method, accuracies in (("LoRA", (93, 95)), ("Image-LoRA", (91, 89))):
-        for model in (1, 2, 3):
-            for seed, accuracy in enumerate(accuracies, 1):
-                lr = plan.CHOSEN["skilled"][method]
-                rows.append(plan.Row("skilled", model, method, lr, seed, 1.0, 0)._asdict() | {"task_acc": accuracy})
-    made = pd.DataFrame(rows).reindex(columns=RUNS.columns)
-    table = compare.differences(made, "LoRA", "Image-LoRA")
-    assert table.splitlines()[2] == "|new task|+4.0|+4.0|+4.0|6 of 6|"
-    with pytest.raises(ValueError, match="has no method DoRA"):
-        compare.differences(made, "DoRA", "Image-LoRA")
+    for gamma, clicks, others in points:
+        row = plan.Row("skilled", 1, method, plan.CHOSEN["skilled"][method], 1, gamma, 0)._asdict()
+        rows.append(row | {"task_acc": clicks, "validation_acc": clicks, "other_questions_acc": others})
+    return pd.DataFrame(rows)
+
+
+def test_methods_are_compared_where_they_hit_equally_many_switches():
+    """Halfway between two gammas, so are the other questions; what happens at larger ones does not count."""
+    curve = made_up_curve("Image-LoRA", [(1.0, 98, 40), (0.9, 96, 60), (0.8, 94, 80), (0.7, 50, 90)])
+    assert compare.kept_at_clicks(curve) == 70
+
+
+def test_a_run_is_turned_down_to_the_smallest_gamma_that_costs_at_most_two_points():
+    rows = compare.rows_where(RUNS, {"setting": "skilled", "method": "Image-LoRA", "lr": 0.01, "text": 0})
+    for _, curve in rows.groupby(["model", "seed"]):
+        clicks = curve.set_index("gamma").validation_acc
+        (gamma,) = curve.gamma[curve.turned_down]
+        assert clicks[gamma] >= clicks[1.0] - 2
+        assert (clicks[clicks.index < gamma] < clicks[1.0] - 2).all()

@@ -40,11 +40,11 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     original = smollm_vlm.LlamaForCausalLM.forward(vlm.model, input_ids=english).logits
     original_texts = vlm.generate(openings, max_new_tokens=8)  # padded, from a cache
 
-    vlm.load("data/study/smollm.pt")
+    vlm.load("data/study/smollm_1.pt")
     _, features = screens_and_features(vlm, "switches", "test", 1)
     after_screen = torch.tensor([vlm.screen_ids + openings[0]])
     assert torch.equal(vlm.model(english).logits, original)
-    for method in ("Image-LoRA", "Partial LoRA on v"):
+    for method in ("Image-LoRA", "Partial LoRA"):
         before = vlm.model(after_screen, features).logits
         adapter = smollm.attach_adapter(smollm.SmolConfig(method=method), vlm)
         for name, parameter in adapter.named_parameters():
@@ -59,7 +59,7 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
 def test_questions_about_one_screen_are_answered_as_if_each_was_alone():
     """In float32, where rounding does not change an answer."""
     vlm = smollm_vlm.SmolVLM()
-    vlm.load("data/study/smollm.pt")
+    vlm.load("data/study/smollm_1.pt")
     screens, features = screens_and_features(vlm, "source", "test", 2)
     numbers, samples = zip(*all_samples(screens))
     prompts = [vlm.prompt(sample) for sample in samples]
@@ -75,18 +75,21 @@ def test_questions_about_one_screen_are_answered_as_if_each_was_alone():
 
 def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens():
     rows = read_rows(STUDY / "smollm.csv", smollm.KEY)
-    at_visual_tokens = [row for row in rows if not row["method"].startswith("LoRA")]
-    first_base = json.loads((STUDY / "smollm.json").read_text())
+    at_visual_tokens = [row for row in rows if row["gamma"] == "1.0" and not row["method"].startswith("LoRA")]
+    first_base = json.loads((STUDY / "smollm_1.json").read_text())
     for row in [first_base, *at_visual_tokens]:
         assert row["identical"] == "yes"
         assert int(row["same_continuations"]) == len(smollm.OPENINGS)
 
 
 def test_the_page_says_of_the_bases_what_their_records_say():
-    first, second = [json.loads((STUDY / f"{name}.json").read_text()) for name in ("smollm", "smollm_lora")]
+    first, second = [json.loads((STUDY / f"{name}.json").read_text()) for name in ("smollm_1", "smollm_2")]
     page = (STUDY / "README.md").read_text()
     assert f"hit {100 * first['reworded_acc']:.1f} % and {100 * second['reworded_acc']:.1f} % of the switches" in page
     assert f"continues {second['same_continuations']} of 20 openings as the original" in page
+
+
+GAMMAS = (1.0, 0.5)
 
 
 @pytest.fixture
@@ -94,17 +97,20 @@ def short(monkeypatch):
     """Short runs, and a short making of the base."""
     sizes = {"STEPS": 3, "TRAIN_SCREENS": 8, "TEST_SCREENS": 2, "TEXTS": 2, "SEE_STEPS": 1}
     sizes |= {"OPENINGS": smollm.OPENINGS[:2], "BASE_SCREENS": 8, "BASE_PARTS": {"all": (1e-3, [(2, 2, 2, 1)])}}
+    sizes["SMOLLM2_GAMMAS"] = GAMMAS
     for name, value in sizes.items():
         monkeypatch.setattr(smollm, name, value)
     monkeypatch.setattr(smollm_vlm.SmolVLM, "write_texts", lambda vlm: torch.full((4, 96), 100))
 
 
-def only_row(path: Path, **settings) -> dict:
-    """The row of a run that is asked for twice and made once."""
+def first_row(path: Path, **settings) -> dict:
+    """The first row of a run that is asked for twice and made once."""
     cfg = smollm.SmolConfig(out=str(path), **settings)
     smollm.main(cfg)
     smollm.main(cfg)
-    (row,) = read_rows(path, smollm.KEY)
+    row, *turned_down = read_rows(path, smollm.KEY)
+    assert [row["gamma"], *(lower["gamma"] for lower in turned_down)] == [str(gamma) for gamma in GAMMAS]
+    assert all(lower["divergence_after_screen"] == "" for lower in turned_down)
     return row
 
 
@@ -115,7 +121,7 @@ def test_a_base_that_learns_at_all_tokens_is_not_the_original_without_a_screen(t
     smollm.main(smollm.SmolConfig(make_base=True, tokens="all", base=str(base)))
     record = json.loads(base.with_suffix(".json").read_text())
     assert record["identical"] == "no"
-    row = only_row(tmp_path / "runs.csv", method="Image-LoRA with replay", base=str(base))
+    row = first_row(tmp_path / "runs.csv", method="Image-LoRA with own answers", base=str(base))
     assert (row["base"], row["identical"]) == ("other", "yes")
 
 
@@ -123,7 +129,7 @@ def test_a_base_that_learns_at_all_tokens_is_not_the_original_without_a_screen(t
 @pytest.mark.parametrize("method", ["Image-LoRA", "Partial LoRA with own answers"])
 def test_a_run_is_made_once(tmp_path, short, method):
     """A short one."""
-    row = only_row(tmp_path / "runs.csv", method=method)
+    row = first_row(tmp_path / "runs.csv", method=method)
     (shipped_row, *_) = read_rows(STUDY / "smollm.csv", smollm.KEY)
     assert row.keys() == shipped_row.keys()
     assert "" not in row.values()

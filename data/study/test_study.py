@@ -74,7 +74,7 @@ def make_runs(path: Path) -> int:
 
 def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkeypatch, capsys):
     """Of the shipped base: frozen, asked in other words, and trained once but asked in three ways."""
-    trained = plan.Row("skilled", 1, "Image-LoRA trained after 0 to 9", 0.01, 1, 1.0, 0)
+    trained = plan.Row("skilled", 1, "Image-LoRA with own answers", 0.01, 1, 1.0, 0)
     planned = [trained, trained._replace(gamma=0.0), trained._replace(text=1)]
     planned += [plan.Row("skilled", 1, method, 0.0, 1, 1.0, 0) for method in ("base model", plan.REWORDED)]
     monkeypatch.setattr(runs, "all_rows", lambda: planned)
@@ -91,13 +91,15 @@ def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkey
     made = runs.read_rows(path, runs.COLUMNS)
     keys = [tuple(line[name] for name in plan.Row._fields) for line in made]
     assert keys == [tuple(map(str, row)) for row in planned]
-    measures = [[line[name] for name in runs.MEASURES] for line in made]
-    as_trained, without_update, after_text, frozen, reworded = measures
+    *answers, own_answers_acc, image_share = runs.MEASURES
+    as_trained, without_update, after_text, frozen, reworded = [[line[name] for name in answers] for line in made]
     assert as_trained != without_update == frozen
-    assert as_trained != after_text
-    assert float(frozen[0]) < 0.5 < float(reworded[0])
     assert "" not in frozen
-    assert reworded[1:] == [""] * (len(runs.MEASURES) - 1)
+    assert float(frozen[0]) < 0.5 < float(reworded[0])
+    assert reworded[1:] == [""] * (len(answers) - 1)
+    assert [name for name, measure in zip(answers, after_text) if measure] == ["task_acc", "other_questions_acc"]
+    assert [0 < float(line[own_answers_acc] or 0) < 1 for line in made] == [True, True, True, False, False]
+    assert [0 < float(line[image_share] or 0) < 1 for line in made] == [False, False, False, True, False]
 
     monkeypatch.setattr(runs, "make_rows", None)  # nothing can run
     assert make_runs(path) == 0
@@ -165,7 +167,7 @@ def anchors(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_and_links_of_a_page_can_be_given(page):
     text = (ROOT / page).read_text()
-    for program, options in re.findall(r"\b(?:python|torchrun) (-m [\w.]+|[\w/.]+\.py)([^`#\n]*)", text):
+    for program, options in re.findall(r"\b(?:python|torchrun) (?!-m pdb)(-m [\w.]+|[\w/.]+\.py)([^`#\n]*)", text):
         path = program
         if program.startswith("-m "):
             path = program.removeprefix("-m ").replace(".", "/") + ".py"
