@@ -169,11 +169,12 @@ def text_and_attention(runs: pd.DataFrame) -> str:
             curve = rows_where(of_model, {"method": MORE_TEXT, "text": history}).set_index("gamma")
             predicted = share[9] / share[history]
             best = curve.validation_acc.idxmax()
-            clicks = [curve.task_acc[gamma] for gamma in (1.0, round(predicted, 1), best)]
-            cells = [f"{share[history]:.0f}", f"{predicted:.2f}", f"{best}", *map("{:.1f}".format, clicks)]
+            nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
+            cells = [f"{share[history]:.0f}", f"{predicted:.2f}", f"{curve.task_acc[1.0]:.1f}"]
+            cells += [f"{curve.task_acc[gamma]:.1f} (γ = {gamma})" for gamma in (nearest, best)]
             rows[f"model {model}, after {history}"] = cells
-    titles = ["attention to the image, %", "predicted γ", "best γ", "new task at γ = 1, %"]
-    titles += ["at the predicted γ (rounded), %", "at the best γ, %"]
+    titles = ["attention to the image, %", "predicted γ", "new task at γ = 1, %"]
+    titles += ["at the γ nearest to the prediction, %", "at the best γ on validation screens, %"]
     return markdown("trained after 9", pd.DataFrame.from_dict(rows, orient="index", columns=titles))
 
 
