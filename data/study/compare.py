@@ -181,7 +181,7 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 def examples(runs: pd.DataFrame) -> str:
     """What some models answer to the first question of *what is right of*."""
     first = rows_where(runs, {"setting": "SmolLM2, first base", "gamma": 1}).groupby("method").example.first()
-    shown = "base model", "Image-LoRA", "Image-LoRA with own answers"
+    shown = "base model", "LoRA", "Image-LoRA"
     return "".join(f"{method:30}{first[method]}\n" for method in shown)
 
 
