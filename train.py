@@ -142,9 +142,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     before, base_answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
     base_logits = evaluate.text_only_logits(model)
     if verbose:
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
-        print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
+        print_base(cfg, model)
         print_metrics("before", cfg.task, before)
         if replay_data:
             print_replay(cfg, replay_data)
@@ -155,30 +153,22 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     if cfg.method == "image_lora":
         scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
         heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
-
-    # Freeze the model and attach the adapter. It starts at B = 0, as the base model.
-    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
-    adapter = None
-    if cfg.method == "image_lora":
-        normalize = not cfg.no_normalize
-        adapter = imagelora.attach(model, cfg.r, 2 * cfg.r, heads, normalize, cfg.train_gamma)
         if verbose:
             print_heads(scores, heads)
-    elif cfg.method != "none":
-        tokens = "visual" if cfg.method == "partial_lora" else "all"
-        adapter = rivals.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
-    if adapter:
-        train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
 
-    # Turn the update down, and see what comes back; then measure the same again at the run's own gamma.
+    # Attach the adapter and train it. Then turn its update down, and see what comes back.
+    adapter = attach_adapter(cfg, model, heads)
     curve = []
     if adapter:
+        train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
         validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
         curve = evaluate.measure_curve(model, adapter, validation, source_test, cfg.task, cfg.history)
         rivals.turn_down(adapter, cfg.gamma)
+
+    # Measure the same again, at the run's own gamma.
     after, answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
     result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
-    result["own_answers_acc"] = replay_data.share_correct if replay_data and cfg.replay_with.startswith("own") else None
+    result["own_answers_acc"] = replay_data.share_correct if replay_data else None
     result["text_logits_max_abs_diff"] = evaluate.max_difference(base_logits, evaluate.text_only_logits(model))
     result |= costs.run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
@@ -188,6 +178,17 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         print_metrics("after", cfg.task, result)
         print_text(result["text_logits_max_abs_diff"])
     return FinetuningRun(result, model, adapter, base_answers, answers)
+
+
+def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
+    """Freeze the model and attach the adapter of the method. It starts at B = 0, as the base model."""
+    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
+    if cfg.method == "none":
+        return None
+    if cfg.method == "image_lora":
+        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads, not cfg.no_normalize, cfg.train_gamma)
+    tokens = "visual" if cfg.method == "partial_lora" else "all"
+    return rivals.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
 
 
 def train(cfg: Config, model: TinyVLM, adapter: nn.Module, train_data: tuple, replay_data, verbose, after_step) -> None:
@@ -252,6 +253,12 @@ def main(cfg: Config) -> None:
     write_file(out / "metrics.json", json.dumps(result, indent=1).encode())
     saved = [name for name in FILES if (out / name).exists()]
     print(f"saved    {' '.join(saved)} in {out}/")
+
+
+def print_base(cfg: Config, model: TinyVLM) -> None:
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{num_parameters / 1e6:.2f} M parameters · {model.config.num_patches} visual tokens a screen"
+    print(f"base     {Path(cfg.base).name} · {size} · {model.device}")
 
 
 def print_metrics(when: str, task: str, metrics: dict) -> None:

@@ -48,14 +48,15 @@ def make_replay_data(
     screens, features = screens[:count], features[:count]
     numbers, samples = random_questions(screens, kinds, seed)
     texts = [sample["answer"] for sample in samples]
+    share_correct = None
     if replay_with != "new":
         texts = generate(model, samples, features[numbers])
+        share_correct = float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)]))
     samples_of_screens = [[] for _ in screens]
     for i, sample, text in zip(numbers, samples, texts):
         # An answer that was cut off would teach to stop in the middle.
         if 0 < len(text.split()) < MAX_NEW_TOKENS:
             samples_of_screens[i].append(sample | {"answer": text})
-    share_correct = float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)]))
     return ReplayData(screens, features, kinds, samples_of_screens, share_correct)
 
 
