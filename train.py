@@ -279,7 +279,7 @@ def print_curve(curve: list[dict]) -> None:
     chosen = evaluate.smallest_gamma(curve)
     points = []
     for point in curve:
-        text = f"{point['gamma']}: {point['validation_acc']:.0%}/{point['other_questions_acc']:.0%}".replace("%", "")
+        text = f"{point['gamma']}: {100 * point['validation_acc']:.0f}/{100 * point['other_questions_acc']:.0f}"
         points.append(f"[{text}]" if point["gamma"] == chosen else text)
     print(f"gamma    {' · '.join(points)}  (validation screens/other questions)")
 

@@ -1,7 +1,7 @@
 """What the study compares. Each table is declared here, once: compare.py prints it, and runs.py makes the runs that it
 needs. (SmolLM2's are made one by one, by smollm.py.)
 
-This file needs neither torch nor pandas, because compare.py runs without the one and runs.py without the other.
+This file needs no pandas, because runs.py makes the runs without it.
 """
 
 from collections.abc import Iterator

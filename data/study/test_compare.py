@@ -39,7 +39,7 @@ def test_the_chosen_rate_is_the_lowest_within_one_point_of_the_best_on_validatio
         assert clicks.idxmax() < clicks.index.max()
 
 
-def made_up_curve(method: str, points: list[tuple], **changes) -> pd.DataFrame:
+def made_up_curve(method: str, points: list[tuple]) -> pd.DataFrame:
     """Rows of a run with these gammas, clicks and other questions, the same clicks on test and validation screens."""
     rows = []
     for gamma, clicks, others in points:
