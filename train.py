@@ -161,7 +161,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     curve = []
     if adapter:
         train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
-        validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
+        validation = screens_and_features(model, "switches", "validation", cfg.test_screens // 2 + 1)
         curve = evaluate.measure_curve(model, adapter, validation, source_test, cfg.task, cfg.history)
         rivals.turn_down(adapter, cfg.gamma)
 

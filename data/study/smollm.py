@@ -44,7 +44,7 @@ from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, PLACES, ROWS, SmolVLM, spell_places
 from imagelora import attach
 
-KEY = ("base", "method", "lr", "seed", "gamma")  # what tells one row from another
+KEY = ("base", "method", "lr", "seed", "gamma", "dtype")  # what tells one row from another
 SEE_STEPS = 500
 BASE_SCREENS = 2000  # of each of two kinds, to learn to answer
 # How each base model learns to answer: the learning rate, and (steps, screens a step, texts a step, the first step with
@@ -188,7 +188,8 @@ def make_base(cfg: SmolConfig) -> None:
 
 
 def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
-    """Fine-tune the base model once, and measure it at each gamma: rows of the file. English is measured at 1 alone."""
+    """Fine-tune the base model once, and measure it at each gamma: rows of the file. English, and names if places are
+    forbidden, are measured at 1 alone."""
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype)
     new_data = screens_and_features(vlm, "switches", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
@@ -209,12 +210,14 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
     rows = []
     for gamma in gammas:
         row = {"base": Path(cfg.base).stem, "method": cfg.method, "lr": lr, "seed": cfg.seed, "gamma": gamma}
+        row["dtype"] = cfg.dtype
         row["parameters"] = sum(parameter.numel() for parameter in trained)
         with turned_down(adapter or nn.Module(), gamma):
             row |= measure_questions(vlm)
             if gamma == 1:
+                row["name_alone_acc"] = name_alone(vlm)
                 row |= measure_english(vlm, adapter.disabled if adapter else nullcontext)
-        rows.append(row | {"dtype": cfg.dtype})
+        rows.append(row)
     return rows
 
 
@@ -254,8 +257,7 @@ def measure_questions(vlm: SmolVLM) -> dict:
     """The measures of data/evaluate.py, on test screens; and the new task on validation screens.
 
     places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
-    are a place. name_alone_acc: *what is at* again, if the model cannot say a place. example: one such question with
-    its answer."""
+    are a place. example: one such question with its answer."""
     half = TEST_SCREENS // 2
     source_test = screens_and_features(vlm, "source", "test", half)
     metrics, answers = measure_old_questions(vlm, source_test, generate=SmolVLM.answers)
@@ -264,11 +266,16 @@ def measure_questions(vlm: SmolVLM) -> dict:
     answers_to_names = answers["what_is_at"] + answers["what_is_right_of"]
     are_places = [parse_point(answer.output) is not None for answer in answers_to_names]
     metrics["places_for_names"] = float(np.mean(are_places))
-    name_alone = partial(SmolVLM.answers, forbidden=PLACES)
-    metrics["name_alone_acc"], _ = evaluate(vlm, *source_test, "what_is_at", generate=name_alone)
     _, sample, output = answers["what_is_right_of"][0]
     metrics["example"] = f"{sample['instruction']}: {spell_places(output)} (correct: {sample['answer']})"
     return metrics
+
+
+def name_alone(vlm: SmolVLM) -> float:
+    """The share of correct answers to *what is at*, if the model cannot say a place: lost, or said in another form?"""
+    test = screens_and_features(vlm, "source", "test", TEST_SCREENS // 2)
+    share, _ = evaluate(vlm, *test, "what_is_at", generate=partial(SmolVLM.answers, forbidden=PLACES))
+    return share
 
 
 @torch.no_grad()
@@ -311,7 +318,8 @@ def main(cfg: SmolConfig) -> None:
     base = Path(cfg.base).stem
     gammas = SMOLLM2_GAMMAS if cfg.method != "base model" and lr == SMOLLM2[cfg.method] else [1.0]
     known = {tuple(row[name] for name in KEY) for row in read_rows(path, KEY)}
-    missing = [gamma for gamma in gammas if (base, cfg.method, str(lr), str(cfg.seed), str(gamma)) not in known]
+    key = base, cfg.method, str(lr), str(cfg.seed)
+    missing = [gamma for gamma in gammas if (*key, str(gamma), cfg.dtype) not in known]
     if missing:
         make_directory(path.parent)
         add_rows(path, run(cfg, lr, missing), KEY)
