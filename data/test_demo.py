@@ -22,9 +22,13 @@ from test_imagelora import EARLY, TEXT, tiny_vlm
 ROOT = Path(train.__file__).parent
 
 
+BASE = load_base("data/tiny_vlm.pt")
+TRAIN_DATA = screens_and_features(BASE, "switches", "train", 64)  # (screens, features [N, P, D])
+
+
 def read(ids: torch.Tensor) -> str:
-    """The words of token ids."""
-    return " ".join(prompts.VOCABULARY[token] for token in ids)
+    """The words of token ids, without padding."""
+    return " ".join(prompts.VOCABULARY[token] for token in ids).replace(" <pad>", "")
 
 
 # 1. The model
@@ -53,15 +57,14 @@ def test_the_shipped_base_is_what_its_record_says():
     """It can click, name and relate on screens without switches, and clicks no switch."""
     record = json.loads((ROOT / "data/tiny_vlm.json").read_text())
     assert record["task_acc"] <= 0.02
-    model = load_base("data/tiny_vlm.pt")
-    some_screens, features = screens_and_features(model, "source", "test", 12)
+    some_screens, features = screens_and_features(BASE, "source", "test", 12)
     for kind in questions.KINDS:
         recorded = record["same_words_acc" if kind == "click" else f"{kind}_acc"]
-        accuracy, _ = evaluate.evaluate(model, some_screens, features, kind)
+        accuracy, _ = evaluate.evaluate(BASE, some_screens, features, kind)
         assert recorded >= 0.94
         assert accuracy == pytest.approx(recorded, abs=0.12), kind
-    assert evaluate.evaluate_word_problems(model, features[:, :0], count=32) > 0.95
-    assert evaluate.evaluate_word_problems(model, features, count=32) > 0.95
+    assert evaluate.evaluate_word_problems(BASE, features[:, :0], count=32) > 0.95
+    assert evaluate.evaluate_word_problems(BASE, features, count=32) > 0.95
 
 
 # 2. Batches and measures
@@ -72,13 +75,11 @@ VERB = rf"^({'|'.join(questions.VERBS)})"
 @pytest.mark.parametrize("history", [0, 2])
 def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, history):
     """Five questions about a screen share a sequence. Word problems before the screen have no labels."""
-    cfg = train.Config(task=task, history=history)
-    screens_with_features = screens_and_features(load_base(cfg.base), "switches", "train", 16)
-    batch = prompts.training_batch(cfg, screens_with_features, 0)
+    batch = prompts.training_batch(train.Config(task=task, history=history), TRAIN_DATA, 0)
     question = r"what is at <x\d+> <y\d+>" if task == "referring" else r"(?:click|tap|press|select) \w+(?: \w+)?"
     answer = r"((?:\w+ )?\w+ <eos>)" if task == "referring" else r"(<x\d+> <y\d+> <eos>)"
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
-        before, after = read(ids).replace(" <pad>", "").split(" <image>" * 64)
+        before, after = read(ids).split(" <image>" * 64)
         assert before.startswith("<bos>")
         assert before.count("how many") == history
         turns = re.fullmatch(rf"(?: {question} {answer}){{5}}", after)
@@ -90,11 +91,9 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, h
 
 def test_a_varied_history_is_drawn_anew_for_each_step():
     """From none to --history word problems stand before all screens of a step."""
-    cfg = train.Config(history=3, vary_history=True)
-    data = screens_and_features(load_base(cfg.base), "switches", "train", 16)
     counts = set()
     for index in range(20):
-        batch = prompts.training_batch(cfg, data, index)
+        batch = prompts.training_batch(train.Config(history=3, vary_history=True), TRAIN_DATA, index)
         counts_of_step = {read(ids).count("how many") for ids in batch["input_ids"]}
         assert len(counts_of_step) == 1
         counts |= counts_of_step
@@ -112,16 +111,13 @@ def kinds_of_questions(screen: screens.Screen) -> dict:
 
 
 def test_replay_asks_old_questions_of_every_kind_and_changes_no_other_sequence():
-    model = load_base("data/tiny_vlm.pt")
-    cfg = train.Config(replay=1)
-    data = screens_and_features(model, "switches", "train", 16)
-    replay_data = replay.make_replay_data(model, data, cfg.replay_with, cfg.seed)
+    replay_data = replay.make_replay_data(BASE, TRAIN_DATA, "old", seed=1)
     kinds = set()
     for index in range(8):
-        expected = prompts.training_batch(train.Config(), data, index)
-        batch = prompts.training_batch(cfg, data, index, replay_data)
-        replayed, *others = [read(ids).replace(" <pad>", "") for ids in batch["input_ids"]]
-        assert others == [read(ids).replace(" <pad>", "") for ids in expected["input_ids"][1:]]
+        expected = prompts.training_batch(train.Config(), TRAIN_DATA, index)
+        batch = prompts.training_batch(train.Config(replay=1), TRAIN_DATA, index, replay_data)
+        replayed, *others = [read(ids) for ids in batch["input_ids"]]
+        assert others == [read(ids) for ids in expected["input_ids"][1:]]
         assert torch.equal(batch["image_features"][1:], expected["image_features"][1:])
 
         *asked, first_problem, second_problem, end = replayed.split(" <image>" * 64)[1].split(" <eos>")
@@ -138,11 +134,10 @@ def test_replay_asks_old_questions_of_every_kind_and_changes_no_other_sequence()
 
 @pytest.mark.parametrize("task, replay_with", [("grounding", "own"), ("grounding", "own_old"), ("referring", "own")])
 def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_asks_the_new_task(task, replay_with):
-    model = load_base("data/tiny_vlm.pt")
     cfg = train.Config(replay=1, replay_with=replay_with, task=task)
-    data = screens_and_features(model, "switches", "train", 32)
-    replay_data = replay.make_replay_data(model, data, cfg.replay_with, cfg.seed, cfg.task)
-    assert (replay_data.screens == data[0][:8]) == (replay_with == "own")
+    replay_data = replay.make_replay_data(BASE, TRAIN_DATA, replay_with, cfg.seed, task)
+    new_screens, _ = TRAIN_DATA
+    assert (replay_data.screens == new_screens[:16]) == (replay_with == "own")
     starts = {"what_is_at": "what is at", "what_is_right_of": "what is right of"}
     starts |= {"click_right_of": f"{VERB} right of", "click": f"{VERB} (?!right of)"}
     kinds = set()
@@ -151,65 +146,48 @@ def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_a
         for sample in samples:
             kinds.update(kind for kind, start in starts.items() if re.match(start, sample["instruction"]))
             prompt = prompts.prompt_batch([sample], features[None])
-            ids = model.generate(**prompt, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
+            ids = BASE.generate(**prompt, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
             assert prompts.decode(ids.tolist()) == sample["answer"]
     assert kinds == set(questions.KINDS) - {questions.TASKS[task]}
-    texts = [read(ids) for ids in prompts.training_batch(cfg, data, 0, replay_data)["input_ids"]]
-    assert any(all(sample["answer"] in texts[0] for sample in samples) for samples in replay_data.samples)
+    replayed = read(prompts.training_batch(cfg, TRAIN_DATA, 0, replay_data)["input_ids"][0])
+    assert any(all(sample["answer"] in replayed for sample in samples) for samples in replay_data.samples)
 
 
 def test_replay_of_new_true_answers_asks_what_own_answers_ask_and_corrects_them():
     """So the two differ in who answers, and in nothing else."""
-    model = load_base("data/tiny_vlm.pt")
-    data = screens_and_features(model, "switches", "train", 64)
-    new, own = [replay.make_replay_data(model, data, replay_with, seed=1) for replay_with in ("new", "own")]
+    new, own = [replay.make_replay_data(BASE, TRAIN_DATA, replay_with, seed=1) for replay_with in ("new", "own")]
     agreements = []
     for screen, true_samples, own_samples in zip(new.screens, new.samples, own.samples):
-        names = {place: [] for place in (questions.place(element.bbox) for element in screen.elements)}
-        for element in screen.elements:
-            names[questions.place(element.bbox)].append(element.full_name())
-        switches = {questions.description(screen, name): name.click for name in screen.targets()}
-        for sample in true_samples:
-            place = sample["instruction"].removeprefix("what is at ")
-            if place in names:
-                assert sample["answer"] in names[place]
-            elif sample["instruction"].startswith("what is right of"):
-                assert sample["answer"] == "switch"
-            else:
-                _, name = sample["instruction"].split(" right of ")
-                assert sample["bbox"] == switches[name]
-                assert sample["answer"] == questions.place(switches[name])
         assert [sample["instruction"] for sample in own_samples] == [sample["instruction"] for sample in true_samples]
-        agreements += [evaluate.is_correct(sample, sample["answer"]) for sample in own_samples if "bbox" in sample]
-        pairs = [pair for pair in zip(true_samples, own_samples) if "bbox" not in pair[0]]
-        agreements += [true["answer"] == own["answer"] for true, own in pairs]
+        switches = {questions.description(screen, name): name.click for name in screen.targets()}
+        for true, own_sample in zip(true_samples, own_samples):
+            question, _, name = true["instruction"].partition(" right of ")
+            if question.startswith("what is at "):
+                place = question.removeprefix("what is at ")
+                there = [element.full_name() for element in screen.elements if questions.place(element.bbox) == place]
+                assert true["answer"] in there
+            elif question == "what is":
+                assert true["answer"] == "switch"
+            else:
+                assert true["bbox"] == switches[name]
+                assert true["answer"] == questions.place(switches[name])
+            agreements.append(evaluate.is_correct(true, own_sample["answer"]))
     assert 0.3 < own.share_correct < 0.6
     assert own.share_correct == pytest.approx(sum(agreements) / len(agreements))
     assert new.share_correct is None
 
 
-def test_own_answers_are_about_what_is_right_of_a_name_only_if_something_is_there():
-    model = load_base("data/tiny_vlm.pt")
-    data = screens_and_features(model, "switches", "train", 400)
-    replay_data = replay.make_replay_data(model, data, "own_old", seed=1)
-    num_alone = 0  # screens on which nothing is right of any name
-    for screen, samples in zip(replay_data.screens, replay_data.samples):
-        asked = {
-            sample["instruction"].split(" right of ")[1] for sample in samples if "right of" in sample["instruction"]
-        }
-        names = {sample["instruction"].split(" right of ")[1] for sample in questions.relation_samples(screen)}
-        assert asked <= names
-        num_alone += not names
-    assert num_alone > 0
+def test_where_nothing_is_right_of_any_name_no_own_answer_is_about_what_is_there():
+    box = (0, 0, 9, 9)
+    screen = screens.Screen(None, (screens.Element("wifi", "", box, box),))
+    assert replay.random_questions([screen], ("what_is_right_of", "click_right_of"), seed=1) == ([], [])
 
 
-@pytest.mark.parametrize("history", [0, 2])
-def test_each_measure_asks_what_its_name_says(history, monkeypatch):
+def test_each_measure_asks_what_its_name_says(monkeypatch):
     """Three kinds of old questions make up the mean, and each is right by its own rule. All questions about screens are
     asked after the word problems that training has."""
-    model = load_base("data/tiny_vlm.pt")
-    switch_test = screens_and_features(model, "switches", "test", 3)
-    source_test = screens_and_features(model, "source", "test", 3)
+    switch_test = screens_and_features(BASE, "switches", "test", 3)
+    source_test = screens_and_features(BASE, "source", "test", 3)
     asked, histories = [], []
 
     def correct_answers(model, samples, features, history=0):
@@ -222,7 +200,7 @@ def test_each_measure_asks_what_its_name_says(history, monkeypatch):
         ]
 
     monkeypatch.setattr(evaluate, "generate_answers", correct_answers)
-    metrics, _ = evaluate.measure(model, switch_test, source_test, history=history)
+    metrics, _ = evaluate.measure(BASE, switch_test, source_test, history=2)
     assert re.match(r"\w+ (?!right)\w+", asked[0])
     assert asked[1].startswith("what is at <x")
     assert asked[2].startswith("what is right of ")
@@ -230,7 +208,7 @@ def test_each_measure_asks_what_its_name_says(history, monkeypatch):
     assert metrics["task_acc"] == metrics["same_words_acc"] == 1
     assert (metrics["what_is_at_acc"], metrics["what_is_right_of_acc"], metrics["click_right_of_acc"]) == (1, 1, 0)
     assert metrics["other_questions_acc"] == pytest.approx(2 / 3)
-    assert histories == [history] * 5 + [0, 0]  # the last two are word problems
+    assert histories == [2] * 5 + [0, 0]  # the last two are word problems
 
 
 # 3. Methods
