@@ -1,16 +1,18 @@
-"""The evidence: bases can be made, a run is made once, and what the pages ask for can be done."""
+"""The evidence: bases can be made, a run is made once, what the pages ask for can be done, and their pictures drawn."""
 
 import multiprocessing.dummy
 import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from data import costs, prompts
@@ -29,7 +31,9 @@ COMMANDS = {  # those that have options
     "-m data.study.runs": runs.RunsConfig,
     "-m data.study.smollm": smollm.SmolConfig,
 }
-if find_spec("pandas") and find_spec("matplotlib"):
+CAN_DRAW = find_spec("pandas") is not None and find_spec("matplotlib") is not None
+needs_matplotlib = pytest.mark.skipif(not CAN_DRAW, reason="without pandas or matplotlib")
+if CAN_DRAW:
     from data.study import compare, figures
 
     COMMANDS |= {"-m data.study.compare": compare.CompareConfig, "-m data.study.figures": figures.FiguresConfig}
@@ -140,20 +144,16 @@ def test_the_file_holds_the_runs_of_the_tables_and_no_others():
 
 # 3. Pages
 def test_the_lesson_needs_neither_the_study_nor_its_packages():
-    lesson = "train, data.costs"
-    check = (
-        f"import sys, {lesson}; print([name for name in ('data.study', 'pandas', 'matplotlib') if name in sys.modules])"
-    )
+    names = ["data.study", "pandas", "matplotlib"]
+    check = f"import sys, train, data.costs; print([name for name in {names} if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert ended.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("program", ["data.study.compare", "data.study.figures"])
 def test_a_missing_package_is_told_with_the_command_that_installs_it(program):
-    without_pandas = (
-        f"import sys, runpy; sys.modules['pandas'] = None; runpy.run_module('{program}', run_name='__main__')"
-    )
-    ended = subprocess.run([sys.executable, "-c", without_pandas], cwd=ROOT, capture_output=True, text=True)
+    run = f"import sys, runpy; sys.modules['pandas'] = None; runpy.run_module('{program}', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert re.fullmatch(r'error: .* pip install "\.\[study\]"\n', ended.stderr)
 
@@ -194,3 +194,24 @@ def test_the_costs_of_the_pages_are_as_the_command_prints_them(capsys):
     lines = re.findall(r"^visual tokens only.*", pages, re.M)
     assert lines
     assert all(line in printed for line in lines)
+
+
+# 4. Pictures
+@needs_matplotlib
+def test_the_command_draws_the_pictures_of_the_pages(tmp_path, capsys, monkeypatch):
+    """Of a short run."""
+    monkeypatch.setattr(train, "Config", partial(train.Config, steps=3, test_screens=2))
+    monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
+    figures.make_figures(figures.FiguresConfig(out=str(tmp_path), device="cpu"))
+    assert re.search("\nlook     the attention of .* grew the most: from", capsys.readouterr().out)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "data/figures").iterdir()}
+    assert Image.open(tmp_path / "training.gif").n_frames == 4
+
+
+@needs_matplotlib
+def test_the_trade_off_shows_every_method_at_every_gamma():
+    panels = figures.draw_trade_off(compare.read_runs()).axes
+    assert len(panels) == len(plan.MODELS)
+    for panel in panels:
+        numbers_of_points = [len(line.get_xdata()) for line in panel.lines]
+        assert numbers_of_points.count(len(plan.GAMMAS)) == 2 * len(figures.COLOURS)  # without and with own answers
