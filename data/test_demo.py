@@ -257,9 +257,7 @@ def demo(options: str) -> int:
 RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring", "replay": 1}, {"train_gamma": True}]
 RUNS += [{"history": 1, "vary_history": True, "replay": 1, "replay_with": "own"}, {"no_normalize": True}]
 RUNS += [{"heads": "random"}, {"heads": "all"}, {"heads": "2.1,0.0,2.0"}]
-RUNS += [{"method": "lora"}, {"method": "partial_lora"}]
-RUNS += [{"method": "lora", "projections": "v"}, {"method": "partial_lora", "projections": "v"}]
-RUNS += [{"gamma": 0.5}, {"replay": 1, "replay_with": "new"}, {"replay": 1, "replay_with": "own_old"}]
+RUNS += [{"method": "lora"}, {"method": "lora", "projections": "v"}, {"method": "partial_lora"}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
 
 

@@ -434,7 +434,6 @@ NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
     (attach, {"r": 25}, "r must be in 1..24 .* got r=25"),
     (attach, {"lora_alpha": 0}, "lora_alpha positive and finite, got r=8, lora_alpha=0"),  # nothing would be learned
-    (attach, {"lora_alpha": math.inf}, "lora_alpha positive and finite, .* lora_alpha=inf"),  # all logits would be nan
     (attach, {"lora_alpha": math.nan}, "lora_alpha positive and finite, .* lora_alpha=nan"),
     (attach, {"heads": {0: []}}, "no head is selected"),
     (attach, {"heads": {0: [1, 1]}}, "layer 0 has 3 heads; .* each once, not .1, 1."),

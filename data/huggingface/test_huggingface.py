@@ -150,7 +150,6 @@ def processor_for(family):
     qwen = family == "Qwen2_5_VL"
     marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO} if qwen else {"<image>": PICTURE}
     words = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", *map(str, range(60))]
-    words += ["null", "true", '"cat"', "[412,", "88]"]
     vocabulary = {word: i for i, word in enumerate(words)} | marks
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
