@@ -3,25 +3,15 @@
 A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing.
 """
 
-from typing import NamedTuple
-
 from imagelora import Heads
+from tiny_vlm import TinyVLMConfig
 
-
-class Shape(NamedTuple):
-    """The sizes of a decoder."""
-
-    num_layers: int
-    hidden_size: int
-    query_heads: int
-    value_heads: int
-    head_dim: int
-    mlp_weights: int  # in a layer
-    vocab_size: int
-
-
-QWEN = Shape(28, 3584, 28, 4, 128, 3 * 3584 * 18944, 152064)  # Qwen2.5-VL-7B
-VISUAL_TOKENS = 576  # of an image of 672 x 672 pixels
+# The decoder of Qwen2.5-VL-7B, and an image of 672 x 672 pixels in a sequence
+QWEN = TinyVLMConfig(
+    hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064
+)
+QWEN_MLP = 3 * 3584 * 18944  # weights of the MLP in a layer
+VISUAL_TOKENS = 576
 TOKENS = 720
 
 
@@ -49,7 +39,7 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
     return flops
 
 
-def decoder_flops(shape: Shape, num_tokens: int, lowest_adapted: int) -> int:
+def decoder_flops(config: TinyVLMConfig, mlp_weights: int, num_tokens: int, lowest_adapted: int) -> int:
     """FLOPs of the frozen decoder in a training step on one sequence: forward through all of it, and back to the
     outputs of q, k and v in the lowest adapted layer. Nothing below them needs a gradient, whatever the method.
 
@@ -57,50 +47,52 @@ def decoder_flops(shape: Shape, num_tokens: int, lowest_adapted: int) -> int:
     forward and four back, as a fused kernel computes them, also where only values need a gradient; all pairs of tokens
     count, masked or not. The logits of all tokens are included. The vision tower is not, nor what a kernel or a
     checkpoint computes a second time."""
-    attention_size = shape.query_heads * shape.head_dim
-    qkv = 2 * num_tokens * shape.hidden_size * (attention_size + 2 * shape.value_heads * shape.head_dim)
-    o_and_mlp = 2 * num_tokens * (attention_size * shape.hidden_size + shape.mlp_weights)
-    logits = 2 * num_tokens * shape.hidden_size * shape.vocab_size
-    attention = 2 * num_tokens**2 * attention_size  # one product, such as QK^T or PV
+    D = config.hidden_size
+    kv_size = config.num_key_value_heads * D // config.num_attention_heads
+    qkv = 2 * num_tokens * D * (D + 2 * kv_size)
+    o_and_mlp = 2 * num_tokens * (D * D + mlp_weights)
+    logits = 2 * num_tokens * D * config.vocab_size
+    attention = 2 * num_tokens**2 * D  # one product, such as QK^T or PV
 
-    forward = shape.num_layers * (qkv + 2 * attention + o_and_mlp) + logits
-    layers_above = shape.num_layers - 1 - lowest_adapted
+    forward = config.num_hidden_layers * (qkv + 2 * attention + o_and_mlp) + logits
+    layers_above = config.num_hidden_layers - 1 - lowest_adapted
     backward = logits + layers_above * (o_and_mlp + 4 * attention + qkv) + o_and_mlp + 4 * attention
     return forward + backward
 
 
-def lora_costs(shape: Shape, num_tokens: int, projections="qkvo", r=8, lowest_adapted=0) -> tuple[int, int]:
+def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8, lowest_adapted=0) -> tuple[int, int]:
     """(Parameters, training FLOPs) of LoRA on these projections of the layers from lowest_adapted upwards; num_tokens
     are those that it adapts, in the batch."""
-    D, q, kv = shape.hidden_size, shape.query_heads * shape.head_dim, shape.value_heads * shape.head_dim
-    sizes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D)}
+    D = config.hidden_size
+    kv_size = config.num_key_value_heads * D // config.num_attention_heads
+    out_features = {"q": D, "k": kv_size, "v": kv_size, "o": D}
     parameters = flops = 0
-    for layer in range(lowest_adapted, shape.num_layers):
+    for layer in range(lowest_adapted, config.num_hidden_layers):
         for projection in projections:
-            parameters += r * sum(sizes[projection])
+            parameters += r * (D + out_features[projection])
             input_grad = layer > lowest_adapted or projection == "o"  # below, everything is frozen
-            flops += lora_flops(num_tokens, *sizes[projection], r, input_grad)
+            flops += lora_flops(num_tokens, D, out_features[projection], r, input_grad)
     return parameters, flops
 
 
 def print_costs() -> None:
     """What a step costs with adapters in all layers and in the upper half of them; then Image-LoRA's three savings."""
-    all_heads = {layer: range(QWEN.value_heads) for layer in range(QWEN.num_layers)}
+
+    def image_lora_costs(lowest_adapted=0, heads=range(4)) -> int:
+        adapted = dict.fromkeys(range(lowest_adapted, 28), heads)
+        return image_lora_flops(VISUAL_TOKENS, 3584, 128, adapted, r=8)
+
     print(f"Qwen2.5-VL-7B, r = 8, a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens\n")
     print(f"{'GFLOP of a training step':42}{'adapter':>10}{'whole step':>13}")
-    for where, lowest in (("all layers", 0), ("the upper half of the layers", QWEN.num_layers // 2)):
-        heads = {layer: all_heads[layer] for layer in all_heads if layer >= lowest}
+    for where, lowest in (("all layers", 0), ("the upper half of the layers", 14)):
         _, lora = lora_costs(QWEN, TOKENS, lowest_adapted=lowest)
-        image_lora = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, heads, r=8)
-        for method, flops in (("LoRA", lora), ("Image-LoRA", image_lora)):
-            step = decoder_flops(QWEN, TOKENS, lowest) + flops
+        for method, flops in (("LoRA", lora), ("Image-LoRA", image_lora_costs(lowest))):
+            step = decoder_flops(QWEN, QWEN_MLP, TOKENS, lowest) + flops
             print(f"{f'{method} in {where}':42}{flops / 1e9:10.2f}{step / 1e9:13,.0f}")
 
     _, lora = lora_costs(QWEN, TOKENS)
     _, partial_lora = lora_costs(QWEN, VISUAL_TOKENS)
-    image_lora = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, all_heads, r=8)
-    half_of_them = {layer: range(QWEN.value_heads // 2) for layer in all_heads}
-    in_half = image_lora_flops(VISUAL_TOKENS, QWEN.hidden_size, QWEN.head_dim, half_of_them, r=8)
+    image_lora, in_half = image_lora_costs(), image_lora_costs(heads=range(2))
     savings = f"visual tokens only {partial_lora / lora:.3f} x values only {image_lora / partial_lora:.3f}"
     print(f"\n{savings} x half of the heads {in_half / image_lora:.3f} = {in_half / lora:.3f}")
 
@@ -109,28 +101,27 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
     cfg: a train.Config. ids [B, T] are of a batch."""
-    c = model.config
-    D = c.hidden_size
-    head_dim = D // c.num_attention_heads
-    sizes = c.num_attention_heads, c.num_key_value_heads, head_dim, 2 * D * 4 * D, c.vocab_size
-    shape = Shape(c.num_hidden_layers, D, *sizes)
-    num_visual = int((ids == c.image_token_id).sum())
+    config = model.config
+    D = config.hidden_size
+    num_visual = int((ids == config.image_token_id).sum())
     parameters = flops = lowest = 0
     if cfg.method == "image_lora":
+        head_dim = D // config.num_attention_heads
         num_heads = sum(len(selected) for selected in heads.values())
         parameters = len(heads) * (D * cfg.r + cfg.train_gamma) + num_heads * cfg.r * head_dim
         flops = image_lora_flops(num_visual, D, head_dim, heads, cfg.r)
         lowest = min(heads)
     elif cfg.method != "none":
         num_tokens = num_visual if cfg.method == "partial_lora" else ids.numel()
-        parameters, flops = lora_costs(shape, num_tokens, cfg.projections, cfg.r)
-    lora_parameters, flops_of_lora = lora_costs(shape, ids.numel())
+        parameters, flops = lora_costs(config, num_tokens, cfg.projections, cfg.r)
+    lora_parameters, flops_of_lora = lora_costs(config, ids.numel())
+    mlp_weights = 2 * D * 4 * D
     return {
         "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": flops / len(ids),
         "lora_flops_per_screen": flops_of_lora / len(ids),
-        "step_flops_per_screen": decoder_flops(shape, ids.shape[1], lowest) + flops / len(ids),
+        "step_flops_per_screen": decoder_flops(config, mlp_weights, ids.shape[1], lowest) + flops / len(ids),
     }
 
 
