@@ -98,25 +98,27 @@ def right_neighbour(screen: Screen, element: Element) -> Element | None:
     return min(candidates, key=lambda other: other.bbox[0], default=None)
 
 
+def neighbours(screen: Screen) -> list[tuple[Element, Element]]:
+    """Each target with what is right of it, if anything is."""
+    pairs = [(target, right_neighbour(screen, target)) for target in screen.targets()]
+    return [(target, neighbour) for target, neighbour in pairs if neighbour]
+
+
 def relation_samples(screen: Screen) -> list[dict]:
     """Ask what is right of each target that has a neighbour there. Neither question nor answer is a place."""
     samples = []
-    for target in screen.targets():
-        neighbour = right_neighbour(screen, target)
-        if neighbour:
-            instruction = f"what is right of {description(screen, target)}"
-            samples.append({"instruction": instruction, "answer": neighbour.full_name()})
+    for target, neighbour in neighbours(screen):
+        instruction = f"what is right of {description(screen, target)}"
+        samples.append({"instruction": instruction, "answer": neighbour.full_name()})
     return samples
 
 
 def relation_click_samples(screen: Screen, rng) -> list[dict]:
     """Ask for a click on what is right of each target that has a neighbour there: *click right of wifi*."""
     samples = []
-    for target in screen.targets():
-        neighbour = right_neighbour(screen, target)
-        if neighbour:
-            instruction = f"{VERBS[rng.integers(len(VERBS))]} right of {description(screen, target)}"
-            samples.append(grounding_sample(screen, neighbour, rng) | {"instruction": instruction})
+    for target, neighbour in neighbours(screen):
+        instruction = f"{VERBS[rng.integers(len(VERBS))]} right of {description(screen, target)}"
+        samples.append(grounding_sample(screen, neighbour, rng) | {"instruction": instruction})
     return samples
 
 
@@ -172,8 +174,7 @@ def random_sample(screen: Screen, kind: str, rng) -> dict | None:
     if kind == "click":
         targets = screen.targets()
         return grounding_sample(screen, targets[rng.integers(len(targets))], rng)
-    pairs = [(target, right_neighbour(screen, target)) for target in screen.targets()]
-    pairs = [(target, neighbour) for target, neighbour in pairs if neighbour]
+    pairs = neighbours(screen)
     if not pairs:
         return None
     target, neighbour = pairs[rng.integers(len(pairs))]

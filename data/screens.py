@@ -5,7 +5,6 @@ switches   each line has a name and, anywhere to its right, a switch; the correc
 dark       screens without switches in dark colours, shown to the vision tower in random tints and used for nothing else
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -57,7 +56,7 @@ def place_in_lines(rng, sizes: list[tuple]) -> list[Box]:
 
 
 class Domain(NamedTuple):
-    """A kind of screen: its colours and its layout."""
+    """A kind of screen."""
 
     number: int  # part of the random seed of its screens
     background: str
@@ -65,14 +64,13 @@ class Domain(NamedTuple):
     text: str
     icons: dict[str, str]  # name of a colour -> the colour that is drawn
     num_names: tuple[int, int] = (5, 7)  # on a screen, least and most
-    layout: Callable = place_freely  # (rng, sizes) -> boxes, or None where it found no room
-    switches: bool = False  # whether names have switches
+    switches: bool = False  # whether names are in lines, each with a switch
 
 
 _LIGHT_SCREEN = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT  # background, button, text, icons
 DOMAINS = {
     "source": Domain(0, *_LIGHT_SCREEN),
-    "switches": Domain(2, *_LIGHT_SCREEN, num_names=(4, 5), layout=place_in_lines, switches=True),
+    "switches": Domain(2, *_LIGHT_SCREEN, num_names=(4, 5), switches=True),
     "dark": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
 }
 
@@ -192,7 +190,8 @@ def draw_screen(domain_name: str, split: str, index: int, seed=0, erased=False) 
         for name, colour, size in items:
             sprite = _icon(name, colour, size, domain_name) if colour else _button(name, size, domain_name)
             sprites.append(sprite)
-        boxes = domain.layout(rng, [(sprite.width + switch_width, sprite.height) for sprite in sprites])
+        sizes = [(sprite.width + switch_width, sprite.height) for sprite in sprites]
+        boxes = place_in_lines(rng, sizes) if domain.switches else place_freely(rng, sizes)
 
     image = Image.new("RGB", (SIZE, SIZE), domain.background)
     elements = []
