@@ -33,7 +33,7 @@ import imagelora
 from data import costs, evaluate, pictures, prompts, replay, rivals
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.heads import check_choice, check_heads, choose_heads
+from data.heads import check_heads, choose_heads
 from tiny_vlm import TinyVLM
 
 # Of three tiny models, chosen on validation screens: for Image-LoRA in all heads, and for the others on q, k, v and o
@@ -84,7 +84,6 @@ class Config:
     def __post_init__(self):
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
-        check_choice(self.heads)
         of_image_lora = "--method image_lora", self.method == "image_lora"
         needs = {  # {option: (what it does nothing without, whether that is there)}
             "projections": ("--method lora or partial_lora", self.method in ("lora", "partial_lora")),
@@ -169,7 +168,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     after, answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
     result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
     result["own_answers_acc"] = replay_data.share_correct if replay_data else None
-    result["text_logits_max_abs_diff"] = evaluate.max_difference(base_logits, evaluate.text_only_logits(model))
+    result["text_logits_max_abs_diff"] = (evaluate.text_only_logits(model) - base_logits).abs().max().item()
     result |= costs.run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     if verbose:
@@ -285,13 +284,11 @@ def print_curve(curve: list[dict]) -> None:
 
 
 def print_replay(cfg: Config, data: replay.ReplayData) -> None:
-    kinds = ", ".join(kind.replace("_", " ") for kind in data.kinds)
     answers = "true answers"
-    if cfg.replay_with in ("own", "own_old"):
+    if data.share_correct is not None:
         answers = f"the base model's own answers, {data.share_correct:.0%} of them correct,"
-    switches = "with" if cfg.replay_with in ("own", "new") else "without"
-    print(f"replay   {cfg.replay} of a step's {prompts.SCREENS_PER_STEP} sequences: {kinds}; and word problems")
-    print(f"         {answers} about {len(data.screens)} screens {switches} switches")
+    sequences = f"{cfg.replay} of a step's {prompts.SCREENS_PER_STEP} sequences"
+    print(f"replay   {sequences}: {answers} about {len(data.screens)} screens; and word problems")
 
 
 def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:

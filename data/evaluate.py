@@ -80,16 +80,12 @@ OTHER_KINDS = KINDS[1:]  # all but a plain click
 def measure(model, switch_test: tuple, source_test: tuple, task="grounding", history=0) -> tuple[dict, list[Answer]]:
     """What the model can do on test screens, and the answers of its task, one of data.questions.TASKS.
 
-    switch_test, source_test: (screens, features) with and without switches.
+    switch_test, source_test: (screens, features) with and without switches. history: word problems before each screen.
 
-    All but the word problems are asked after `history` word problems and the screen.
-
-    task_acc                      the new task, on screens with switches
-    other_questions_acc           questions that were learned in pretraining and that the demo's fine-tuning never asks,
-                                  on screens without switches: the mean of what_is_at_acc, what_is_right_of_acc and
-                                  click_right_of_acc
-    same_words_acc                a click on a name, on screens without switches. The new task asks for it in the same
-                                  words and means the switch, so this tells whether a model distinguishes the screens
+    task_acc             the new task, on screens with switches
+    other_questions_acc  what fine-tuning never asks, on screens without switches: the mean of what_is_at_acc,
+                         what_is_right_of_acc and click_right_of_acc
+    same_words_acc       a click on a name, asked for in the new task's words, on screens without switches
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
     task_acc, answers = evaluate(model, *switch_test, TASKS[task], history)
     metrics, _ = measure_old_questions(model, source_test, history)
@@ -157,8 +153,3 @@ def text_only_logits(model) -> Tensor:
     problems = [[word_problem("test", i)] for i in range(256)]
     packed = pack_sequences(problems, [[]] * len(problems), num_patches=0)
     return model(packed["input_ids"].to(model.device)).logits
-
-
-def max_difference(base_logits: Tensor, logits: Tensor) -> float:
-    """The largest change of a logit. It is exactly 0 if only visual tokens are adapted."""
-    return (logits - base_logits).abs().max().item()

@@ -20,11 +20,8 @@ from data.screens import Screen
 
 
 class ReplayData(NamedTuple):
-    """What sequences of replay are made of."""
-
     screens: list[Screen]
     features: Tensor  # of the screens, [N, P, D]
-    kinds: tuple[str, ...]  # of questions, see KINDS
     samples: list[list[dict]] | None = None  # about each screen; None: questions of all kinds are drawn for each step
     share_correct: float | None = None  # of the base model's own answers
 
@@ -41,7 +38,7 @@ def make_replay_data(
     if replay_with in ("old", "own_old"):
         screens, features = screens_and_features(model, "source", "train", len(screens))
     if replay_with == "old":
-        return ReplayData(screens, features, KINDS)
+        return ReplayData(screens, features)
     # In the new task's own words, the base model would teach the old meaning.
     kinds = tuple(kind for kind in KINDS if kind != TASKS[task])
     count = len(screens) // 4
@@ -57,7 +54,7 @@ def make_replay_data(
         # An answer that was cut off would teach to stop in the middle.
         if 0 < len(text.split()) < MAX_NEW_TOKENS:
             samples_of_screens[i].append(sample | {"answer": text})
-    return ReplayData(screens, features, kinds, samples_of_screens, share_correct)
+    return ReplayData(screens, features, samples_of_screens, share_correct)
 
 
 def random_questions(screens: list[Screen], kinds: tuple[str, ...], seed: int) -> tuple[list[int], list[dict]]:
