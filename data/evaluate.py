@@ -144,9 +144,6 @@ def measure_controls(cfg, model) -> dict:
     return {"reworded_acc": reworded, "erased_acc": erased}
 
 
-# ---- Prompts without an image ----------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def text_only_logits(model) -> Tensor:
     """Next-token logits [256, T, V] of test word problems with their answers, without an image."""

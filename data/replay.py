@@ -43,7 +43,14 @@ def make_replay_data(
     kinds = tuple(kind for kind in KINDS if kind != TASKS[task])
     count = len(screens) // 4
     screens, features = screens[:count], features[:count]
-    numbers, samples = random_questions(screens, kinds, seed)
+    rng = np.random.default_rng(seed)
+    numbers, samples = [], []  # the screen of each question, and the question with its true answer
+    for i, screen in enumerate(screens):
+        for _ in range(QUESTIONS_PER_SCREEN):
+            sample = random_sample(screen, str(rng.choice(kinds)), rng)
+            if sample:  # on some screens there is nothing right of any name
+                numbers.append(i)
+                samples.append(sample)
     texts = [sample["answer"] for sample in samples]
     share_correct = None
     if replay_with != "new":
@@ -55,16 +62,3 @@ def make_replay_data(
         if 0 < len(text.split()) < MAX_NEW_TOKENS:
             samples_of_screens[i].append(sample | {"answer": text})
     return ReplayData(screens, features, samples_of_screens, share_correct)
-
-
-def random_questions(screens: list[Screen], kinds: tuple[str, ...], seed: int) -> tuple[list[int], list[dict]]:
-    """Five random questions of these kinds about each screen, with true answers: (numbers of the screens, samples)."""
-    rng = np.random.default_rng(seed)
-    numbers, samples = [], []
-    for i, screen in enumerate(screens):
-        for _ in range(QUESTIONS_PER_SCREEN):
-            sample = random_sample(screen, str(rng.choice(kinds)), rng)
-            if sample:  # on some screens there is nothing right of any name
-                numbers.append(i)
-                samples.append(sample)
-    return numbers, samples
