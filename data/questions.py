@@ -155,10 +155,7 @@ def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0,
 
 
 def old_samples(screen: Screen, count: int, rng) -> list[dict]:
-    """`count` random questions of all kinds about a screen without switches, with true answers.
-
-    Up to half of them are about what is right of a name and where that is, the others about where a name is and what is
-    at a place."""
+    """`count` random questions about a screen without switches, up to half of them about what is right of a name."""
     about_right = neighbour_samples(screen, rng)[: count // 2]
     samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
     return rng.permutation(samples + about_right).tolist()

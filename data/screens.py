@@ -56,8 +56,6 @@ def place_in_lines(rng, sizes: list[tuple]) -> list[Box]:
 
 
 class Domain(NamedTuple):
-    """A kind of screen."""
-
     number: int  # part of the random seed of its screens
     background: str
     button: str

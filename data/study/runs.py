@@ -36,9 +36,6 @@ COLUMNS = (*Row._fields, *MEASURES)
 REWORDED_SCREENS = 400  # test screens on which the base model is asked to click right of the name
 
 
-# ---- Files of runs ---------------------------------------------------------------------------------------------------
-
-
 def read_rows(path: Path, key: tuple[str, ...]) -> list[dict[str, str]]:
     """The lines of a file of runs, as texts; none if there is no such file.
 
@@ -62,9 +59,6 @@ def add_rows(path: Path, new_rows: list[dict], key: tuple[str, ...]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, file.getvalue().encode())
-
-
-# ---- Make the runs ---------------------------------------------------------------------------------------------------
 
 
 def config(row: Row, device="cpu") -> train.Config:
