@@ -10,7 +10,7 @@ from tiny_vlm import TinyVLMConfig
 QWEN = TinyVLMConfig(
     hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064
 )
-QWEN_MLP = 3 * 3584 * 18944  # weights of the MLP in a layer
+QWEN_MLP = 3 * QWEN.hidden_size * 18944  # weights of the MLP in a layer
 VISUAL_TOKENS = 576
 TOKENS = 720
 
@@ -78,13 +78,15 @@ def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8, 
 def print_costs() -> None:
     """What a step costs with adapters in all layers and in the upper half of them; then Image-LoRA's three savings."""
 
-    def image_lora_costs(lowest_adapted=0, heads=range(4)) -> int:
-        adapted = dict.fromkeys(range(lowest_adapted, 28), heads)
-        return image_lora_flops(VISUAL_TOKENS, 3584, 128, adapted, r=8)
+    num_layers, D = QWEN.num_hidden_layers, QWEN.hidden_size
+
+    def image_lora_costs(lowest_adapted=0, num_heads=QWEN.num_key_value_heads) -> int:
+        heads = dict.fromkeys(range(lowest_adapted, num_layers), range(num_heads))
+        return image_lora_flops(VISUAL_TOKENS, D, D // QWEN.num_attention_heads, heads, r=8)
 
     print(f"Qwen2.5-VL-7B, r = 8, a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens\n")
     print(f"{'GFLOP of a training step':42}{'adapter':>10}{'whole step':>13}")
-    for where, lowest in (("all layers", 0), ("the upper half of the layers", 14)):
+    for where, lowest in (("all layers", 0), ("the upper half of the layers", num_layers // 2)):
         _, lora = lora_costs(QWEN, TOKENS, lowest_adapted=lowest)
         for method, flops in (("LoRA", lora), ("Image-LoRA", image_lora_costs(lowest))):
             step = decoder_flops(QWEN, QWEN_MLP, TOKENS, lowest) + flops
@@ -92,7 +94,7 @@ def print_costs() -> None:
 
     _, lora = lora_costs(QWEN, TOKENS)
     _, partial_lora = lora_costs(QWEN, VISUAL_TOKENS)
-    image_lora, in_half = image_lora_costs(), image_lora_costs(heads=range(2))
+    image_lora, in_half = image_lora_costs(), image_lora_costs(num_heads=QWEN.num_key_value_heads // 2)
     savings = f"visual tokens only {partial_lora / lora:.3f} x values only {image_lora / partial_lora:.3f}"
     print(f"\n{savings} x half of the heads {in_half / image_lora:.3f} = {in_half / lora:.3f}")
 
