@@ -270,6 +270,7 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
     if cfg.method == "image_lora":
         num_selected = {"all": 15, "2.1,0.0,2.0": 3}.get(cfg.heads, 12)
         assert sum(len(heads) for heads in result["selected"].values()) == num_selected
+        assert tuned.adapter.normalize != cfg.no_normalize
 
     trained = [p for p in tuned.adapter.parameters() if p.requires_grad] if tuned.adapter else []
     assert result["trainable_parameters"] == sum(parameter.numel() for parameter in trained)

@@ -3,14 +3,13 @@
 python -m data.study.compare     print the tables, at once; then how learning rates were chosen
 
 On tiny models, a number is the mean over three models, each of which is a mean over its seeds, and brackets hold the
-lowest and the highest of the three. On SmolLM2, they hold those of the seeds.
+lowest and the highest of the three. SmolLM2 was run with seed 1; in bfloat16 also with seed 2, and brackets hold both.
 
 Turned down means at the smallest gamma that costs at most two points of the new task on validation screens.
 """
 
 import sys
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,12 @@ from data.study.plan import (
     AS_LARGE,
     CHOSEN,
     FEWER,
+    FIRST_BASE,
     METHODS,
     MODELS,
     MORE_TEXT,
     SMOLLM2_BASES,
+    SMOLLM2_SETTINGS,
     TABLES,
     THREE,
     TITLES,
@@ -54,7 +55,8 @@ def read_runs() -> pd.DataFrame:
     turned_down: whether a row is the one of its curve that the rule takes."""
     folder = Path(__file__).parent
     smollm2 = pd.read_csv(folder / "smollm.csv")
-    smollm2 = smollm2.assign(setting=smollm2.base.map(SMOLLM2_BASES), model=smollm2.seed, text=0)
+    settings = [SMOLLM2_SETTINGS[key] for key in zip(smollm2.base, smollm2.dtype)]
+    smollm2 = smollm2.assign(setting=settings, model=smollm2.seed, text=0)
     runs = pd.concat([pd.read_csv(folder / "runs.csv"), smollm2], ignore_index=True)
     runs["turned_down"] = False
     for _, curve in runs.groupby(["setting", "model", "method", "lr", "seed", "text"]):
@@ -77,11 +79,13 @@ def at_chosen_rates(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[[lr == CHOSEN[setting][method] for setting, method, lr in zip(runs.setting, runs.method, runs.lr)]]
 
 
-def once(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row for each method, model and rate, as it was trained: with seed 1, but models without the skill have their
-    own."""
+def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """The runs by which learning rates were compared: one for each method, model and rate, with seed 1 (models without
+    the skill have their own). Those of SmolLM2 were in bfloat16, except one."""
+    runs = runs[runs.setting.str.startswith(setting)]
     runs = runs[runs.seed == runs.model.where(runs.setting == "unskilled", 1)]
-    return runs[(runs.gamma == 1) & (runs.text == [METHODS[method].get("history", 0) for method in runs.method])]
+    runs = runs[(runs.gamma == 1) & (runs.text == [METHODS[method].get("history", 0) for method in runs.method])]
+    return runs.sort_values("dtype", kind="stable").drop_duplicates(["method", "model", "lr"])  # bfloat16 comes first
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -124,16 +128,20 @@ def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
 
 def front_page(runs: pd.DataFrame) -> str:
     """The other questions in whole numbers, one in a cell. A row stands there if all three methods were run."""
-    settings = {"skilled": "tiny models", **{setting: setting for setting in SMOLLM2_BASES.values()}}
-    strengths = {"as trained": {"gamma": 1}, "turned down": {"turned_down": True}}
-    cells = pd.DataFrame(columns=[*THREE], dtype=float)
+    settings = {"skilled": "tiny models"} | {setting: setting for setting in SMOLLM2_BASES}
+    titles, rows = [], []
     for setting, models in settings.items():
         of_setting = rows_where(runs, {"setting": setting, "text": 0})
         base = rows_where(of_setting, {"method": "base model"}).other_questions_acc.mean()
-        for ending, (strength, where) in product(("", " with own answers"), strengths.items()):
+        for title, ending, where in (
+            (f"**{models}** (base model: {base:.0f}), as trained", "", {"gamma": 1}),
+            ("turned down", "", {"turned_down": True}),
+            ("turned down, with own answers", " with own answers", {"turned_down": True}),
+        ):
             shown = rows_where(of_setting, where)
-            means = [shown.other_questions_acc[shown.method == method + ending].mean() for method in THREE]
-            cells.loc[f"{models} (base model: {base:.0f}), {strength}{ending.replace(' ', ', ', 1)}"] = means
+            rows.append([shown.other_questions_acc[shown.method == method + ending].mean() for method in THREE])
+            titles.append(title)
+    cells = pd.DataFrame(rows, titles, THREE)
     return markdown("other questions, %", cells.dropna().map("{:.0f}".format))
 
 
@@ -180,7 +188,7 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 
 def examples(runs: pd.DataFrame) -> str:
     """What some models answer to the first question of *what is right of*."""
-    first = rows_where(runs, {"setting": "SmolLM2, first base", "gamma": 1}).groupby("method").example.first()
+    first = rows_where(runs, {"setting": FIRST_BASE, "gamma": 1}).groupby("method").example.first()
     shown = "base model", "LoRA", "Image-LoRA"
     return "".join(f"{method:30}{first[method]}\n" for method in shown)
 
@@ -191,7 +199,7 @@ def rate_tables(runs: pd.DataFrame) -> list[str]:
         "new task with the skill, % at the learning rate": rates(runs, "skilled"),
         "other questions with the skill, % at the learning rate": rates(runs, "skilled", "other_questions_acc"),
         "new task without the skill, % at the learning rate": rates(runs, "unskilled"),
-        "SmolLM2, new task in % at the learning rate": rates(runs, "SmolLM2, first base"),
+        "SmolLM2, new task in % at the learning rate": rates(runs, FIRST_BASE),
     }
     return [markdown(title, cells) for title, cells in tables.items()]
 
@@ -199,8 +207,8 @@ def rate_tables(runs: pd.DataFrame) -> list[str]:
 def rates(runs: pd.DataFrame, setting: str, measure="validation_acc") -> pd.DataFrame:
     """Cells with a row for each method and a column for each learning rate; the chosen one is bold."""
     methods = TRIED["skilled"]
-    runs = once(runs[(runs.setting == setting) & runs.method.isin(methods)])
-    cells = runs.pivot_table(measure, "method", "lr").apply(text, measure=measure)
+    runs = tried(runs, setting)
+    cells = runs[runs.method.isin(methods)].pivot_table(measure, "method", "lr").apply(text, measure=measure)
     for method in cells.index:
         rate = CHOSEN[setting][method]
         cells.loc[method, rate] = f"**{cells.loc[method, rate]}**"

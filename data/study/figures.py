@@ -3,7 +3,7 @@
 training.gif    a few clicks of the demo's run, while they move to the switches
 tensors.png     what this run changes, layer by layer and token by token
 look.png        where a head looks before and after it
-trade_off.png   tiny models whose update is turned down after training, from runs.csv
+trade_off.png   models whose update is turned down after training, from runs.csv and smollm.csv
 """
 
 import io
@@ -26,7 +26,7 @@ from data.evaluate import Answer, evaluate
 from data.pictures import BLUE, GREY, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE, Box
-from data.study.plan import MODELS
+from data.study.plan import MODELS, SMOLLM2_BASES
 
 try:
     import matplotlib.pyplot as plt
@@ -238,31 +238,40 @@ COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
 
 
 def draw_trade_off(runs: pd.DataFrame) -> plt.Figure:
-    """The new task and the other questions where the trained update is multiplied by gamma, a panel for each tiny model
-    with the skill. A point is a mean over the seeds."""
-    runs = compare.rows_where(compare.at_chosen_rates(runs), {"setting": "skilled", "text": 0})
-    figure, panels = plt.subplots(1, len(MODELS), figsize=(WIDTH, 4.4), sharey=True, layout="constrained")
-    for model, ax in zip(MODELS, panels):
-        points = runs[runs.model == model].groupby(["method", "gamma"])[["task_acc", "other_questions_acc"]].mean()
-        ax.axhline(points.other_questions_acc["base model"][1.0], color=GREY, linewidth=1, linestyle="--")
+    """The new task and the other questions where the trained update is multiplied by gamma, a panel for each model. A
+    point of a tiny model is a mean over the seeds."""
+    runs = compare.rows_where(compare.at_chosen_rates(runs), {"text": 0})
+    shown = {f"tiny model {model}": {"setting": "skilled", "model": model} for model in MODELS}
+    shown |= {setting: {"setting": setting} for setting in SMOLLM2_BASES}
+    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 6.4), layout="constrained", sharex=True, sharey="row")
+    *panels, legend = axes.flat
+    for (title, where), ax in zip(shown.items(), panels):
+        of_model = compare.rows_where(runs, where).groupby(["method", "gamma"])
+        points = of_model[["task_acc", "other_questions_acc"]].mean()
+        ax.axhline(points.other_questions_acc["base model", 1.0], color=GREY, linewidth=1, ls="--", label="base model")
         for method, colour in COLOURS.items():
             for name, style, fill in ((method, "-", colour), (f"{method} with own answers", ":", "white")):
-                line = points.loc[name].sort_index(ascending=False).to_numpy()  # [γ, 2]
-                mark = {"color": colour, "marker": "o", "markerfacecolor": fill}
-                ax.plot(*line.T, style, **mark, markersize=3, label=name)
-                ax.plot(*line[:1].T, **mark, markersize=8)  # γ = 1
+                if name in points.index:
+                    line = points.loc[name].sort_index(ascending=False).to_numpy()  # [γ, 2]
+                    mark = {"color": colour, "marker": "o", "markerfacecolor": fill}
+                    ax.plot(*line.T, style, **mark, markersize=3, label=name)
+                    ax.plot(*line[:1].T, **mark, markersize=8)  # γ = 1
         curve = points.loc["Image-LoRA"]
         for gamma, offset in ((1.0, (-8, 0)), (0.8, (-8, 0)), (0.6, (-4, -9))):
-            where = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": "center"}
-            point = curve.task_acc[gamma], curve.other_questions_acc[gamma]
-            ax.annotate(f"γ = {gamma:g}", point, **where, color=BLUE, path_effects=RIM)
-        ax.set(title=f"model {model}", xlabel="new task, %", xlim=(79, 100.5), ylim=(38, 101))
+            if title not in SMOLLM2_BASES:  # where there is room
+                where = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": "center"}
+                point = curve.task_acc[gamma], curve.other_questions_acc[gamma]
+                ax.annotate(f"γ = {gamma:g}", point, **where, color=BLUE, path_effects=RIM)
+        ax.set(title=title, xlim=(79, 100.5))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="#e4e7ec")
-    first, *_ = panels
-    first.set_ylabel("other questions, %")
-    first.text(79.3, 98.2, "base model", color=GREY, size=8)
-    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    for row, bottom in zip(axes, (38, 0)):
+        row[0].set(ylabel="other questions, %", ylim=(bottom, 101))
+    for ax in panels[2:]:
+        ax.set_xlabel("new task, %")
+        ax.tick_params(labelbottom=True)
+    legend.axis("off")
+    legend.legend(*panels[0].get_legend_handles_labels(), loc="center left")
     return figure
 
 

@@ -75,7 +75,6 @@ BASE = dict.fromkeys(("base model", REWORDED), {"method": "none", "lr": 0.0})
 TWICE = THREE | ON_V | RANK_2 | FEW_HEADS | UNEVEN | WITH_REPLAY | OWN_ANSWERS  # with two seeds, if skilled
 METHODS = TWICE | TRUE_ANSWERS | OWN_OLD | AFTER_9 | LAYER_0 | AFTER_0_TO_9 | BASE
 
-SMOLLM2_BASES = {"smollm_1": "SmolLM2, first base", "smollm_2": "SmolLM2, second base"}  # {base: its runs' setting}
 SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
     "LoRA": 0.001,
@@ -85,12 +84,22 @@ SMOLLM2 = {  # {method: its learning rate}
     "Partial LoRA with own answers": 0.004,
     "Image-LoRA with own answers": 0.016,
 }
-SMOLLM2_GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+SMOLLM2_BASES = {  # {the setting of a base model's runs: their methods}
+    "SmolLM2, first base": [*SMOLLM2],
+    "SmolLM2, second base": ["base model", *THREE],
+}
+IN_16_BITS = "SmolLM2, first base, in bfloat16"
+FIRST_BASE, SECOND_BASE = SMOLLM2_BASES
+SMOLLM2_SETTINGS = {  # {(base, dtype): the setting of these runs}
+    ("smollm_1", "float32"): FIRST_BASE,
+    ("smollm_2", "float32"): SECOND_BASE,
+    ("smollm_1", "bfloat16"): IN_16_BITS,
+}
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "skilled": {method: fields["lr"] for method, fields in METHODS.items()},
     "referring": {method: fields["lr"] for method, fields in METHODS.items()},
     "unskilled": {REWORDED: 0.0, "LoRA": 0.005, "Partial LoRA": 0.005, "Partial LoRA on v": 0.04, "Image-LoRA": 0.08},
-    **dict.fromkeys(SMOLLM2_BASES.values(), SMOLLM2),
+    **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2),
 }
 TRIED = {  # {setting: {method: learning rates, once on each model}}
     "skilled": {
@@ -206,11 +215,14 @@ SPREADS = [
 ]
 
 DOWN = turned_down("gamma", "task_acc", "other_questions_acc", "word_problem_after_image_acc")
-SMOLLM2_COLUMNS = ranges(*ACCURACIES, *OTHERS[:3], "places_for_names", *ENGLISH)
+SMOLLM2_DOWN = ranges(*ACCURACIES) + turned_down("gamma", *ACCURACIES)
+SMOLLM2_MORE = means(*OTHERS[:3], "places_for_names", "name_alone_acc", *ENGLISH)
 
 TABLES = [  # in the order of the page
     Table("tiny models, turned down", "skilled", MAIN, ranges(*ACCURACIES) + means(*PROBLEMS) + DOWN),
-    *[Table(setting, setting, [*SMOLLM2], SMOLLM2_COLUMNS) for setting in SMOLLM2_BASES.values()],
+    *[Table(setting, setting, methods, SMOLLM2_DOWN) for setting, methods in SMOLLM2_BASES.items()],
+    *[Table(setting, setting, methods, SMOLLM2_MORE) for setting, methods in SMOLLM2_BASES.items()],
+    Table(IN_16_BITS, IN_16_BITS, [*SMOLLM2], ranges(*ACCURACIES)),
     Table("tiny models, replay", "skilled", REPLAYED, WITH_SEED_1),
     Table("new task, %", "skilled", [REWORDED, *RIVALS], BOTH_SKILLS),
     Table("tiny models, text before the image", "skilled", TRAINED_AFTER, AFTER_TEXT),

@@ -1,6 +1,6 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
-python -m data.study.smollm --method LoRA --seed 4       make one more run of smollm.csv: 20 to 40 minutes on one core
+python -m data.study.smollm --method LoRA --seed 2       make one more run of smollm.csv: 20 to 40 minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
@@ -30,19 +30,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import train
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import evaluate, measure_old_questions
+from data.evaluate import GAMMAS, evaluate, measure_other_questions
 from data.prompts import training_samples
 from data.questions import click_right_of, old_samples, parse_point, relation_samples
 from data.replay import make_replay_data
-from data.rivals import LoRA, turned_down
+from data.rivals import turned_down
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
-from data.study.plan import METHODS, SMOLLM2, SMOLLM2_GAMMAS
+from data.study.plan import METHODS, SMOLLM2
 from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, PLACES, ROWS, SmolVLM, spell_places
-from imagelora import attach
 
 KEY = ("base", "method", "lr", "seed", "gamma", "dtype")  # what tells one row from another
 SEE_STEPS = 500
@@ -202,7 +202,7 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
         samples, features = training_samples(cfg.seed, step, new_data, replay_data, num_problems=0)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
-    adapter = attach_adapter(cfg, vlm)
+    adapter = train.attach_adapter(train.Config(**METHODS[cfg.method] | {"seed": cfg.seed}), vlm.model, heads=None)
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
@@ -219,20 +219,6 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
                 row |= measure_english(vlm, adapter.disabled if adapter else nullcontext)
         rows.append(row)
     return rows
-
-
-def attach_adapter(cfg: SmolConfig, vlm: SmolVLM) -> nn.Module | None:
-    """Freeze SmolLM2 and add the adapter of the method; None for the base model."""
-    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
-    fields = METHODS[cfg.method]
-    method = fields.get("method", "image_lora")
-    if method == "none":
-        return None
-    if method == "image_lora":
-        return attach(vlm.model, 8, 16)
-    r = fields.get("r", 8)
-    tokens = "visual" if method == "partial_lora" else "all"
-    return LoRA(vlm.model, r, 2 * r, fields.get("projections", "qkvo"), tokens)
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
@@ -254,13 +240,13 @@ def share_clicked(vlm: SmolVLM, domain: str, split: str, count: int, reword=None
 
 
 def measure_questions(vlm: SmolVLM) -> dict:
-    """The measures of data/evaluate.py, on test screens; and the new task on validation screens.
+    """The other questions of data/evaluate.py, and the new task on test and on validation screens.
 
     places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
     are a place. example: one such question with its answer."""
     half = TEST_SCREENS // 2
     source_test = screens_and_features(vlm, "source", "test", half)
-    metrics, answers = measure_old_questions(vlm, source_test, generate=SmolVLM.answers)
+    metrics, answers = measure_other_questions(vlm, source_test, generate=SmolVLM.answers)
     metrics["task_acc"] = share_clicked(vlm, "switches", "test", TEST_SCREENS)
     metrics["validation_acc"] = share_clicked(vlm, "switches", "validation", half)
     answers_to_names = answers["what_is_at"] + answers["what_is_right_of"]
@@ -316,7 +302,7 @@ def main(cfg: SmolConfig) -> None:
         return
     lr = SMOLLM2[cfg.method] if cfg.lr is None else cfg.lr
     base = Path(cfg.base).stem
-    gammas = SMOLLM2_GAMMAS if cfg.method != "base model" and lr == SMOLLM2[cfg.method] else [1.0]
+    gammas = GAMMAS if cfg.method != "base model" and lr == SMOLLM2[cfg.method] else [1.0]
     known = {tuple(row[name] for name in KEY) for row in read_rows(path, KEY)}
     key = base, cfg.method, str(lr), str(cfg.seed)
     missing = [gamma for gamma in gammas if (*key, str(gamma), cfg.dtype) not in known]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from data.base import screens_and_features
 from data.questions import all_samples
 from data.study import smollm, smollm_vlm
+from data.study.plan import METHODS
 from data.study.runs import read_rows
 
 STUDY = Path(__file__).parent
@@ -46,7 +48,7 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     assert torch.equal(vlm.model(english).logits, original)
     for method in ("Image-LoRA", "Partial LoRA"):
         before = vlm.model(after_screen, features).logits
-        adapter = smollm.attach_adapter(smollm.SmolConfig(method=method), vlm)
+        adapter = train.attach_adapter(train.Config(**METHODS[method]), vlm.model, heads=None)
         for name, parameter in adapter.named_parameters():
             if ".B" in name or "B." in name:
                 torch.nn.init.normal_(parameter)
@@ -56,10 +58,11 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
 
 
 @needs_smollm2
-def test_questions_about_one_screen_are_answered_as_if_each_was_alone():
+@pytest.mark.parametrize("base", ["smollm_1", "smollm_2"])
+def test_questions_about_one_screen_are_answered_as_if_each_was_alone(base):
     """In float32, where rounding does not change an answer."""
     vlm = smollm_vlm.SmolVLM()
-    vlm.load("data/study/smollm_1.pt")
+    vlm.load(f"data/study/{base}.pt")
     screens, features = screens_and_features(vlm, "source", "test", 2)
     numbers, samples = zip(*all_samples(screens))
     prompts = [vlm.prompt(sample) for sample in samples]
@@ -97,7 +100,7 @@ def short(monkeypatch):
     """Short runs, and a short making of the base."""
     sizes = {"STEPS": 3, "TRAIN_SCREENS": 8, "TEST_SCREENS": 2, "TEXTS": 2, "SEE_STEPS": 1}
     sizes |= {"OPENINGS": smollm.OPENINGS[:2], "BASE_SCREENS": 8, "BASE_PARTS": {"all": (1e-3, [(2, 2, 2, 1)])}}
-    sizes["SMOLLM2_GAMMAS"] = GAMMAS
+    sizes["GAMMAS"] = GAMMAS
     for name, value in sizes.items():
         monkeypatch.setattr(smollm, name, value)
     monkeypatch.setattr(smollm_vlm.SmolVLM, "write_texts", lambda vlm: torch.full((4, 96), 100))

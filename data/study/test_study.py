@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import train
-from data import costs, prompts
+from data import costs, evaluate, prompts
 from data.base import load_base
 from data.command import command
 from data.study import plan, pretrain, runs, smollm
@@ -210,8 +210,10 @@ def test_the_command_draws_the_pictures_of_the_pages(tmp_path, capsys, monkeypat
 
 @needs_matplotlib
 def test_the_trade_off_shows_every_method_at_every_gamma():
-    panels = figures.draw_trade_off(compare.read_runs()).axes
-    assert len(panels) == len(plan.MODELS)
-    for panel in panels:
+    *panels, _ = figures.draw_trade_off(compare.read_runs()).axes  # the last one holds the legend
+    lines = [(2 * len(figures.COLOURS), plan.GAMMAS)] * len(plan.MODELS)  # without and with own answers
+    lines += [(len(methods) - 1, evaluate.GAMMAS) for methods in plan.SMOLLM2_BASES.values()]  # but the base model
+    assert len(panels) == len(lines)
+    for panel, (num_lines, gammas) in zip(panels, lines):
         numbers_of_points = [len(line.get_xdata()) for line in panel.lines]
-        assert numbers_of_points.count(len(plan.GAMMAS)) == 2 * len(figures.COLOURS)  # without and with own answers
+        assert numbers_of_points.count(len(gammas)) == num_lines
