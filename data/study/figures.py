@@ -257,11 +257,11 @@ def draw_trade_off(runs: pd.DataFrame) -> plt.Figure:
                     ax.plot(*line.T, style, **mark, markersize=3, label=name)
                     ax.plot(*line[:1].T, **mark, markersize=8)  # γ = 1
         curve = points.loc["Image-LoRA"]
-        for gamma, offset in ((1.0, (-8, 0)), (0.8, (-8, 0)), (0.6, (-4, -9))):
-            if title not in SMOLLM2_BASES:  # where there is room
-                where = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": "center"}
-                point = curve.task_acc[gamma], curve.other_questions_acc[gamma]
-                ax.annotate(f"γ = {gamma:g}", point, **where, color=BLUE, path_effects=RIM)
+        labels = {} if title in SMOLLM2_BASES else {1.0: (-8, 0), 0.8: (-8, 0), 0.6: (-4, -9)}  # where there is room
+        for gamma, offset in labels.items():
+            where = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": "center"}
+            point = curve.task_acc[gamma], curve.other_questions_acc[gamma]
+            ax.annotate(f"γ = {gamma:g}", point, **where, color=BLUE, path_effects=RIM)
         ax.set(title=title, xlim=(79, 100.5))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="#e4e7ec")

@@ -30,19 +30,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import train
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import GAMMAS, evaluate, measure_other_questions
 from data.prompts import training_samples
 from data.questions import click_right_of, old_samples, parse_point, relation_samples
 from data.replay import make_replay_data
-from data.rivals import turned_down
+from data.rivals import LoRA, turned_down
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.plan import METHODS, SMOLLM2
 from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, PLACES, ROWS, SmolVLM, spell_places
+from imagelora import attach
 
 KEY = ("base", "method", "lr", "seed", "gamma", "dtype")  # what tells one row from another
 SEE_STEPS = 500
@@ -202,7 +202,7 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
         samples, features = training_samples(cfg.seed, step, new_data, replay_data, num_problems=0)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
-    adapter = train.attach_adapter(train.Config(**METHODS[cfg.method] | {"seed": cfg.seed}), vlm.model, heads=None)
+    adapter = attach_adapter(cfg, vlm)
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
@@ -219,6 +219,17 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
                 row |= measure_english(vlm, adapter.disabled if adapter else nullcontext)
         rows.append(row)
     return rows
+
+
+def attach_adapter(cfg: SmolConfig, vlm: SmolVLM) -> nn.Module | None:
+    """Freeze SmolLM2 and add the adapter of the method; None for the base model."""
+    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
+    method = METHODS[cfg.method].get("method", "image_lora")
+    if method == "none":
+        return None
+    if method == "image_lora":
+        return attach(vlm.model, 8, 16)
+    return LoRA(vlm.model, 8, 16, tokens="visual" if method == "partial_lora" else "all")
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------

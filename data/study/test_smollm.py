@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from data.base import screens_and_features
 from data.questions import all_samples
 from data.study import smollm, smollm_vlm
-from data.study.plan import METHODS
 from data.study.runs import read_rows
 
 STUDY = Path(__file__).parent
@@ -48,7 +46,7 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     assert torch.equal(vlm.model(english).logits, original)
     for method in ("Image-LoRA", "Partial LoRA"):
         before = vlm.model(after_screen, features).logits
-        adapter = train.attach_adapter(train.Config(**METHODS[method]), vlm.model, heads=None)
+        adapter = smollm.attach_adapter(smollm.SmolConfig(method=method), vlm)
         for name, parameter in adapter.named_parameters():
             if ".B" in name or "B." in name:
                 torch.nn.init.normal_(parameter)
