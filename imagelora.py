@@ -71,7 +71,7 @@ class ValueAdapter(nn.Module):
         A = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
         self.A.copy_(nn.init.kaiming_uniform_(A.T, a=5**0.5).T)
         self.B.zero_()
-        self.gamma.fill_(1)  # because a small gamma would shrink what B does
+        self.gamma.fill_(1)  # because a small gamma would shrink every step of B
 
     def forward(self, x_vis: Tensor) -> Tensor:
         """Inputs of visual tokens [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
@@ -142,7 +142,7 @@ class ImageLoRA(nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
-        write_file(self, Path(path))
+        write_adapter(self, Path(path))
 
     def extra_repr(self) -> str:
         return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
@@ -190,13 +190,13 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
         raise ValueError("batches must be a list of batches, but this is one batch; pass [batch]")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     base, decoder, _ = checked_model(model)
+    generator = torch.Generator("cpu").manual_seed(seed)
     r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
     with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
     base.requires_grad_(False)  # Otherwise backward() would leave gradients in PEFT's parameters.
     for layer in adapter.layers.values():
         layer.B.requires_grad_(True)
-    generator = torch.Generator("cpu").manual_seed(seed)
     scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
     count = 0
     try:
@@ -207,7 +207,8 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
                 layer.A.copy_(A)
                 layer.B.grad = torch.zeros_like(layer.B)  # stays zero where the loss does not depend on B
             loss = loss_fn(model, batch)
-            check_loss(loss, count)
+            if loss is None or not loss.isfinite().all():
+                raise ValueError(f"the loss of probe batch {count} is {loss}; check that its labels hold an answer")
             loss.backward()
             for i, layer in enumerate(adapter.layers.values()):
                 # I(l, h) = ||dL/dB_l(h)||^2
@@ -215,7 +216,9 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
             count += 1
     finally:
         adapter.detach()
-    check_influence(scores, count)
+    if not scores.any():
+        none = f"in none of the {count} probe batches does the loss depend on a visual token"
+        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
     for row, num_heads in zip(scores, adapter.head_counts):
         row[num_heads:] = -torch.inf  # the layer has no such heads
     return scores / count
@@ -414,13 +417,13 @@ class PortableValueAdapter(ValueAdapter):
             del destination[f"{prefix}_extra_state"]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        own = self.get_extra_state()
-        given = state_dict.pop(f"{prefix}_extra_state", own).cpu().float()
+        expected = self.get_extra_state()
+        saved = state_dict.pop(f"{prefix}_extra_state", expected).cpu().float()
         # Close is enough, because someone may have rounded the state_dict to bfloat16.
-        if given.shape != own.shape or not given.allclose(own, rtol=3e-3, atol=0):
-            got = f"{prefix}B is of heads {given[1:].int().tolist()} and scale {given[0]:.4g}"
-            expected = f"heads {own[1:].int().tolist()} and scale {own[0]:.4g}"
-            raise RuntimeError(f"{got}, not of {expected}; attach with the same heads, r, lora_alpha and normalize")
+        if saved.shape != expected.shape or not saved.allclose(expected, rtol=3e-3, atol=0):
+            got = f"{prefix}B is of heads {saved[1:].int().tolist()} and scale {saved[0]:.4g}"
+            wanted = f"heads {expected[1:].int().tolist()} and scale {expected[0]:.4g}"
+            raise RuntimeError(f"{got}, not of {wanted}; attach with the same heads, r, lora_alpha and normalize")
         # Also under load_state_dict(assign=True) the adapter stays in float32.
         state_dict = {name: t.float() if t.element_size() < 4 else t for name, t in state_dict.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -460,7 +463,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     return adapter
 
 
-def write_file(adapter: ImageLoRA, path: Path) -> None:
+def write_adapter(adapter: ImageLoRA, path: Path) -> None:
     """Write all of an adapter's file or nothing. ValueError if `load` would refuse it."""
     layers = {}
     for layer, value_adapter in adapter.layers.items():
@@ -574,8 +577,9 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
 
 def check_placeholders(arguments: dict) -> None:
     pixels = [tensor for name, tensor in arguments.items() if name.startswith("pixel_values")]
+    cache = arguments.get("past_key_values", arguments.get("cache"))  # newer transformers say cache
     # After a cache, the placeholders may be in it. Zeros are no image, because collators pad with them.
-    if arguments.get("past_key_values") is None and any(isinstance(p, Tensor) and p.any() for p in pixels):
+    if cache is None and any(isinstance(p, Tensor) and p.any() for p in pixels):
         what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
         raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
 
@@ -592,17 +596,6 @@ def prepare_update(adapter: ValueAdapter, call: Call, x: Tensor, value: Tensor) 
         raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
     if adapter.heads.device != x.device and not x.is_meta:
         adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
-
-
-def check_loss(loss: Tensor | None, batch: int) -> None:
-    if loss is None or not loss.isfinite().all():
-        raise ValueError(f"the loss of probe batch {batch} is {loss}; check that its labels hold an answer")
-
-
-def check_influence(scores: Tensor, num_batches: int) -> None:
-    if not scores.any():
-        none = f"in none of the {num_batches} probe batches does the loss depend on a visual token"
-        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
 
 
 def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:

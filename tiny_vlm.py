@@ -19,7 +19,7 @@ from torch import Tensor, nn
 class TinyVLMConfig:
     """Architecture of a TinyVLM; fields are named as in Hugging Face configs. Sizes in pixels, tokens or features.
 
-    ValueError if a size is not divisible by its patch size or number of heads."""
+    ValueError if image_size is not a multiple of patch_size."""
 
     vocab_size: int = 143
     image_token_id: int = 3

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from data.command import command, make_directory, option, write_file
 from data.heads import check_heads, choose_heads
 from tiny_vlm import TinyVLM
 
-# Of three tiny models, chosen on validation screens: for Image-LoRA in all heads, and for the others on q, k, v and o
+# Validation screens of three tiny models chose these rates: Image-LoRA's in all heads, the others' on q, k, v and o
 # (data/study/README.md).
 RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.005, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
@@ -64,7 +64,7 @@ class Config:
     gamma: float = option(1.0, "what the update is multiplied by after training, to turn it down", minimum=0)
     train_gamma: bool = option(False, "image_lora also trains gamma, as in the paper")
     no_normalize: bool = option(False, "image_lora without selection-size normalization, the factor 1/sqrt|S|")
-    lr: float | None = option(None, f"AdamW's peak rate; None: {RATES['image_lora']}, lora {RATES['lora']}", minimum=0)
+    lr: float | None = option(None, f"AdamW's peak rate; None: the method's own, of {RATES}", minimum=0)
     steps: int = option(500, "training steps", minimum=1)
     history: int = option(0, "word problems before each screen: longer text, same image", minimum=0)
     vary_history: bool = option(False, "train with 0 to --history word problems, a number drawn anew for each step")
@@ -84,19 +84,18 @@ class Config:
     def __post_init__(self):
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
-        of_image_lora = "--method image_lora", self.method == "image_lora"
-        needs = {  # {option: (what it does nothing without, whether that is there)}
-            "projections": ("--method lora or partial_lora", self.method in ("lora", "partial_lora")),
-            **dict.fromkeys(("heads", "train_gamma", "no_normalize"), of_image_lora),
-            "num_heads": ("--heads top or random", self.heads in ("top", "random") and self.method == "image_lora"),
-            "gamma": ("an adapter", self.method != "none"),
-            "vary_history": ("--history", self.history > 0),
-            "replay_with": ("--replay", self.replay > 0),
-        }
-        for f in fields(self):
-            needed, is_there = needs.get(f.name, ("", True))
-            if getattr(self, f.name) != f.default and not is_there:
-                raise ValueError(f"--{f.name.replace('_', '-')} does nothing without {needed}")
+        requirements = [  # (options, what they do nothing without, whether this run has it)
+            (["projections"], "--method lora or partial_lora", self.method in ("lora", "partial_lora")),
+            (["heads", "train_gamma", "no_normalize"], "--method image_lora", self.method == "image_lora"),
+            (["num_heads"], "--heads top or random", self.method == "image_lora" and self.heads in ("top", "random")),
+            (["gamma", "replay"], "an adapter", self.method != "none"),
+            (["vary_history"], "--history", self.history > 0),
+            (["replay_with"], "--replay", self.replay > 0),
+        ]
+        for names, requirement, is_met in requirements:
+            for name in names:
+                if getattr(self, name) != getattr(type(self), name) and not is_met:
+                    raise ValueError(f"--{name.replace('_', '-')} does nothing without {requirement}")
         if self.lr is None:
             self.lr = RATES[self.method]
 
@@ -136,8 +135,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # A screen without switches has more targets, so half as many screens are enough.
     source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
 
-    # Measure the new task on switch screens; and on the others, questions that training never asks, and the new task's
-    # own words. Also word problems, and the logits of prompts without an image.
+    # Before training, measure the new task on switch screens; other questions and the new task's own words on screens
+    # without switches; word problems; and the logits of prompts without an image.
     before, base_answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
     base_logits = evaluate.text_only_logits(model)
     if verbose:
@@ -148,8 +147,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
 
     # The probe: how much could each value head lower the loss? Then select heads.
     scores = heads = None
-    probe_batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
     if cfg.method == "image_lora":
+        probe_batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
         scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
         heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
         if verbose:
@@ -169,7 +168,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
     result["own_answers_acc"] = replay_data.share_correct if replay_data else None
     result["text_logits_max_abs_diff"] = (evaluate.text_only_logits(model) - base_logits).abs().max().item()
-    result |= costs.run_costs(cfg, model, probe_batches[0]["input_ids"], heads)
+    result |= costs.run_costs(cfg, model, prompts.training_batch(cfg, train_data, 0)["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     if verbose:
         if adapter:

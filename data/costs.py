@@ -102,7 +102,7 @@ def print_costs() -> None:
 def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
-    cfg: a train.Config. ids [B, T] are of a batch."""
+    cfg: a train.Config. ids [B, T] are of a batch: with --vary-history, another one may cost twice as much."""
     config = model.config
     D = config.hidden_size
     num_visual = int((ids == config.image_token_id).sum())
@@ -110,7 +110,8 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     if cfg.method == "image_lora":
         head_dim = D // config.num_attention_heads
         num_heads = sum(len(selected) for selected in heads.values())
-        parameters = len(heads) * (D * cfg.r + cfg.train_gamma) + num_heads * cfg.r * head_dim
+        num_gammas = len(heads) if cfg.train_gamma else 0
+        parameters = len(heads) * D * cfg.r + num_heads * cfg.r * head_dim + num_gammas
         flops = image_lora_flops(num_visual, D, head_dim, heads, cfg.r)
         lowest = min(heads)
     elif cfg.method != "none":

@@ -88,9 +88,9 @@ def measure(model, switch_test: tuple, source_test: tuple, task="grounding", his
     same_words_acc       a click on a name, asked for in the new task's words, on screens without switches
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
     task_acc, answers = evaluate(model, *switch_test, TASKS[task], history)
-    metrics, _ = measure_other_questions(model, source_test, history)
+    other_questions, _ = measure_other_questions(model, source_test, history)
+    metrics = {"task_acc": task_acc} | other_questions
     metrics["same_words_acc"], _ = evaluate(model, *source_test, history=history)
-    metrics["task_acc"] = task_acc
     _, features = switch_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)

@@ -376,6 +376,7 @@ def test_what_the_demo_cannot_do_is_one_sentence_and_writes_nothing(bad, directo
 
 
 INERT = {"--replay-with=own": "--replay", "--vary-history": "--history", "--method=none --gamma=0.5": "an adapter"}
+INERT |= {"--method=none --replay=1": "an adapter"}
 INERT |= {f"{option} --num-heads=3": "--heads top or random" for option in ("--heads=all", "--method=lora")}
 INERT |= {f"--method={method} --projections=v": "--method lora or partial_lora" for method in ("image_lora", "none")}
 for name in ("--heads=all", "--train-gamma", "--no-normalize"):

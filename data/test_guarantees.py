@@ -91,6 +91,9 @@ def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_r
     scores = score_heads(model, [EARLY], seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(score_heads(model, [EARLY], seed=1), scores)
+    with pytest.raises(RuntimeError):
+        score_heads(model, [EARLY], seed=None)  # before anything is attached
+    assert not hasattr(model, "image_lora")
 
 
 def test_layers_may_have_different_numbers_of_heads():
@@ -152,6 +155,7 @@ def test_a_prompt_with_an_image_and_no_placeholder_is_refused():
         model(text, pixel_values=image)
     model(text[:, :1], pixel_values=image)
     model(text, pixel_values=image, past_key_values="a cache")
+    model(text, pixel_values=image, cache="a cache")
     model(text, pixel_values=torch.zeros_like(image))
 
 

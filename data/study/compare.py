@@ -9,30 +9,12 @@ Turned down means at the smallest gamma that costs at most two points of the new
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.command import command
 from data.evaluate import smallest_gamma
-from data.study.plan import (
-    AS_LARGE,
-    CHOSEN,
-    FEWER,
-    FIRST_BASE,
-    METHODS,
-    MODELS,
-    MORE_TEXT,
-    SMOLLM2_BASES,
-    SMOLLM2_SETTINGS,
-    TABLES,
-    THREE,
-    TITLES,
-    TRIED,
-    Column,
-    Table,
-)
+from data.study import plan
 
 try:
     import pandas as pd
@@ -43,7 +25,7 @@ except ImportError:
     sys.exit(2)
 
 LAYOUTS = {"parameters": "{:,.0f}", "divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
-CLICKS = 95  # percent of the switches, at which methods of equal size are compared
+EQUAL_CLICKS = 95  # percent of the switches, at which methods of equal size are compared
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -55,7 +37,7 @@ def read_runs() -> pd.DataFrame:
     turned_down: whether a row is the one of its curve that the rule takes."""
     folder = Path(__file__).parent
     smollm2 = pd.read_csv(folder / "smollm.csv")
-    settings = [SMOLLM2_SETTINGS[key] for key in zip(smollm2.base, smollm2.dtype)]
+    settings = [plan.SMOLLM2_SETTINGS[key] for key in zip(smollm2.base, smollm2.dtype)]
     smollm2 = smollm2.assign(setting=settings, model=smollm2.seed, text=0)
     runs = pd.concat([pd.read_csv(folder / "runs.csv"), smollm2], ignore_index=True)
     runs["turned_down"] = False
@@ -63,7 +45,7 @@ def read_runs() -> pd.DataFrame:
         if len(curve) > 1:
             gamma = smallest_gamma(curve.sort_values("gamma", ascending=False).to_dict("records"))
             runs.loc[curve.index[curve.gamma == gamma], "turned_down"] = True
-    runs[[measure for measure, title in TITLES.items() if title.endswith("%")]] *= 100
+    runs[[measure for measure, title in plan.TITLES.items() if title.endswith("%")]] *= 100
     return runs
 
 
@@ -76,7 +58,7 @@ def rows_where(runs: pd.DataFrame, where: dict) -> pd.DataFrame:
 
 def at_chosen_rates(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows at the learning rate that was chosen for their method in their setting."""
-    return runs[[lr == CHOSEN[setting][method] for setting, method, lr in zip(runs.setting, runs.method, runs.lr)]]
+    return runs[[lr == plan.CHOSEN[setting][method] for setting, method, lr in zip(runs.setting, runs.method, runs.lr)]]
 
 
 def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
@@ -84,14 +66,14 @@ def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
     the skill have their own). Those of SmolLM2 were in bfloat16, except one."""
     runs = runs[runs.setting.str.startswith(setting)]
     runs = runs[runs.seed == runs.model.where(runs.setting == "unskilled", 1)]
-    runs = runs[(runs.gamma == 1) & (runs.text == [METHODS[method].get("history", 0) for method in runs.method])]
+    runs = runs[(runs.gamma == 1) & (runs.text == [plan.METHODS[method].get("history", 0) for method in runs.method])]
     return runs.sort_values("dtype", kind="stable").drop_duplicates(["method", "model", "lr"])  # bfloat16 comes first
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def text(numbers: pd.Series, measure: str) -> pd.Series:
+def format_cells(numbers: pd.Series, measure: str) -> pd.Series:
     """As in a table: empty where nothing was measured."""
     return numbers.map(LAYOUTS.get(measure, "{:.1f}").format).astype(str).replace("nan", "")
 
@@ -105,30 +87,30 @@ def markdown(title: str, cells: pd.DataFrame) -> str:
 def tables(runs: pd.DataFrame) -> list[str]:
     """Those of the pages."""
     chosen = at_chosen_rates(runs)
-    shown = [show_table(table, chosen) for table in TABLES]
+    shown = [show_table(table, chosen) for table in plan.TABLES]
     return [front_page(chosen), equal_clicks(chosen), text_and_attention(chosen), examples(chosen), *shown]
 
 
-def show_table(table: Table, runs: pd.DataFrame) -> str:
+def show_table(table: plan.Table, runs: pd.DataFrame) -> str:
     cells = {column.title: show_column(column, rows_where(runs, table.where(column))) for column in table.columns}
     return markdown(table.title, pd.DataFrame(cells).reindex(table.methods).fillna(""))
 
 
-def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
+def show_column(column: plan.Column, runs: pd.DataFrame) -> pd.Series:
     """The cells of a column, {method: text}."""
     seeds = runs.groupby(["method", "model"])[column.measure]
     models = seeds.max() - seeds.min() if column.show == "spread" else seeds.mean()
     methods = models.groupby("method")
-    mean = text(methods.mean(), column.measure)
+    mean = format_cells(methods.mean(), column.measure)
     if column.show != "range":
         return mean
-    lowest, highest = text(methods.min(), column.measure), text(methods.max(), column.measure)
+    lowest, highest = format_cells(methods.min(), column.measure), format_cells(methods.max(), column.measure)
     return mean.where(lowest == highest, mean + " (" + lowest + "–" + highest + ")")
 
 
 def front_page(runs: pd.DataFrame) -> str:
     """The other questions in whole numbers, one in a cell. A row stands there if all three methods were run."""
-    settings = {"skilled": "tiny models"} | {setting: setting for setting in SMOLLM2_BASES}
+    settings = {"skilled": "tiny models"} | {setting: setting for setting in plan.SMOLLM2_BASES}
     titles, rows = [], []
     for setting, models in settings.items():
         of_setting = rows_where(runs, {"setting": setting, "text": 0})
@@ -139,30 +121,31 @@ def front_page(runs: pd.DataFrame) -> str:
             ("turned down, with own answers", " with own answers", {"turned_down": True}),
         ):
             shown = rows_where(of_setting, where)
-            rows.append([shown.other_questions_acc[shown.method == method + ending].mean() for method in THREE])
+            rows.append([shown.other_questions_acc[shown.method == method + ending].mean() for method in plan.THREE])
             titles.append(title)
-    cells = pd.DataFrame(rows, titles, THREE)
+    cells = pd.DataFrame(rows, titles, plan.THREE)
     return markdown("other questions, %", cells.dropna().map("{:.0f}".format))
 
 
 def equal_clicks(runs: pd.DataFrame) -> str:
     """What methods of equal size keep where they hit equally many switches: a mean over seeds, for each model."""
-    cells = pd.DataFrame(index=AS_LARGE)
+    cells = pd.DataFrame(index=plan.AS_LARGE)
     runs = rows_where(runs, {"setting": "skilled", "text": 0})
-    for model in MODELS:
-        for method in AS_LARGE:
+    for model in plan.MODELS:
+        for method in plan.AS_LARGE:
             seeds = rows_where(runs, {"model": model, "method": method}).groupby("seed")
             cells.loc[method, f"model {model}"] = np.mean([kept_at_clicks(curve) for _, curve in seeds])
     cells["mean"] = cells.mean(axis=1)
-    return markdown(f"other questions where {CLICKS} % of the switches are hit", cells.map("{:.1f}".format))
+    return markdown(f"other questions where {EQUAL_CLICKS} % of the switches are hit", cells.map("{:.1f}".format))
 
 
 def kept_at_clicks(curve: pd.DataFrame) -> float:
-    """The other questions where a curve, from its lowest gamma up, first reaches CLICKS. Linear between two gammas."""
+    """The other questions where a curve, from its lowest gamma up, first reaches EQUAL_CLICKS. It is linear
+    between two gammas."""
     curve = curve.sort_values("gamma")
     clicks, others = curve.task_acc.to_numpy(), curve.other_questions_acc.to_numpy()
-    after = int((clicks >= CLICKS).argmax())
-    return float(np.interp(CLICKS, clicks[after - 1 : after + 1], others[after - 1 : after + 1]))
+    after = int((clicks >= EQUAL_CLICKS).argmax())
+    return float(np.interp(EQUAL_CLICKS, clicks[after - 1 : after + 1], others[after - 1 : after + 1]))
 
 
 def text_and_attention(runs: pd.DataFrame) -> str:
@@ -170,11 +153,11 @@ def text_and_attention(runs: pd.DataFrame) -> str:
     in the base model predicts, the best one on validation screens, and what they hit on test screens."""
     runs = rows_where(runs, {"setting": "skilled", "seed": 1})
     rows = {}
-    for model in MODELS:
+    for model in plan.MODELS:
         of_model = runs[runs.model == model]
         share = of_model[of_model.method == "base model"].set_index("text").image_share
-        for history in FEWER:
-            curve = rows_where(of_model, {"method": MORE_TEXT, "text": history}).set_index("gamma")
+        for history in plan.FEWER_PROBLEMS:
+            curve = rows_where(of_model, {"method": plan.MORE_TEXT, "text": history}).set_index("gamma")
             predicted = share[9] / share[history]
             best = curve.validation_acc.idxmax()
             nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
@@ -188,7 +171,7 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 
 def examples(runs: pd.DataFrame) -> str:
     """What some models answer to the first question of *what is right of*."""
-    first = rows_where(runs, {"setting": FIRST_BASE, "gamma": 1}).groupby("method").example.first()
+    first = rows_where(runs, {"setting": plan.FIRST_BASE, "gamma": 1}).groupby("method").example.first()
     shown = "base model", "LoRA", "Image-LoRA"
     return "".join(f"{method:30}{first[method]}\n" for method in shown)
 
@@ -199,31 +182,22 @@ def rate_tables(runs: pd.DataFrame) -> list[str]:
         "new task with the skill, % at the learning rate": rates(runs, "skilled"),
         "other questions with the skill, % at the learning rate": rates(runs, "skilled", "other_questions_acc"),
         "new task without the skill, % at the learning rate": rates(runs, "unskilled"),
-        "SmolLM2, new task in % at the learning rate": rates(runs, FIRST_BASE),
+        "SmolLM2, new task in % at the learning rate": rates(runs, plan.FIRST_BASE),
     }
     return [markdown(title, cells) for title, cells in tables.items()]
 
 
 def rates(runs: pd.DataFrame, setting: str, measure="validation_acc") -> pd.DataFrame:
     """Cells with a row for each method and a column for each learning rate; the chosen one is bold."""
-    methods = TRIED["skilled"]
+    methods = plan.TRIED["skilled"]
     runs = tried(runs, setting)
-    cells = runs[runs.method.isin(methods)].pivot_table(measure, "method", "lr").apply(text, measure=measure)
+    cells = runs[runs.method.isin(methods)].pivot_table(measure, "method", "lr").apply(format_cells, measure=measure)
     for method in cells.index:
-        rate = CHOSEN[setting][method]
+        rate = plan.CHOSEN[setting][method]
         cells.loc[method, rate] = f"**{cells.loc[method, rate]}**"
     return cells.reindex(methods).dropna(how="all").fillna("").rename(columns="{:g}".format)
 
 
-@dataclass(frozen=True)
-class CompareConfig:
-    """No options."""
-
-
-def main(cfg: CompareConfig) -> None:
+if __name__ == "__main__":
     runs = read_runs()
     print("\n".join(tables(runs) + rate_tables(runs)))
-
-
-if __name__ == "__main__":
-    sys.exit(command(CompareConfig, main, __doc__))

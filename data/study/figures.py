@@ -52,7 +52,7 @@ CROSS = {"marker": "x", "markersize": 7, "color": ORANGE, "markeredgewidth": 2, 
 RING = {"marker": r"$\odot$", "markersize": 10, "color": BLUE, "path_effects": RIM}
 
 
-@dataclass
+@dataclass(frozen=True)
 class FiguresConfig:
     out: str = option("data/figures", "directory of the pictures")
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")

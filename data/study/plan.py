@@ -234,7 +234,7 @@ TABLES = [  # in the order of the page
 GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 CURVES = [*MAIN, *RANK_2]  # measured at each of these, which tells what they keep at equal clicks
 MORE_TEXT = "Image-LoRA trained after 9"  # word problems, and asked after as many or fewer
-FEWER = (0, 1, 3)
+FEWER_PROBLEMS = (0, 1, 3)
 FEWER_GAMMAS = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -270,7 +270,7 @@ def all_rows() -> list[Row]:
     for method, model, gamma in product(CURVES, MODELS, GAMMAS):
         lr = CHOSEN["skilled"][method]
         rows += [Row("skilled", model, method, lr, seed, gamma, 0) for seed in seeds_of("skilled", model, method)]
-    for model, gamma, text in product(MODELS, FEWER_GAMMAS, FEWER):
+    for model, gamma, text in product(MODELS, FEWER_GAMMAS, FEWER_PROBLEMS):
         rows.append(Row("skilled", model, MORE_TEXT, CHOSEN["skilled"][MORE_TEXT], 1, gamma, text))
     for setting, tried in TRIED.items():
         for (method, rates), model in product(tried.items(), MODELS):

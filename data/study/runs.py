@@ -82,12 +82,11 @@ def make_rows(rows: list[Row], device: str) -> list[dict]:
 
 def ask(model, row: Row, cfg: train.Config) -> dict:
     """The measures of a row."""
-    test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
-    validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
     if row.method == REWORDED:
         test = screens_and_features(model, "switches", "test", REWORDED_SCREENS)
         return {"task_acc": evaluate(model, *test, reword=click_right_of)[0]}
+    test = screens_and_features(model, "switches", "test", cfg.test_screens)
+    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
     if row.text == cfg.history:  # as in training
         measures, _ = measure(model, test, source_test, cfg.task, row.text)
     else:
@@ -95,6 +94,7 @@ def ask(model, row: Row, cfg: train.Config) -> dict:
         measures = {"other_questions_acc": measures["other_questions_acc"]}
         measures["task_acc"], _ = evaluate(model, *test, TASKS[cfg.task], row.text)
     if row.text == cfg.history or row.method == MORE_TEXT:
+        validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
         measures["validation_acc"], _ = evaluate(model, *validation, TASKS[cfg.task], row.text)
     if row.method == "base model":
         screens, features = test
@@ -114,10 +114,10 @@ def main(cfg: RunsConfig) -> None:
     """Make the rows that the file lacks, and write those of a run at once. ValueError, before any, if a base is not
     there."""
     path = Path(cfg.out)
-    known = {tuple(line[name] for name in Row._fields) for line in read_rows(path, Row._fields)}
+    keys_in_file = {tuple(line[name] for name in Row._fields) for line in read_rows(path, Row._fields)}
     runs = {}  # {what is trained: the rows that are missing of it}
     for row in all_rows():
-        if tuple(map(str, row)) not in known:
+        if tuple(map(str, row)) not in keys_in_file:
             runs.setdefault(row[:5], []).append(row)
     for rows in runs.values():
         base = config(rows[0]).base

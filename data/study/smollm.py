@@ -59,7 +59,7 @@ TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many 
 TEXTS = 16  # of 256 tokens, on which English is measured
 
 
-@dataclass
+@dataclass(frozen=True)
 class SmolConfig:
     method: str = option("Image-LoRA", "make a run of this method, unless the file holds it", tuple(SMOLLM2))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", minimum=0)
@@ -139,8 +139,8 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.add_projector()
     # Other screens than those that the tiny model was pretrained on. On half of those without switches, two names or
     # more have something to their right.
-    drawn = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4 * BASE_SCREENS)]
-    screens, more = drawn[:BASE_SCREENS], drawn[BASE_SCREENS:]
+    candidates = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4 * BASE_SCREENS)]
+    screens, more = candidates[:BASE_SCREENS], candidates[BASE_SCREENS:]
     screens += [screen for screen in more if len(relation_samples(screen)) > 1][:BASE_SCREENS]
     switch_screens = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(BASE_SCREENS // 4)]
     targets = [patch_targets(screen, vlm.patch_size, places=True) for screen in screens]
@@ -163,8 +163,8 @@ def make_base(cfg: SmolConfig) -> None:
         texts = all_texts[rng.choice(len(all_texts), num_texts, replace=False)]
         with torch.no_grad(), vlm.lora.disabled():
             original_logits = text_logits(vlm, texts)[:, 1:]
-        seen = vlm.projector(features[rng.choice(len(features), num_texts)])
-        loss = answer_loss + divergence(original_logits, text_logits(vlm, texts[:, 1:], seen))
+        shown = vlm.projector(features[rng.choice(len(features), num_texts)])  # a screen before each text
+        loss = answer_loss + divergence(original_logits, text_logits(vlm, texts[:, 1:], shown))
         if cfg.tokens == "all":
             loss = loss + divergence(original_logits, text_logits(vlm, texts)[:, 1:])
         return loss
@@ -308,15 +308,20 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
 def main(cfg: SmolConfig) -> None:
     path = file_path(cfg.out)
     if cfg.make_base:
-        make_directory(Path(cfg.base).parent)  # now, because it is better to fail before hours of work
+        base_path = file_path(cfg.base)  # checked now, because it is better to fail before hours of work
+        if base_path.exists():
+            raise ValueError(f"{base_path} is there already; name another --base to write to")
+        make_directory(base_path.parent)
         make_base(cfg)
         return
+    if cfg.tokens != "visual":
+        raise ValueError("--tokens does nothing without --make-base")
     lr = SMOLLM2[cfg.method] if cfg.lr is None else cfg.lr
     base = Path(cfg.base).stem
     gammas = GAMMAS if cfg.method != "base model" and lr == SMOLLM2[cfg.method] else [1.0]
-    known = {tuple(row[name] for name in KEY) for row in read_rows(path, KEY)}
+    keys_in_file = {tuple(row[name] for name in KEY) for row in read_rows(path, KEY)}
     key = base, cfg.method, str(lr), str(cfg.seed)
-    missing = [gamma for gamma in gammas if (*key, str(gamma), cfg.dtype) not in known]
+    missing = [gamma for gamma in gammas if (*key, str(gamma), cfg.dtype) not in keys_in_file]
     if missing:
         make_directory(path.parent)
         add_rows(path, run(cfg, lr, missing), KEY)

@@ -151,7 +151,8 @@ class SmolVLM:
         return {"input_ids": pad(rows, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
 
     def answers(self, samples: list[dict], features: Tensor, history=0, forbidden=()) -> list[str]:
-        """Greedy answers to samples, each after its screen [B, P, D]; as `generate_answers` of data/evaluate.py.
+        """Greedy answers to samples, each after its screen [B, P, D]; with the signature of `generate_answers` of
+        data/evaluate.py, but without word problems before them (history).
 
         forbidden: words, each a token, that the model cannot say."""
         prompts = [self.prompt(sample) for sample in samples]
@@ -201,7 +202,7 @@ class SmolVLM:
         return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
 
     def save(self, path: Path) -> None:
-        """Writes the projector and the LoRA, which the file calls 'expert', in 16 bits; and at which tokens it is."""
+        """Writes the projector and the LoRA, which shipped files call 'expert', in 16 bits; and its tokens."""
         content = {"tokens": self.lora.tokens}
         for name, module in (("projector", self.projector), ("expert", self.lora)):
             content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}

@@ -36,7 +36,7 @@ needs_matplotlib = pytest.mark.skipif(not CAN_DRAW, reason="without pandas or ma
 if CAN_DRAW:
     from data.study import compare, figures
 
-    COMMANDS |= {"-m data.study.compare": compare.CompareConfig, "-m data.study.figures": figures.FiguresConfig}
+    COMMANDS |= {"-m data.study.figures": figures.FiguresConfig}
 
 
 # 1. Base models
