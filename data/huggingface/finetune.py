@@ -20,7 +20,7 @@ import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Image
-from partial_lora import VisualTokens
+from partial_lora import MARK, VisualTokens
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -55,7 +55,10 @@ def read_examples(files: list[str]) -> Dataset:
     for file in map(Path, files):
         for number, line in enumerate(file.open(encoding="utf-8-sig"), start=1):
             if line.strip():
-                example = json.loads(line) | {"source": f"{file}, line {number}"}
+                example = {"images": [], "prompt": [], "completion": []} | json.loads(line)
+                example["source"] = f"{file}, line {number}"
+                if not all(isinstance(turn["content"], str) for turn in example["prompt"] + example["completion"]):
+                    raise SystemExit(f"{example['source']}: a turn's content must be a text; images go into 'images'")
                 example["images"] = [str((file.parent / path).resolve()) for path in example["images"]]
                 if any(PIL.Image.open(path).mode.startswith(("I", "F")) for path in example["images"]):
                     raise SystemExit(f"{example['source']}: an image of over 8 bits would turn white; save it with 8")
@@ -71,6 +74,9 @@ def check_examples(trainer: SFTTrainer, examples: Dataset) -> None:
     for i in tqdm(range(args.process_index, len(examples), args.world_size), "Checking the examples"):
         example = examples[i]
         roles = [turn["role"] for turn in example["prompt"][-1:] + example["completion"]]
+        if roles != ["user", "assistant"]:
+            rule = "its prompt must end with the user's turn, and its completion be one turn of the assistant"
+            raise SystemExit(f"{example['source']}: {rule}; correct the line")
         batch = trainer.data_collator([example])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         is_shown = (ids != ids.roll(1)) | (ids != model.config.image_token_id)  # one placeholder for each image
@@ -79,9 +85,8 @@ def check_examples(trainer: SFTTrainer, examples: Dataset) -> None:
         report = f"{example['source']}: the model gets {text!r}\nand learns {answer!r}"
         if i == 0:
             tqdm.write(report)
-        if roles != ["user", "assistant"] or answer.strip() in ["", *ends]:
-            rule = "must end its prompt with the user's turn, and learn one answer of the assistant"
-            raise SystemExit(f"{report}, but it {rule}; correct the line")
+        if answer.strip() in ["", *ends] or model.config.image_token_id in labels:
+            raise SystemExit(f"{report}, but it must learn an answer, and no image; correct the line, or the options")
         if not (text.startswith(begin) and answer.rstrip().endswith(tuple(ends))):
             rule = f"must begin with {begin!r} and end with one of {ends}"
             raise SystemExit(f"{report}, but it {rule}; give a --chat_template_path that does, and no --max_length")
@@ -94,7 +99,14 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         parser.error(f"{args.output_dir} holds an earlier run; choose another --output_dir, or resume that run")
     if args.num_heads is not None and args.method != "image_lora":
         parser.error("--num_heads is for --method image_lora; leave it out")
+    if args.resume_from_checkpoint:
+        config = Path(args.resume_from_checkpoint, "adapter_config.json")
+        saved = "image_lora" if not config.exists() else "partial_lora" if MARK in config.read_text() else "lora"
+        if saved != args.method:  # PEFT would go on with a LoRA as Partial LoRA, and the reverse
+            parser.error(f"{args.resume_from_checkpoint} is not of --method {args.method}; resume a checkpoint that is")
     train = read_examples(args.train_files)
+    if args.method != "lora" and not any(train.cast_column("images", [Image(decode=False)])["images"]):
+        parser.error(f"--method {args.method} learns from images alone, but no example in --train_files has one")
     evaluation = read_examples(args.eval_files) if args.eval_files else None
     targets = r".*(language|text)_model\.layers\..*\.[qkvo]_proj"  # of the decoder; vision towers have them, too
     lora = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=targets) if args.method != "image_lora" else None
@@ -109,7 +121,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     elif args.method == "image_lora":
         heads = None  # all of them
         if args.num_heads is not None:
-            if args.gradient_checkpointing:
+            if args.gradient_checkpointing:  # the Trainer begins with it only in train()
                 model.train().gradient_checkpointing_enable({"use_reentrant": False})
             batches = (batch for batch in trainer.get_train_dataloader() if "pixel_values" in batch)
             scores = imagelora.score_heads(model, islice(batches, 16))
@@ -128,15 +140,16 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
 
 
 def own_answers(base, image_file, question_file, output_file, one_in=8, max_new_tokens=128, seed=0) -> None:
-    """Learning without Forgetting (arXiv 1606.09282): the base model answers a question about one image in eight."""
+    """Learning without Forgetting (arXiv 1606.09282): the base model answers a question about one image in `one_in`."""
     examples = read_examples([image_file]).cast_column("images", [Image(decode=False)]).shuffle(seed)
     examples = [example for example in examples if example["images"]][::one_in]
     questions = [line.strip() for line in Path(question_file).open(encoding="utf-8-sig") if line.strip()]
     processor = AutoProcessor.from_pretrained(base)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", device_map="auto")
     # The base's other settings may sample or penalize repetition. A generated placeholder would count as an image.
-    settings = {"eos_token_id": model.generation_config.eos_token_id, "suppress_tokens": [model.config.image_token_id]}
-    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+    placeholders = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    settings = {"suppress_tokens": [i for i in placeholders if i is not None], "max_new_tokens": max_new_tokens}
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **settings)
     template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     with open(output_file, "x", encoding="utf-8", buffering=1) as file:  # writes each line at once
         for i, example in enumerate(tqdm(examples)):

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from PIL import Image
-from test_huggingface import PICTURE, TEXT, processor_for, tiny_hf_vlm
+from test_huggingface import PICTURE, TEXT, VIDEO, processor_for, tiny_hf_vlm
 
 import imagelora
 from test_imagelora import logits_of
@@ -148,10 +148,15 @@ def test_the_best_checkpoint(folder):
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
 
 
-TURNS = "it must end its prompt with the user's turn, and learn one answer of the assistant; correct the line"
+TURNS = "bad.jsonl, line 3: its prompt must end with the user's turn, and its completion be one turn of the assistant"
+ANSWER = "it must learn an answer, and no image; correct the line, or the options"
 WHOLE = "it must begin with '<s>' and end with one of ['</s>']; give a --chat_template_path that does, and no --max_"
 REFUSED = [  # a line of a file, options, and what is said
-    (line([], answer=" "), "", TURNS),
+    (line([], answer=" "), "", ANSWER),
+    ("{}", "", TURNS),
+    (line(["0.png"]), "--completion_only_loss false", ANSWER),
+    (line([], prompt=[USER | {"content": [{"type": "image"}]}]), "", "bad.jsonl, line 3: a turn's content must be a"),
+    (line([]), "--resume_from_checkpoint {}", "is not of --method lora; resume a checkpoint that is"),
     (line([], completion=[USER]), "", TURNS),
     (line([], completion=[ASSISTANT, ASSISTANT]), "", TURNS),
     (line([], prompt=[USER, ASSISTANT]), "", TURNS),
@@ -160,6 +165,7 @@ REFUSED = [  # a line of a file, options, and what is said
     (line([]), "--chat_template_path {}/no_begin.jinja", WHOLE),
     (line([]), "--chat_template_path {}/no_end.jinja", WHOLE),
     (line([]), "--output_dir {}/base", "base holds an earlier run; choose another --output_dir, or resume that run"),
+    (line([]), "--method partial_lora --train_files {}/bad.jsonl", "no example in --train_files has one"),
     (line([]), "--num_heads 2", "--num_heads is for --method image_lora; leave it out"),
 ]
 
@@ -187,7 +193,7 @@ def test_own_answers(folder):
     out = folder.with_suffix(".jsonl")  # not in the images' folder
 
     def counting_generate(model, **inputs):
-        assert model.generation_config.suppress_tokens == [PICTURE]
+        assert model.generation_config.suppress_tokens == [PICTURE, VIDEO]
         counts.append(out.read_text().count("\n"))
         return generate(model, **inputs)
 
