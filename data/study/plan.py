@@ -86,7 +86,7 @@ SMOLLM2 = {  # {method: its learning rate}
 }
 SMOLLM2_BASES = {  # {the setting of a base model's runs: their methods}
     "SmolLM2, first base": [*SMOLLM2],
-    "SmolLM2, second base": ["base model", *THREE],
+    "SmolLM2, second base": [*SMOLLM2],
 }
 IN_16_BITS = "SmolLM2, first base, in bfloat16"
 FIRST_BASE, SECOND_BASE = SMOLLM2_BASES
