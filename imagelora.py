@@ -216,9 +216,7 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
             count += 1
     finally:
         adapter.detach()
-    if not scores.any():
-        none = f"in none of the {count} probe batches does the loss depend on a visual token"
-        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
+    check_influence(scores, count)
     for row, num_heads in zip(scores, adapter.head_counts):
         row[num_heads:] = -torch.inf  # the layer has no such heads
     return scores / count
@@ -596,6 +594,12 @@ def prepare_update(adapter: ValueAdapter, call: Call, x: Tensor, value: Tensor) 
         raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
     if adapter.heads.device != x.device and not x.is_meta:
         adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
+
+
+def check_influence(scores: Tensor, num_batches: int) -> None:
+    if not scores.any():
+        none = f"in none of the {num_batches} probe batches does the loss depend on a visual token"
+        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
 
 
 def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:
