@@ -3,7 +3,8 @@
 python -m data.study.compare     print the tables, at once; then how learning rates were chosen
 
 On tiny models, a number is the mean over three models, each of which is a mean over its seeds, and brackets hold the
-lowest and the highest of the three. SmolLM2 was run with seed 1; in bfloat16 also with seed 2, and brackets hold both.
+lowest and the highest of the three. SmolLM2 was run with seeds 1 and 2, and brackets hold both; with own answers, with
+seed 1 alone.
 
 Turned down means at the smallest gamma that costs at most two points of the new task on validation screens.
 """

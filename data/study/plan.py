@@ -84,16 +84,11 @@ SMOLLM2 = {  # {method: its learning rate}
     "Partial LoRA with own answers": 0.004,
     "Image-LoRA with own answers": 0.016,
 }
-SMOLLM2_BASES = {  # {the setting of a base model's runs: their methods}
-    "SmolLM2, first base": [*SMOLLM2],
-    "SmolLM2, second base": [*SMOLLM2],
-}
-IN_16_BITS = "SmolLM2, first base, in bfloat16"
-FIRST_BASE, SECOND_BASE = SMOLLM2_BASES
+SMOLLM2_BASES = FIRST_BASE, SECOND_BASE = "SmolLM2, first base", "SmolLM2, second base"
 SMOLLM2_SETTINGS = {  # {(base, dtype): the setting of these runs}
     ("smollm_1", "float32"): FIRST_BASE,
     ("smollm_2", "float32"): SECOND_BASE,
-    ("smollm_1", "bfloat16"): IN_16_BITS,
+    ("smollm_1", "bfloat16"): f"{FIRST_BASE}, in bfloat16",  # in which learning rates were compared
 }
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "skilled": {method: fields["lr"] for method, fields in METHODS.items()},
@@ -220,9 +215,8 @@ SMOLLM2_MORE = means(*OTHERS[:3], "places_for_names", "name_alone_acc", *ENGLISH
 
 TABLES = [  # in the order of the page
     Table("tiny models, turned down", "skilled", MAIN, ranges(*ACCURACIES) + means(*PROBLEMS) + DOWN),
-    *[Table(setting, setting, methods, SMOLLM2_DOWN) for setting, methods in SMOLLM2_BASES.items()],
-    *[Table(setting, setting, methods, SMOLLM2_MORE) for setting, methods in SMOLLM2_BASES.items()],
-    Table(IN_16_BITS, IN_16_BITS, [*SMOLLM2], ranges(*ACCURACIES)),
+    *[Table(setting, setting, [*SMOLLM2], SMOLLM2_DOWN) for setting in SMOLLM2_BASES],
+    *[Table(setting, setting, [*SMOLLM2], SMOLLM2_MORE) for setting in SMOLLM2_BASES],
     Table("tiny models, replay", "skilled", REPLAYED, WITH_SEED_1),
     Table("new task, %", "skilled", [REWORDED, *RIVALS], BOTH_SKILLS),
     Table("tiny models, text before the image", "skilled", TRAINED_AFTER, AFTER_TEXT),

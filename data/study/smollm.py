@@ -1,6 +1,6 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
-python -m data.study.smollm --method LoRA --seed 2       make one more run of smollm.csv: 20 to 40 minutes on one core
+python -m data.study.smollm --method LoRA --seed 3       make one more run of smollm.csv: 20 to 40 minutes on one core
 python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through

@@ -212,7 +212,7 @@ def test_the_command_draws_the_pictures_of_the_pages(tmp_path, capsys, monkeypat
 def test_the_trade_off_shows_every_method_at_every_gamma():
     *panels, _ = figures.draw_trade_off(compare.read_runs()).axes  # the last one holds the legend
     lines = [(2 * len(figures.COLOURS), plan.GAMMAS)] * len(plan.MODELS)  # without and with own answers
-    lines += [(len(methods) - 1, evaluate.GAMMAS) for methods in plan.SMOLLM2_BASES.values()]  # but the base model
+    lines += [(2 * len(figures.COLOURS), evaluate.GAMMAS)] * len(plan.SMOLLM2_BASES)
     assert len(panels) == len(lines)
     for panel, (num_lines, gammas) in zip(panels, lines):
         numbers_of_points = [len(line.get_xdata()) for line in panel.lines]
