@@ -20,7 +20,7 @@ import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Image
-from partial_lora import MARK, VisualTokens
+from partial_lora import MARK, VisualTokens, visual_ids
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -55,6 +55,7 @@ def read_examples(files: list[str]) -> Dataset:
     for file in map(Path, files):
         for number, line in enumerate(file.open(encoding="utf-8-sig"), start=1):
             if line.strip():
+                # A column that the first example lacks would be missing from all.
                 example = {"images": [], "prompt": [], "completion": []} | json.loads(line)
                 example["source"] = f"{file}, line {number}"
                 if not all(isinstance(turn["content"], str) for turn in example["prompt"] + example["completion"]):
@@ -101,7 +102,9 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         parser.error("--num_heads is for --method image_lora; leave it out")
     if args.resume_from_checkpoint:
         config = Path(args.resume_from_checkpoint, "adapter_config.json")
-        saved = "image_lora" if not config.exists() else "partial_lora" if MARK in config.read_text() else "lora"
+        saved = "image_lora"
+        if config.exists():
+            saved = "partial_lora" if MARK in config.read_text() else "lora"
         if saved != args.method:  # PEFT would go on with a LoRA as Partial LoRA, and the reverse
             parser.error(f"{args.resume_from_checkpoint} is not of --method {args.method}; resume a checkpoint that is")
     train = read_examples(args.train_files)
@@ -147,9 +150,8 @@ def own_answers(base, image_file, question_file, output_file, one_in=8, max_new_
     processor = AutoProcessor.from_pretrained(base)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", device_map="auto")
     # The base's other settings may sample or penalize repetition. A generated placeholder would count as an image.
-    placeholders = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    settings = {"suppress_tokens": [i for i in placeholders if i is not None], "max_new_tokens": max_new_tokens}
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **settings)
+    settings = {"eos_token_id": model.generation_config.eos_token_id, "suppress_tokens": visual_ids(model.config)}
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
     template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     with open(output_file, "x", encoding="utf-8", buffering=1) as file:  # writes each line at once
         for i, example in enumerate(tqdm(examples)):

@@ -44,13 +44,18 @@ def check_base(model) -> None:
         raise ValueError("Partial LoRA is a LoRA of its own; give it a model without an adapter")
 
 
+def visual_ids(config) -> list[int]:
+    """The placeholders of images and videos."""
+    fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return sorted({getattr(config, field) for field in fields if getattr(config, field, None) is not None})
+
+
 class VisualTokens:
     """Remembers which tokens of a call are visual, and removes LoRA's update from all others."""
 
     def __init__(self, model: PeftModel):
         base = model.get_base_model()
-        fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        self.ids = [getattr(base.config, field) for field in fields if getattr(base.config, field, None) is not None]
+        self.ids = visual_ids(base.config)
         if not self.ids:
             raise ValueError("Partial LoRA finds visual tokens by image_token_id in the model's config, which lacks it")
         self.is_text = None  # [B, T], of the last call
