@@ -66,8 +66,8 @@ class Config:
     no_normalize: bool = option(False, "image_lora without selection-size normalization, the factor 1/sqrt|S|")
     lr: float | None = option(None, f"AdamW's peak rate; None: the method's own, of {RATES}", minimum=0)
     steps: int = option(500, "training steps", minimum=1)
-    history: int = option(0, "word problems before each screen: longer text, same image", minimum=0)
-    vary_history: bool = option(False, "train with 0 to --history word problems, a number drawn anew for each step")
+    text: int = option(0, "word problems before each screen: longer text, same image", minimum=0)
+    vary_text: bool = option(False, "train with 0 to --text word problems, a number drawn anew for each step")
     replay: int = option(0, "how many of a step's 8 sequences hold other questions and word problems", minimum=0)
     replay_with: str = option(
         "old",
@@ -89,7 +89,7 @@ class Config:
             (["heads", "train_gamma", "no_normalize"], "--method image_lora", self.method == "image_lora"),
             (["num_heads"], "--heads top or random", self.method == "image_lora" and self.heads in ("top", "random")),
             (["gamma", "replay"], "an adapter", self.method != "none"),
-            (["vary_history"], "--history", self.history > 0),
+            (["vary_text"], "--text", self.text > 0),
             (["replay_with"], "--replay", self.replay > 0),
         ]
         for names, requirement, is_met in requirements:
@@ -127,17 +127,17 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
-    train_data = screens_and_features(model, "switches", "train", num_train)
+    train_data = screens_and_features(model, "new", "train", num_train)
     replay_data = None
     if cfg.replay:
         replay_data = replay.make_replay_data(model, train_data, cfg.replay_with, cfg.seed, cfg.task)
-    switch_test = screens_and_features(model, "switches", "test", cfg.test_screens)
+    new_test = screens_and_features(model, "new", "test", cfg.test_screens)
     # A screen without switches has more targets, so half as many screens are enough.
-    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
+    old_test = screens_and_features(model, "old", "test", cfg.test_screens // 2 + 1)
 
     # Before training, measure the new task on switch screens; other questions and the new task's own words on screens
     # without switches; word problems; and the logits of prompts without an image.
-    before, base_answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
+    before, base_answers = evaluate.measure(model, new_test, old_test, cfg.task, cfg.text)
     base_logits = evaluate.text_only_logits(model)
     if verbose:
         print_base(cfg, model)
@@ -159,12 +159,12 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     curve = []
     if adapter:
         train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
-        validation = screens_and_features(model, "switches", "validation", cfg.test_screens // 2 + 1)
-        curve = evaluate.measure_curve(model, adapter, validation, source_test, cfg.task, cfg.history)
+        validation = screens_and_features(model, "new", "validation", cfg.test_screens // 2 + 1)
+        curve = evaluate.measure_curve(model, adapter, validation, old_test, cfg.task, cfg.text)
         rivals.turn_down(adapter, cfg.gamma)
 
     # Measure the same again, at the run's own gamma.
-    after, answers = evaluate.measure(model, switch_test, source_test, cfg.task, cfg.history)
+    after, answers = evaluate.measure(model, new_test, old_test, cfg.task, cfg.text)
     result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
     result["own_answers_acc"] = replay_data.share_correct if replay_data else None
     result["text_logits_max_abs_diff"] = (evaluate.text_only_logits(model) - base_logits).abs().max().item()

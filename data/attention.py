@@ -34,12 +34,12 @@ def attention_weights(queries: Tensor, keys: Tensor, first: int) -> Tensor:
     return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
-def image_share(model, samples: list[dict], features: Tensor, history=0) -> float:
+def image_share(model, samples: list[dict], features: Tensor, num_problems=0) -> float:
     """The share of attention that goes to the image from the tokens after it: a mean over layers, heads, tokens and
-    samples, each asked after `history` word problems and its image [B, P, D]."""
+    samples, each asked after `num_problems` word problems and its image [B, P, D]."""
     shares = []
     for sample, image in zip(samples, features):
-        prompt = prompt_batch([sample], image[None], history)
+        prompt = prompt_batch([sample], image[None], num_problems)
         queries, keys, _ = queries_keys_values(model, prompt)
         is_visual = prompt["input_ids"][0] == model.config.image_token_id
         after_image = int(is_visual.nonzero().max()) + 1

@@ -102,7 +102,7 @@ def print_costs() -> None:
 def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
-    cfg: a train.Config. ids [B, T] are of a batch: with --vary-history, another one may cost twice as much."""
+    cfg: a train.Config. ids [B, T] are of a batch: with --vary-text, another one may cost twice as much."""
     config = model.config
     D = config.hidden_size
     num_visual = int((ids == config.image_token_id).sum())

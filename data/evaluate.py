@@ -25,12 +25,12 @@ class Answer(NamedTuple):
 
 
 @torch.no_grad()
-def generate_answers(model, samples: list[dict], features: Tensor, history=0) -> list[str]:
-    """The model's greedy answers to samples, each after `history` word problems and its image [B, P or 0, D]."""
+def generate_answers(model, samples: list[dict], features: Tensor, num_problems=0) -> list[str]:
+    """The model's greedy answers to samples, each after `num_problems` word problems and its image [B, P or 0, D]."""
     answers = []
     for start in range(0, len(samples), CHUNK):
         part = slice(start, start + CHUNK)
-        batch = prompt_batch(samples[part], features[part], history)
+        batch = prompt_batch(samples[part], features[part], num_problems)
         ids = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS)
         new_ids = ids[:, batch["input_ids"].shape[1] :]
         answers += [decode(row) for row in new_ids.tolist()]
@@ -38,17 +38,17 @@ def generate_answers(model, samples: list[dict], features: Tensor, history=0) ->
 
 
 def evaluate(
-    model, screens: list[Screen], features: Tensor, kind="click", history=0, reword=None, generate=None
+    model, screens: list[Screen], features: Tensor, kind="click", num_problems=0, reword=None, generate=None
 ) -> tuple[float, list[Answer]]:
     """Ask one question of a kind (of data.questions.KINDS) about each target -> (share of correct answers, answers).
 
-    features: of the screens, [N, P, D]. history: word problems before each of them. reword: a function that asks for a
-    sample's target in other words. generate: what replaces `generate_answers`, for a model of another kind."""
+    features: of the screens, [N, P, D]. num_problems: word problems before each of them. reword: a function that asks
+    for a sample's target in other words. generate: what replaces `generate_answers`, for a model of another kind."""
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
     generate = generate or generate_answers
-    texts = generate(model, samples, features[list(numbers)], history)
+    texts = generate(model, samples, features[list(numbers)], num_problems)
     answers = []
     for i, sample, text in zip(numbers, samples, texts):
         answers.append(Answer(screens[i], sample, parse_point(text) if "bbox" in sample else text))
@@ -77,45 +77,45 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
 OTHER_KINDS = KINDS[1:]  # all but a plain click
 
 
-def measure(model, switch_test: tuple, source_test: tuple, task="grounding", history=0) -> tuple[dict, list[Answer]]:
+def measure(model, new_test: tuple, old_test: tuple, task="grounding", num_problems=0) -> tuple[dict, list[Answer]]:
     """What the model can do on test screens, and the answers of its task, one of data.questions.TASKS.
 
-    switch_test, source_test: (screens, features) with and without switches. history: word problems before each screen.
+    new_test, old_test: (screens, features) with and without switches. num_problems: word problems before each screen.
 
     task_acc             the new task, on screens with switches
     other_questions_acc  what fine-tuning never asks, on screens without switches: the mean of what_is_at_acc,
                          what_is_right_of_acc and click_right_of_acc
     same_words_acc       a click on a name, asked for in the new task's words, on screens without switches
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
-    task_acc, answers = evaluate(model, *switch_test, TASKS[task], history)
-    other_questions, _ = measure_other_questions(model, source_test, history)
+    task_acc, answers = evaluate(model, *new_test, TASKS[task], num_problems)
+    other_questions, _ = measure_other_questions(model, old_test, num_problems)
     metrics = {"task_acc": task_acc} | other_questions
-    metrics["same_words_acc"], _ = evaluate(model, *source_test, history=history)
-    _, features = switch_test
+    metrics["same_words_acc"], _ = evaluate(model, *old_test, num_problems=num_problems)
+    _, features = new_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
     metrics["word_problem_after_image_acc"] = evaluate_word_problems(model, features)
     return metrics, answers
 
 
-def measure_other_questions(model, source_test: tuple, history=0, generate=None) -> tuple[dict, dict]:
+def measure_other_questions(model, old_test: tuple, num_problems=0, generate=None) -> tuple[dict, dict]:
     """The measures of OTHER_KINDS and their mean, and the answers of each kind. Arguments as of `evaluate`."""
     metrics, answers = {}, {}
     for kind in OTHER_KINDS:
-        metrics[f"{kind}_acc"], answers[kind] = evaluate(model, *source_test, kind, history, generate=generate)
+        metrics[f"{kind}_acc"], answers[kind] = evaluate(model, *old_test, kind, num_problems, generate=generate)
     metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
     return metrics, answers
 
 
-def measure_curve(model, adapter, validation: tuple, source_test: tuple, task="grounding", history=0) -> list[dict]:
+def measure_curve(model, adapter, validation: tuple, old_test: tuple, task="grounding", num_problems=0) -> list[dict]:
     """The new task on validation screens, and the other questions, where a trained update is multiplied by each of
     GAMMAS: a list of {"gamma", "validation_acc", "other_questions_acc"}.
 
-    validation, source_test: (screens, features [N, P, D]), with and without switches."""
+    validation, old_test: (screens, features [N, P, D]), with and without switches."""
     curve = []
     for gamma in GAMMAS:
         with turned_down(adapter, gamma):
-            validation_acc, _ = evaluate(model, *validation, TASKS[task], history)
-            metrics, _ = measure_other_questions(model, source_test, history)
+            validation_acc, _ = evaluate(model, *validation, TASKS[task], num_problems)
+            metrics, _ = measure_other_questions(model, old_test, num_problems)
         others = metrics["other_questions_acc"]
         curve.append({"gamma": gamma, "validation_acc": validation_acc, "other_questions_acc": others})
     return curve
@@ -131,10 +131,10 @@ def measure_controls(cfg, model) -> dict:
     """Click accuracies on switch screens: of the base, asked to click right of the name; and of the tuned model, where
     the switches are erased."""
     base = load_base(cfg.base, model.device)
-    test = screens_and_features(base, "switches", "test", cfg.test_screens)
-    reworded, _ = evaluate(base, *test, history=cfg.history, reword=click_right_of)
-    erased_test = screens_and_features(base, "switches", "test", cfg.test_screens, erased=True)
-    erased, _ = evaluate(model, *erased_test, history=cfg.history)
+    test = screens_and_features(base, "new", "test", cfg.test_screens)
+    reworded, _ = evaluate(base, *test, num_problems=cfg.text, reword=click_right_of)
+    erased_test = screens_and_features(base, "new", "test", cfg.test_screens, erased=True)
+    erased, _ = evaluate(model, *erased_test, num_problems=cfg.text)
     return {"reworded_acc": reworded, "erased_acc": erased}
 
 

@@ -74,10 +74,10 @@ def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_pa
     }
 
 
-def prompt_batch(samples: list[dict], features: Tensor, history=0) -> dict:
-    """The model's arguments for samples, each after `history` word problems and its image: features [B, P or 0, D]."""
+def prompt_batch(samples: list[dict], features: Tensor, num_problems=0) -> dict:
+    """The model's arguments for samples, each after word problems and its image: features [B, P or 0, D]."""
     prefix = [ID[BOS]]
-    for i in range(history):
+    for i in range(num_problems):
         ids, _ = turn(word_problem("validation", i))
         prefix += ids
     prefix += [ID[IMAGE]] * features.shape[1]
@@ -120,12 +120,12 @@ def training_batch(cfg, data: tuple, index: int, replay_data=None) -> dict:
     samples, features = training_samples(cfg.seed, index, data, replay_data, refer, cfg.replay)
 
     # History: word problems before each screen, with their answers, which have no labels.
-    history = cfg.history
-    if cfg.vary_history:
-        history = np.random.default_rng([cfg.seed, index, 1]).integers(cfg.history, endpoint=True)
+    num_problems = cfg.text
+    if cfg.vary_text:
+        num_problems = np.random.default_rng([cfg.seed, index, 1]).integers(cfg.text, endpoint=True)
     prefixes = []
     for number in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):  # of the sequence in the run
-        problems = [word_problem("train", number * cfg.history + k) for k in range(history)]
+        problems = [word_problem("train", number * cfg.text + k) for k in range(num_problems)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
 
     batch = pack_sequences(samples, prefixes, features.shape[1], features.device)

@@ -36,7 +36,7 @@ def make_replay_data(
     replaces `generate_answers`, for a model of another kind."""
     screens, features = new_data
     if replay_with in ("old", "own_old"):
-        screens, features = screens_and_features(model, "source", "train", len(screens))
+        screens, features = screens_and_features(model, "old", "train", len(screens))
     if replay_with == "old":
         return ReplayData(screens, features)
     # In the new task's own words, the base model would teach the old meaning.

@@ -67,8 +67,8 @@ class Domain(NamedTuple):
 
 _LIGHT_SCREEN = "#f5f6f8", "#dfe3ea", "#1e2430", LIGHT  # background, button, text, icons
 DOMAINS = {
-    "source": Domain(0, *_LIGHT_SCREEN),
-    "switches": Domain(2, *_LIGHT_SCREEN, num_names=(4, 5), switches=True),
+    "old": Domain(0, *_LIGHT_SCREEN),
+    "new": Domain(2, *_LIGHT_SCREEN, num_names=(4, 5), switches=True),
     "dark": Domain(5, "#14171c", "#303743", "#eef1f6", DARK),
 }
 

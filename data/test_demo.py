@@ -23,7 +23,7 @@ ROOT = Path(train.__file__).parent
 
 
 BASE = load_base("data/tiny_vlm.pt")
-TRAIN_DATA = screens_and_features(BASE, "switches", "train", 64)  # (screens, features [N, P, D])
+TRAIN_DATA = screens_and_features(BASE, "new", "train", 64)  # (screens, features [N, P, D])
 
 
 def read(ids: torch.Tensor) -> str:
@@ -57,7 +57,7 @@ def test_the_shipped_base_is_what_its_record_says():
     """It can click, name and relate on screens without switches, and clicks no switch."""
     record = json.loads((ROOT / "data/tiny_vlm.json").read_text())
     assert record["task_acc"] <= 0.02
-    some_screens, features = screens_and_features(BASE, "source", "test", 12)
+    some_screens, features = screens_and_features(BASE, "old", "test", 12)
     for kind in questions.KINDS:
         recorded = record["same_words_acc" if kind == "click" else f"{kind}_acc"]
         accuracy, _ = evaluate.evaluate(BASE, some_screens, features, kind)
@@ -72,16 +72,16 @@ VERB = rf"^({'|'.join(questions.VERBS)})"
 
 
 @pytest.mark.parametrize("task", ["grounding", "referring"])
-@pytest.mark.parametrize("history", [0, 2])
-def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, history):
+@pytest.mark.parametrize("num_problems", [0, 2])
+def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, num_problems):
     """Five questions about a screen share a sequence. Word problems before the screen have no labels."""
-    batch = prompts.training_batch(train.Config(task=task, history=history), TRAIN_DATA, 0)
+    batch = prompts.training_batch(train.Config(task=task, text=num_problems), TRAIN_DATA, 0)
     question = r"what is at <x\d+> <y\d+>" if task == "referring" else r"(?:click|tap|press|select) \w+(?: \w+)?"
     answer = r"((?:\w+ )?\w+ <eos>)" if task == "referring" else r"(<x\d+> <y\d+> <eos>)"
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
         before, after = read(ids).split(" <image>" * 64)
         assert before.startswith("<bos>")
-        assert before.count("how many") == history
+        assert before.count("how many") == num_problems
         turns = re.fullmatch(rf"(?: {question} {answer}){{5}}", after)
         assert turns, after
         answers = re.findall(rf"{question} {answer}", after)
@@ -89,11 +89,11 @@ def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, h
         assert torch.equal(ids[labels >= 0], labels[labels >= 0])
 
 
-def test_a_varied_history_is_drawn_anew_for_each_step():
-    """From none to --history word problems stand before all screens of a step."""
+def test_a_varied_text_is_drawn_anew_for_each_step():
+    """From none to --text word problems stand before all screens of a step."""
     counts = set()
     for index in range(20):
-        batch = prompts.training_batch(train.Config(history=3, vary_history=True), TRAIN_DATA, index)
+        batch = prompts.training_batch(train.Config(text=3, vary_text=True), TRAIN_DATA, index)
         counts_of_step = {read(ids).count("how many") for ids in batch["input_ids"]}
         assert len(counts_of_step) == 1
         counts |= counts_of_step
@@ -180,19 +180,19 @@ def test_replay_of_new_true_answers_asks_what_own_answers_ask_and_corrects_them(
 def test_each_measure_asks_what_its_name_says(monkeypatch):
     """Three kinds of old questions make up the mean, and each is right by its own rule. All questions about screens are
     asked after the word problems that training has."""
-    switch_test = screens_and_features(BASE, "switches", "test", 3)
-    source_test = screens_and_features(BASE, "source", "test", 3)
-    asked, histories = [], []
+    new_test = screens_and_features(BASE, "new", "test", 3)
+    old_test = screens_and_features(BASE, "old", "test", 3)
+    asked, problem_counts = [], []
 
-    def answers_of_all_kinds_but_one(model, samples, features, history=0):
+    def answers_of_all_kinds_but_one(model, samples, features, num_problems=0):
         asked.append(samples[0]["instruction"])
-        histories.append(history)
+        problem_counts.append(num_problems)
         if re.match(r"\w+ right of", samples[0]["instruction"]):
             return ["moon"] * len(samples)
         return [sample["answer"] for sample in samples]
 
     monkeypatch.setattr(evaluate, "generate_answers", answers_of_all_kinds_but_one)
-    metrics, _ = evaluate.measure(BASE, switch_test, source_test, history=2)
+    metrics, _ = evaluate.measure(BASE, new_test, old_test, num_problems=2)
     assert re.match(r"\w+ (?!right)\w+", asked[0])
     assert asked[1].startswith("what is at <x")
     assert asked[2].startswith("what is right of ")
@@ -200,7 +200,7 @@ def test_each_measure_asks_what_its_name_says(monkeypatch):
     assert metrics["task_acc"] == metrics["same_words_acc"] == 1
     assert (metrics["what_is_at_acc"], metrics["what_is_right_of_acc"], metrics["click_right_of_acc"]) == (1, 1, 0)
     assert metrics["other_questions_acc"] == pytest.approx(2 / 3)
-    assert histories == [2] * 5 + [0, 0]  # the last two are word problems
+    assert problem_counts == [2] * 5 + [0, 0]  # the last two are word problems
 
 
 # 3. Methods
@@ -253,7 +253,7 @@ def demo(options: str) -> int:
 
 
 RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring", "replay": 1}, {"train_gamma": True}]
-RUNS += [{"history": 1, "vary_history": True, "replay": 1, "replay_with": "own"}, {"no_normalize": True}]
+RUNS += [{"text": 1, "vary_text": True, "replay": 1, "replay_with": "own"}, {"no_normalize": True}]
 RUNS += [{"heads": "random"}, {"heads": "all"}, {"heads": "2.1,0.0,2.0"}]
 RUNS += [{"method": "lora"}, {"method": "lora", "projections": "v"}, {"method": "partial_lora"}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
@@ -319,7 +319,7 @@ def test_a_whole_step_costs_what_torch_counts(changes):
     """The gradient runs back to the lowest adapted layer. Attention is two products forward and four back."""
     cfg = train.Config(**changes)
     model = load_base(cfg.base)
-    batch = prompts.training_batch(cfg, screens_and_features(model, "switches", "train", 8), 0)
+    batch = prompts.training_batch(cfg, screens_and_features(model, "new", "train", 8), 0)
     heads = None
     if cfg.method == "image_lora":
         heads = choose_heads(cfg.heads, torch.zeros(4, 6), cfg.num_heads, cfg.seed)
@@ -375,7 +375,7 @@ def test_what_the_demo_cannot_do_is_one_sentence_and_writes_nothing(bad, directo
     assert {path.name for path in directory.rglob("*") if path.is_file()} == {"base.pt", "notes.txt"}
 
 
-INERT = {"--replay-with=own": "--replay", "--vary-history": "--history", "--method=none --gamma=0.5": "an adapter"}
+INERT = {"--replay-with=own": "--replay", "--vary-text": "--text", "--method=none --gamma=0.5": "an adapter"}
 INERT |= {"--method=none --replay=1": "an adapter"}
 INERT |= {f"{option} --num-heads=3": "--heads top or random" for option in ("--heads=all", "--method=lora")}
 INERT |= {f"--method={method} --projections=v": "--method lora or partial_lora" for method in ("image_lora", "none")}

@@ -48,8 +48,8 @@ def test_right_and_bottom_edges_of_a_box_are_outside():
 def test_a_switch_is_right_of_its_name_and_erasing_it_changes_nothing_else():
     """So what the erased screens show is due to the switch."""
     for index in range(20):
-        screen = draw_screen("switches", "test", index)
-        erased = draw_screen("switches", "test", index, erased=True)
+        screen = draw_screen("new", "test", index)
+        erased = draw_screen("new", "test", index, erased=True)
         assert erased.targets() == screen.targets() == list(erased.elements)
         changed = (screen.image != erased.image).any(-1)
         for element in screen.elements:

@@ -67,7 +67,7 @@ def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
     the skill have their own). Those of SmolLM2 were in bfloat16, except one."""
     runs = runs[runs.setting.str.startswith(setting)]
     runs = runs[runs.seed == runs.model.where(runs.setting == "unskilled", 1)]
-    runs = runs[(runs.gamma == 1) & (runs.text == [plan.METHODS[method].get("history", 0) for method in runs.method])]
+    runs = runs[(runs.gamma == 1) & (runs.text == [plan.METHODS[method].get("text", 0) for method in runs.method])]
     return runs.sort_values("dtype", kind="stable").drop_duplicates(["method", "model", "lr"])  # bfloat16 comes first
 
 
@@ -157,14 +157,14 @@ def text_and_attention(runs: pd.DataFrame) -> str:
     for model in plan.MODELS:
         of_model = runs[runs.model == model]
         share = of_model[of_model.method == "base model"].set_index("text").image_share
-        for history in plan.FEWER_PROBLEMS:
-            curve = rows_where(of_model, {"method": plan.MORE_TEXT, "text": history}).set_index("gamma")
-            predicted = share[9] / share[history]
+        for num_problems in plan.FEWER_PROBLEMS:
+            curve = rows_where(of_model, {"method": plan.MORE_TEXT, "text": num_problems}).set_index("gamma")
+            predicted = share[9] / share[num_problems]
             best = curve.validation_acc.idxmax()
             nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
-            cells = [f"{share[history]:.0f}", f"{predicted:.2f}", f"{curve.task_acc[1.0]:.1f}"]
+            cells = [f"{share[num_problems]:.0f}", f"{predicted:.2f}", f"{curve.task_acc[1.0]:.1f}"]
             cells += [f"{curve.task_acc[gamma]:.1f} (γ = {gamma})" for gamma in (nearest, best)]
-            rows[f"model {model}, after {history}"] = cells
+            rows[f"model {model}, after {num_problems}"] = cells
     titles = ["attention to the image, %", "predicted γ", "new task at γ = 1, %"]
     titles += ["at the γ nearest to the prediction, %", "at the best γ on validation screens, %"]
     return markdown("trained after 9", pd.DataFrame.from_dict(rows, orient="index", columns=titles))

@@ -71,7 +71,7 @@ def make_figures(cfg: FiguresConfig) -> None:
     def film_step(step: int, model) -> None:
         if step in filmed_steps:
             # Every seventh of the answers about nine screens, which gives six on six screens, of words and icons.
-            _, answers = evaluate(model, *screens_and_features(model, "switches", "test", 9))
+            _, answers = evaluate(model, *screens_and_features(model, "new", "test", 9))
             film[step] = answers[::7]
 
     film_step(0, load_base(run.base, find_device(run.device)))
@@ -97,7 +97,7 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
     """How far each head's value and query have moved at each token of a prompt: the norm of the change, relative to
     the norm of the base's."""
     answer = tuned.answers[0]
-    ids, queries, _, values = look_inside(tuned, answer, history=1)
+    ids, queries, _, values = look_inside(tuned, answer, num_problems=1)
     tokens = [VOCABULARY[i] for i in ids]
     start = tokens.index(IMAGE)
     end = start + tokens.count(IMAGE)
@@ -220,12 +220,12 @@ def attention_maps(tuned: train.FinetuningRun, answer: Answer) -> Tensor:
     return weights[..., 0, ids == config.image_token_id].unflatten(-1, (side, side))
 
 
-def look_inside(tuned: train.FinetuningRun, answer: Answer, history=0) -> list[Tensor]:
+def look_inside(tuned: train.FinetuningRun, answer: Answer, num_problems=0) -> list[Tensor]:
     """The token ids [T] of a question that was answered; and its queries [2, L, H_q, T, d_h], keys and values
     [2, L, H, T, d_h] before and after fine-tuning."""
     model = tuned.model
     features = image_features(model.get_image_features, [answer.screen], model.device)
-    prompt = prompt_batch([answer.sample], features, history)
+    prompt = prompt_batch([answer.sample], features, num_problems)
     with tuned.adapter.disabled():
         before = queries_keys_values(model, prompt)
     after = queries_keys_values(model, prompt)

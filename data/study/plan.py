@@ -67,9 +67,9 @@ WITH_REPLAY = each_of_three(" with replay", replay=1)  # old questions, with tru
 TRUE_ANSWERS = each_of_three(" with true answers", replay=1, replay_with="new")  # to the questions of own answers
 OWN_ANSWERS = each_of_three(" with own answers", replay=1, replay_with="own")  # the base model's, about new screens
 OWN_OLD = each_of_three(" with own answers about old screens", replay=1, replay_with="own_old")
-AFTER_9 = each_of_three(" trained after 9", history=9)  # word problems before each screen
-LAYER_0 = {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": "0.0,0.1,0.2,0.3,0.4,0.5", "history": 9}}
-AFTER_0_TO_9 = each_of_three(" trained after 0 to 9", history=9, vary_history=True)
+AFTER_9 = each_of_three(" trained after 9", text=9)  # word problems before each screen
+LAYER_0 = {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": "0.0,0.1,0.2,0.3,0.4,0.5", "text": 9}}
+AFTER_0_TO_9 = each_of_three(" trained after 0 to 9", text=9, vary_text=True)
 REWORDED = "base model, asked to click right of the name"
 BASE = dict.fromkeys(("base model", REWORDED), {"method": "none", "lr": 0.0})
 TWICE = THREE | ON_V | RANK_2 | FEW_HEADS | UNEVEN | WITH_REPLAY | OWN_ANSWERS  # with two seeds, if skilled

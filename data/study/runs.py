@@ -83,18 +83,18 @@ def make_rows(rows: list[Row], device: str) -> list[dict]:
 def ask(model, row: Row, cfg: train.Config) -> dict:
     """The measures of a row."""
     if row.method == REWORDED:
-        test = screens_and_features(model, "switches", "test", REWORDED_SCREENS)
+        test = screens_and_features(model, "new", "test", REWORDED_SCREENS)
         return {"task_acc": evaluate(model, *test, reword=click_right_of)[0]}
-    test = screens_and_features(model, "switches", "test", cfg.test_screens)
-    source_test = screens_and_features(model, "source", "test", cfg.test_screens // 2 + 1)
-    if row.text == cfg.history:  # as in training
-        measures, _ = measure(model, test, source_test, cfg.task, row.text)
+    test = screens_and_features(model, "new", "test", cfg.test_screens)
+    old_test = screens_and_features(model, "old", "test", cfg.test_screens // 2 + 1)
+    if row.text == cfg.text:  # as in training
+        measures, _ = measure(model, test, old_test, cfg.task, row.text)
     else:
-        measures, _ = measure_other_questions(model, source_test, row.text)
+        measures, _ = measure_other_questions(model, old_test, row.text)
         measures = {"other_questions_acc": measures["other_questions_acc"]}
         measures["task_acc"], _ = evaluate(model, *test, TASKS[cfg.task], row.text)
-    if row.text == cfg.history or row.method == MORE_TEXT:
-        validation = screens_and_features(model, "switches", "validation", cfg.test_screens)
+    if row.text == cfg.text or row.method == MORE_TEXT:
+        validation = screens_and_features(model, "new", "validation", cfg.test_screens)
         measures["validation_acc"], _ = evaluate(model, *validation, TASKS[cfg.task], row.text)
     if row.method == "base model":
         screens, features = test

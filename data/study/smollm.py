@@ -139,10 +139,10 @@ def make_base(cfg: SmolConfig) -> None:
     vlm.add_projector()
     # Other screens than those that the tiny model was pretrained on. On half of those without switches, two names or
     # more have something to their right.
-    candidates = [draw_screen("source", "pretrain", 10**7 + i, 5) for i in range(4 * BASE_SCREENS)]
+    candidates = [draw_screen("old", "pretrain", 10**7 + i, 5) for i in range(4 * BASE_SCREENS)]
     screens, more = candidates[:BASE_SCREENS], candidates[BASE_SCREENS:]
     screens += [screen for screen in more if len(relation_samples(screen)) > 1][:BASE_SCREENS]
-    switch_screens = [draw_screen("switches", "pretrain", 10**7 + i, 5) for i in range(BASE_SCREENS // 4)]
+    switch_screens = [draw_screen("new", "pretrain", 10**7 + i, 5) for i in range(BASE_SCREENS // 4)]
     targets = [patch_targets(screen, vlm.patch_size, places=True) for screen in screens]
     targets += [patch_targets(screen, vlm.patch_size, places=False) for screen in switch_screens]
     features = image_features(vlm.tower, screens + switch_screens)
@@ -178,8 +178,8 @@ def make_base(cfg: SmolConfig) -> None:
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype, merge=False)  # what was written, because it is in 16 bits
     record = {"seconds": round(time.time() - start), "dtype": cfg.dtype, "torch": torch.__version__}
-    record["source_acc"] = share_clicked(vlm, "source", "test", TEST_SCREENS)
-    record["reworded_acc"] = share_clicked(vlm, "switches", "test", TEST_SCREENS, click_right_of)
+    record["source_acc"] = share_clicked(vlm, "old", "test", TEST_SCREENS)
+    record["reworded_acc"] = share_clicked(vlm, "new", "test", TEST_SCREENS, click_right_of)
     record |= measure_english(vlm, vlm.lora.disabled)
     write_file(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
 
@@ -192,7 +192,7 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
     forbidden, are measured at 1 alone."""
     vlm = SmolVLM()
     vlm.load(cfg.base, cfg.dtype)
-    new_data = screens_and_features(vlm, "switches", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
+    new_data = screens_and_features(vlm, "new", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
     replay_data = None
     if "replay" in METHODS[cfg.method]:
         replay_with = METHODS[cfg.method].get("replay_with", "old")
@@ -256,10 +256,10 @@ def measure_questions(vlm: SmolVLM) -> dict:
     places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
     are a place. example: one such question with its answer."""
     half = TEST_SCREENS // 2
-    source_test = screens_and_features(vlm, "source", "test", half)
-    metrics, answers = measure_other_questions(vlm, source_test, generate=SmolVLM.answers)
-    metrics["task_acc"] = share_clicked(vlm, "switches", "test", TEST_SCREENS)
-    metrics["validation_acc"] = share_clicked(vlm, "switches", "validation", half)
+    old_test = screens_and_features(vlm, "old", "test", half)
+    metrics, answers = measure_other_questions(vlm, old_test, generate=SmolVLM.answers)
+    metrics["task_acc"] = share_clicked(vlm, "new", "test", TEST_SCREENS)
+    metrics["validation_acc"] = share_clicked(vlm, "new", "validation", half)
     answers_to_names = answers["what_is_at"] + answers["what_is_right_of"]
     are_places = [parse_point(answer.output) is not None for answer in answers_to_names]
     metrics["places_for_names"] = float(np.mean(are_places))
@@ -270,7 +270,7 @@ def measure_questions(vlm: SmolVLM) -> dict:
 
 def name_alone(vlm: SmolVLM) -> float:
     """The share of correct answers to *what is at*, if the model cannot say a place: lost, or said in another form?"""
-    test = screens_and_features(vlm, "source", "test", TEST_SCREENS // 2)
+    test = screens_and_features(vlm, "old", "test", TEST_SCREENS // 2)
     share, _ = evaluate(vlm, *test, "what_is_at", generate=partial(SmolVLM.answers, forbidden=PLACES))
     return share
 
@@ -285,7 +285,7 @@ def measure_english(vlm: SmolVLM, disabled) -> dict:
     20 continuations without a screen are the same for 16 tokens."""
     reference = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
     texts = torch.tensor(vlm.tokenizer(reference[:50_000]).input_ids[: TEXTS * 256]).view(-1, 256)
-    _, screen = screens_and_features(vlm, "switches", "test", 1)  # [1, P, D]
+    _, screen = screens_and_features(vlm, "new", "test", 1)  # [1, P, D]
     divergences, identical = [], True
     for part in texts.split(2):
         with disabled():

@@ -150,9 +150,9 @@ class SmolVLM:
             labels.append(row_labels)
         return {"input_ids": pad(rows, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
 
-    def answers(self, samples: list[dict], features: Tensor, history=0, forbidden=()) -> list[str]:
+    def answers(self, samples: list[dict], features: Tensor, num_problems=0, forbidden=()) -> list[str]:
         """Greedy answers to samples, each after its screen [B, P, D]; with the signature of `generate_answers` of
-        data/evaluate.py, but without word problems before them (history).
+        data/evaluate.py, but without word problems before them (num_problems).
 
         forbidden: words, each a token, that the model cannot say."""
         prompts = [self.prompt(sample) for sample in samples]

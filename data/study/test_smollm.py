@@ -41,7 +41,7 @@ def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
     original_texts = vlm.generate(openings, max_new_tokens=8)  # padded, from a cache
 
     vlm.load("data/study/smollm_1.pt")
-    _, features = screens_and_features(vlm, "switches", "test", 1)
+    _, features = screens_and_features(vlm, "new", "test", 1)
     after_screen = torch.tensor([vlm.screen_ids + openings[0]])
     assert torch.equal(vlm.model(english).logits, original)
     for method in ("Image-LoRA", "Partial LoRA"):
@@ -61,7 +61,7 @@ def test_questions_about_one_screen_are_answered_as_if_each_was_alone(base):
     """In float32, where rounding does not change an answer."""
     vlm = smollm_vlm.SmolVLM()
     vlm.load(f"data/study/{base}.pt")
-    screens, features = screens_and_features(vlm, "source", "test", 2)
+    screens, features = screens_and_features(vlm, "old", "test", 2)
     numbers, samples = zip(*all_samples(screens))
     prompts = [vlm.prompt(sample) for sample in samples]
     alone = []
