@@ -4,7 +4,8 @@ python train.py                  measure, probe, select, attach, train, turn dow
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 Image-LoRA is imagelora.py, and its rivals are in data/rivals.py. The questions and the batches that are made of them
-are in data/questions.py and data/prompts.py, replay in data/replay.py, and the measures in data/evaluate.py.
+are in data/questions.py and data/prompts.py, replay in data/replay.py, the measures in data/evaluate.py, and what
+turning down does in data/gamma.py.
 
 python -m data.costs             what LoRA and Image-LoRA cost at the scale of real models
 python -m data.study.compare     the tables of the pages: every method on several base models
@@ -30,9 +31,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagelora
-from data import costs, evaluate, pictures, prompts, replay, rivals
+from data import costs, evaluate, pictures, prompts, questions, replay, rivals
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
+from data.gamma import measure_curve, smallest_gamma, turn_down
 from data.heads import check_heads, choose_heads
 from tiny_vlm import TinyVLM
 
@@ -51,7 +53,7 @@ class Config:
         "partial_lora is LoRA at visual tokens only; none measures the frozen model",
         ("image_lora", "lora", "partial_lora", "none"),
     )
-    projections: str = option("qkvo", "which of q, k, v and o all methods but image_lora adapt", ("qkvo", "v"))
+    projections: str = option("qkvo", "which of q, k, v and o all methods but image_lora adapt", ("qkvo", "qk", "v"))
     task: str = option("grounding", "grounding: name -> point; referring: point -> name", ("grounding", "referring"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
     heads: str = option(
@@ -68,29 +70,33 @@ class Config:
     steps: int = option(500, "training steps", minimum=1)
     text: int = option(0, "word problems before each screen: longer text, same image", minimum=0)
     vary_text: bool = option(False, "train with 0 to --text word problems, a number drawn anew for each step")
-    replay: int = option(0, "how many of a step's 8 sequences hold other questions and word problems", minimum=0)
-    replay_with: str = option(
-        "old",
-        "old: questions about screens without switches, with true answers; new: about the new screens, with true\n"
-        "answers; own: about the new screens, with the base model's own answers; own_old: its own answers about\n"
-        "screens without switches",
-        ("old", "new", "own", "own_old"),
+    hint: str = option(
+        "none",
+        "where the correct place stands in training: question: <x3> <y5> click wifi; or before_image",
+        ("none", *questions.HINTS),
     )
-    test_screens: int = option(100, "test screens with switches, and about half as many without", minimum=1)
+    packed: bool = option(False, "a step has 8 sequences of five questions about a screen, instead of 16 of one")
+    replay: int = option(0, "how many sequences of a step hold other questions or word problems", minimum=0)
+    replay_answers: str = option("own", "whose answers: the base model's own, or correct ones", ("own", "correct"))
+    replay_screens: str = option("new", "about which screens replay asks", ("new", "old"))
+    replay_no_switch: bool = option(False, "replay asks nothing whose correct answer is 'switch', a new word")
+    test_screens: int = option(100, "new screens that a model is tested on, and about half as many old ones", minimum=1)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", minimum=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
     out: str = option("runs/switches", "output directory")
 
     def __post_init__(self):
-        if self.replay > prompts.SCREENS_PER_STEP:
-            raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
+        sequences = prompts.PACKED[0] if self.packed else prompts.SCREENS_PER_STEP
+        if self.replay > sequences:
+            raise ValueError(f"replay must be at most {sequences}, the sequences of a step")
         requirements = [  # (options, what they do nothing without, whether this run has it)
             (["projections"], "--method lora or partial_lora", self.method in ("lora", "partial_lora")),
             (["heads", "train_gamma", "no_normalize"], "--method image_lora", self.method == "image_lora"),
             (["num_heads"], "--heads top or random", self.method == "image_lora" and self.heads in ("top", "random")),
-            (["gamma", "replay"], "an adapter", self.method != "none"),
+            (["gamma", "replay", "hint", "packed"], "an adapter", self.method != "none"),
+            (["hint"], "--task grounding", self.task == "grounding"),
             (["vary_text"], "--text", self.text > 0),
-            (["replay_with"], "--replay", self.replay > 0),
+            (["replay_answers", "replay_screens", "replay_no_switch"], "--replay", self.replay > 0),
         ]
         for names, requirement, is_met in requirements:
             for name in names:
@@ -128,15 +134,13 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
     train_data = screens_and_features(model, "new", "train", num_train)
-    replay_data = None
-    if cfg.replay:
-        replay_data = replay.make_replay_data(model, train_data, cfg.replay_with, cfg.seed, cfg.task)
+    replay_data = make_replay(cfg, model, train_data)
     new_test = screens_and_features(model, "new", "test", cfg.test_screens)
-    # A screen without switches has more targets, so half as many screens are enough.
+    # An old screen has more targets, so half as many are enough.
     old_test = screens_and_features(model, "old", "test", cfg.test_screens // 2 + 1)
 
-    # Before training, measure the new task on switch screens; other questions and the new task's own words on screens
-    # without switches; word problems; and the logits of prompts without an image.
+    # Before training, measure the new task on new screens; other questions and the new task's own words on old screens;
+    # word problems; and the logits of prompts without an image.
     before, base_answers = evaluate.measure(model, new_test, old_test, cfg.task, cfg.text)
     base_logits = evaluate.text_only_logits(model)
     if verbose:
@@ -148,8 +152,7 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # The probe: how much could each value head lower the loss? Then select heads.
     scores = heads = None
     if cfg.method == "image_lora":
-        probe_batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
-        scores = imagelora.score_heads(model, probe_batches, seed=cfg.seed)  # [layers, heads]
+        scores = probe(cfg, model, train_data)
         heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
         if verbose:
             print_heads(scores, heads)
@@ -160,13 +163,15 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     if adapter:
         train(cfg, model, adapter, train_data, replay_data, verbose, after_step)
         validation = screens_and_features(model, "new", "validation", cfg.test_screens // 2 + 1)
-        curve = evaluate.measure_curve(model, adapter, validation, old_test, cfg.task, cfg.text)
-        rivals.turn_down(adapter, cfg.gamma)
+        curve = measure_curve(model, adapter, validation, old_test, cfg.task, cfg.text)
+        turn_down(adapter, cfg.gamma)
 
     # Measure the same again, at the run's own gamma.
     after, answers = evaluate.measure(model, new_test, old_test, cfg.task, cfg.text)
+    if cfg.hint != "none":
+        after |= evaluate.measure_hints(model, new_test, cfg.hint)
     result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
-    result["own_answers_acc"] = replay_data.share_correct if replay_data else None
+    result["replay_answers_acc"] = replay_data.share_correct if replay_data else None
     result["text_logits_max_abs_diff"] = (evaluate.text_only_logits(model) - base_logits).abs().max().item()
     result |= costs.run_costs(cfg, model, prompts.training_batch(cfg, train_data, 0)["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
@@ -176,6 +181,21 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
         print_metrics("after", cfg.task, result)
         print_text(result["text_logits_max_abs_diff"])
     return FinetuningRun(result, model, adapter, base_answers, answers)
+
+
+def make_replay(cfg: Config, model: TinyVLM, train_data: tuple) -> replay.ReplayData | None:
+    """What replay asks about the screens of training, or about as many old ones, and the answers that it teaches."""
+    if not cfg.replay:
+        return None
+    old_screens = cfg.replay_screens == "old"
+    options = {"old_screens": old_screens, "no_switch": cfg.replay_no_switch, "task": cfg.task}
+    return replay.make_replay_data(model, train_data, cfg.replay_answers, cfg.seed, **options)
+
+
+def probe(cfg: Config, model: TinyVLM, train_data: tuple) -> Tensor:
+    """How much each value head could lower the loss of the first batches, [layers, heads]."""
+    batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
+    return imagelora.score_heads(model, batches, seed=cfg.seed)
 
 
 def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -> nn.Module | None:
@@ -189,10 +209,12 @@ def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -
     return rivals.LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
 
 
-def train(cfg: Config, model: TinyVLM, adapter: nn.Module, train_data: tuple, replay_data, verbose, after_step) -> None:
+def train(
+    cfg: Config, model: TinyVLM, adapter: nn.Module, train_data: tuple, replay_data, verbose=False, after_step=None
+) -> None:
     """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
 
-    train_data: (screens, features [N, P, D]) with switches. replay_data: a replay.ReplayData, or None."""
+    train_data: (screens, features [N, P, D]) of new screens. replay_data: a replay.ReplayData, or None."""
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
@@ -204,8 +226,8 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, train_data: tuple, re
         lr = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
         optimizer.param_groups[0]["lr"] = lr
 
-        # A batch is 8 random screens with five questions about each: input_ids and labels [B, T], the labels -100
-        # except on answers, and image_features [B, P, D]. The first PROBE_BATCHES were the probe's.
+        # A batch is 16 random screens with a question about each: input_ids and labels [B, T], the labels -100 except
+        # on the answer, and image_features [B, P, D]. The first PROBE_BATCHES were the probe's.
         batch = prompts.training_batch(cfg, train_data, prompts.PROBE_BATCHES + step, replay_data)
 
         # The loss is the cross-entropy of the answers.
@@ -270,11 +292,14 @@ def print_metrics(when: str, task: str, metrics: dict) -> None:
     print(f"         same words      {metrics['same_words_acc']:6.1%} of the names clicked where there are no switches")
     after_image = f"after an image {metrics['word_problem_after_image_acc']:.1%}"
     print(f"         word problems   {metrics['word_problem_acc']:6.1%}, {after_image}")
+    if "wrong_hint_acc" in metrics:
+        wrong = f"with a wrong one {metrics['wrong_hint_acc']:.1%} ({metrics['followed_acc']:.1%} follow it)"
+        print(f"         hints           with a right one {metrics['right_hint_acc']:.1%} of the switches, {wrong}")
 
 
 def print_curve(curve: list[dict]) -> None:
     """The new task and the other questions at each gamma, and a bracket around the smallest that costs little."""
-    chosen = evaluate.smallest_gamma(curve)
+    chosen = smallest_gamma(curve)
     points = []
     for point in curve:
         text = f"{point['gamma']}: {100 * point['validation_acc']:.0f}/{100 * point['other_questions_acc']:.0f}"
@@ -283,11 +308,11 @@ def print_curve(curve: list[dict]) -> None:
 
 
 def print_replay(cfg: Config, data: replay.ReplayData) -> None:
-    answers = "true answers"
-    if data.share_correct is not None:
+    answers = "correct answers"
+    if cfg.replay_answers == "own":
         answers = f"the base model's own answers, {data.share_correct:.0%} of them correct,"
-    sequences = f"{cfg.replay} of a step's {prompts.SCREENS_PER_STEP} sequences"
-    print(f"replay   {sequences}: {answers} about {len(data.screens)} screens; and word problems")
+    screens = f"{len(data.samples)} {cfg.replay_screens} screens"
+    print(f"replay   {cfg.replay} sequences of a step: {answers} about {screens}; and to word problems")
 
 
 def print_heads(scores: Tensor, heads: imagelora.Heads) -> None:

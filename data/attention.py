@@ -34,9 +34,9 @@ def attention_weights(queries: Tensor, keys: Tensor, first: int) -> Tensor:
     return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
-def image_share(model, samples: list[dict], features: Tensor, num_problems=0) -> float:
-    """The share of attention that goes to the image from the tokens after it: a mean over layers, heads, tokens and
-    samples, each asked after `num_problems` word problems and its image [B, P, D]."""
+def image_share(model, samples: list[dict], features: Tensor, num_problems=0) -> list[float]:
+    """The share of attention that goes to the image from the tokens after it, in each layer: a mean over heads, tokens
+    and samples, each asked after `num_problems` word problems and its image [B, P, D]."""
     shares = []
     for sample, image in zip(samples, features):
         prompt = prompt_batch([sample], image[None], num_problems)
@@ -44,5 +44,5 @@ def image_share(model, samples: list[dict], features: Tensor, num_problems=0) ->
         is_visual = prompt["input_ids"][0] == model.config.image_token_id
         after_image = int(is_visual.nonzero().max()) + 1
         weights = attention_weights(queries, keys, after_image)  # [L, 1, H_q, T - after_image, T]
-        shares.append(weights[..., is_visual].sum(-1).mean())
-    return torch.stack(shares).mean().item()
+        shares.append(weights[..., is_visual].sum(-1).mean((1, 2, 3)))  # [L]
+    return torch.stack(shares).mean(0).tolist()

@@ -1,5 +1,6 @@
 """Asks a model questions and scores the answers: on the task, on what else it can do, and in the controls."""
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -8,12 +9,20 @@ from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import decode, pack_sequences, prompt_batch
-from data.questions import KINDS, TASKS, Point, all_samples, click_right_of, is_hit, parse_point, word_problem
-from data.rivals import turned_down
+from data.questions import (
+    KINDS,
+    TASKS,
+    Point,
+    all_samples,
+    click_right_of,
+    is_hit,
+    parse_point,
+    with_hint,
+    word_problem,
+)
 from data.screens import Screen
 
 MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
-GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # at which a trained update is measured
 
 
 class Answer(NamedTuple):
@@ -80,12 +89,12 @@ OTHER_KINDS = KINDS[1:]  # all but a plain click
 def measure(model, new_test: tuple, old_test: tuple, task="grounding", num_problems=0) -> tuple[dict, list[Answer]]:
     """What the model can do on test screens, and the answers of its task, one of data.questions.TASKS.
 
-    new_test, old_test: (screens, features) with and without switches. num_problems: word problems before each screen.
+    new_test, old_test: (screens, features) of new and old screens. num_problems: word problems before each screen.
 
-    task_acc             the new task, on screens with switches
-    other_questions_acc  what fine-tuning never asks, on screens without switches: the mean of what_is_at_acc,
-                         what_is_right_of_acc and click_right_of_acc
-    same_words_acc       a click on a name, asked for in the new task's words, on screens without switches
+    task_acc             the new task, on new screens
+    other_questions_acc  what fine-tuning never asks, on old screens: the mean of what_is_at_acc, what_is_right_of_acc
+                         and click_right_of_acc
+    same_words_acc       a click on a name, asked for in the new task's words, on old screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
     task_acc, answers = evaluate(model, *new_test, TASKS[task], num_problems)
     other_questions, _ = measure_other_questions(model, old_test, num_problems)
@@ -106,30 +115,21 @@ def measure_other_questions(model, old_test: tuple, num_problems=0, generate=Non
     return metrics, answers
 
 
-def measure_curve(model, adapter, validation: tuple, old_test: tuple, task="grounding", num_problems=0) -> list[dict]:
-    """The new task on validation screens, and the other questions, where a trained update is multiplied by each of
-    GAMMAS: a list of {"gamma", "validation_acc", "other_questions_acc"}.
+def measure_hints(model, new_test: tuple, hint: str) -> dict:
+    """Clicks on the new screens where each question has a hint, see data.questions.with_hint.
 
-    validation, old_test: (screens, features [N, P, D]), with and without switches."""
-    curve = []
-    for gamma in GAMMAS:
-        with turned_down(adapter, gamma):
-            validation_acc, _ = evaluate(model, *validation, TASKS[task], num_problems)
-            metrics, _ = measure_other_questions(model, old_test, num_problems)
-        others = metrics["other_questions_acc"]
-        curve.append({"gamma": gamma, "validation_acc": validation_acc, "other_questions_acc": others})
-    return curve
-
-
-def smallest_gamma(curve: list[dict], cost=0.02) -> float:
-    """The smallest gamma of a curve that costs at most two points of the new task on validation screens."""
-    least = curve[0]["validation_acc"] - cost
-    return min(point["gamma"] for point in curve if point["validation_acc"] >= least)
+    right_hint_acc: with the correct place; wrong_hint_acc: with the place of another switch of the screen, and then
+    followed_acc: the share of clicks on that place, which are wrong."""
+    right_hint_acc, _ = evaluate(model, *new_test, reword=partial(with_hint, where=hint))
+    wrong_hint_acc, answers = evaluate(model, *new_test, reword=partial(with_hint, where=hint, right=False))
+    followed = [answer.output == parse_point(answer.sample["elsewhere"]) for answer in answers]
+    followed_acc = float(np.mean(followed))
+    return {"right_hint_acc": right_hint_acc, "wrong_hint_acc": wrong_hint_acc, "followed_acc": followed_acc}
 
 
 def measure_controls(cfg, model) -> dict:
-    """Click accuracies on switch screens: of the base, asked to click right of the name; and of the tuned model, where
-    the switches are erased."""
+    """Click accuracies on new screens: of the base, asked to click right of the name; and of the tuned model, where the
+    switches are erased."""
     base = load_base(cfg.base, model.device)
     test = screens_and_features(base, "new", "test", cfg.test_screens)
     reworded, _ = evaluate(base, *test, num_problems=cfg.text, reword=click_right_of)

@@ -1,6 +1,6 @@
 """Screens and their questions as token ids: the batches of training, and the prompts of an evaluation.
 
-    <bos> [word problems] <image> x P, then questions with their answers; the loss is on answers only
+    <bos> [word problems] <image> x P, a question and its answer; the loss is on the answer only
 
 Shapes:  B sequences · T tokens · N screens · P visual tokens of each · D hidden size
 """
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.questions import ACTIONS, BINS, MAX_NUMBER, PEOPLE, THINGS, VERBS, old_samples, random_samples, word_problem
+from data.questions import ACTIONS, BINS, MAX_NUMBER, PEOPLE, THINGS, VERBS, random_samples, with_hint, word_problem
 from data.screens import COLOURS, ICONS, LABELS
 
 PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
 TRAIN_SCREENS = 2048  # a run draws its batches from at most this many
-SCREENS_PER_STEP = 8  # sequences of a training step, one for each screen
-QUESTIONS_PER_SCREEN = 5  # packed into one sequence
-REPLAYED_PROBLEMS = 2  # word problems after the questions, in a sequence of replay
+SCREENS_PER_STEP = 16  # sequences of a training step, each with one question about a screen
+PACKED = 8, 5  # or so many screens with so many questions each, which share a sequence
 IGNORED = -100  # the label of a token that is not to be predicted
 
 # Every word of the questions and answers is a token.
@@ -59,10 +58,11 @@ def pad(rows: list, value: int, side="right") -> Tensor:
 
 def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_patches: int, device="cpu") -> dict:
     """{input_ids, labels} [B, T]: for each screen the turns of its prefix, its image, and its samples as turns."""
-    image = [ID[IMAGE]] * num_patches, [IGNORED] * num_patches
     rows_of_ids, rows_of_labels = [], []
     for samples_of_screen, prefix in zip(samples, prefixes):
         ids, labels = [ID[BOS]], [IGNORED]
+        before_questions = image_ids(samples_of_screen[0], num_patches)
+        image = before_questions, [IGNORED] * len(before_questions)
         for part_ids, part_labels in (*prefix, image, *map(turn, samples_of_screen)):
             ids += part_ids
             labels += part_labels
@@ -74,41 +74,47 @@ def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_pa
     }
 
 
+def image_ids(sample: dict, num_patches: int) -> list[int]:
+    """The placeholders of a sample's image, after the hint if one stands before it."""
+    return encode(sample.get("before_image", "")) + [ID[IMAGE]] * num_patches
+
+
 def prompt_batch(samples: list[dict], features: Tensor, num_problems=0) -> dict:
     """The model's arguments for samples, each after word problems and its image: features [B, P or 0, D]."""
     prefix = [ID[BOS]]
     for i in range(num_problems):
         ids, _ = turn(word_problem("validation", i))
         prefix += ids
-    prefix += [ID[IMAGE]] * features.shape[1]
-    rows = [prefix + encode(sample["instruction"]) for sample in samples]
+    rows = []
+    for sample in samples:
+        rows.append(prefix + image_ids(sample, features.shape[1]) + encode(sample["instruction"]))
     ids = pad(rows, ID[PAD], "left").to(features.device)
     mask = (ids != ID[PAD]).long()
     return {"input_ids": ids, "attention_mask": mask, "image_features": features}
 
 
 def training_samples(
-    seed: int, index: int, data: tuple, replay_data=None, refer=0.0, replay=1, num_problems=REPLAYED_PROBLEMS
+    seed: int, index: int, data: tuple, replay_data=None, replay=2, refer=0.0, hint="none", packed=False
 ) -> tuple[list[list[dict]], Tensor]:
-    """The questions of step number `index`, five about each of 8 screens; and the screens' features [8, P, D].
+    """The questions of step number `index`, a list for each of its screens; and the screens' features [B, P, D].
 
-    data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, or None. refer: 1.0 for
-    referring. replay: how many sequences hold other questions in place of the new task, and num_problems word
-    problems, if there is replay."""
+    data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, or None. replay: how
+    many sequences hold other questions in place of the new task, if there is replay. refer: 1.0 for referring. hint:
+    where the correct place stands. packed: see PACKED."""
     all_screens, all_features = data
+    num_screens, num_questions = PACKED if packed else (SCREENS_PER_STEP, 1)
     rng = np.random.default_rng([seed, index])
-    picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)
+    picks = rng.choice(len(all_screens), num_screens, replace=False)
     features = all_features[picks]
-    samples = [random_samples(all_screens[pick], QUESTIONS_PER_SCREEN, rng, refer, distinct=True) for pick in picks]
+    samples = [random_samples(all_screens[pick], num_questions, rng, refer, distinct=True) for pick in picks]
+    if hint != "none":
+        samples = [[with_hint(sample, hint) for sample in samples_of_screen] for samples_of_screen in samples]
     for sequence in range(replay if replay_data else 0):
-        pick = rng.integers(len(replay_data.screens))
+        pick = rng.integers(len(replay_data.samples))
         features[sequence] = replay_data.features[pick]
-        if replay_data.samples:
-            samples[sequence] = [*replay_data.samples[pick]]
-        else:
-            samples[sequence] = old_samples(replay_data.screens[pick], QUESTIONS_PER_SCREEN, rng)
-        for _ in range(num_problems):
-            samples[sequence].append(word_problem("train", int(rng.integers(10**9))))
+        samples[sequence] = replay_data.samples[pick]
+        if not packed:
+            samples[sequence] = [samples[sequence][rng.integers(len(samples[sequence]))]]
     return samples, features
 
 
@@ -117,14 +123,14 @@ def training_batch(cfg, data: tuple, index: int, replay_data=None) -> dict:
 
     cfg: a train.Config. data, replay_data: see `training_samples`."""
     refer = float(cfg.task == "referring")
-    samples, features = training_samples(cfg.seed, index, data, replay_data, refer, cfg.replay)
+    samples, features = training_samples(cfg.seed, index, data, replay_data, cfg.replay, refer, cfg.hint, cfg.packed)
 
-    # History: word problems before each screen, with their answers, which have no labels.
+    # Text: word problems before each screen, with their answers, which have no labels.
     num_problems = cfg.text
     if cfg.vary_text:
         num_problems = np.random.default_rng([cfg.seed, index, 1]).integers(cfg.text, endpoint=True)
     prefixes = []
-    for number in range(SCREENS_PER_STEP * index, SCREENS_PER_STEP * (index + 1)):  # of the sequence in the run
+    for number in range(len(samples) * index, len(samples) * (index + 1)):  # of the sequence in the run
         problems = [word_problem("train", number * cfg.text + k) for k in range(num_problems)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
 

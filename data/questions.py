@@ -5,7 +5,8 @@ referring      what is at <x3> <y5>        wifi           which name does a clic
 relations      what is right of wifi       red moon       and where is that: click right of wifi
 word problems  nina has 7 apples then finds 5 then eats 3 how many     12 9
 
-A question with its answer is a *sample*, {"instruction", "answer"}; a click also has the "bbox" to hit.
+A question with its answer is a *sample*, {"instruction", "answer"}; a click also has the "bbox" to hit. A *hint* says
+where to click, before the question or before the image: <x3> <y5> click wifi.
 """
 
 import re
@@ -68,13 +69,27 @@ def description(screen: Screen, element: Element, by_colour=False) -> str:
 
 
 def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> dict:
-    """Asks for a click: a sample whose `bbox` is where the click is correct."""
+    """Asks for a click: a sample whose `bbox` is where the click is correct, and `elsewhere` the place of another."""
     name = description(screen, element, by_colour)
+    targets = screen.targets()
+    next_target = targets[(targets.index(element) + 1) % len(targets)]
     return {
         "bbox": element.click,
         "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
         "answer": place(element.click),
+        "elsewhere": place(next_target.click),
     }
+
+
+HINTS = "question", "before_image"  # where a hint can stand
+
+
+def with_hint(sample: dict, where: str, right=True) -> dict:
+    """The same click, with a place in front of the question or of the image: its own, or that of another target."""
+    hint = sample["answer"] if right else sample["elsewhere"]
+    if where == "before_image":
+        return sample | {"before_image": hint}
+    return sample | {"instruction": f"{hint} {sample['instruction']}"}
 
 
 def referring_sample(element: Element) -> dict:

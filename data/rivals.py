@@ -1,4 +1,4 @@
-"""Image-LoRA's rivals, which are LoRA and Partial LoRA; and how each of the three is turned down after training."""
+"""Image-LoRA's rivals: LoRA and Partial LoRA."""
 
 import math
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ class LoRA(nn.Module):
 
     def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", tokens: str = "all"):
         super().__init__()
-        self.scaling = lora_alpha / r
+        self.scale = lora_alpha / r
         self.gamma = torch.ones(1, device=model.device)  # the strength of the update, as in Image-LoRA
         self.tokens = tokens
         self.enabled = True
@@ -56,7 +56,7 @@ class LoRA(nn.Module):
         B = self.B[i]  # [r, d_out]
         if self.tokens == "visual":
             x = x.flatten(0, -2)[self.rows]  # [visual rows, d_in]
-        update = self.gamma * self.scaling * (x.to(A.dtype) @ A) @ B
+        update = self.gamma * self.scale * (x.to(A.dtype) @ A) @ B
         update = update.to(y.dtype)
         if self.tokens == "visual":
             return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
@@ -66,7 +66,7 @@ class LoRA(nn.Module):
     def merge(self) -> None:
         """Adds the updates to the model's weights, and switches them off here. For LoRA at all tokens."""
         for linear, A, B in zip(self.linears, self.A, self.B):
-            linear.weight += self.gamma * self.scaling * (A @ B).T
+            linear.weight += self.gamma * self.scale * (A @ B).T
         self.enabled = False
 
     @contextmanager
@@ -78,23 +78,3 @@ class LoRA(nn.Module):
             yield
         finally:
             self.enabled = before
-
-
-@torch.no_grad()
-def turn_down(adapter: nn.Module, factor: float) -> None:
-    """Multiply γ, the strength of a trained update, of a LoRA or in each layer of an Image-LoRA."""
-    for module in adapter.modules():
-        if hasattr(module, "gamma"):
-            module.gamma.mul_(factor)
-
-
-@contextmanager
-def turned_down(adapter: nn.Module, factor: float):
-    """A context in which γ is multiplied by a factor."""
-    trained = {module: module.gamma.clone() for module in adapter.modules() if hasattr(module, "gamma")}
-    turn_down(adapter, factor)
-    try:
-        yield
-    finally:
-        for module, gamma in trained.items():
-            module.gamma.data.copy_(gamma)

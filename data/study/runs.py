@@ -9,28 +9,33 @@ import csv
 import io
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
+from data import prompts
 from data.attention import image_share
-from data.base import file_path, screens_and_features
+from data.base import file_path, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_KINDS, evaluate, measure, measure_other_questions
+from data.evaluate import OTHER_KINDS, evaluate, measure, measure_hints, measure_other_questions
+from data.gamma import turned_down
+from data.heads import choose_heads
 from data.questions import TASKS, all_samples, click_right_of
-from data.rivals import turned_down
 from data.study.plan import METHODS, MORE_TEXT, REWORDED, SETTINGS, Row, all_rows
 
 MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validation screens
     *("task_acc", "validation_acc", "other_questions_acc", *(f"{kind}_acc" for kind in OTHER_KINDS), "same_words_acc"),
     *("word_problem_after_image_acc", "word_problem_acc"),
-    "own_answers_acc",  # of the base model's own answers, if they are trained on
-    "image_share",  # of the base model's attention, see data/attention.py
+    *("right_hint_acc", "wrong_hint_acc", "followed_acc"),
+    "replay_answers_acc",  # of the answers that replay trains on
+    *(f"image_share_{layer}" for layer in range(4)),  # of the base model's attention, see data/attention.py
+    # With gamma as attention predicts it: one for all layers, and one for each.
+    *("one_gamma_acc", "one_gamma_others_acc", "layer_gammas_acc", "layer_gammas_others_acc"),
 )
 COLUMNS = (*Row._fields, *MEASURES)
 REWORDED_SCREENS = 400  # test screens on which the base model is asked to click right of the name
@@ -68,39 +73,80 @@ def config(row: Row, device="cpu") -> train.Config:
     return train.Config(**METHODS[row.method] | shared | own)
 
 
+@cache
+def screens_of(base: str, domain: str, split: str, count: int, device: str) -> tuple[list, Tensor]:
+    """(Screens, features [N, P, D]), which the runs of a process share."""
+    return screens_and_features(load_base(base, device), domain, split, count)
+
+
 def make_rows(rows: list[Row], device: str) -> list[dict]:
-    """Lines of the file: trains a model once, and asks it as each of these rows says."""
+    """Lines of the file: trains a model once, as train.finetune does, and asks it as each of these rows says."""
     cfg = config(rows[0], device)
-    tuned = train.finetune(cfg)
+    model = load_base(cfg.base, device)
+    train_data = screens_of(cfg.base, "new", "train", prompts.TRAIN_SCREENS, device)
+    replay_data = train.make_replay(cfg, model, train_data)
+    heads = None
+    if cfg.method == "image_lora":
+        scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
+        if cfg.heads in ("top", "random"):
+            scores = train.probe(cfg, model, train_data)
+        heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
+    adapter = train.attach_adapter(cfg, model, heads) or nn.Module()
+    if cfg.method != "none":
+        train.train(cfg, model, adapter, train_data, replay_data)
     lines = []
     for row in rows:
-        with turned_down(tuned.adapter or nn.Module(), row.gamma):
-            measures = ask(tuned.model, row, cfg) | {"own_answers_acc": tuned.result["own_answers_acc"]}
+        with turned_down(adapter, row.gamma):
+            measures = ask(model, adapter, row, cfg)
+        if replay_data:
+            measures["replay_answers_acc"] = replay_data.share_correct
         lines.append(row._asdict() | {name: measures.get(name, "") for name in MEASURES})
     return lines
 
 
-def ask(model, row: Row, cfg: train.Config) -> dict:
+def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
     """The measures of a row."""
     if row.method == REWORDED:
-        test = screens_and_features(model, "new", "test", REWORDED_SCREENS)
+        test = screens_of(cfg.base, "new", "test", REWORDED_SCREENS, cfg.device)
         return {"task_acc": evaluate(model, *test, reword=click_right_of)[0]}
-    test = screens_and_features(model, "new", "test", cfg.test_screens)
-    old_test = screens_and_features(model, "old", "test", cfg.test_screens // 2 + 1)
-    if row.text == cfg.text:  # as in training
-        measures, _ = measure(model, test, old_test, cfg.task, row.text)
+    new_test = screens_of(cfg.base, "new", "test", cfg.test_screens, cfg.device)
+    old_test = screens_of(cfg.base, "old", "test", cfg.test_screens // 2 + 1, cfg.device)
+    if row.gamma == 1 and row.text == cfg.text:  # as in training
+        measures, _ = measure(model, new_test, old_test, cfg.task, row.text)
+        if "hints" in row.method:
+            measures |= measure_hints(model, new_test, "question" if cfg.hint == "none" else cfg.hint)
     else:
-        measures, _ = measure_other_questions(model, old_test, row.text)
-        measures = {"other_questions_acc": measures["other_questions_acc"]}
-        measures["task_acc"], _ = evaluate(model, *test, TASKS[cfg.task], row.text)
+        measures = ask_briefly(model, new_test, old_test, cfg, row.text)
     if row.text == cfg.text or row.method == MORE_TEXT:
-        validation = screens_and_features(model, "new", "validation", cfg.test_screens)
+        validation = screens_of(cfg.base, "new", "validation", cfg.test_screens, cfg.device)
         measures["validation_acc"], _ = evaluate(model, *validation, TASKS[cfg.task], row.text)
     if row.method == "base model":
-        screens, features = test
-        numbers, samples = zip(*all_samples(screens)[:100])
-        measures["image_share"] = image_share(model, samples, features[list(numbers)], row.text)
+        shares = shares_of_layers(model, new_test, row.text)
+        measures |= {f"image_share_{layer}": share for layer, share in enumerate(shares)}
+    if row.gamma == 1 and row.text != cfg.text and row.method in ("Image-LoRA", MORE_TEXT):
+        frozen = load_base(cfg.base, cfg.device)
+        shares = [shares_of_layers(frozen, new_test, text) for text in (cfg.text, row.text)]
+        of_layers = [trained / asked for trained, asked in zip(*shares)]
+        for name, gammas in (("one_gamma", sum(shares[0]) / sum(shares[1])), ("layer_gammas", of_layers)):
+            with turned_down(adapter, gammas):
+                brief = ask_briefly(model, new_test, old_test, cfg, row.text)
+            measures[f"{name}_acc"] = brief["task_acc"]
+            measures[f"{name}_others_acc"] = brief["other_questions_acc"]
     return measures
+
+
+def ask_briefly(model, new_test: tuple, old_test: tuple, cfg: train.Config, num_problems: int) -> dict:
+    """The new task and the other questions."""
+    measures, _ = measure_other_questions(model, old_test, num_problems)
+    measures["task_acc"], _ = evaluate(model, *new_test, TASKS[cfg.task], num_problems)
+    return measures
+
+
+def shares_of_layers(model, new_test: tuple, num_problems: int) -> list[float]:
+    """The image's share of attention in each layer, for questions about new screens."""
+    screens, features = new_test
+    numbers, samples = zip(*all_samples(screens)[:100])
+    return image_share(model, samples, features[list(numbers)], num_problems)
 
 
 @dataclass(frozen=True)

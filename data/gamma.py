@@ -1,0 +1,60 @@
+"""One number after training: gamma, the strength of a trained update, and what is kept and lost where it is lowered."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from data.evaluate import evaluate, measure_other_questions
+from data.questions import TASKS
+
+GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # at which a trained update is measured
+
+
+def strengths(adapter: nn.Module) -> list[torch.Tensor]:
+    """The gamma of each layer of an Image-LoRA, or the only one of a LoRA."""
+    return [module.gamma for module in adapter.modules() if hasattr(module, "gamma")]
+
+
+@torch.no_grad()
+def turn_down(adapter: nn.Module, factor: float) -> None:
+    """Multiply the strength of a trained update, for good."""
+    for gamma in strengths(adapter):
+        gamma.mul_(factor)
+
+
+@contextmanager
+def turned_down(adapter: nn.Module, factor: float | list[float]):
+    """A context in which gamma is multiplied by a factor, or that of each layer by one of its own."""
+    gammas = strengths(adapter)
+    trained = [gamma.clone() for gamma in gammas]
+    factors = factor if isinstance(factor, list) else [factor] * len(gammas)
+    with torch.no_grad():
+        for gamma, factor_of_layer in zip(gammas, factors, strict=True):
+            gamma.mul_(factor_of_layer)
+    try:
+        yield
+    finally:
+        for gamma, before in zip(gammas, trained):
+            gamma.data.copy_(before)
+
+
+def measure_curve(model, adapter, validation: tuple, old_test: tuple, task="grounding", num_problems=0) -> list[dict]:
+    """The new task on validation screens, and the other questions, where a trained update is multiplied by each of
+    GAMMAS: a list of {"gamma", "validation_acc", "other_questions_acc"}.
+
+    validation, old_test: (screens, features [N, P, D]) of new and old screens."""
+    curve = []
+    for gamma in GAMMAS:
+        with turned_down(adapter, gamma):
+            validation_acc, _ = evaluate(model, *validation, TASKS[task], num_problems)
+            metrics, _ = measure_other_questions(model, old_test, num_problems)
+        others = metrics["other_questions_acc"]
+        curve.append({"gamma": gamma, "validation_acc": validation_acc, "other_questions_acc": others})
+    return curve
+
+
+def smallest_gamma(curve: list[dict], cost=0.02) -> float:
+    """The smallest gamma of a curve that costs at most two points of the new task on validation screens."""
+    least = curve[0]["validation_acc"] - cost
+    return min(point["gamma"] for point in curve if point["validation_acc"] >= least)
