@@ -68,6 +68,8 @@ def make_replay_data(
         # An answer that was cut off would teach to stop in the middle.
         if 0 < len(text.split()) < MAX_NEW_TOKENS:
             samples_of_screens[i].append(sample | {"answer": text})
+    if not any(samples_of_screens):
+        raise ValueError("the base model ended none of its answers, so there is nothing to replay; use correct answers")
     asked = [i for i, samples_of_screen in enumerate(samples_of_screens) if samples_of_screen]
     share_correct = float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)]))
     return ReplayData(features[asked], [samples_of_screens[i] for i in asked], share_correct)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import costs, evaluate, prompts, questions, replay, screens
+from data import costs, evaluate, gamma, prompts, questions, replay, screens
 from data.base import load_base, save_base, screens_and_features
 from data.command import command, write_file
 from data.heads import choose_heads
@@ -72,17 +72,19 @@ VERB = rf"^({'|'.join(questions.VERBS)})"
 
 
 @pytest.mark.parametrize("task", ["grounding", "referring"])
-@pytest.mark.parametrize("num_problems", [0, 2])
-def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, num_problems):
-    """Five questions about a screen share a sequence. Word problems before the screen have no labels."""
-    batch = prompts.training_batch(train.Config(task=task, text=num_problems), TRAIN_DATA, 0)
+@pytest.mark.parametrize("num_problems, packed", [(0, False), (2, False), (2, True)])
+def test_a_training_batch_has_labels_on_answers_only_and_no_target_twice(task, num_problems, packed):
+    """One question about each screen, or five that share a sequence. Word problems before the screen have no labels."""
+    batch = prompts.training_batch(train.Config(task=task, text=num_problems, packed=packed), TRAIN_DATA, 0)
+    num_screens, num_questions = (8, 5) if packed else (16, 1)
+    assert len(batch["input_ids"]) == num_screens
     question = r"what is at <x\d+> <y\d+>" if task == "referring" else r"(?:click|tap|press|select) \w+(?: \w+)?"
     answer = r"((?:\w+ )?\w+ <eos>)" if task == "referring" else r"(<x\d+> <y\d+> <eos>)"
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
         before, after = read(ids).split(" <image>" * 64)
         assert before.startswith("<bos>")
         assert before.count("how many") == num_problems
-        turns = re.fullmatch(rf"(?: {question} {answer}){{5}}", after)
+        turns = re.fullmatch(rf"(?: {question} {answer}){{{num_questions}}}", after)
         assert turns, after
         answers = re.findall(rf"{question} {answer}", after)
         assert read(labels[labels >= 0]) == " ".join(answers)
@@ -100,81 +102,120 @@ def test_a_varied_text_is_drawn_anew_for_each_step():
     assert counts == {0, 1, 2, 3}
 
 
-def kinds_of_questions(screen: screens.Screen) -> dict:
-    """{question with its true answer: its kind}, of all questions about a screen that replay can ask."""
-    kind_of = {}
-    for kind in questions.KINDS:
-        for _, sample in questions.all_samples([screen], kind):
-            question = re.sub(VERB, "click", sample["instruction"])
-            kind_of[f"{question} {sample['answer']}"] = kind
-    return kind_of
+PLACE = r"<x\d+> <y\d+>"
 
 
-def test_replay_asks_old_questions_of_every_kind_and_changes_no_other_sequence():
-    replay_data = replay.make_replay_data(BASE, TRAIN_DATA, "old", seed=1)
-    kinds = set()
+def test_a_hint_in_training_is_the_correct_place():
+    """It stands before the question or before the image, and nothing else changes."""
+    plain, in_question, before_image = [
+        [read(ids) for ids in prompts.training_batch(train.Config(hint=hint), TRAIN_DATA, 0)["input_ids"]]
+        for hint in ("none", "question", "before_image")
+    ]
+    image = " <image>" * 64
+    for expected, hinted, hinted_early in zip(plain, in_question, before_image):
+        (place,) = re.findall(PLACE, expected)
+        assert hinted == expected.replace(image, f"{image} {place}")
+        assert hinted_early == expected.replace(image, f" {place}{image}")
+
+
+@pytest.mark.parametrize("where", questions.HINTS)
+def test_a_wrong_hint_is_the_place_of_another_switch_of_the_screen(where):
+    all_screens, _ = TRAIN_DATA
+    for i, sample in questions.all_samples(all_screens[:8]):
+        right, wrong = [questions.with_hint(sample, where, is_right) for is_right in (True, False)]
+        hint = "before_image" if where == "before_image" else "instruction"
+        places = {questions.place(target.click) for target in all_screens[i].targets()}
+        (right_place,), (wrong_place,) = re.findall(PLACE, right[hint]), re.findall(PLACE, wrong[hint])
+        assert right_place == sample["answer"]
+        assert wrong_place in places - {right_place}
+
+
+def test_a_model_that_repeats_hints_follows_the_wrong_ones(monkeypatch):
+    """It hits all switches with right hints, none with wrong ones."""
+    asked = []
+
+    def repeat(model, samples, features, num_problems=0):
+        asked.extend(sample["instruction"] for sample in samples)
+        return [" ".join(sample["instruction"].split()[:2]) for sample in samples]
+
+    monkeypatch.setattr(evaluate, "generate_answers", repeat)
+    metrics = evaluate.measure_hints(BASE, screens_and_features(BASE, "new", "test", 3), "question")
+    assert metrics == {"right_hint_acc": 1, "wrong_hint_acc": 0, "followed_acc": 1}
+    assert all(re.match(rf"{PLACE} {VERB[1:]} ", instruction) for instruction in asked)
+
+
+def replay_of(**fields) -> replay.ReplayData:
+    return train.make_replay(train.Config(replay=2, **fields), BASE, TRAIN_DATA)
+
+
+def kind_of(sample: dict) -> str:
+    """Which of data.questions.KINDS a question is of, or that it is a word problem."""
+    starts = {"what_is_at": "what is at", "what_is_right_of": "what is right of", "word problem": r"\w+ has"}
+    starts |= {"click_right_of": f"{VERB} right of", "click": f"{VERB} (?!right of)"}
+    (kind,) = [kind for kind, start in starts.items() if re.match(start, sample["instruction"])]
+    return kind
+
+
+def instructions(samples: list[list[dict]]) -> list[list[str]]:
+    return [[sample["instruction"] for sample in samples_of_screen] for samples_of_screen in samples]
+
+
+def test_replay_takes_the_place_of_some_sequences_and_changes_no_other():
+    replay_data = replay_of(replay_answers="correct")
+    asked = set()
     for index in range(8):
         expected = prompts.training_batch(train.Config(), TRAIN_DATA, index)
-        batch = prompts.training_batch(train.Config(replay=1), TRAIN_DATA, index, replay_data)
-        replayed, *others = [read(ids) for ids in batch["input_ids"]]
-        assert others == [read(ids) for ids in expected["input_ids"][1:]]
-        assert torch.equal(batch["image_features"][1:], expected["image_features"][1:])
-
-        *asked, first_problem, second_problem, end = replayed.split(" <image>" * 64)[1].split(" <eos>")
-        assert len(asked) == prompts.QUESTIONS_PER_SCREEN
-        assert "how many" in first_problem
-        assert "how many" in second_problem
-        assert end == ""
-        (pick,) = (replay_data.features == batch["image_features"][0]).all(2).all(1).nonzero()
-        kind_of = kinds_of_questions(replay_data.screens[pick])
-        for text in asked:
-            kinds.add(kind_of[re.sub(VERB, "click", text.strip())])
-    assert kinds == set(questions.KINDS)
+        batch = prompts.training_batch(train.Config(replay=2), TRAIN_DATA, index, replay_data)
+        *replayed, _, _ = [read(ids) for ids in batch["input_ids"][:4]]
+        assert [read(ids) for ids in batch["input_ids"][2:]] == [read(ids) for ids in expected["input_ids"][2:]]
+        assert torch.equal(batch["image_features"][2:], expected["image_features"][2:])
+        for sequence, features in zip(replayed, batch["image_features"]):
+            (pick,) = (replay_data.features == features).all(2).all(1).nonzero()
+            _, after_image = sequence.split(" <image>" * 64)
+            (sample,) = [
+                s for s in replay_data.samples[pick] if after_image == f" {s['instruction']} {s['answer']} <eos>"
+            ]
+            asked.add(kind_of(sample))
+    assert asked == {"what_is_at", "what_is_right_of", "click_right_of", "word problem"}
 
 
-@pytest.mark.parametrize("task, replay_with", [("grounding", "own"), ("grounding", "own_old"), ("referring", "own")])
-def test_replay_of_own_answers_holds_what_the_base_model_says_itself_and_never_asks_the_new_task(task, replay_with):
-    cfg = train.Config(replay=1, replay_with=replay_with, task=task)
-    replay_data = replay.make_replay_data(BASE, TRAIN_DATA, replay_with, cfg.seed, task)
-    new_screens, _ = TRAIN_DATA
-    assert (replay_data.screens == new_screens[:16]) == (replay_with == "own")
-    starts = {"what_is_at": "what is at", "what_is_right_of": "what is right of"}
-    starts |= {"click_right_of": f"{VERB} right of", "click": f"{VERB} (?!right of)"}
+@pytest.mark.parametrize("task", ["grounding", "referring"])
+def test_own_answers_are_what_the_base_model_says_itself_and_never_about_the_new_task(task):
+    replay_data = replay_of(task=task)
     kinds = set()
     for features, samples in zip(replay_data.features, replay_data.samples):
-        assert len(samples) <= prompts.QUESTIONS_PER_SCREEN
         for sample in samples:
-            kinds.update(kind for kind, start in starts.items() if re.match(start, sample["instruction"]))
+            kinds.add(kind_of(sample))
             prompt = prompts.prompt_batch([sample], features[None])
             ids = BASE.generate(**prompt, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
             assert prompts.decode(ids.tolist()) == sample["answer"]
-    assert kinds == set(questions.KINDS) - {questions.TASKS[task]}
-    replayed = read(prompts.training_batch(cfg, TRAIN_DATA, 0, replay_data)["input_ids"][0])
-    assert any(all(sample["answer"] in replayed for sample in samples) for samples in replay_data.samples)
+    assert kinds == {*questions.KINDS, "word problem"} - {questions.TASKS[task]}
 
 
-def test_replay_of_new_true_answers_asks_what_own_answers_ask_and_corrects_them():
-    """So the two differ in who answers, and in nothing else."""
-    new, own = [replay.make_replay_data(BASE, TRAIN_DATA, replay_with, seed=1) for replay_with in ("new", "own")]
-    agreements = []
-    for screen, true_samples, own_samples in zip(new.screens, new.samples, own.samples):
-        assert [sample["instruction"] for sample in own_samples] == [sample["instruction"] for sample in true_samples]
-        switches = {questions.description(screen, name): name.click for name in screen.targets()}
-        for true, own_sample in zip(true_samples, own_samples):
-            question, _, name = true["instruction"].partition(" right of ")
-            if question.startswith("what is at "):
-                place = question.removeprefix("what is at ")
-                there = [element.full_name() for element in screen.elements if questions.place(element.bbox) == place]
-                assert true["answer"] in there
-            elif question == "what is":
-                assert true["answer"] == "switch"
-            else:
-                assert true["bbox"] == switches[name]
-                assert true["answer"] == questions.place(switches[name])
-            agreements.append(evaluate.is_correct(true, own_sample["answer"]))
-    assert 0.3 < own.share_correct < 0.6
-    assert own.share_correct == pytest.approx(sum(agreements) / len(agreements))
-    assert new.share_correct is None
+def test_correct_answers_are_to_the_questions_of_own_answers_and_correct_them():
+    """So the two differ in who answers, and in nothing else. Of old screens the base model knows nearly everything."""
+    correct, own = replay_of(replay_answers="correct"), replay_of()
+    assert instructions(correct.samples) == instructions(own.samples)
+    assert torch.equal(correct.features, own.features)
+    assert correct.share_correct == 1
+    assert 0.4 < own.share_correct < 0.7
+    old = replay_of(replay_screens="old")
+    assert old.share_correct > 0.9
+    assert {kind_of(sample) for samples in old.samples for sample in samples} == {*questions.KINDS, "word problem"}
+
+
+@pytest.mark.parametrize("answers", ["own", "correct"])
+def test_replay_can_leave_out_the_questions_whose_correct_answer_is_the_new_word(answers):
+    """And no other question. The base model never says it."""
+    every, without = replay_of(replay_answers=answers), replay_of(replay_answers=answers, replay_no_switch=True)
+    correct = replay_of(replay_answers="correct")
+    left_out = 0
+    for all_of_screen, kept, right in zip(every.samples, without.samples, correct.samples):
+        to_keep = [sample for sample, truth in zip(all_of_screen, right) if truth["answer"] != "switch"]
+        assert kept == to_keep
+        left_out += len(all_of_screen) - len(kept)
+    assert left_out > 10
+    assert not any(sample["answer"] == "switch" for samples in without.samples for sample in samples)
 
 
 def test_each_measure_asks_what_its_name_says(monkeypatch):
@@ -252,8 +293,10 @@ def demo(options: str) -> int:
         return stopped.code
 
 
-RUNS = [{"method": "none"}, {"replay": 2}, {"task": "referring", "replay": 1}, {"train_gamma": True}]
-RUNS += [{"text": 1, "vary_text": True, "replay": 1, "replay_with": "own"}, {"no_normalize": True}]
+CORRECT = {"replay": 2, "replay_answers": "correct"}  # the small base ends no answer of its own
+RUNS = [{"method": "none"}, CORRECT, CORRECT | {"task": "referring"}, {"train_gamma": True}]
+RUNS += [CORRECT | {"text": 1, "vary_text": True}, CORRECT | {"replay_screens": "old", "packed": True}]
+RUNS += [{"no_normalize": True}, {"hint": "question"}, {"hint": "before_image"}]
 RUNS += [{"heads": "random"}, {"heads": "all"}, {"heads": "2.1,0.0,2.0"}]
 RUNS += [{"method": "lora"}, {"method": "lora", "projections": "v"}, {"method": "partial_lora"}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
@@ -284,20 +327,20 @@ def test_every_kind_of_run_leaves_text_as_it_promises_and_costs_what_is_computed
 @pytest.mark.parametrize("changes", [{"heads": "all"}, {"method": "lora"}], ids=str)
 def test_a_run_turns_its_update_down_and_measures_it_there(changes, directory, monkeypatch):
     """The curve is of the update as it was trained; at gamma 0 the model is the base model, in every measure."""
-    monkeypatch.setattr(evaluate, "GAMMAS", (1.0, 0.5, 0.0))
+    monkeypatch.setattr(gamma, "GAMMAS", (1.0, 0.5, 0.0))
     cfg = train.Config(base="data/tiny_vlm.pt", device="cpu", steps=20, lr=0.02, test_screens=4, **changes)
-    as_trained, half, nothing = [train.run(replace(cfg, gamma=gamma)) for gamma in (1.0, 0.5, 0.0)]
+    as_trained, half, nothing = [train.run(replace(cfg, gamma=strength)) for strength in (1.0, 0.5, 0.0)]
     assert as_trained["curve"] == half["curve"] == nothing["curve"]
     assert nothing["before"].items() <= nothing.items()
     for run, point in zip((as_trained, half, nothing), half["curve"]):
         assert (point["gamma"], point["other_questions_acc"]) == (run["gamma"], run["other_questions_acc"])
-    assert as_trained["other_questions_acc"] != nothing["other_questions_acc"]
+    assert as_trained["task_acc"] > nothing["task_acc"]
 
 
 def test_the_smallest_gamma_costs_at_most_two_points_of_the_new_task():
     curve = [{"gamma": g, "validation_acc": acc} for g, acc in ((1.0, 0.97), (0.9, 0.96), (0.8, 0.951), (0.7, 0.949))]
-    assert evaluate.smallest_gamma(curve) == 0.8
-    assert evaluate.smallest_gamma(curve[:1]) == 1.0
+    assert gamma.smallest_gamma(curve) == 0.8
+    assert gamma.smallest_gamma(curve[:1]) == 1.0
 
 
 def products_of_attention(number: int):
@@ -344,7 +387,7 @@ def test_the_demo_prints_and_writes_what_it_says(directory, capsys):
     out = Path("runs/switches")
     assert {path.name for path in out.iterdir()} == {*train.FILES}
     assert all(name in printed.splitlines()[-1] for name in train.FILES)
-    assert f"[{evaluate.smallest_gamma(json.loads((out / 'metrics.json').read_text())['curve'])}: " in printed
+    assert f"[{gamma.smallest_gamma(json.loads((out / 'metrics.json').read_text())['curve'])}: " in printed
     written = json.loads((out / "metrics.json").read_text())
     result = json.loads(json.dumps(train.run(train.Config(**SHORT))))
     assert {name for name in result if result[name] != written[name]} <= {"seconds"}
@@ -360,8 +403,17 @@ def test_the_demo_prints_and_writes_what_it_says(directory, capsys):
     assert {path.name for path in out.iterdir()} == {"adapter.pt", "metrics.json"}
 
 
-BAD_OPTIONS = ["--method=dora", "--steps=0", "--lr=nan", "--heads=best", "--heads=1.", "--replay=9", "--device=abacus"]
-BAD_OPTIONS += ["--base=no.pt", "--base=notes.txt", "--out=notes.txt"]
+BAD_OPTIONS = [
+    "--method=dora",
+    "--steps=0",
+    "--lr=nan",
+    "--heads=best",
+    "--heads=1.",
+    "--replay=17",
+    "--packed --replay=9",
+    "--device=abacus",
+]
+BAD_OPTIONS += ["--replay=2", "--base=no.pt", "--base=notes.txt", "--out=notes.txt"]
 BAD_OPTIONS += ["--r=25", "--num-heads=16", "--heads=1.3", "--heads=1.2,1.2"]  # these need a look at the model
 
 
@@ -375,8 +427,13 @@ def test_what_the_demo_cannot_do_is_one_sentence_and_writes_nothing(bad, directo
     assert {path.name for path in directory.rglob("*") if path.is_file()} == {"base.pt", "notes.txt"}
 
 
-INERT = {"--replay-with=own": "--replay", "--vary-text": "--text", "--method=none --gamma=0.5": "an adapter"}
-INERT |= {"--method=none --replay=1": "an adapter"}
+INERT = {
+    "--replay-answers=correct": "--replay",
+    "--replay-no-switch": "--replay",
+    "--vary-text": "--text",
+    "--method=none --gamma=0.5": "an adapter",
+}
+INERT |= {"--method=none --replay=1": "an adapter", "--task=referring --hint=question": "--task grounding"}
 INERT |= {f"{option} --num-heads=3": "--heads top or random" for option in ("--heads=all", "--method=lora")}
 INERT |= {f"--method={method} --projections=v": "--method lora or partial_lora" for method in ("image_lora", "none")}
 for name in ("--heads=all", "--train-gamma", "--no-normalize"):

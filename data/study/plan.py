@@ -40,10 +40,11 @@ PARTIAL_LORA = {"method": "partial_lora", "lr": 0.005}  # arXiv 2401.16420, ther
 IMAGE_LORA = {"heads": "all", "lr": 0.01}
 THREE = {"LoRA": LORA, "Partial LoRA": PARTIAL_LORA, "Image-LoRA": IMAGE_LORA}
 ON_V = {"LoRA on v": LORA | {"projections": "v", "lr": 0.005}, "Partial LoRA on v": PARTIAL_LORA | {"projections": "v"}}
-RANK_2 = {  # Partial LoRA is then as large as Image-LoRA in all heads
+RANK_2 = {  # LoRA and Partial LoRA are then as large as Image-LoRA in all heads
     "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
     "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},
 }
+HALF_RATE = {"Partial LoRA, rank 2, at half the rate": RANK_2["Partial LoRA, rank 2"] | {"lr": 0.005}}
 FEW_HEADS = {
     "Image-LoRA in 12 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 12},
     "Image-LoRA in 12 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 12},
@@ -71,6 +72,8 @@ REPLAYS |= with_ending(THREE, " with own answers but to 'switch'", **OWN, replay
 REPLAYS |= with_ending(THREE, " with correct answers but to 'switch'", **CORRECT, replay_no_switch=True)
 REPLAYS |= with_ending(THREE, " with correct answers about old screens", **CORRECT, replay_screens="old")
 AFTER_9 = with_ending(THREE, " trained after 9", text=9)  # word problems before each screen
+LAYER_0 = ",".join(f"0.{head}" for head in range(6))
+AFTER_9 |= {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": LAYER_0, "text": 9}}
 AFTER_0_TO_9 = with_ending(THREE, " trained after 0 to 9", text=9, vary_text=True)
 VARIED_OWN = with_ending(THREE, " trained after 0 to 9 with own answers", text=9, vary_text=True, **OWN)
 TEXTS = AFTER_9 | AFTER_0_TO_9 | VARIED_OWN
@@ -84,7 +87,7 @@ HINTS |= with_ending({"LoRA": LORA, "Image-LoRA": IMAGE_LORA}, " with hints befo
 COPYING_HINTS = [f"{name} with hints" for name in ("LoRA", "LoRA on v", "Partial LoRA", "Image-LoRA")]
 REWORDED = "base model, asked to click right of the name"
 BASE = {"base model": {"method": "none", "lr": 0.0}, REWORDED: {"method": "none", "lr": 0.0}}
-METHODS = THREE | ON_V | RANK_2 | FEW_HEADS | OTHER_WAYS | REPLAYS | TEXTS | HINTS | BASE
+METHODS = THREE | ON_V | RANK_2 | HALF_RATE | FEW_HEADS | OTHER_WAYS | REPLAYS | TEXTS | HINTS | BASE
 
 SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
@@ -132,6 +135,11 @@ TRIED = {  # {setting: {method: learning rates, once on each model}}
 GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TEXT = (0, 1, 3, 9)  # word problems before an image
 MORE_TEXT = "Image-LoRA trained after 9"  # word problems, and asked after as many or fewer
+FEWER_PROBLEMS = (0, 1, 3)
+FEWER_GAMMAS = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4)
+RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
+AS_LARGE = [*RANK_2, *HALF_RATE, "LoRA on v", "Partial LoRA on v", "Image-LoRA"]
+UPPER_HALF = "Image-LoRA in the upper half of the layers"
 
 
 class Group(NamedTuple):
@@ -159,12 +167,17 @@ GROUPS = [
     Group("skilled", [REWORDED]),
     Group("skilled", THREE | OWN_ANSWERS, gammas=GAMMAS),
     Group("skilled", REPLAYS),
-    Group("skilled", ON_V | RANK_2, gammas=GAMMAS),
     Group("skilled", OTHER_WAYS),
-    Group("skilled", ["Image-LoRA in the upper half of the layers"], gammas=GAMMAS),
+    Group("skilled", [UPPER_HALF], gammas=GAMMAS),
     Group("skilled", HINTS),
     Group("copying", ["base model", *COPYING_HINTS]),
-    Group("skilled", FEW_HEADS),
+    Group("skilled, packed", [*THREE, *AS_LARGE], (1, 2), (*GAMMAS, 0.3)),
+    Group("skilled, packed", FEW_HEADS, (1, 2)),
+    Group("skilled, packed", THREE, texts=TEXT),
+    Group("skilled, packed", AFTER_9 | AFTER_0_TO_9, texts=TEXT),
+    Group("skilled, packed", [MORE_TEXT], gammas=FEWER_GAMMAS, texts=FEWER_PROBLEMS),
+    Group("unskilled, packed", [REWORDED, *RIVALS]),
+    Group("referring, packed", RIVALS),
 ]
 
 

@@ -38,6 +38,7 @@ MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validati
     *("one_gamma_acc", "one_gamma_others_acc", "layer_gammas_acc", "layer_gammas_others_acc"),
 )
 COLUMNS = (*Row._fields, *MEASURES)
+SHARE_QUESTIONS = 100  # for which the image's share of attention is measured
 REWORDED_SCREENS = 400  # test screens on which the base model is asked to click right of the name
 
 
@@ -145,7 +146,7 @@ def ask_briefly(model, new_test: tuple, old_test: tuple, cfg: train.Config, num_
 def shares_of_layers(model, new_test: tuple, num_problems: int) -> list[float]:
     """The image's share of attention in each layer, for questions about new screens."""
     screens, features = new_test
-    numbers, samples = zip(*all_samples(screens)[:100])
+    numbers, samples = zip(*all_samples(screens)[:SHARE_QUESTIONS])
     return image_share(model, samples, features[list(numbers)], num_problems)
 
 

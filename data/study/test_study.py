@@ -83,6 +83,7 @@ def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkey
     planned += [plan.Row("skilled", 1, method, 0.0, 1, 1.0, 0) for method in ("base model", plan.REWORDED)]
     monkeypatch.setattr(runs, "all_rows", lambda: planned)
     monkeypatch.setitem(runs.SETTINGS, "skilled", (plan.SKILLED, {"steps": 20, "test_screens": 2}))
+    monkeypatch.setattr(runs, "SHARE_QUESTIONS", 2)
     monkeypatch.setattr(runs, "REWORDED_SCREENS", 2)
     monkeypatch.setattr(runs, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
     monkeypatch.setattr(prompts, "TRAIN_SCREENS", 16)
