@@ -1,20 +1,21 @@
-"""The evidence: the tables of the pages, from the runs of tiny models (runs.csv) and of SmolLM2 (smollm.csv).
+"""The evidence: tables from the runs of tiny models (runs.csv) and of SmolLM2 (smollm.csv).
 
-python -m data.study.compare     print the tables, at once; then how learning rates were chosen
+python -m data.study.compare     print those of the pages, at once; then more, and how learning rates were chosen
 
-On tiny models, a number is the mean over three models, each of which is a mean over its seeds, and brackets hold the
-lowest and the highest of the three. SmolLM2 was run with seeds 1 and 2, and brackets hold both; with own answers, with
-seed 1 alone.
+On tiny models, a number is the mean over three models, and brackets hold the lowest and the highest. SmolLM2 was run
+with seeds 1 and 2, and brackets hold both; with own answers, with seed 1 alone.
 
 Turned down means at the smallest gamma that costs at most two points of the new task on validation screens.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data.evaluate import smallest_gamma
+from data.gamma import smallest_gamma
 from data.study import plan
 
 try:
@@ -25,8 +26,35 @@ except ImportError:
     print('error: the tables need pandas; install it by pip install ".[study]"', file=sys.stderr)
     sys.exit(2)
 
-LAYOUTS = {"parameters": "{:,.0f}", "divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
-EQUAL_CLICKS = 95  # percent of the switches, at which methods of equal size are compared
+ACCURACIES = {  # {measure, a column of both files: its title in a table}
+    "task_acc": "new task, %",
+    "validation_acc": "new task on validation screens, %",
+    "other_questions_acc": "other questions, %",  # the mean of the next three
+    "what_is_at_acc": "what is at, %",
+    "what_is_right_of_acc": "what is right of, %",
+    "click_right_of_acc": "click right of, %",
+    "same_words_acc": "same words, %",
+    "word_problem_after_image_acc": "word problems after an image, %",
+    "word_problem_acc": "word problems without an image, %",
+    "right_hint_acc": "new task with a right hint, %",
+    "wrong_hint_acc": "new task with a wrong hint, %",
+    "followed_acc": "wrong hints followed, %",
+    "replay_answers_acc": "answers of replay correct, %",
+    **{f"image_share_{layer}": f"attention to the image in layer {layer}, %" for layer in range(4)},
+    "one_gamma_acc": "new task at one predicted γ, %",
+    "one_gamma_others_acc": "other questions at one predicted γ, %",
+    "layer_gammas_acc": "new task at a predicted γ for each layer, %",
+    "layer_gammas_others_acc": "other questions at a predicted γ for each layer, %",
+    "name_alone_acc": "what is at, if places are forbidden, %",
+    "places_for_names": "places given for names, %",
+}
+TITLES = ACCURACIES | {
+    "gamma": "γ",
+    "divergence_after_screen": "KL divergence after an image",
+    "same_continuations": "openings continued as before, of 20",
+}
+LAYOUTS = {"divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
+EQUAL_CLICKS = (94, 95, 96, 97)  # percent of the switches, at which methods of equal size are compared
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -46,7 +74,7 @@ def read_runs() -> pd.DataFrame:
         if len(curve) > 1:
             gamma = smallest_gamma(curve.sort_values("gamma", ascending=False).to_dict("records"))
             runs.loc[curve.index[curve.gamma == gamma], "turned_down"] = True
-    runs[[measure for measure, title in plan.TITLES.items() if title.endswith("%")]] *= 100
+    runs[list(ACCURACIES)] *= 100
     return runs
 
 
@@ -65,13 +93,44 @@ def at_chosen_rates(runs: pd.DataFrame) -> pd.DataFrame:
 def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
     """The runs by which learning rates were compared: one for each method, model and rate, with seed 1 (models without
     the skill have their own). Those of SmolLM2 were in bfloat16, except one."""
-    runs = runs[runs.setting.str.startswith(setting)]
-    runs = runs[runs.seed == runs.model.where(runs.setting == "unskilled", 1)]
-    runs = runs[(runs.gamma == 1) & (runs.text == [plan.METHODS[method].get("text", 0) for method in runs.method])]
+    runs = runs[(runs.setting == setting) | (runs.setting == f"{setting}, in bfloat16")]
+    runs = runs[runs.seed == runs.model.where(runs.setting == "unskilled, packed", 1)]
+    runs = runs[(runs.gamma == 1) & (runs.text == 0)]
     return runs.sort_values("dtype", kind="stable").drop_duplicates(["method", "model", "lr"])  # bfloat16 comes first
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """What a table shows of a measure."""
+
+    title: str
+    measure: str
+    show: str = "range"  # the mean over the models, with the lowest and the highest; or mean, without them
+    where: dict = {}  # of which rows, if not of all seeds and models with gamma = 1 and no text
+
+
+class Table(NamedTuple):
+    """A row for each method."""
+
+    title: str
+    setting: str
+    methods: list[str]
+    columns: list[Column]
+
+
+def as_trained(*measures: str, show="range") -> list[Column]:
+    return [Column(TITLES[measure], measure, show) for measure in measures]
+
+
+def turned_down(*measures: str) -> list[Column]:
+    """At the smallest gamma that costs at most two points of the new task on validation screens."""
+    return [Column(f"turned down: {TITLES[measure]}", measure, "range", {"turned_down": True}) for measure in measures]
+
+
+def of_each_model(title: str, measure: str, **where) -> list[Column]:
+    return [Column(f"{title}, model {model}", measure, "mean", where | {"model": model}) for model in plan.MODELS]
 
 
 def format_cells(numbers: pd.Series, measure: str) -> pd.Series:
@@ -85,23 +144,19 @@ def markdown(title: str, cells: pd.DataFrame) -> str:
     return "".join(f"|{'|'.join(row)}|\n" for row in rows)
 
 
-def tables(runs: pd.DataFrame) -> list[str]:
-    """Those of the pages."""
-    chosen = at_chosen_rates(runs)
-    shown = [show_table(table, chosen) for table in plan.TABLES]
-    return [front_page(chosen), equal_clicks(chosen), text_and_attention(chosen), examples(chosen), *shown]
-
-
-def show_table(table: plan.Table, runs: pd.DataFrame) -> str:
-    cells = {column.title: show_column(column, rows_where(runs, table.where(column))) for column in table.columns}
+def show_table(table: Table, runs: pd.DataFrame) -> str:
+    cells = {}
+    for column in table.columns:
+        where = {"setting": table.setting, "text": 0} | column.where
+        if "turned_down" not in where:
+            where = {"gamma": 1.0} | where
+        cells[column.title] = show_column(column, rows_where(runs, where))
     return markdown(table.title, pd.DataFrame(cells).reindex(table.methods).fillna(""))
 
 
-def show_column(column: plan.Column, runs: pd.DataFrame) -> pd.Series:
+def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
     """The cells of a column, {method: text}."""
-    seeds = runs.groupby(["method", "model"])[column.measure]
-    models = seeds.max() - seeds.min() if column.show == "spread" else seeds.mean()
-    methods = models.groupby("method")
+    methods = runs.groupby(["method", "model"])[column.measure].mean().groupby("method")
     mean = format_cells(methods.mean(), column.measure)
     if column.show != "range":
         return mean
@@ -109,88 +164,158 @@ def show_column(column: plan.Column, runs: pd.DataFrame) -> pd.Series:
     return mean.where(lowest == highest, mean + " (" + lowest + "–" + highest + ")")
 
 
-def front_page(runs: pd.DataFrame) -> str:
-    """The other questions in whole numbers, one in a cell. A row stands there if all three methods were run."""
-    settings = {"skilled": "tiny models"} | {setting: setting for setting in plan.SMOLLM2_BASES}
-    titles, rows = [], []
-    for setting, models in settings.items():
-        of_setting = rows_where(runs, {"setting": setting, "text": 0})
-        base = rows_where(of_setting, {"method": "base model"}).other_questions_acc.mean()
-        for title, ending, where in (
-            (f"**{models}** (base model: {base:.0f}), as trained", "", {"gamma": 1}),
-            ("turned down", "", {"turned_down": True}),
-            ("turned down, with own answers", " with own answers", {"turned_down": True}),
-        ):
-            shown = rows_where(of_setting, where)
-            rows.append([shown.other_questions_acc[shown.method == method + ending].mean() for method in plan.THREE])
-            titles.append(title)
-    cells = pd.DataFrame(rows, titles, plan.THREE)
-    return markdown("other questions, %", cells.dropna().map("{:.0f}".format))
+WITH_OWN = [*plan.THREE, *plan.OWN_ANSWERS]
+REPLAY_ENDINGS = ("", " with own answers", " with correct answers")
+REPLAY_ENDINGS += (" with own answers but to 'switch'", " with correct answers but to 'switch'")
+REPLAY_ENDINGS += (" with correct answers about old screens",)
+REPLAYED = [method + ending for method in plan.THREE for ending in REPLAY_ENDINGS]
+TEXT_ENDINGS = ("", " trained after 9", " trained after 0 to 9")
+TRAINED_AFTER = [method + ending for method in plan.THREE for ending in TEXT_ENDINGS]
+AFTER_TEXT = [
+    Column(f"{name} after {text}, %", measure, "mean", {"seed": 1, "text": text})
+    for name, measure in (("new task", "task_acc"), ("others", "other_questions_acc"))
+    for text in plan.TEXT
+]
+DOWN = as_trained("task_acc", "other_questions_acc") + turned_down("gamma", "task_acc", "other_questions_acc")
+SMOLLM2_MORE = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc", "places_for_names")
+SMOLLM2_MORE += ("name_alone_acc", "divergence_after_screen", "same_continuations")
+CLICKS = ("task_acc", "other_questions_acc")
+PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc", "same_words_acc")
+
+PAGE_TABLES = [  # in the order of the page
+    Table("tiny models", "skilled", ["base model", *WITH_OWN], DOWN),
+    *[Table(setting, setting, [*plan.SMOLLM2], DOWN) for setting in plan.SMOLLM2_BASES],
+    Table(
+        "tiny models, replay",
+        "skilled",
+        REPLAYED,
+        as_trained("replay_answers_acc", "task_acc", show="mean") + of_each_model("others", "other_questions_acc"),
+    ),
+    Table(
+        "tiny models, hints",
+        "skilled",
+        [*plan.HINTS],
+        of_each_model("wrong hint", "wrong_hint_acc") + as_trained("right_hint_acc", "task_acc"),
+    ),
+    Table(
+        "tiny models that can repeat a place, hints",
+        "copying",
+        plan.COPYING_HINTS,
+        of_each_model("wrong hint", "wrong_hint_acc") + as_trained("right_hint_acc", "followed_acc"),
+    ),
+]
+MORE_TABLES = [
+    Table("tiny models", "skilled", ["base model", *WITH_OWN], as_trained(*PROBLEMS)),
+    *[
+        Table(setting, setting, [*plan.SMOLLM2], as_trained(*SMOLLM2_MORE, show="mean"))
+        for setting in plan.SMOLLM2_BASES
+    ],
+    Table("tiny models, packed", "skilled, packed", [*plan.THREE], DOWN),
+    Table(
+        "tiny models, referring, packed",
+        "referring, packed",
+        plan.RIVALS,
+        as_trained("task_acc", "other_questions_acc"),
+    ),
+    Table("tiny models, few heads, packed", "skilled, packed", ["Image-LoRA", *plan.FEW_HEADS], as_trained(*CLICKS)),
+    Table("tiny models, text before the image, packed", "skilled, packed", TRAINED_AFTER, AFTER_TEXT),
+]
+
+
+def show_models(title: str, rows: dict[str, tuple[str, str]], runs: pd.DataFrame) -> str:
+    """For each row {title: (setting, method)}, the new task and the other questions of each model with seed 1."""
+    cells = {}
+    for row, (setting, method) in rows.items():
+        of_method = rows_where(runs, {"setting": setting, "method": method, "seed": 1, "text": 0})
+        as_trained = of_method[of_method.gamma == 1].set_index("model")
+        down = of_method[of_method.turned_down].set_index("model")
+        numbers = [as_trained.task_acc.mean()]
+        for part in (as_trained, down):
+            numbers += part.other_questions_acc.reindex(plan.MODELS).tolist()
+        cells[row] = format_cells(pd.Series(numbers), "other_questions_acc").tolist()
+    titles = ["new task, %", *(f"others, model {model}" for model in plan.MODELS)]
+    titles += [f"turned down: others, model {model}" for model in plan.MODELS]
+    return markdown(title, pd.DataFrame.from_dict(cells, orient="index", columns=titles))
+
+
+def what_else(runs: pd.DataFrame) -> str:
+    """Conditions of a training that could move the other questions as much as its method does."""
+    rows = {method: ("skilled", method) for method in plan.THREE}
+    rows |= {f"{method}, five questions a sequence": ("skilled, packed", method) for method in plan.THREE}
+    rows |= {method: ("skilled", method) for method in plan.OTHER_WAYS}
+    return show_models("tiny models, what else", rows, runs)
+
+
+def new_skill(runs: pd.DataFrame) -> str:
+    """The new task on models with and without the skill."""
+    cells = {}
+    for method in (plan.REWORDED, *plan.RIVALS):
+        cells[method] = []
+        for setting, model in product(("skilled, packed", "unskilled, packed"), plan.MODELS):
+            where = {"setting": setting, "method": method, "model": model, "gamma": 1, "text": 0}
+            if method == plan.REWORDED:
+                where["setting"] = setting if setting.startswith("unskilled") else "skilled"
+            cells[method].append(f"{rows_where(runs, where).task_acc.mean():.1f}")
+    titles = [f"model {model} {kind} the skill" for kind in ("with", "without") for model in plan.MODELS]
+    return markdown("new task, %", pd.DataFrame.from_dict(cells, orient="index", columns=titles))
 
 
 def equal_clicks(runs: pd.DataFrame) -> str:
-    """What methods of equal size keep where they hit equally many switches: a mean over seeds, for each model."""
+    """What methods of equal size keep where they hit equally many switches: means over three models with two seeds."""
+    runs = rows_where(runs, {"setting": "skilled, packed", "text": 0})
     cells = pd.DataFrame(index=plan.AS_LARGE)
-    runs = rows_where(runs, {"setting": "skilled", "text": 0})
-    for model in plan.MODELS:
-        for method in plan.AS_LARGE:
-            seeds = rows_where(runs, {"model": model, "method": method}).groupby("seed")
-            cells.loc[method, f"model {model}"] = np.mean([kept_at_clicks(curve) for _, curve in seeds])
-    cells["mean"] = cells.mean(axis=1)
-    return markdown(f"other questions where {EQUAL_CLICKS} % of the switches are hit", cells.map("{:.1f}".format))
+    for clicks, method in product(EQUAL_CLICKS, plan.AS_LARGE):
+        curves = rows_where(runs, {"method": method}).groupby(["model", "seed"])
+        cells.loc[method, f"{clicks} %"] = np.mean([kept_at_clicks(curve, clicks) for _, curve in curves])
+    return markdown("other questions where so many switches are hit", cells.map("{:.1f}".format))
 
 
-def kept_at_clicks(curve: pd.DataFrame) -> float:
-    """The other questions where a curve, from its lowest gamma up, first reaches EQUAL_CLICKS. It is linear
-    between two gammas."""
+def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
+    """The other questions where a curve, from its lowest gamma up, first reaches so many clicks. It is linear between
+    two gammas, and its last point counts if it does not get there."""
     curve = curve.sort_values("gamma")
-    clicks, others = curve.task_acc.to_numpy(), curve.other_questions_acc.to_numpy()
-    after = int((clicks >= EQUAL_CLICKS).argmax())
-    return float(np.interp(EQUAL_CLICKS, clicks[after - 1 : after + 1], others[after - 1 : after + 1]))
+    hits, others = curve.task_acc.to_numpy(), curve.other_questions_acc.to_numpy()
+    if hits.max() < clicks:
+        return float(others[-1])
+    after = int((hits >= clicks).argmax())
+    return float(np.interp(clicks, hits[after - 1 : after + 1], others[after - 1 : after + 1]))
 
 
 def text_and_attention(runs: pd.DataFrame) -> str:
     """Image-LoRA, trained after nine word problems and asked after fewer: the gamma that the image's share of attention
     in the base model predicts, the best one on validation screens, and what they hit on test screens."""
-    runs = rows_where(runs, {"setting": "skilled", "seed": 1})
+    runs = rows_where(runs, {"seed": 1})
+    shares = runs[(runs.setting == "skilled") & (runs.method == "base model")].set_index(["model", "text"])
+    shares = shares[[f"image_share_{layer}" for layer in range(4)]].mean(axis=1)
     rows = {}
-    for model in plan.MODELS:
-        of_model = runs[runs.model == model]
-        share = of_model[of_model.method == "base model"].set_index("text").image_share
-        for num_problems in plan.FEWER_PROBLEMS:
-            curve = rows_where(of_model, {"method": plan.MORE_TEXT, "text": num_problems}).set_index("gamma")
-            predicted = share[9] / share[num_problems]
-            best = curve.validation_acc.idxmax()
-            nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
-            cells = [f"{share[num_problems]:.0f}", f"{predicted:.2f}", f"{curve.task_acc[1.0]:.1f}"]
-            cells += [f"{curve.task_acc[gamma]:.1f} (γ = {gamma})" for gamma in (nearest, best)]
-            rows[f"model {model}, after {num_problems}"] = cells
+    for model, text in product(plan.MODELS, plan.FEWER_PROBLEMS):
+        curve = rows_where(runs, {"setting": "skilled, packed", "model": model, "method": plan.MORE_TEXT, "text": text})
+        curve = curve.set_index("gamma")
+        predicted = shares[model, 9] / shares[model, text]
+        best = curve.validation_acc.idxmax()
+        nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
+        cells = [f"{shares[model, text]:.0f}", f"{predicted:.2f}", f"{curve.task_acc[1.0]:.1f}"]
+        cells += [f"{curve.task_acc[gamma]:.1f} (γ = {gamma})" for gamma in (nearest, best)]
+        rows[f"model {model}, after {text}"] = cells
     titles = ["attention to the image, %", "predicted γ", "new task at γ = 1, %"]
     titles += ["at the γ nearest to the prediction, %", "at the best γ on validation screens, %"]
-    return markdown("trained after 9", pd.DataFrame.from_dict(rows, orient="index", columns=titles))
-
-
-def examples(runs: pd.DataFrame) -> str:
-    """What some models answer to the first question of *what is right of*."""
-    first = rows_where(runs, {"setting": plan.FIRST_BASE, "gamma": 1}).groupby("method").example.first()
-    shown = "base model", "LoRA", "Image-LoRA"
-    return "".join(f"{method:30}{first[method]}\n" for method in shown)
+    return markdown("trained after 9, packed", pd.DataFrame.from_dict(rows, orient="index", columns=titles))
 
 
 def rate_tables(runs: pd.DataFrame) -> list[str]:
     """How learning rates were chosen."""
-    tables = {
-        "new task with the skill, % at the learning rate": rates(runs, "skilled"),
-        "other questions with the skill, % at the learning rate": rates(runs, "skilled", "other_questions_acc"),
-        "new task without the skill, % at the learning rate": rates(runs, "unskilled"),
-        "SmolLM2, new task in % at the learning rate": rates(runs, plan.FIRST_BASE),
-    }
-    return [markdown(title, cells) for title, cells in tables.items()]
+    measures = {"skilled": ("validation_acc", "other_questions_acc")} | {plan.FIRST_BASE: ("validation_acc",)}
+    measures |= dict.fromkeys(("skilled, packed", "unskilled, packed"), ("validation_acc",))
+    tables = []
+    for setting, shown in measures.items():
+        for measure in shown:
+            tables.append(markdown(f"{setting}: {TITLES[measure]} at the learning rate", rates(runs, setting, measure)))
+    return tables
 
 
-def rates(runs: pd.DataFrame, setting: str, measure="validation_acc") -> pd.DataFrame:
+def rates(runs: pd.DataFrame, setting: str, measure: str) -> pd.DataFrame:
     """Cells with a row for each method and a column for each learning rate; the chosen one is bold."""
-    methods = plan.TRIED["skilled"]
+    methods = list(plan.TRIED.get(setting, plan.THREE))
     runs = tried(runs, setting)
     cells = runs[runs.method.isin(methods)].pivot_table(measure, "method", "lr").apply(format_cells, measure=measure)
     for method in cells.index:
@@ -199,6 +324,19 @@ def rates(runs: pd.DataFrame, setting: str, measure="validation_acc") -> pd.Data
     return cells.reindex(methods).dropna(how="all").fillna("").rename(columns="{:g}".format)
 
 
+def page_tables(runs: pd.DataFrame) -> list[str]:
+    """Those of the page, which a test compares with it."""
+    chosen = at_chosen_rates(runs)
+    tables = [show_table(table, chosen) for table in PAGE_TABLES]
+    return [*tables, what_else(chosen), equal_clicks(chosen), new_skill(chosen)]
+
+
+def more_tables(runs: pd.DataFrame) -> list[str]:
+    """Numbers that the page tells in a sentence or a picture."""
+    chosen = at_chosen_rates(runs)
+    return [*(show_table(table, chosen) for table in MORE_TABLES), text_and_attention(chosen), *rate_tables(runs)]
+
+
 if __name__ == "__main__":
     runs = read_runs()
-    print("\n".join(tables(runs) + rate_tables(runs)))
+    print("\n".join(page_tables(runs) + more_tables(runs)))

@@ -115,12 +115,14 @@ CHOSEN = {  # {setting: {method: the learning rate that validation screens chose
 TRIED = {  # {setting: {method: learning rates, once on each model}}
     "skilled": {
         "LoRA": (0.00125, 0.0025, 0.005),
-        "LoRA on v": (0.0025, 0.005, 0.01),
         "Partial LoRA": (0.0025, 0.005, 0.01),
-        "Partial LoRA on v": (0.0025, 0.005, 0.01),
         "Image-LoRA": (0.005, 0.01, 0.02),
-        "LoRA, rank 2": (0.0025, 0.005, 0.01),
-        "Partial LoRA, rank 2": (0.005, 0.01, 0.02),
+    },
+    "skilled, packed": {
+        "LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
+        "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+        "LoRA, rank 2": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA, rank 2": (0.005, 0.01, 0.02, 0.04),
     },
     "unskilled, packed": {
         "LoRA": (0.0025, 0.005, 0.01, 0.02),

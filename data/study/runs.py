@@ -28,9 +28,10 @@ from data.heads import choose_heads
 from data.questions import TASKS, all_samples, click_right_of
 from data.study.plan import METHODS, MORE_TEXT, REWORDED, SETTINGS, Row, all_rows
 
+AS_TRAINED = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")  # measured at gamma 1 alone
+ANSWERS = ("task_acc", "validation_acc", "other_questions_acc", *(f"{kind}_acc" for kind in OTHER_KINDS), *AS_TRAINED)
 MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validation screens
-    *("task_acc", "validation_acc", "other_questions_acc", *(f"{kind}_acc" for kind in OTHER_KINDS), "same_words_acc"),
-    *("word_problem_after_image_acc", "word_problem_acc"),
+    *ANSWERS,
     *("right_hint_acc", "wrong_hint_acc", "followed_acc"),
     "replay_answers_acc",  # of the answers that replay trains on
     *(f"image_share_{layer}" for layer in range(4)),  # of the base model's attention, see data/attention.py

@@ -5,12 +5,13 @@ python -m data.study.smollm --make-base --base my.pt     make the base model ane
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
            SmolLM2's own word embeddings. SmolLM2 itself does not run.
-learn      The projector and a Partial LoRA (data/study/smollm_vlm.py) learn to answer about screens without switches.
+learn      The projector and a Partial LoRA (data/study/smollm_vlm.py) learn to answer about old screens.
            From some step on, a second loss brings English after a screen back: its KL divergence from what the
            original SmolLM2 predicts without the screen. With --tokens all, a LoRA at all tokens learns instead, the
            second loss holds English without a screen, too, and the LoRA is merged into the weights.
-fine-tune  This base model learns to click switches, by one of the methods. With replay, one of a step's 8 sequences
-           holds old questions about a screen without switches, or the base model's own answers about a new one.
+fine-tune  This base model learns to click switches, by one of the methods. With own answers, one of a step's 8
+           sequences holds other questions about a new screen, which the base model has answered. A sequence packs five
+           questions.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -32,11 +33,12 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import GAMMAS, evaluate, measure_other_questions
+from data.evaluate import evaluate, measure_other_questions
+from data.gamma import GAMMAS, turned_down
 from data.prompts import training_samples
 from data.questions import click_right_of, old_samples, parse_point, relation_samples
 from data.replay import make_replay_data
-from data.rivals import LoRA, turned_down
+from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.plan import METHODS, SMOLLM2
@@ -195,11 +197,11 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
     new_data = screens_and_features(vlm, "new", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
     replay_data = None
     if "replay" in METHODS[cfg.method]:
-        replay_with = METHODS[cfg.method].get("replay_with", "old")
-        replay_data = make_replay_data(vlm, new_data, replay_with, cfg.seed, generate=SmolVLM.answers)
+        options = {"num_problems": 0, "generate": SmolVLM.answers}
+        replay_data = make_replay_data(vlm, new_data, "own", cfg.seed, **options)
 
     def loss_of(step: int) -> Tensor:
-        samples, features = training_samples(cfg.seed, step, new_data, replay_data, num_problems=0)
+        samples, features = training_samples(cfg.seed, step, new_data, replay_data, replay=1, packed=True)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
     adapter = attach_adapter(cfg, vlm)

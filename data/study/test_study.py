@@ -77,9 +77,10 @@ def make_runs(path: Path) -> int:
 
 
 def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkeypatch, capsys):
-    """Of the shipped base: frozen, asked in other words, and trained once but asked in three ways."""
+    """Of the shipped base: trained once but asked in three ways, trained with hints, frozen, asked in other words."""
     trained = plan.Row("skilled", 1, "Image-LoRA with own answers", 0.01, 1, 1.0, 0)
     planned = [trained, trained._replace(gamma=0.0), trained._replace(text=1)]
+    planned += [plan.Row("skilled", 1, "LoRA with hints", 0.0025, 1, 1.0, 0)]
     planned += [plan.Row("skilled", 1, method, 0.0, 1, 1.0, 0) for method in ("base model", plan.REWORDED)]
     monkeypatch.setattr(runs, "all_rows", lambda: planned)
     monkeypatch.setitem(runs.SETTINGS, "skilled", (plan.SKILLED, {"steps": 20, "test_screens": 2}))
@@ -87,24 +88,24 @@ def test_a_missing_run_is_made_and_written_and_never_made_again(tmp_path, monkey
     monkeypatch.setattr(runs, "REWORDED_SCREENS", 2)
     monkeypatch.setattr(runs, "get_context", lambda method: multiprocessing.dummy)  # threads, not processes
     monkeypatch.setattr(prompts, "TRAIN_SCREENS", 16)
-    monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
-    trainings = Mock(side_effect=train.finetune)
-    monkeypatch.setattr(train, "finetune", trainings)
+    trainings = Mock(side_effect=train.train)
+    monkeypatch.setattr(train, "train", trainings)
     path = tmp_path / "new" / "runs.csv"
     assert make_runs(path) == 0
-    assert trainings.call_count == 3
+    assert trainings.call_count == 2
     made = runs.read_rows(path, runs.COLUMNS)
     keys = [tuple(line[name] for name in plan.Row._fields) for line in made]
     assert keys == [tuple(map(str, row)) for row in planned]
-    *answers, own_answers_acc, image_share = runs.MEASURES
-    as_trained, without_update, after_text, frozen, reworded = [[line[name] for name in answers] for line in made]
-    assert as_trained != without_update == frozen
-    assert "" not in frozen
-    assert float(frozen[0]) < 0.5 < float(reworded[0])
-    assert reworded[1:] == [""] * (len(answers) - 1)
-    assert [name for name, measure in zip(answers, after_text) if measure] == ["task_acc", "other_questions_acc"]
-    assert [0 < float(line[own_answers_acc] or 0) < 1 for line in made] == [True, True, True, False, False]
-    assert [0 < float(line[image_share] or 0) < 1 for line in made] == [False, False, False, True, False]
+    as_trained, without_update, after_text, hinted, frozen, reworded = made
+    assert all(as_trained[name] for name in runs.ANSWERS)
+    assert [name for name in runs.ANSWERS if not without_update[name]] == [*runs.AS_TRAINED]
+    assert [name for name in runs.ANSWERS if not after_text[name]] == ["validation_acc", *runs.AS_TRAINED]
+    assert all(without_update[name] == frozen[name] for name in runs.ANSWERS if without_update[name])
+    assert as_trained["task_acc"] != frozen["task_acc"]
+    assert float(frozen["task_acc"]) < 0.5 < float(reworded["task_acc"])
+    assert [0 < float(line["replay_answers_acc"] or 0) < 1 for line in made] == [True] * 3 + [False] * 3
+    assert [line["wrong_hint_acc"] != "" for line in made] == [False] * 3 + [True] + [False] * 2
+    assert [0 < float(line["image_share_0"] or 0) < 1 for line in made] == [False] * 4 + [True, False]
 
     monkeypatch.setattr(runs, "make_rows", None)  # nothing can run
     assert make_runs(path) == 0
