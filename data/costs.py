@@ -134,41 +134,46 @@ def saved_bytes(model, batch: dict) -> int:
     return sum(sizes.values())
 
 
+def seconds_of_step(model, batch: dict) -> float:
+    """Of a forward and a backward pass."""
+    start = time.perf_counter()
+    model(**batch).loss.backward()
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
 def measured_costs(device: str, dtype: torch.dtype, limit: float) -> dict[str, tuple]:
-    """{method: (FLOPs, seconds, saved bytes)} of a step of SMALL, forward and backward; repeated up to a limit in s."""
+    """{method: (FLOPs, seconds, saved bytes)} of a step of SMALL. Steps are repeated for `limit` seconds."""
     ids = torch.full((1, TOKENS), SMALL.eos_token_id, device=device)
     ids[:, :VISUAL_TOKENS] = SMALL.image_token_id
     features = torch.randn(1, VISUAL_TOKENS, SMALL.hidden_size, device=device)
     batch = {"input_ids": ids, "labels": ids, "image_features": features}
-    num_layers, value_heads = SMALL.num_hidden_layers, list(range(SMALL.num_key_value_heads))
-    models, flops, saved, seconds = {}, {}, {}, {}
+    models = {}
+    flops = {}
     for name, method, lowest_adapted in (
         ("LoRA in all layers", "lora", 0),
         ("Partial LoRA in all layers", "partial_lora", 0),
         ("Image-LoRA in all layers", "image_lora", 0),
-        ("Image-LoRA in the upper half of the layers", "image_lora", num_layers // 2),
+        ("Image-LoRA in the upper half of the layers", "image_lora", SMALL.num_hidden_layers // 2),
     ):
         models[name] = model = TinyVLM(SMALL).to(device, dtype)
-        heads = dict.fromkeys(range(lowest_adapted, num_layers), value_heads)
+        all_heads = list(range(SMALL.num_key_value_heads))
+        heads = dict.fromkeys(range(lowest_adapted, SMALL.num_hidden_layers), all_heads)
         if method == "image_lora":
             attach(model, heads=heads)
         else:
             model.lora = LoRA(model, r=8, lora_alpha=16, tokens="all" if method == "lora" else "visual")
         run = SimpleNamespace(method=method, projections="qkvo", r=8, train_gamma=False)
         flops[name] = run_costs(run, model, ids, heads)["step_flops_per_screen"]
-        saved[name] = saved_bytes(model, batch)
-        seconds[name] = []
 
+    saved = {name: saved_bytes(model, batch) for name, model in models.items()}
+    rounds = []  # of a step with each method in turn, so that whatever else runs here slows all of them
     end = time.perf_counter() + limit
-    while len(seconds[name]) < 4 or time.perf_counter() < end:
-        for name, model in models.items():  # in turn, so that whatever else runs here slows all of them
-            start = time.perf_counter()
-            model(**batch).loss.backward()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    # Without the first step, which is slower.
-    return {name: (flops[name], median(seconds[name][1:]), saved[name]) for name in models}
+    while len(rounds) < 4 or time.perf_counter() < end:
+        rounds.append({name: seconds_of_step(model, batch) for name, model in models.items()})
+    seconds = {name: median(times[name] for times in rounds[1:]) for name in models}  # the first round warms up
+    return {name: (flops[name], seconds[name], saved[name]) for name in models}
 
 
 def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
@@ -207,13 +212,12 @@ def main(cfg: CostsConfig, limit: float = 20) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # because many CPUs are slow in bfloat16
     print_costs()
     costs = measured_costs(device, dtype, limit)
-    _, seconds, saved = reference = costs["Image-LoRA in all layers"]
+    our_flops, our_seconds, our_bytes = costs["Image-LoRA in all layers"]
     print(f"\nLLaVA-1.5-7B's decoder in small, measured on this machine ({device}, {dtype}), forward and backward.")
-    print(f"Image-LoRA in all layers takes {seconds:.2g} s and saves {saved / 2**20:.0f} MiB for the backward pass.\n")
+    print(f"Image-LoRA takes {our_seconds:.2g} s, and saves {our_bytes / 2**20:.0f} MiB for the backward pass.\n")
     print(f"{'relative to Image-LoRA in all layers':42}{'FLOPs':>10}{'time':>8}{'saved':>8}")
-    for name in costs:
-        flops, seconds, saved = [cost / of_ours for cost, of_ours in zip(costs[name], reference)]
-        print(f"{name:42}{flops:10.3f}{seconds:8.2f}{saved:8.2f}")
+    for name, (flops, seconds, saved) in costs.items():
+        print(f"{name:42}{flops / our_flops:10.3f}{seconds / our_seconds:8.2f}{saved / our_bytes:8.2f}")
 
 
 if __name__ == "__main__":
