@@ -214,7 +214,8 @@ def main(cfg: CostsConfig, limit: float = 20) -> None:
     costs = measured_costs(device, dtype, limit)
     our_flops, our_seconds, our_bytes = costs["Image-LoRA in all layers"]
     print(f"\nLLaVA-1.5-7B's decoder in small, measured on this machine ({device}, {dtype}), forward and backward.")
-    print(f"Image-LoRA takes {our_seconds:.2g} s, and saves {our_bytes / 2**20:.0f} MiB for the backward pass.\n")
+    print(f"Image-LoRA takes {our_seconds:.2g} s, and saves {our_bytes / 2**20:.0f} MiB for the backward pass.")
+    print("Times are medians of a few steps, and mean little while other programs are running.\n")
     print(f"{'relative to Image-LoRA in all layers':42}{'FLOPs':>10}{'time':>8}{'saved':>8}")
     for name, (flops, seconds, saved) in costs.items():
         print(f"{name:42}{flops / our_flops:10.3f}{seconds / our_seconds:8.2f}{saved / our_bytes:8.2f}")
