@@ -379,6 +379,52 @@ def test_a_whole_step_costs_what_torch_counts(changes):
     assert result["step_flops_per_screen"] == counter.get_total_flops() / len(batch["input_ids"])
 
 
+class OneLayer(torch.nn.Module):
+    """GELU between a trained and a frozen projection, and two trained projections that read the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.A = torch.nn.Linear(6, 2, bias=False)
+        self.A2 = torch.nn.Linear(6, 4, bias=False)
+        self.frozen = torch.nn.Linear(2, 4, bias=False).requires_grad_(False)
+
+    def forward(self, x):
+        return self.frozen(torch.nn.functional.gelu(self.A(x))) + self.A2(x)
+
+
+def test_saved_bytes_count_each_storage_once_and_no_weight():
+    """Both trained projections save x [5, 6], and GELU saves its input [5, 2]; the frozen one needs only its weight."""
+    x = torch.randn(5, 6)
+    assert costs.saved_bytes(OneLayer(), {"x": x}) == (5 * 6 + 5 * 2) * x.element_size()
+    assert costs.saved_bytes(OneLayer().bfloat16(), {"x": x.bfloat16()}) == (5 * 6 + 5 * 2) * 2
+    assert costs.saved_bytes(OneLayer().requires_grad_(False), {"x": x}) == 0
+
+
+def test_the_command_measures_what_a_step_costs_beside_the_arithmetic(monkeypatch, capsys):
+    """Image-LoRA in the upper half of the layers saves less than in all of them, and LoRA on q, k, v and o more."""
+    monkeypatch.setattr(costs, "SMALL", replace(costs.SMALL, hidden_size=64, vocab_size=50))
+    costs.main(costs.CostsConfig(device="cpu"), limit=0)
+    printed = capsys.readouterr().out
+    assert "visual tokens only" in printed
+    ratios = {}
+    for name, *numbers in re.findall(r"^(.*LoRA in .*layers) +([\d.]+) +([\d.]+) +([\d.]+)$", printed, re.M):
+        ratios[name.strip()] = [float(number) for number in numbers]
+    assert ratios.pop("Image-LoRA in all layers") == [1, 1, 1]
+    flops, _, saved = ratios["Image-LoRA in the upper half of the layers"]
+    assert 0.5 < flops < 0.9
+    assert 0.4 < saved < 0.6
+    flops, _, saved = ratios["LoRA in all layers"]
+    assert flops > 1
+    assert saved > 1
+
+
+def test_costs_on_an_unknown_device_are_one_sentence(capsys):
+    assert command(costs.CostsConfig, costs.main, "", ["--device=abacus"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"error: there is no device abacus here; [^\n]+\n", printed.err)
+
+
 def test_the_demo_prints_and_writes_what_it_says(directory, capsys):
     """It writes the result of `run`, which is the same to the last digit again, and the controls beside it."""
     assert demo("") == 0
