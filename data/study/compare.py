@@ -215,7 +215,7 @@ MORE_TABLES = [
         "tiny models, referring, packed",
         "referring, packed",
         plan.RIVALS,
-        as_trained("task_acc", "other_questions_acc"),
+        as_trained("task_acc", "what_is_right_of_acc", "click_right_of_acc"),
     ),
     Table("tiny models, few heads, packed", "skilled, packed", ["Image-LoRA", *plan.FEW_HEADS], as_trained(*CLICKS)),
     Table("tiny models, text before the image, packed", "skilled, packed", TRAINED_AFTER, AFTER_TEXT),

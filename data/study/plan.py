@@ -172,6 +172,7 @@ GROUPS = [
     Group("skilled", OTHER_WAYS),
     Group("skilled", [UPPER_HALF], gammas=GAMMAS),
     Group("skilled", HINTS),
+    Group("skilled", ["Image-LoRA", MORE_TEXT], texts=TEXT),
     Group("copying", ["base model", *COPYING_HINTS]),
     Group("skilled, packed", [*THREE, *AS_LARGE], (1, 2), (*GAMMAS, 0.3)),
     Group("skilled, packed", FEW_HEADS, (1, 2)),
