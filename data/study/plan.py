@@ -22,7 +22,7 @@ class Row(NamedTuple):
 # ---- Models, methods and learning rates ------------------------------------------------------------------------------
 
 MODELS = (1, 2, 3)
-SKILLED = {1: "data/tiny_vlm.pt", 2: "data/study/tiny_vlm_2.pt", 3: "data/study/tiny_vlm_3.pt"}
+SKILLED = {1: "data/study/tiny_vlm_1.pt", 2: "data/tiny_vlm.pt", 3: "data/study/tiny_vlm_3.pt"}
 UNSKILLED = {model: f"runs/bases/{model}-unskilled.pt" for model in MODELS}  # never asked what is right of a name
 COPYING = {model: f"runs/bases/{model}-copying.pt" for model in MODELS}  # can repeat a place, see copying.py
 PACKED = {"packed": True}  # five questions about a screen in a sequence

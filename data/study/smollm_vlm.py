@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a real language model, sees screens.
 
-tower       the vision tower of data/tiny_vlm.pt: pictures -> a feature for each patch
+tower       the vision tower of tiny_vlm_1.pt: pictures -> a feature for each patch
 projector   shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
 lora        a LoRA on all linear layers, with which SmolLM2 learned to answer about what it sees
 
@@ -103,7 +103,7 @@ class SmolVLM:
         options = {"gguf_file": weights, "dtype": torch.float32, "attn_implementation": "eager"}
         self.model = SeeingLlama.from_pretrained(folder, **options).requires_grad_(False)
         self.model.config.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        tiny_model = load_base("data/tiny_vlm.pt")
+        tiny_model = load_base("data/study/tiny_vlm_1.pt")
         self.tower = tiny_model.vision_tower.requires_grad_(False)
         self.patch_size = tiny_model.config.patch_size
         self.tower_size = tiny_model.config.hidden_size
