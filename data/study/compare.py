@@ -26,7 +26,8 @@ except ImportError:
     print('error: the tables need pandas; install it by pip install ".[study]"', file=sys.stderr)
     sys.exit(2)
 
-ACCURACIES = {  # {measure, a column of both files: its title in a table}
+TITLES = {  # {measure, a column of the files: its title in a table}
+    "gamma": "γ",
     "task_acc": "new task, %",
     "validation_acc": "new task on validation screens, %",
     "other_questions_acc": "other questions, %",  # the mean of the next three
@@ -36,20 +37,11 @@ ACCURACIES = {  # {measure, a column of both files: its title in a table}
     "same_words_acc": "same words, %",
     "word_problem_after_image_acc": "word problems after an image, %",
     "word_problem_acc": "word problems without an image, %",
-    "right_hint_acc": "new task with a right hint, %",
-    "wrong_hint_acc": "new task with a wrong hint, %",
+    "right_hint_acc": "with a right hint, %",
     "followed_acc": "wrong hints followed, %",
-    "replay_answers_acc": "answers of replay correct, %",
-    **{f"image_share_{layer}": f"attention to the image in layer {layer}, %" for layer in range(4)},
-    "one_gamma_acc": "new task at one predicted γ, %",
-    "one_gamma_others_acc": "other questions at one predicted γ, %",
-    "layer_gammas_acc": "new task at a predicted γ for each layer, %",
-    "layer_gammas_others_acc": "other questions at a predicted γ for each layer, %",
+    "replay_answers_acc": "answers correct, %",
     "name_alone_acc": "what is at, if places are forbidden, %",
     "places_for_names": "places given for names, %",
-}
-TITLES = ACCURACIES | {
-    "gamma": "γ",
     "divergence_after_screen": "KL divergence after an image",
     "same_continuations": "openings continued as before, of 20",
 }
@@ -74,7 +66,8 @@ def read_runs() -> pd.DataFrame:
         if len(curve) > 1:
             gamma = smallest_gamma(curve.sort_values("gamma", ascending=False).to_dict("records"))
             runs.loc[curve.index[curve.gamma == gamma], "turned_down"] = True
-    runs[list(ACCURACIES)] *= 100
+    shares = [name for name in runs if name.endswith("_acc") or name.startswith(("image_share", "places"))]
+    runs[shares] *= 100
     return runs
 
 
