@@ -297,8 +297,8 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 
 def rate_tables(runs: pd.DataFrame) -> list[str]:
     """How learning rates were chosen."""
-    measures = {"skilled": ("validation_acc", "other_questions_acc")} | {plan.FIRST_BASE: ("validation_acc",)}
-    measures |= dict.fromkeys(("skilled, packed", "unskilled, packed"), ("validation_acc",))
+    measures = {"skilled, packed": ("validation_acc", "other_questions_acc")}
+    measures |= dict.fromkeys(("unskilled, packed", plan.FIRST_BASE), ("validation_acc",))
     tables = []
     for setting, shown in measures.items():
         for measure in shown:

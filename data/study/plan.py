@@ -113,12 +113,10 @@ CHOSEN = {  # {setting: {method: the learning rate that validation screens chose
     **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2),
 }
 TRIED = {  # {setting: {method: learning rates, once on each model}}
-    "skilled": {
-        "LoRA": (0.00125, 0.0025, 0.005),
-        "Partial LoRA": (0.0025, 0.005, 0.01),
-        "Image-LoRA": (0.005, 0.01, 0.02),
-    },
     "skilled, packed": {
+        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
+        "Image-LoRA": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
         "LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
         "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
         "LoRA, rank 2": (0.0025, 0.005, 0.01, 0.02),
