@@ -549,8 +549,8 @@ def adaptable_parts(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList,
     fields = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, field, None) for field in fields} - {None}
     if not ids:
-        unknown = "model.config has no image_token_id, which would tell the visual tokens"
-        raise ValueError(f"{unknown}; set it if image features replace such a token, or pass the whole model")
+        unknown = "model.config has no image_token_id, which tells visual tokens from text"
+        raise ValueError(f"{unknown}; set it if image features replace a token, or pass the whole model, unwrapped")
     # transformers' Trainer averages the gradients of what it has sharded. Nobody else would average the adapter's.
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and not getattr(config, "distributed_config", None):
         raise ValueError("the model is sharded already; attach first, then shard")
