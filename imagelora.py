@@ -108,11 +108,11 @@ class ImageLoRA(nn.Module):
         super().__init__()
         self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
         self.model_name = getattr(base.config, "_name_or_path", type(base).__name__)
-        self.head_counts = [a.v_proj.out_features // a.head_dim if a else 0 for a in attentions]
+        self.head_counts = [a.v_proj.out_features // head_dim_of(a) if a else 0 for a in attentions]
         self.layers = nn.ModuleDict()
         for layer, selected in checked_heads(heads, self.head_counts).items():
             v_proj = attentions[layer].v_proj
-            sizes = v_proj.in_features, attentions[layer].head_dim, self.head_counts[layer]
+            sizes = v_proj.in_features, head_dim_of(attentions[layer]), self.head_counts[layer]
             value_adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize)  # stays in float32
             value_adapter.gamma.requires_grad_(train_gamma)
             self.layers[str(layer)] = value_adapter.to(device_of(v_proj))
@@ -259,8 +259,7 @@ class Call:
     updated: set = field(default_factory=set)  # the layers that have added theirs
 
 
-# What scaled() and visual_mask() have set in this thread or coroutine: {tracker: (factor, mask or None)}. It is global,
-# because a ContextVar cannot be copied, and a tracker is copied with its model.
+# {tracker: (factor, mask)} of scaled() and visual_mask(). Global, because a copy of a model cannot copy a ContextVar.
 OVERRIDES = ContextVar("OVERRIDES")
 
 
@@ -280,8 +279,7 @@ class CallTracker:
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
     `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
     the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
-    tensors, so that a layer called alone is refused. A checkpoint that holds the whole model runs model(...) again in
-    the backward pass, and that counts as a first run. pass_on hooks norms, because transformers 5 runs a layer again
+    tensors, so that a layer called alone is refused. pass_on hooks norms, because transformers 5 runs a layer again
     without the layer's own hooks. If no norm reads the layer's input, v_proj does, and adapt finds the Call there."""
 
     def __init__(self, model, decoder, attentions, image_token_ids: set[int], value_adapters: nn.ModuleDict):
@@ -380,8 +378,6 @@ class CallTracker:
     @contextmanager
     def override(self, factor=1.0, mask=None):
         """In this thread or coroutine, calls go by this mask and this factor, times that of the context around it."""
-        if not abs(factor) < torch.inf:
-            raise ValueError(f"the factor of scaled() must be a finite number, got {factor}")
         outer_factor, outer_mask = OVERRIDES.get({}).get(self, (1.0, None))
         overrides = outer_factor * factor, outer_mask if mask is None else mask
         token = OVERRIDES.set(OVERRIDES.get({}) | {self: overrides})
@@ -489,8 +485,7 @@ def write_adapter(adapter: ImageLoRA, path: Path) -> None:
             gather = "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
             raise ValueError(f"this is only one rank's shard of the adapter; call save() inside {gather}")
         layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())  # [1] in the model: FSDP cannot shard a scalar
-    trainable = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    if not trainable or not any(tensors["B"].any() for tensors in layers.values()):
+    if not any(p.requires_grad for p in adapter.parameters()) or not any(t["B"].any() for t in layers.values()):
         why = "get_peft_model() and prepare_model_for_kbit_training() freeze what they find; call them before attach()"
         warnings.warn(f"B is zero or frozen, so the adapter may have learned nothing; {why} or load()", stacklevel=3)
     content = {
@@ -562,7 +557,7 @@ def adaptable_parts(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList,
 
 def attention_of(layer: nn.Module, where: str) -> nn.Module | None:
     """The part of a layer that has a v_proj. None if there is none, as in some layers of hybrid models, or if the layer
-    takes its values from another one. ValueError if its values cannot be adapted."""
+    takes its values from another one. ValueError if something mixes heads or tokens after v_proj."""
     names = [name for name, part in layer.named_children() if getattr(part, "v_proj", None) or "cross" in name]
     if len(names) > 1 or any("cross" in name for name in names):
         raise ValueError(f"{where} has {' and '.join(names)}; layers with cross-attention cannot be adapted")
@@ -572,14 +567,19 @@ def attention_of(layer: nn.Module, where: str) -> nn.Module | None:
     where = f"{where}.{names[0]}"
     if not hasattr(attention.v_proj, "out_features"):
         raise ValueError(f"{where}.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
-    if getattr(attention, "head_dim", None) is None:
-        raise ValueError(f"{where} has no head_dim, which says where a head of v_proj's output ends; set it")
+    d_h = head_dim_of(attention)
+    if not d_h or attention.v_proj.out_features % d_h > 0:
+        raise ValueError(f"{where}.head_dim must divide v_proj's {attention.v_proj.out_features} features, got {d_h}")
     later = [name for name, _ in attention.named_children() if name.startswith(("v_", "conv")) and name != "v_proj"]
-    # A norm of each head keeps heads and tokens apart. A norm over all heads or a convolution over tokens does not.
-    is_head_norm = later == ["v_norm"] and all(p.numel() == attention.head_dim for p in attention.v_norm.parameters())
-    if later and not is_head_norm:
+    is_norm_of_heads = later == ["v_norm"] and all(p.numel() == d_h for p in attention.v_norm.parameters())
+    if later and not is_norm_of_heads:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
     return attention
+
+
+def head_dim_of(attention: nn.Module) -> int | None:
+    """d_h. Some attentions have another one for queries and keys."""
+    return getattr(attention, "v_head_dim", None) or getattr(attention, "head_dim", None)
 
 
 def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
