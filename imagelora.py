@@ -535,7 +535,7 @@ def adaptable_parts(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList,
         if isinstance(module, nn.ModuleList) and f".{name}".endswith(".layers") and not in_encoder:
             stacks[name] = module
     if len(stacks) != 1:
-        raise ValueError(f"expected one stack of decoder layers outside encoders, found {', '.join(stacks) or 'none'}")
+        raise ValueError(f"expected one stack named layers beside image encoders, found {', '.join(stacks) or 'none'}")
     ((name, decoder),) = stacks.items()
     attentions = [attention_of(layer, f"{name}.{i}") for i, layer in enumerate(decoder)]
     if not any(attentions):
