@@ -53,9 +53,9 @@ class ValueAdapter(nn.Module):
     def __init__(self, hidden_size, head_dim, num_kv_heads, heads, r, lora_alpha, normalize=True):
         super().__init__()
         self.num_kv_heads = num_kv_heads
-        self.scaling = lora_alpha / r
+        self.scale = lora_alpha / r
         if normalize:
-            self.scaling /= len(heads) ** 0.5  # selection-size normalization
+            self.scale /= len(heads) ** 0.5  # selection-size normalization
         self.heads = torch.tensor(heads, device="cpu")  # S, [|S|]
         options = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
         # The selected heads share A, which reads a token once for all of them. B(h) writes what head h passes on.
@@ -71,24 +71,24 @@ class ValueAdapter(nn.Module):
         A = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
         self.A.copy_(nn.init.kaiming_uniform_(A.T, a=5**0.5).T)
         self.B.zero_()
-        self.gamma.fill_(1)  # because a small gamma would shrink every step of B
+        self.gamma.fill_(1)  # because under AdamW, a small gamma would shrink what a step of B does to the output
 
-    def forward(self, x_vis: Tensor) -> Tensor:
-        """Inputs of visual tokens [N, D] -> their updates in the selected heads [N, |S| * d_h]."""
+    def forward(self, x_vis: Tensor, factor: float = 1.0) -> Tensor:
+        """Inputs of visual tokens [N, D] -> their updates in the selected heads [N, |S| * d_h], times a factor."""
         # z = x A, which the selected heads share (linear wants A^T, and is faster if it is contiguous)
         z = nn.functional.linear(x_vis, self.A.T.contiguous())  # [N, r]
         # gamma * (alpha / r) * 1/sqrt|S| * z B(h), for all h in S at once
-        scaled_B = self.gamma * self.scaling * self.B  # [|S|, r, d_h]
-        return z @ scaled_B.transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
+        scaled_B = self.gamma * (factor * self.scale) * self.B  # [|S|, r, d_h]
+        return z @ scaled_B.to(z.dtype).transpose(0, 1).flatten(1)  # [N, r] @ [r, |S| * d_h]
 
-    def add_update(self, x: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    def add_update(self, x: Tensor, value: Tensor, rows: Tensor, factor: float = 1.0) -> Tensor:
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]; rows [N] says which of the B * T are visual.
 
         M X is a gather of these rows, so text tokens go through no product with A or B; their values are copied. If no
         row is visual, gradients are zero rather than None, because data-parallel training waits for all of them."""
         H, d_h = self.num_kv_heads, self.B.shape[2]
         x_vis = x.flatten(0, -2).index_select(0, rows)  # [N, D], M X without its zero rows
-        delta = self(x_vis.to(self.A.dtype)).to(value.dtype)  # [N, |S| * d_h]
+        delta = self(x_vis.to(self.A.dtype), factor).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h). The values are one vector [d_h] for each token n and head h, at n * H + h.
         vectors = value.reshape(-1, d_h)  # [B * T * H, d_h]
         targets = rows[:, None] * H + self.heads  # [N, |S|]
@@ -104,31 +104,38 @@ def visual_rows(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:
 class ImageLoRA(nn.Module):
     """The adapter of a model, which `attach` makes: a ValueAdapter for each adapted layer, in `.layers[str(layer)]`."""
 
-    def __init__(self, base, decoder, heads, r, lora_alpha, normalize, train_gamma):
+    def __init__(self, base, decoder, attentions, image_token_ids, heads, r, lora_alpha, normalize, train_gamma):
         super().__init__()
         self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
         self.model_name = getattr(base.config, "_name_or_path", type(base).__name__)
-        self.head_counts = [layer.self_attn.v_proj.out_features // layer.self_attn.head_dim for layer in decoder]
+        self.head_counts = [a.v_proj.out_features // head_dim_of(a) if a else 0 for a in attentions]
         self.layers = nn.ModuleDict()
         for layer, selected in checked_heads(heads, self.head_counts).items():
-            attention = decoder[layer].self_attn
-            sizes = attention.v_proj.in_features, attention.head_dim, self.head_counts[layer]
-            adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize)  # one that stays in float32
-            adapter.gamma.requires_grad_(train_gamma)
-            self.layers[str(layer)] = adapter.to(device_of(attention.v_proj))
+            v_proj = attentions[layer].v_proj
+            sizes = v_proj.in_features, head_dim_of(attentions[layer]), self.head_counts[layer]
+            value_adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize)  # stays in float32
+            value_adapter.gamma.requires_grad_(train_gamma)
+            self.layers[str(layer)] = value_adapter.to(device_of(v_proj))
+        self._required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
+        # From here on the model changes: in each of its calls the tracker finds the visual rows and calls add_update.
+        self._tracker = CallTracker(base, decoder, attentions, image_token_ids, self.layers)
 
     @property
     def heads(self) -> Heads:
-        return {int(layer): adapter.heads.tolist() for layer, adapter in self.layers.items()}
+        return {int(layer): value_adapter.heads.tolist() for layer, value_adapter in self.layers.items()}
+
+    def scaled(self, factor: float) -> AbstractContextManager:
+        """A context in which the update is multiplied by factor, for this thread or coroutine; nested factors multiply.
+        In a generator, enter it around each call of the model. Around a `yield`, the caller would be in it, too."""
+        return self._tracker.override(factor=factor)
 
     def disabled(self) -> AbstractContextManager:
-        """A context in which the model is the base model again, for this thread or coroutine. In a generator, enter it
-        around each call of the model. Around a `yield`, it would also be in force for the caller."""
-        return self._tracker.override("disabled", True)
+        """scaled(0), in which the model is the base model again, bit for bit."""
+        return self.scaled(0)
 
     def visual_mask(self, mask: Tensor) -> AbstractContextManager:
         """A context in which calls without input_ids take M from a bool mask [B, T], True where a token is visual."""
-        return self._tracker.override("mask", mask)
+        return self._tracker.override(mask=mask)
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
@@ -145,25 +152,23 @@ class ImageLoRA(nn.Module):
         write_adapter(self, Path(path))
 
     def extra_repr(self) -> str:
-        return f"heads {self.heads} of {self.head_counts} per layer, r={self.r}, lora_alpha={self.lora_alpha}"
+        layers = f"{len(self.layers)} of {len(self.head_counts)} layers"
+        return f"{layers}, heads {self.heads} of {self.head_counts}, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
 def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False) -> ImageLoRA:
     """Freeze the model, and adapt the values of its visual tokens in these heads.
 
     r, lora_alpha: rank and alpha of LoRA; the update is scaled by lora_alpha / r and, with normalize, by 1/sqrt|S|.
-    heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter.
-    train_gamma: whether gamma is trained, as in the paper. By default it stays 1. To turn a trained adapter down, run
-    `layer.gamma.mul_(0.8)` under torch.no_grad() for each layer of `adapter.layers.values()`.
+    heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter. In hybrid models
+    some layers have no v_proj, and so no heads. If a norm of each head follows v_proj, V~ is norm(X W_V + update).
+    train_gamma: whether gamma is trained, as in the paper; by default it stays 1. See `adapter.scaled` to turn it down.
 
     `adapter.parameters()` are A, B and gamma, float32. They are in the model's state_dict, too, as `model.image_lora`.
     Raises ValueError, and changes nothing, if the model cannot be adapted. What PEFT has added stays trainable; to
     train both, give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
-    base, decoder, image_token_ids = checked_model(model, r, lora_alpha)
-    adapter = ImageLoRA(base, decoder, heads, r, lora_alpha, normalize, train_gamma)
-    # From here on the model changes: in each of its calls the tracker finds the visual rows and calls add_update.
-    adapter._tracker = CallTracker(base, image_token_ids, decoder, adapter.layers)
-    adapter._required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
+    base, decoder, attentions, image_token_ids = adaptable_parts(model, r, lora_alpha)
+    adapter = ImageLoRA(base, decoder, attentions, image_token_ids, heads, r, lora_alpha, normalize, train_gamma)
     if model is base:  # otherwise PEFT has frozen it
         base.requires_grad_(False)
     base.image_lora = adapter  # after it was frozen, because this makes the adapter a part of the model
@@ -177,42 +182,41 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
     A^T Y. Here Y = X_vis^T G is the gradient of W_V(h) from visual tokens, and G is dL/dV~(h) there.
     probe="rank1": r = 1 and A ~ N(0, I), new for each batch. As ||A^T Y||^2 = trace(Y^T A A^T Y) and E[A A^T] = I, each
     score is noisy, and right on average: its mean is ||Y||^2.
-    probe="exact": r = D and A = I, so the score is ||Y||^2. It takes little longer, but it needs memory for a few
-    float32 matrices [D, D] per layer.
+    probe="exact": r = D and A = I, so the score is ||Y||^2. It needs memory for a few float32 matrices [D, D] a layer.
 
     batches: an iterable of batches; each costs a forward and a backward pass. The loss is loss_fn(model, batch), by
     default `model(**batch).loss`. Scores are averaged over batches, and small batches can rank heads differently from
-    large ones. Where a layer has fewer heads than others, the rest of its row is -inf. ValueError if a loss is not
+    large ones. Heads that a layer lacks, as all do in a layer without values, score -inf. ValueError if a loss is not
     finite, or if no loss depends on a visual token. In float16, gradients can overflow or underflow: scale the loss."""
     if probe not in ("rank1", "exact"):
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
     if isinstance(batches, Mapping):
         raise ValueError("batches must be a list of batches, but this is one batch; pass [batch]")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
-    base, decoder, _ = checked_model(model)
+    base, _, attentions, _ = adaptable_parts(model)
     generator = torch.Generator("cpu").manual_seed(seed)
-    r = 1 if probe == "rank1" else decoder[0].self_attn.v_proj.in_features
+    r = 1 if probe == "rank1" else min(a.v_proj.in_features for a in attentions if a)  # D
     with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
     base.requires_grad_(False)  # Otherwise backward() would leave gradients in PEFT's parameters.
-    for layer in adapter.layers.values():
-        layer.B.requires_grad_(True)
-    scores = torch.zeros(len(adapter.layers), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
+    for value_adapter in adapter.layers.values():
+        value_adapter.B.requires_grad_(True)
+    scores = torch.zeros(len(attentions), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
     count = 0
     try:
         for batch in batches:
-            for layer in adapter.layers.values():
-                A = scores.new_zeros(layer.A.shape)
+            for value_adapter in adapter.layers.values():
+                A = scores.new_zeros(value_adapter.A.shape)
                 A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
-                layer.A.copy_(A)
-                layer.B.grad = torch.zeros_like(layer.B)  # stays zero where the loss does not depend on B
+                value_adapter.A.copy_(A)
+                value_adapter.B.grad = torch.zeros_like(value_adapter.B)  # stays zero if the loss does not depend on B
             loss = loss_fn(model, batch)
             if loss is None or not loss.isfinite().all():
                 raise ValueError(f"the loss of probe batch {count} is {loss}; check that its labels hold an answer")
             loss.backward()
-            for i, layer in enumerate(adapter.layers.values()):
-                # I(l, h) = ||dL/dB_l(h)||^2
-                scores[i, : layer.num_kv_heads] += layer.B.grad.square().sum((1, 2)).cpu()  # of [H, r, d_h]
+            for layer, value_adapter in adapter.layers.items():
+                # I(l, h) = ||dL/dB_l(h)||^2, and B is [H, r, d_h] here
+                scores[int(layer), : value_adapter.num_kv_heads] += value_adapter.B.grad.square().sum((1, 2)).cpu()
             count += 1
     finally:
         adapter.detach()
@@ -251,11 +255,11 @@ class Call:
 
     rows: Tensor  # [N], which of the B * T rows are visual
     shape: tuple  # (B, T)
+    factor: float = 1.0  # of the update
     updated: set = field(default_factory=set)  # the layers that have added theirs
 
 
-# What disabled() and visual_mask() have set in this thread or coroutine: {(tracker, "disabled"): True, (tracker,
-# "mask"): Tensor}. It is global, because a ContextVar cannot be copied, and a tracker is copied with its model.
+# {tracker: (factor, mask)} of scaled() and visual_mask(). Global, because a copy of a model cannot copy a ContextVar.
 OVERRIDES = ContextVar("OVERRIDES")
 
 
@@ -266,38 +270,33 @@ class CallTracker:
     backward pass, and by then the model may have been called with other images. But a checkpoint keeps the layer's
     input. So the first run leaves its Call on that tensor, and the second run finds it there:
 
-                              first run, inside model(...)           second run, in the backward pass
-        before model(...)     begin_call makes the Call, and puts    (is not run)
-                              it into `running`
-        after a layer's norm  pass_on finds it in `running`, and     pass_on finds it on the norm's input, and leaves it
-                              leaves it on the norm's input, which   on the norm's output, which is a new tensor
-                              is the layer's input
-        after v_proj          adapt finds it in `running`, and       adapt finds it on v_proj's input, which is that new
-                              adds the update at its rows            tensor, and adds the update at its rows
-        after model(...)      end_call takes it out of `running`,    (is not run)
-                              and raises if an update is missing
+                              first run, inside model(...)            second run, in the backward pass
+        before model(...)     begin_call puts a Call into `running`   (is not run)
+        after a layer's norm  pass_on leaves it on the layer's input  pass_on finds it there, and puts it into `found`
+        after v_proj          adapt adds the update at its rows       adapt adds the update at the rows of `found`
+        after model(...)      end_call takes it out of `running`      (is not run)
 
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
     `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
     the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
-    tensors, so that a layer called alone is refused. But PyTorch runs no hook after Ctrl-C: its Call stays in `running`
-    until the next model(...) replaces it, and a layer called alone before then goes by it. A checkpoint that holds the
-    whole model runs model(...) again in the backward pass, and that counts as a first run. pass_on hooks a layer's
-    norms, because transformers 5 runs a layer again without the layer's own hooks."""
+    tensors, so that a layer called alone is refused. pass_on hooks norms, because transformers 5 runs a layer again
+    without the layer's own hooks. If no norm reads the layer's input, v_proj does, and adapt finds the Call there."""
 
-    def __init__(self, model: nn.Module, image_token_ids: set[int], decoder: nn.ModuleList, adapters: nn.ModuleDict):
+    def __init__(self, model, decoder, attentions, image_token_ids: set[int], value_adapters: nn.ModuleDict):
         self.model = model
         self.image_token_ids = image_token_ids
-        self.adapters = adapters
+        self.value_adapters = value_adapters
         self.ranks_agree = not distributed.is_available()  # otherwise check_ranks finds out
         self.running = {}  # {thread and backward pass: the Call that runs there}
+        self.found = {}  # {(thread, layer's value adapter): {backward pass: the Call of the layer's second run}}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
-        for i, adapter in adapters.items():
-            layer = decoder[int(i)]
-            norms = [module for name, module in layer.named_children() if "norm" in name]
-            self.hooks += [norm.register_forward_hook(self.pass_on) for norm in norms]
-            self.hooks += [layer.self_attn.v_proj.register_forward_hook(partial(self.adapt, adapter))]
+        for i, value_adapter in value_adapters.items():
+            layer, attention = decoder[int(i)], attentions[int(i)]
+            norms = {module for name, module in layer.named_modules() if "norm" in name.rpartition(".")[2]}
+            norms -= set(attention.modules())  # those of queries and keys do not read the layer's input
+            self.hooks += [norm.register_forward_hook(partial(self.pass_on, value_adapter)) for norm in norms]
+            self.hooks += [attention.v_proj.register_forward_hook(partial(self.adapt, value_adapter))]
 
     def begin_call(self, model, args, kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -307,19 +306,18 @@ class CallTracker:
         if embeddings is not None:
             # Cloned, because the caller may pass it again with another mask, whose Call would replace this one on it.
             kwargs["inputs_embeds"] = embeddings.clone()
-        overrides = OVERRIDES.get({})
-        mask = overrides.get((self, "mask"))
-        if (self, "disabled") in overrides:
+        factor, mask = OVERRIDES.get({}).get(self, (1.0, None))
+        if factor == 0:
             call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
         # input_ids take precedence over a mask: after a prompt of embeddings, generate() continues with input_ids.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
-            call = Call(visual_rows(ids, self.image_token_ids), ids.shape)
+            call = Call(visual_rows(ids, self.image_token_ids), ids.shape, factor)
             if len(call.rows) == 0 and ids.shape[-1] > 1:
                 check_placeholders(kwargs)
         elif mask is not None and embeddings is not None:
             if mask.dtype != torch.bool:  # in a float mask of attention, 0 means True
                 raise ValueError(f"a visual mask must be bool, True where a token is visual, got {mask.dtype}")
-            call = Call(mask.flatten().nonzero().squeeze(1), mask.shape)
+            call = Call(mask.flatten().nonzero().squeeze(1), mask.shape, factor)
         else:
             known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
             raise ValueError(f"the model was called without telling which tokens are visual; {known}")
@@ -334,52 +332,55 @@ class CallTracker:
         ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
         if ddp is not None or any(hasattr(module, "reshard") for module in self.model.modules()):  # FSDP2
             group = None if ddp is None else ddp.process_group
-            own = {layer: adapter.get_extra_state().tolist() for layer, adapter in self.adapters.items()}
+            own = {layer: module.get_extra_state().tolist() for layer, module in self.value_adapters.items()}
             of_ranks = [own] * distributed.get_world_size(group)
             distributed.all_gather_object(of_ranks, own, group)
             if of_ranks.count(own) < len(of_ranks):
                 raise RuntimeError("ranks adapt different heads or scales; select heads on rank 0 and broadcast them")
             self.ranks_agree = True
 
-    def pass_on(self, norm, args, output):
-        x = args[0]
-        call = self.find_call(x)
-        if call is not None:
-            x.untyped_storage().image_lora_call = call  # this is what a checkpoint keeps
-            output.untyped_storage().image_lora_call = call  # this is what v_proj will read
+    def pass_on(self, value_adapter, norm, args, output):
+        self.find_call(value_adapter, args[0])
 
-    def adapt(self, adapter, v_proj, args, value):
+    def adapt(self, value_adapter, v_proj, args, value):
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
         x = args[0]
-        call = self.find_call(x)
+        call = self.find_call(value_adapter, x)
         if call is None:
             how = "call model(...) itself, not a part of it; checkpoint single layers, and do not offload their inputs"
             raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
-        x.untyped_storage().image_lora_call = call  # the layer's input, if it has no norm before its attention
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
-        prepare_update(adapter, call, x, value)
-        call.updated = call.updated | {adapter}  # a new set, because torch.compile loses what is added to the old one
-        return adapter.add_update(x, value, call.rows.to(x.device))
+        value_adapter.prepare_update(call, x, value)
+        call.updated = call.updated | {value_adapter}  # a new set, because torch.compile loses what is added to one
+        return value_adapter.add_update(x, value, call.rows.to(x.device), call.factor)
 
     def end_call(self, model, args, output):
         call = self.running.pop(thread_and_backward_pass(), None)
         has_failed = output is None or call is None
-        if not has_failed and len(call.rows) > 0 and len(call.updated) < len(self.adapters):
-            raise RuntimeError("an adapted v_proj was not called; merge, replace or patch it before you call attach()")
+        if not has_failed and len(call.rows) > 0 and len(call.updated) < len(self.value_adapters):
+            missing = [layer for layer, module in self.value_adapters.items() if module not in call.updated]
+            how = "merge, replace or patch it before you call attach(), or leave out its heads"
+            raise RuntimeError(f"the adapted v_proj of layer {', '.join(missing)} was not called; {how}")
 
-    def find_call(self, x: Tensor) -> Call | None:
-        """The Call of the model(...) that runs here; or, in the second run of a layer, the one on its tensor x."""
+    def find_call(self, value_adapter: ValueAdapter, x: Tensor) -> Call | None:
+        """The Call of the model(...) that runs here; in a second run, the one on the layer's input. It is left on x."""
         thread, backward_pass = thread_and_backward_pass()
         call = self.running.get((thread, backward_pass))
         if call is None and backward_pass != -1:
-            call = getattr(x.untyped_storage(), "image_lora_call", None)
+            found = self.found.get((thread, value_adapter), {}).get(backward_pass)
+            call = getattr(x.untyped_storage(), "image_lora_call", found)
+            self.found[thread, value_adapter] = {backward_pass: call}  # what a norm finds, v_proj needs
+        if call is not None:
+            x.untyped_storage().image_lora_call = call  # a checkpoint keeps it if x is the layer's input
         return call
 
     @contextmanager
-    def override(self, name: str, value):
-        """In this thread or coroutine, calls begin with this override: "disabled" or "mask"."""
-        token = OVERRIDES.set(OVERRIDES.get({}) | {(self, name): value})
+    def override(self, factor=1.0, mask=None):
+        """In this thread or coroutine, calls go by this mask and this factor, times that of the context around it."""
+        outer_factor, outer_mask = OVERRIDES.get({}).get(self, (1.0, None))
+        overrides = outer_factor * factor, outer_mask if mask is None else mask
+        token = OVERRIDES.set(OVERRIDES.get({}) | {self: overrides})
         try:
             yield
         finally:
@@ -405,9 +406,22 @@ class PortableValueAdapter(ValueAdapter):
 
         return super()._apply(convert, recurse)
 
+    def prepare_update(self, call: Call, x: Tensor, value: Tensor) -> None:
+        """Bring the heads to x's device. RuntimeError if the update would be wrong, or could not be trained."""
+        if len(call.rows) > 0 and call.shape != x.shape[:-1]:
+            got = f"v_proj received tokens of shape {list(x.shape[:-1])}, input_ids or visual mask {list(call.shape)}"
+            raise RuntimeError(f"{got}; if you generate with beams, use mask.repeat_interleave(num_beams, 0)")
+        if value.shape[-1] != self.num_kv_heads * self.B.shape[2]:
+            got = f"v_proj gave {value.shape[-1]} features for {self.num_kv_heads} heads of {self.B.shape[2]}"
+            raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+        if self.B.is_meta and self.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
+            raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
+        if self.heads.device != x.device and not x.is_meta:
+            self.heads = self.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
+
     def get_extra_state(self) -> Tensor:
         """[scale, head, ...]. A tensor, because the formats of checkpoints hold nothing else."""
-        return torch.tensor([self.scaling, *self.heads.tolist()], dtype=torch.float32, device="cpu")
+        return torch.tensor([self.scale, *self.heads.tolist()], dtype=torch.float32, device="cpu")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -471,12 +485,9 @@ def write_adapter(adapter: ImageLoRA, path: Path) -> None:
             gather = "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
             raise ValueError(f"this is only one rank's shard of the adapter; call save() inside {gather}")
         layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())  # [1] in the model: FSDP cannot shard a scalar
-    model = adapter._tracker.model if hasattr(adapter, "_tracker") else adapter
-    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    only_others_learn = trainable and trainable.isdisjoint(adapter.parameters())
-    if only_others_learn or not any(tensors["B"].any() for tensors in layers.values()):
-        why = "if that is a surprise, call get_peft_model() before attach() or load(), because it freezes what it finds"
-        warnings.warn(f"B is zero, or frozen beside a LoRA, so the adapter has learned nothing; {why}", stacklevel=3)
+    if not any(p.requires_grad for p in adapter.parameters()) or not any(t["B"].any() for t in layers.values()):
+        why = "get_peft_model() and prepare_model_for_kbit_training() freeze what they find; call them before attach()"
+        warnings.warn(f"B is zero or frozen, so the adapter may have learned nothing; {why} or load()", stacklevel=3)
     content = {
         "model_name": adapter.model_name,
         "r": adapter.r,
@@ -512,8 +523,8 @@ def device_of(v_proj: nn.Module) -> torch.device:
     return tensors[0].device if execution_device is None else execution_device
 
 
-def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, set[int]]:
-    """The unwrapped model, its decoder layers and the ids of visual tokens. ValueError if it cannot be adapted."""
+def adaptable_parts(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, list[nn.Module | None], set[int]]:
+    """The unwrapped model, its layers, the attention of each, the ids of visual tokens. ValueError if it has none."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
     if any(isinstance(module, ImageLoRA) for module in model.modules()):
         raise ValueError("the model already has an Image-LoRA; call its detach() first")
@@ -524,36 +535,51 @@ def checked_model(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, s
         if isinstance(module, nn.ModuleList) and f".{name}".endswith(".layers") and not in_encoder:
             stacks[name] = module
     if len(stacks) != 1:
-        raise ValueError(f"expected one stack of decoder layers outside encoders, found {', '.join(stacks) or 'none'}")
+        raise ValueError(f"expected one stack named layers beside image encoders, found {', '.join(stacks) or 'none'}")
     ((name, decoder),) = stacks.items()
-    for i, layer in enumerate(decoder):
-        check_attention(f"{name}.{i}", getattr(layer, "self_attn", layer))
+    attentions = [attention_of(layer, f"{name}.{i}") for i, layer in enumerate(decoder)]
+    if not any(attentions):
+        raise ValueError(f"no layer of {name} has a v_proj; fused qkv and latent values cannot be adapted")
     config = getattr(model, "config", None)  # DistributedDataParallel and other wrappers have none
     fields = "image_token_id", "image_token_index", "video_token_id", "video_token_index"
     ids = {getattr(config, field, None) for field in fields} - {None}
     if not ids:
-        raise ValueError("model.config has no image_token_id; attach to the whole vision-language model, unwrapped")
+        unknown = "model.config has no image_token_id, which tells visual tokens from text"
+        raise ValueError(f"{unknown}; set it if image features replace a token, or pass the whole model, unwrapped")
     # transformers' Trainer averages the gradients of what it has sharded. Nobody else would average the adapter's.
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and not getattr(config, "distributed_config", None):
         raise ValueError("the model is sharded already; attach first, then shard")
-    D = min(layer.self_attn.v_proj.in_features for layer in decoder)
+    D = min(attention.v_proj.in_features for attention in attentions if attention)
     if not (1 <= r <= D and 0 < lora_alpha < torch.inf):
         raise ValueError(f"r must be in 1..{D} and lora_alpha positive and finite, got r={r}, lora_alpha={lora_alpha}")
-    return model, decoder, ids
+    return model, decoder, attentions, ids
 
 
-def check_attention(where: str, attention: nn.Module) -> None:
-    parts = [name for name, _ in attention.named_children()]
-    if "v_proj" not in parts:
-        others = "cross-attention to images, other layers of hybrid models, fused qkv and latent values"
-        raise ValueError(f"{where} has no self_attn.v_proj, only {', '.join(parts)}; {others} cannot be adapted")
+def attention_of(layer: nn.Module, where: str) -> nn.Module | None:
+    """The part of a layer that has a v_proj. None if there is none, as in some layers of hybrid models, or if the layer
+    takes its values from another one. ValueError if something mixes heads or tokens after v_proj."""
+    names = [name for name, part in layer.named_children() if getattr(part, "v_proj", None) or "cross" in name]
+    if len(names) > 1 or any("cross" in name for name in names):
+        raise ValueError(f"{where} has {' and '.join(names)}; layers with cross-attention cannot be adapted")
+    attention = getattr(layer, names[0]) if names else None
+    if attention is None or getattr(attention, "is_kv_shared_layer", False):
+        return None
+    where = f"{where}.{names[0]}"
     if not hasattr(attention.v_proj, "out_features"):
-        raise ValueError(f"{where}.self_attn.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
-    if getattr(attention, "head_dim", None) is None:
-        raise ValueError(f"{where}.self_attn has no head_dim, which says where a head of v_proj's output ends; set it")
-    later = [name for name in parts if name.startswith("v_") and name != "v_proj"]
-    if later:
+        raise ValueError(f"{where}.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
+    d_h = head_dim_of(attention)
+    if not d_h or attention.v_proj.out_features % d_h > 0:
+        raise ValueError(f"{where}.head_dim must divide v_proj's {attention.v_proj.out_features} features, got {d_h}")
+    later = [name for name, _ in attention.named_children() if name.startswith(("v_", "conv")) and name != "v_proj"]
+    is_norm_of_heads = later == ["v_norm"] and all(p.numel() == d_h for p in attention.v_norm.parameters())
+    if later and not is_norm_of_heads:
         raise ValueError(f"{where} changes its values after v_proj, in {', '.join(later)}; they cannot be adapted")
+    return attention
+
+
+def head_dim_of(attention: nn.Module) -> int | None:
+    """d_h. Some attentions have another one for queries and keys."""
+    return getattr(attention, "v_head_dim", None) or getattr(attention, "head_dim", None)
 
 
 def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
@@ -580,20 +606,6 @@ def check_placeholders(arguments: dict) -> None:
     if cache is None and any(isinstance(p, Tensor) and p.any() for p in pixels):
         what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
         raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
-
-
-def prepare_update(adapter: ValueAdapter, call: Call, x: Tensor, value: Tensor) -> None:
-    """Bring the adapter's heads to x's device. RuntimeError if its update would be wrong, or could not be trained."""
-    if len(call.rows) > 0 and call.shape != x.shape[:-1]:
-        got = f"v_proj received tokens of shape {list(x.shape[:-1])}, input_ids or the visual mask {list(call.shape)}"
-        raise RuntimeError(f"{got}; if you generate with beams, use mask.repeat_interleave(num_beams, 0)")
-    if value.shape[-1] != adapter.num_kv_heads * adapter.B.shape[2]:
-        got = f"v_proj gave {value.shape[-1]} features for {adapter.num_kv_heads} heads of {adapter.B.shape[2]}"
-        raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
-    if adapter.B.is_meta and adapter.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
-        raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
-    if adapter.heads.device != x.device and not x.is_meta:
-        adapter.heads = adapter.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
 
 
 def check_influence(scores: Tensor, num_batches: int) -> None:

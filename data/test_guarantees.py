@@ -34,7 +34,7 @@ from test_imagelora import (
     tiny_vlm,
     watch,
 )
-from tiny_vlm import TinyVLM
+from tiny_vlm import Attention, TinyVLM
 
 SOME_HEADS = {0: [1], 2: [0, 1]}
 
@@ -77,11 +77,49 @@ def test_inside_disabled_the_model_is_the_base_bit_for_bit_in_this_thread_and_co
         assert torch.equal(logits_of(model, EARLY), adapted)
 
 
+@pytest.mark.parametrize("factor", [0.8, -0.5])
+def test_inside_scaled_the_update_is_multiplied_as_by_gamma(factor):
+    """For logits and gradients, though a checkpointed layer runs again after the context. Text stays the base's."""
+    model = tiny_vlm()
+    base_of_text = logits_of(model, prompt(TEXT))
+    adapter = attach_trained(model, train_gamma=False)
+    checkpoint_layers(model)
+    with adapter.scaled(factor):
+        logits = logits_of(model, EARLY)
+        loss = loss_of(model, EARLY)
+        assert torch.equal(logits_of(model, prompt(TEXT)), base_of_text)
+    gradients = slopes(model, loss)
+
+    model = tiny_vlm()
+    adapter = attach_trained(model, train_gamma=False)
+    for value_adapter in adapter.layers.values():
+        value_adapter.gamma.data.mul_(factor)
+    torch.testing.assert_close(logits, logits_of(model, EARLY))
+    torch.testing.assert_close(gradients, slopes(model, loss_of(model, EARLY)))
+
+
+def test_factors_of_scaled_multiply_and_each_thread_has_its_own():
+    """0 is the base bit for bit, and stays so inside."""
+    model = tiny_vlm()
+    base = logits_of(model, EARLY)
+    adapter = attach_trained(model)
+    adapted = logits_of(model, EARLY)
+    with adapter.scaled(0.4):
+        expected = logits_of(model, EARLY)
+    with adapter.scaled(0.5), ThreadPoolExecutor(1) as pool:
+        with adapter.scaled(0.8):
+            assert torch.equal(logits_of(model, EARLY), expected)
+            assert torch.equal(pool.submit(logits_of, model, EARLY).result(), adapted)
+        with adapter.scaled(0.0), adapter.scaled(0.8):
+            assert torch.equal(logits_of(model, EARLY), base)
+    assert torch.equal(logits_of(model, EARLY), adapted)
+
+
 def test_by_default_all_heads_are_adapted_with_rank_8_and_alpha_16_and_normalized_and_gamma_is_not_trained():
     adapter = attach(tiny_vlm())
     assert adapter.heads == {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2]}
     assert adapter.layers["0"].A.shape == (D, 8)
-    assert adapter.layers["0"].scaling == pytest.approx(16 / 8 / math.sqrt(3))
+    assert adapter.layers["0"].scale == pytest.approx(16 / 8 / math.sqrt(3))
     assert not adapter.layers["0"].gamma.requires_grad
 
 
@@ -104,6 +142,25 @@ def test_layers_may_have_different_numbers_of_heads():
     heads = select_heads(score_heads(model, [EARLY]), 7)
     assert heads == {0: [0, 1, 2], 1: [0], 2: [0, 1, 2]}
     assert attach(model, heads=heads).heads == heads
+
+
+def test_value_heads_may_have_another_size_than_those_of_queries_and_keys():
+    model = tiny_vlm()
+    attention(model, 1).v_head_dim = D_H
+    attention(model, 1).head_dim = 5
+    assert attach(model).head_counts == [3, 3, 3]
+    assert model.image_lora.layers["1"].B.shape == (3, 8, D_H)
+
+
+def test_a_norm_of_each_head_may_follow_and_a_layer_that_takes_the_values_of_another_has_no_heads():
+    """As in Gemma 3n and 4. Then V~ is norm(X W_V + update)."""
+    model = tiny_vlm()
+    attention(model, 0).v_norm = nn.RMSNorm(D_H)
+    attention(model, 1).is_kv_shared_layer = True
+    attention(model, 2).v_norm = nn.RMSNorm(D_H, elementwise_affine=False)
+    scores = score_heads(model, [EARLY])
+    assert scores.isfinite().tolist() == [[True] * 3, [False] * 3, [True] * 3]
+    assert attach(model).heads == {0: [0, 1, 2], 2: [0, 1, 2]}
 
 
 # 2. The visual tokens of a call
@@ -166,6 +223,19 @@ def test_a_config_may_name_visual_tokens_in_any_of_four_ways():
 
 
 # 3. Types, devices, state dicts
+def test_a_and_b_may_be_rounded_to_16_bits_beside_a_gamma_in_float32():
+    """As TRL's QLoRA does, by `.data`."""
+    model = tiny_vlm()
+    adapter = attach_trained(model, train_gamma=False)
+    expected = slopes(model, loss_of(model, EARLY))
+    for parameter in adapter.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    gradients = [gradient.float() for gradient in slopes(model, loss_of(model, EARLY))]
+    for gradient, reference in zip(gradients, expected):
+        assert (gradient - reference).norm() < 0.05 * reference.norm()
+
+
 def test_under_half_the_adapter_stays_in_float32():
     model = tiny_vlm()
     adapter = attach_trained(model)
@@ -270,11 +340,14 @@ CHECKPOINTED = [  # what happens to a checkpointed model, and the batches whose 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "re-entrant"])
 @pytest.mark.parametrize("gradients, batches", CHECKPOINTED)
 def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batches, use_reentrant):
-    """Layer 2 has no norm before its attention, so v_proj itself reads the input that a checkpoint keeps."""
+    """Layer 2 has no norm before its attention, so v_proj itself reads the input that a checkpoint keeps. In layer 0,
+    as in Gemma 3n, another norm reads that input, and v_proj reads what the layer has made of it."""
     model = tiny_vlm()
-    layer = model.language_model.layers[2]
-    del layer.input_layernorm
-    layer.input_layernorm = lambda x: x
+    first, _, last = model.language_model.layers
+    del last.input_layernorm
+    last.input_layernorm = lambda x: x
+    forward = first.forward
+    first.forward = lambda x, *args, **kwargs: forward(x + first.post_attention_layernorm(x), *args, **kwargs)
     attach_trained(model, heads=SOME_HEADS)
     expected = slopes(model, *[loss_of(model, batch) for batch in batches])
     model.zero_grad()
@@ -326,7 +399,7 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path):
     loaded = load(model, tmp_path / "adapter.pt")
     assert torch.equal(logits_of(model, EARLY), expected)
     assert [parameter.requires_grad for parameter in loaded.parameters()] == [True, True, False] * 2
-    assert "heads {0: [2, 0], 2: [1]} of [3, 3, 3] per layer, r=2, lora_alpha=3" in repr(loaded)
+    assert "2 of 3 layers, heads {0: [2, 0], 2: [1]} of [3, 3, 3], r=2, lora_alpha=3" in repr(loaded)
 
 
 def saved_adapter(folder: Path):
@@ -374,15 +447,14 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
 
 
 def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_warned(tmp_path, recwarn):
-    """B is zero, or get_peft_model() has frozen it after load(). Nobody is warned who has frozen the whole model."""
+    """B is zero; or get_peft_model() or prepare_model_for_kbit_training() has frozen the adapter after load()."""
     _, path = saved_adapter(tmp_path)
     model = tiny_vlm()
     adapter = load(model, path)
-    model.requires_grad_(False)
     adapter.save(path)
     assert not recwarn.list
-    model.vision_tower.requires_grad_(True)
-    with pytest.warns(UserWarning, match="frozen.*get_peft_model"):
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match="frozen.*get_peft_model.*prepare_model_for_kbit_training"):
         adapter.save(path)
     with pytest.warns(UserWarning, match="B is zero.*get_peft_model"):
         attach(adapter.detach()).save(path)
@@ -429,7 +501,7 @@ def test_a_use_that_cannot_be_right_is_refused():
     with pytest.raises(RuntimeError, match="4 features for 3 heads of 4"):
         model(**EARLY)
     attention(model, 2).v_proj = nn.Linear(D, H * D_H)
-    with pytest.raises(RuntimeError, match="was not called"):
+    with pytest.raises(RuntimeError, match="the adapted v_proj of layer 2 was not called; .* leave out its heads"):
         model(**EARLY)
 
 
@@ -476,7 +548,13 @@ MODELS = [  # a module of the model, its attribute, and a value with which it ca
     ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
     ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
     (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
-    (ATTENTION, "head_dim", None, "has no head_dim"),
+    (ATTENTION, "head_dim", None, "head_dim must divide v_proj's 12 features, got None"),
+    (ATTENTION, "head_dim", 5, "head_dim must divide v_proj's 12 features, got 5"),
+    (ATTENTION, "v_norm", nn.RMSNorm(H * D_H), "changes its values after v_proj, in v_norm"),  # mixes heads
+    (ATTENTION, "v_conv", nn.Conv1d(1, 1, 3), "changes its values after v_proj, in v_conv"),  # mixes tokens
+    (ATTENTION, "conv1d", nn.Conv1d(1, 1, 3), "changes its values after v_proj, in conv1d"),  # as in linear attention
+    ("language_model.layers.1", "cross_attn", nn.Linear(D, D), "has self_attn and cross_attn; .* cannot be adapted"),
+    ("language_model.layers.1", "encoder_attn", Attention(D, 6, H), "has self_attn and encoder_attn; .* cannot be"),
 ]
 
 

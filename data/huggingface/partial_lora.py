@@ -7,6 +7,8 @@
 Prompts without images and videos get the output of the base model, bit for bit. So there are no biases, no PiSSA, no
 new embeddings, and no other option of PEFT that would change those outputs."""
 
+import re
+
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,12 +18,31 @@ MARK = "Partial LoRA: use load_partial_lora()"
 
 
 def partial_lora(model, r=8, lora_alpha=16, projections=("q_proj", "k_proj", "v_proj", "o_proj")) -> PeftModel:
-    """Adds a new LoRA to these linear layers of the decoder. It starts at zero and adapts visual tokens only."""
+    """Adds a new LoRA to these linear layers of the decoder. It starts at zero and adapts visual tokens only.
+
+    Prints in how many layers. In hybrid models most layers have other projections, such as in_proj_qkv and out_proj in
+    Qwen3.5; name them, too, if they are to be adapted."""
     check_base(model)
-    targets = rf".*(language|text)_model\.layers\..*\.({'|'.join(projections)})"  # vision towers have a v_proj, too
+    targets = decoder_pattern(projections)
     model = get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
     VisualTokens(model)
+    print(f"Partial LoRA adapts {', '.join(projections)} in {adapted_layers(model)}")
     return model
+
+
+def decoder_pattern(projections=("q_proj", "k_proj", "v_proj", "o_proj")) -> str:
+    """PEFT's target_modules for these linear layers of the decoder. Encoders of images and sound have them, too."""
+    encoders = "vision|visual|audio|img|image|video|perceiver"
+    return rf"(?!(.*\.)?({encoders}))(.*\.)?layers\.\d+\.(.*\.)?({'|'.join(projections)})"
+
+
+def adapted_layers(model: PeftModel) -> str:
+    """In how many layers of the decoder there is a LoRA, such as "8 of 32 layers"."""
+    base = model.get_base_model()
+    names = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = {re.match(r"(.*\.)?layers\.\d+", name)[0] for name in names}  # such as model.layers.3
+    stacks = {layer.rpartition(".")[0] for layer in layers}  # one, in the models that Image-LoRA adapts
+    return f"{len(layers)} of {sum(len(base.get_submodule(stack)) for stack in stacks)} layers"
 
 
 def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:

@@ -1,5 +1,7 @@
 """partial_lora.py on tiny random models: what it adapts, how it is saved and loaded, and what it refuses."""
 
+import re
+
 import pytest
 import torch
 from test_huggingface import PICTURE, TEXT, VIDEO, hf_prompt, tiny_hf_vlm
@@ -8,7 +10,7 @@ from test_imagelora import logits_of, loss_of, slopes, watch
 
 peft = pytest.importorskip("peft")
 safetensors = pytest.importorskip("safetensors.torch")
-from partial_lora import load_partial_lora, partial_lora  # noqa: E402
+from partial_lora import adapted_layers, decoder_pattern, load_partial_lora, partial_lora  # noqa: E402
 
 
 def lora(family="Llava", targets=r".*language_model.*_proj"):
@@ -46,6 +48,28 @@ def test_it_trains_the_decoder_alone_and_gradient_checkpointing_changes_no_gradi
     expected = slopes(model, loss_of(model, hf_prompt()))
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(slopes(model, loss_of(model, hf_prompt())), expected)
+
+
+@pytest.mark.parametrize("family, layers", [("Llava", "2 of 2 layers"), ("Qwen3_5", "2 of 4 layers")])
+def test_it_says_in_how_many_layers_it_is(family, layers, capsys):
+    """In a hybrid model only some have these projections. Those of the other layers may be named, too."""
+    partial_lora(tiny_hf_vlm(family))
+    assert capsys.readouterr().out == f"Partial LoRA adapts q_proj, k_proj, v_proj, o_proj in {layers}\n"
+    if family == "Qwen3_5":
+        model = trained(family, projections=["o_proj", "out_proj"])
+        assert adapted_layers(model) == "4 of 4 layers"
+        with model.disable_adapter():
+            base = logits_of(model, TEXT)
+        assert torch.equal(logits_of(model, TEXT), base)
+
+
+@pytest.mark.parametrize("family", ["Idefics2", "Gemma4", "NemotronH_Omni"])
+def test_its_pattern_finds_the_decoder_by_any_name_and_no_encoder(family):
+    names = [name for name, _ in tiny_hf_vlm(family).named_modules() if re.fullmatch(decoder_pattern(), name)]
+    assert names
+    assert all(
+        re.match(r"(model\.)?(language|text)_model\.(model\.)?layers\.\d\.(self_attn|mixer)\.", n) for n in names
+    )
 
 
 # 2. Saving and loading
