@@ -91,8 +91,8 @@ class ValueAdapter(nn.Module):
         delta = self(x_vis.to(self.A.dtype), factor).to(value.dtype)  # [N, |S| * d_h]
         # V~(h) = X W_V(h) + delta(h). The values are one vector [d_h] for each token n and head h, at n * H + h.
         vectors = value.reshape(-1, d_h)  # [B * T * H, d_h]
-        targets = rows[:, None] * H + self.heads  # [N, |S|]
-        return vectors.index_add(0, targets.flatten(), delta.view(-1, d_h)).view_as(value)
+        targets = (rows[:, None] * H + self.heads).view(-1, 1).expand(-1, d_h)  # [N * |S|, d_h]
+        return vectors.scatter_add(0, targets, delta.view(-1, d_h)).view_as(value)  # index_add would save delta
 
 
 def visual_rows(input_ids: Tensor, image_token_ids: set[int]) -> Tensor:

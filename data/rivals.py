@@ -59,7 +59,8 @@ class LoRA(nn.Module):
         update = self.gamma * self.scale * (x.to(A.dtype) @ A) @ B
         update = update.to(y.dtype)
         if self.tokens == "visual":
-            return y.flatten(0, -2).index_add(0, self.rows, update).view_as(y)
+            rows = self.rows[:, None].expand_as(update)  # index_add would save the update for the backward pass
+            return y.flatten(0, -2).scatter_add(0, rows, update).view_as(y)
         return y + update
 
     @torch.no_grad()
