@@ -34,11 +34,7 @@ def read_examples(files: list, required=("prompt", "completion")) -> list[dict]:
     examples = []
     for file in map(Path, files):
         before = len(examples)
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SystemExit(f"{file} cannot be read as a text in UTF-8 ({error})") from None
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_lines(file), start=1):
             if line.strip():
                 source = f"{file}, line {number}"
                 try:
@@ -48,6 +44,13 @@ def read_examples(files: list, required=("prompt", "completion")) -> list[dict]:
         if len(examples) == before:
             raise SystemExit(f"{file} is empty; write an example on each line")
     return examples
+
+
+def read_lines(file) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{file} cannot be read ({error}); give a text file in UTF-8") from None
 
 
 def checked_line(line: str, folder: Path, required) -> dict:
@@ -193,14 +196,14 @@ def at_gamma(model, gamma: float) -> AbstractContextManager:
 
 def generate(model, processor, prompts: list[dict]) -> list[tuple[str, bool]]:
     """The text of each answer, with its special tokens but without its end; and whether it was cut off."""
-    images = as_dataset(prompts)["images"]  # decoded as in training
+    images = list(as_dataset(prompts)["images"])  # decoded as in training
     texts = []
     for prompt, pictures in zip(prompts, images):
         turns = prepare_multimodal_messages(prompt["prompt"], pictures)
         texts.append(processor.apply_chat_template(turns, add_generation_prompt=True))
     begin = processor.tokenizer.bos_token
     inputs = processor(
-        images=list(images) if any(images) else None,
+        images=images if any(images) else None,
         text=texts,
         add_special_tokens=begin is None or not texts[0].startswith(begin),  # some templates write the begin themselves
         padding=True,
@@ -228,7 +231,7 @@ def own_answers(base, image_file, question_file, output_file, one_in=8, seed=0, 
     if output_file.exists():
         raise SystemExit(f"{output_file} is there already; choose another file")
     examples = [example for example in read_examples([image_file], required=[]) if example["images"]]
-    questions = [line.strip() for line in Path(question_file).open(encoding="utf-8-sig") if line.strip()]
+    questions = [line.strip() for line in read_lines(question_file) if line.strip()]
     if not examples or not questions:
         raise SystemExit(f"{image_file} must have images, and {question_file} a question on each line")
     random.Random(seed).shuffle(examples)
@@ -240,22 +243,25 @@ def own_answers(base, image_file, question_file, output_file, one_in=8, seed=0, 
             prompt.append({"role": "user", "content": questions[i % len(questions)]})
             file.write(json.dumps({"images": example["images"], "prompt": prompt}, ensure_ascii=False) + "\n")
     answers = write_answers(prompt_file, output_file.with_suffix(".answers.jsonl"), base, **options)
-    reasons = Counter(reason_to_leave_out(answer) for answer in answers)
+    left_out = Counter()
     with open(output_file, "w", encoding="utf-8") as file:
         for answer in answers:
-            if reason_to_leave_out(answer) is None:
+            reason = reason_to_leave_out(answer)
+            if reason is None:
                 file.write(json.dumps({key: answer[key] for key in FEATURES}, ensure_ascii=False) + "\n")
-    num_kept = reasons.pop(None, 0)
-    print(f"{num_kept} of {len(answers)} answers are in {output_file}; left out: {dict(reasons)}")
+            else:
+                left_out[reason] += 1
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    print(f"{len(answers) - left_out.total()} answers are in {output_file}; left out: {reasons or 'none'}")
 
 
 def reason_to_leave_out(answer: dict) -> str | None:
-    """Why an answer would teach nothing good, or None."""
+    """Why an answer would teach nothing good; None if it would."""
     text = answer["completion"][0]["content"]
     if answer["cut_off"]:
         return "cut off"
     if not text:
         return "empty"
     if LOOP.search(text):
-        return "loops"
+        return "in a loop"
     return None

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
-from answers import as_dataset, at_gamma, read_examples
+from answers import as_dataset, at_gamma, read_examples, read_lines
 from datasets import Dataset
 from partial_lora import VisualTokens, adapted_layers, decoder_pattern
 from peft import LoraConfig
@@ -51,36 +51,39 @@ class Options(SFTConfig):
         self.model_init_kwargs = {"dtype": "bfloat16"} | (self.model_init_kwargs or {})
 
 
-def begin_run(args: Options, parser: TrlParser) -> dict:
-    """Writes the options into the run's folder, which must be new; or, to resume, compares them with those in it."""
+def options_of(args: Options) -> dict:
+    """What a run is: its options, the contents of its files, and the number of its processes."""
     options = args.to_dict() | {"world_size": args.world_size}
     for name in ("output_dir", "resume_from_checkpoint", "local_rank"):
         del options[name]  # these may differ when the run is resumed
+    texts = ["\n".join(read_lines(file)) for file in args.train_files + (args.eval_files or [])]
+    options["contents"] = [sha256(text.encode()).hexdigest() for text in texts]
+    return json.loads(json.dumps(options))
+
+
+def begin_run(file: Path, options: dict) -> None:
+    """Writes the options into the run's folder, which must be new."""
     try:
-        contents = [Path(file).read_bytes() for file in args.train_files + (args.eval_files or [])]
-    except OSError as error:
-        parser.error(f"{error.filename} cannot be read ({error.strerror}); correct its name")
-    options["contents"] = [sha256(content).hexdigest() for content in contents]
-    run_file = Path(args.output_dir, "run.json")
-    if args.resume_from_checkpoint:
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not checkpoint.is_dir() or not run_file.exists() or checkpoint.resolve().parent != run_file.resolve().parent:
-            parser.error(f"{checkpoint} is no checkpoint of a run in {args.output_dir}; give both of the same run")
-        begun = json.loads(run_file.read_text())
-        others = [name for name, value in json.loads(json.dumps(options)).items() if begun.get(name) != value]
-        if others:
-            parser.error(f"the run began with other options than these: {', '.join(others)}; give those of {run_file}")
-        return begun
-    if args.process_index == 0:
-        try:
-            if any(run_file.parent.glob("*")):
-                raise FileExistsError
-            run_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(run_file, "x") as file:  # fails if another run began meanwhile
-                json.dump(options, file, indent=1)
-        except FileExistsError:
-            parser.error(f"{args.output_dir} holds an earlier run; choose another --output_dir, or resume that run")
-    return options
+        if any(file.parent.glob("*")):
+            raise FileExistsError
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "x") as run:  # fails if another run began meanwhile
+            json.dump(options, run, indent=1)
+    except FileExistsError:
+        raise SystemExit(
+            f"{file.parent} is not empty; resume its run, delete it, or choose another --output_dir"
+        ) from None
+
+
+def resume_run(file: Path, options: dict, checkpoint: Path) -> dict:
+    """What is in the run's folder: its options, which must be these, and the heads of the probe."""
+    if not checkpoint.is_dir() or not file.exists() or checkpoint.resolve().parent != file.resolve().parent:
+        raise SystemExit(f"{checkpoint} is no checkpoint of a run in {file.parent}; give both of the same run")
+    run = json.loads(file.read_text())
+    others = [name for name, value in options.items() if run.get(name) != value]
+    if others:
+        raise SystemExit(f"the run began with other options than these: {', '.join(others)}; give those of {file}")
+    return run
 
 
 def check_examples(trainer: SFTTrainer, dataset: Dataset, examples: list[dict]) -> None:
@@ -93,9 +96,9 @@ def check_examples(trainer: SFTTrainer, dataset: Dataset, examples: list[dict]) 
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
     limit = len(examples) if args.check_examples is None else max(args.check_examples, 1)
     chosen = range(0, len(examples), ceil(len(examples) / limit))
-    num_images = sum(len(example["images"]) > 0 for example in examples)
-    trainer.accelerator.print(f"{len(examples)} examples, {num_images} with images; {len(chosen)} are checked")
-    for i in tqdm(chosen[args.process_index :: args.world_size], "Checking the examples"):
+    with_images = sum(len(example["images"]) > 0 for example in examples)
+    trainer.accelerator.print(f"{len(examples)} examples, {with_images} with images; {len(chosen)} are prepared")
+    for i in tqdm(chosen[args.process_index :: args.world_size], "Preparing examples"):
         source = examples[i]["source"]
         try:
             batch = trainer.data_collator([dataset[i]])
@@ -124,8 +127,7 @@ def probe(trainer: SFTTrainer) -> dict:
     scores = imagelora.score_heads(model, islice(batches, 16))
     # All processes take the heads of the first one, because each has batches of its own.
     (heads,) = broadcast_object_list([imagelora.select_heads(scores, args.num_heads)])
-    num_all = int((scores > -torch.inf).sum())
-    trainer.accelerator.print(f"{args.num_heads} heads, the best of {num_all} by the probe: {heads}")
+    trainer.accelerator.print(f"{args.num_heads} of {(scores > -torch.inf).sum()} heads by the probe: {heads}")
     return heads
 
 
@@ -148,7 +150,7 @@ def make_trainer(args: Options, run: dict) -> SFTTrainer:
     if args.method == "image_lora":
         heads = None  # all of them
         if "heads" in run:  # of the probe, when this run began
-            heads = {int(layer): heads for layer, heads in run["heads"].items()}
+            heads = {int(layer): selected for layer, selected in run["heads"].items()}
         elif args.num_heads is not None:
             heads = probe(trainer)
             if args.process_index == 0:
@@ -169,15 +171,18 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     (args,) = parser.parse_args_and_config(arguments)
     if args.num_heads is not None and args.method != "image_lora":
         parser.error("--num_heads is for --method image_lora; leave it out")
-    run = begin_run(args, parser)
+    run = options_of(args)
+    run_file = Path(args.output_dir, "run.json")
+    if args.resume_from_checkpoint:
+        run = resume_run(run_file, run, Path(args.resume_from_checkpoint))
+    elif args.process_index == 0:
+        begin_run(run_file, run)
     try:
         trainer = make_trainer(args, run)
-    except BaseException as error:
-        if not args.resume_from_checkpoint:
-            Path(args.output_dir, "run.json").unlink(missing_ok=True)  # nothing was trained, so the folder is free
-        if isinstance(error, ValueError):  # a sentence of imagelora, PEFT or TRL about the options or the base
-            raise SystemExit(str(error)) from error
-        raise
+    except (SystemExit, ValueError) as error:  # a ValueError is a sentence of imagelora, PEFT or TRL
+        if args.process_index == 0 and not args.resume_from_checkpoint:
+            run_file.unlink()  # nothing was trained, so the folder is free again
+        raise SystemExit(str(error)) from None
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if args.method == "image_lora":
