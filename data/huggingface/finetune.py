@@ -70,9 +70,7 @@ def begin_run(file: Path, options: dict) -> None:
         with open(file, "x") as run:  # fails if another run began meanwhile
             json.dump(options, run, indent=1)
     except FileExistsError:
-        raise SystemExit(
-            f"{file.parent} is not empty; resume its run, delete it, or choose another --output_dir"
-        ) from None
+        raise SystemExit(f"{file.parent} is not empty; resume its run, or choose another --output_dir") from None
 
 
 def resume_run(file: Path, options: dict, checkpoint: Path) -> dict:

@@ -228,7 +228,7 @@ REFUSED = [  # a line of an evaluation file, options, and what is said
     (line([]), "--chat_template_path {}/no_end.jinja", WHOLE),
     (line([]), "--train_files {}/empty.jsonl", "empty.jsonl is empty; write an example on each line"),
     (line([]), "--train_files {}/none.jsonl", "none.jsonl cannot be read ([Errno 2] No such file"),
-    (line([]), "--output_dir {}/base", "base is not empty; resume its run, delete it, or choose another --output_dir"),
+    (line([]), "--output_dir {}/base", "base is not empty; resume its run, or choose another --output_dir"),
     (line([]), "--method partial_lora --train_files {}/bad.jsonl", "no example in --train_files has one"),
     (line([]), "--num_heads 2", "--num_heads is for --method image_lora; leave it out"),
     (line([]), "--method image_lora --num_heads 9", "num_heads must be in 1..4, got 9"),
