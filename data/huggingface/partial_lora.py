@@ -81,6 +81,8 @@ class VisualTokens:
             raise ValueError("Partial LoRA finds visual tokens by image_token_id in the model's config, which lacks it")
         self.is_text = None  # [B, T], of the last call
         self.is_called = False
+        # In generate(), Gemma 4's layers that share keys and values get the last token of the prompt alone.
+        self.may_get_the_last_tokens = any(getattr(module, "is_kv_shared_layer", False) for module in base.modules())
         base.register_forward_pre_hook(self.begin_call, with_kwargs=True)
         base.register_forward_hook(self.end_call, always_call=True)
         for layer in model.modules():
@@ -105,10 +107,13 @@ class VisualTokens:
         in_backward = torch._C._current_graph_task_id() != -1  # private, and what torch's own checkpointing goes by
         if not self.is_called and not in_backward:
             raise RuntimeError("no call of model(...) says which tokens are visual; do not call a part of the model")
-        if z.shape[:-1] != self.is_text.shape:
+        is_text = self.is_text
+        if self.may_get_the_last_tokens:
+            is_text = is_text[:, -z.shape[1] :]
+        if z.shape[:-1] != is_text.shape:
             what = "call backward() before the next call of the model" if in_backward else "leave it out of projections"
             raise RuntimeError(f"a layer with Partial LoRA got other tokens than the model; {what}")
-        return z.masked_fill(self.is_text[..., None].to(z.device), 0)
+        return z.masked_fill(is_text[..., None].to(z.device), 0)
 
     def end_call(self, *_):
         self.is_called = False

@@ -40,6 +40,21 @@ def test_its_update_is_zero_but_at_the_tokens_of_images_and_videos(family, kind)
         assert not update[~visual].any()
 
 
+def test_it_generates_where_layers_that_share_values_get_the_last_token_alone():
+    """In Gemma 4. Token by token without a cache, all layers get all tokens."""
+    model = trained("Gemma4")
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [PICTURE, VIDEO]}
+    batch = hf_prompt("Gemma4")
+    with_a_cache = model.generate(**batch, **options)
+    ids = batch["input_ids"]
+    for _ in range(3):
+        batch["mm_token_type_ids"] = (ids == PICTURE).int()
+        logits = logits_of(model, batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, -1]
+        logits[:, [PICTURE, VIDEO]] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(with_a_cache, ids)
+
+
 def test_it_trains_the_decoder_alone_and_gradient_checkpointing_changes_no_gradient():
     model = trained(projections=["v_proj"])  # the vision tower has one, too
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
