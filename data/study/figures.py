@@ -84,7 +84,9 @@ def draw_where() -> plt.Figure:
     """For each method a cell for each token and projection, coloured where its adapter writes."""
     spans = {"text": (0, 2), "image": (2.3, 4), "question": (6.6, 2)}  # {name: (left edge, number of tokens)}
     projections = "outputs", "values", "keys", "queries"  # from below
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.1), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 3, figsize=(WIDTH, 2.1), layout="constrained", sharey=True, gridspec_kw={"wspace": 0.1}
+    )
     for ax, (method, colour) in zip(axes, COLOURS.items()):
         for (row, projection), (span, (left, num_tokens)) in product(enumerate(projections), spans.items()):
             of_the_image = span == "image" and (method == "Partial LoRA" or projection == "values")
@@ -164,7 +166,7 @@ def spread(heights: list[float], gap: float) -> np.ndarray:
 
 def draw_text(runs: pd.DataFrame) -> plt.Figure:
     """The switches that are hit after more or fewer word problems than in training. Left: means over the models. Right:
-    what lowering gamma as the base model's attention predicts does for Image-LoRA, an arrow for each model.
+    what lowering gamma as the base model's attention predicts does for Image-LoRA, a line for each model.
 
     runs: as for `draw_kept`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained", sharey=True)
@@ -178,17 +180,17 @@ def draw_text(runs: pd.DataFrame) -> plt.Figure:
 
     shares = compare.rows_where(runs, {"setting": "skilled", "method": "base model"}).set_index(["model", "text"])
     shares = shares.filter(like="image_share").mean(axis=1)  # of the image in the attention, over the layers
-    for i, text in enumerate(FEWER_PROBLEMS):
-        for x, model in enumerate(MODELS, start=i * (len(MODELS) + 1)):
-            curve = compare.rows_where(packed, {"method": MORE_TEXT, "model": model, "text": text})
-            curve = curve.set_index("gamma").task_acc
-            predicted = shares[model, 9] / shares[model, text]
-            nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
-            right.plot([x, x], [curve[1.0], curve[nearest]], color=BLUE, linewidth=1)
-            right.plot(x, curve[1.0], "o", color=BLUE, markerfacecolor="white")
-            right.plot(x, curve[nearest], "o", color=BLUE)
+    for (i, text), (j, model) in product(enumerate(FEWER_PROBLEMS), enumerate(MODELS)):
+        curve = compare.rows_where(packed, {"method": MORE_TEXT, "model": model, "text": text})
+        curve = curve.set_index("gamma").task_acc
+        predicted = shares[model, 9] / shares[model, text]
+        nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
+        x = 4 * i + j
+        right.plot([x, x], [curve[1.0], curve[nearest]], color=BLUE, linewidth=1)
+        right.plot(x, curve[1.0], "o", color=BLUE, markerfacecolor="white")
+        right.plot(x, curve[nearest], "o", color=BLUE)
     right.set(title="Image-LoRA trained after 9, model by model")
-    right.set_xticks([1 + i * (len(MODELS) + 1) for i in range(len(FEWER_PROBLEMS))], FEWER_PROBLEMS)
+    right.set_xticks([1, 5, 9], FEWER_PROBLEMS)  # below the second of three models
     for ax in (left, right):
         ax.set_xlabel("word problems before the image, when asked")
         ax.grid(axis="y")
