@@ -92,7 +92,7 @@ def page(base_answers: list[Answer], answers: list[Answer], columns: int, headli
 def film_frame(rows: dict[str, tuple], headline: str) -> Image.Image:
     """Rows of three screens below a legend, their questions and answers beside them.
 
-    rows: {title: (the base model's answers, the tuned model's answers)}"""
+    rows: {title: pairs of the base model's answer and the tuned one's}"""
     side = 520  # of a screen
     header = MARGIN + LINE + 36
     row_height = LINE + side + 56
@@ -102,7 +102,7 @@ def film_frame(rows: dict[str, tuple], headline: str) -> Image.Image:
     for row, (title, pairs) in enumerate(rows.items()):
         y = header + row * row_height
         draw.text((MARGIN, y + 24), title, INK, FONT, "lm")
-        for column, (base_answer, answer) in enumerate(zip(*pairs)):
+        for column, (base_answer, answer) in enumerate(pairs):
             x = MARGIN + column * (WIDTH - 2 * MARGIN) // 3
             draw_answer(image, x, y + LINE, side, base_answer, answer)
             x += side + 32

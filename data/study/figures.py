@@ -206,33 +206,38 @@ def draw_text(runs: pd.DataFrame) -> plt.Figure:
 
 # ---- The demo's run, filmed ------------------------------------------------------------------------------------------
 
-FILM_SCREENS = 20  # new ones and as many old ones, about which each frame asks all questions of its kind
-FILMED = {  # {(domain of the screens, kind of question): the title of its row}
-    ("new", "click"): "New task: {:.0%} of the switches are clicked",
-    ("old", "what_is_right_of"): "Old questions, never asked in training: {:.0%} are answered correctly",
+FILMED = {  # {kind of question: the title of its row}
+    "click": "New task: {:.1%} of the switches are clicked",
+    "what_is_right_of": "Old questions, not trained: {:.1%} are answered correctly. Three that the model loses:",
 }
 
 
 def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Image]]:
-    """The run, and the frames of a film: clicks on new screens above answers about old ones."""
+    """The run, and the frames of a film: three of the clicks on new screens, and below them three of the answers about
+    old ones. The shares are of all test screens."""
     # Many frames at the start, where clicks move, and few at the end.
     filmed_steps = {round(run.steps * (frame / 20) ** 3) for frame in range(21)}
     base = load_base(run.base, find_device(run.device))
-    screens = [screens_and_features(base, domain, "test", FILM_SCREENS) for domain, _ in FILMED]
+    new_test = screens_and_features(base, "new", "test", run.test_screens)
+    old_test = screens_and_features(base, "old", "test", run.test_screens // 2 + 1)
     film = {}  # {step: [(share of correct answers, answers) for each of FILMED]}
 
     def film_step(step: int, model) -> None:
         if step in filmed_steps:
-            film[step] = [evaluate(model, *test, kind) for test, (_, kind) in zip(screens, FILMED)]
+            film[step] = [evaluate(model, *test, kind) for test, kind in zip((new_test, old_test), FILMED)]
 
     film_step(0, base)
     tuned = train.finetune(run, verbose=True, after_step=film_step)
+    # Of the clicks every seventh is shown, which gives three screens; of the other answers the first that get lost.
+    _, (_, base_names) = film[0]
+    _, (_, last_names) = film[run.steps]
+    kept = [pictures.is_right(last) or not pictures.is_right(base) for base, last in zip(base_names, last_names)]
+    shown = range(0, 15, 7), np.argsort(kept, stable=True)[:3]
     frames = []
     for step, measured in film.items():
         rows = {}
-        for title, (_, base_answers), (share, answers) in zip(FILMED.values(), film[0], measured):
-            shown = slice(0, 15, 7)  # three of the questions, whose screens differ
-            rows[title.format(share)] = base_answers[shown], answers[shown]
+        for title, chosen, (_, base_answers), (share, answers) in zip(FILMED.values(), shown, film[0], measured):
+            rows[title.format(share)] = [(base_answers[i], answers[i]) for i in chosen if i < len(answers)]
         frames.append(pictures.film_frame(rows, f"step {step:,} of {run.steps:,}"))
     return tuned, frames
 
@@ -252,19 +257,19 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
     colours = LinearSegmentedColormap.from_list("changes", ["#cfe6f7", "#56b4e9", "#0072b2", "#0b2a5b"])
     colours = colours.with_extremes(bad="#00000000")  # transparent, so that the hatched ground shows
     grid = {"left": 0.13, "right": 0.99, "bottom": 0.03, "top": 0.97, "wspace": 0.05, "width_ratios": (19, 40, 10)}
-    figure = plt.figure(figsize=(WIDTH, 5.8))
-    legend, header, *parts = figure.subfigures(4, 1, height_ratios=(1.4, 2.5, 5, 5))
+    figure = plt.figure(figsize=(WIDTH, 5.9))
+    legend, header, *parts = figure.subfigures(4, 1, height_ratios=(1.6, 2.6, 5, 5))
 
-    legend.text(0.01, 0.78, "What fine-tuning changes in values and queries", size=13, va="center")
-    legend.text(0.01, 0.2, "change, relative to the vector's length:", size=10, va="center")
-    zero = legend.add_axes((0.37, 0.04, 0.05, 0.32))
+    legend.text(0.01, 0.8, "What fine-tuning changes in values and queries", size=13, va="center")
+    legend.text(0.01, 0.34, "change, relative to the vector's length:", size=10, va="center")
+    zero = legend.add_axes((0.37, 0.2, 0.05, 0.28))
     hatch(zero)
-    bar = legend.add_axes((0.58, 0.04, 0.14, 0.32))
+    bar = legend.add_axes((0.58, 0.2, 0.14, 0.28))
     bar.imshow([np.linspace(0, 1, 256)], colours, aspect="auto")
     bare(bar)
     for x, text in ((0.43, "exactly 0"), (0.54, "3%"), (0.73, "300%"), (0.86, "adapted head")):
-        legend.text(x, 0.2, text, size=10, va="center")
-    legend.text(0.84, 0.2, "▶", color=ORANGE, size=10, va="center")
+        legend.text(x, 0.34, text, size=10, va="center")
+    legend.text(0.84, 0.34, "▶", color=ORANGE, size=10, va="center")
 
     for ax, (name, span) in zip(header.subplots(1, 3, gridspec_kw=grid), spans.items()):
         words = " ".join(token for token in tokens[span] if token[0] != "<") or "patches, row by row"
@@ -279,7 +284,7 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
                 inset.axis("off")
 
     rows = ("values", values, tuned.adapter.heads), ("queries", queries, {})
-    notes = {("values", 0): ("cannot change", "the adapter writes"), ("values", 1): ("", "", "follows")}
+    blocks = {}  # {(values or queries, layer): its three axes}
     for part, (name, (before, after), selected) in zip(parts, rows):
         moves = ((after - before).norm(dim=-1) / before.norm(dim=-1)).cpu().numpy()  # [L, H or H_q, T]
         moves[moves == 0] = np.nan  # which is transparent
@@ -292,8 +297,15 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
             for head in selected.get(layer, []):
                 beside = {"xy": (-0.012, head), "xycoords": ("axes fraction", "data"), "ha": "center", "va": "center"}
                 axes[1].annotate("▶", **beside, color=ORANGE, size=6)
-            for ax, words in zip(axes, notes.get((name, layer), ())):
-                ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", path_effects=RIM)
+            blocks[name, layer] = axes
+
+    lowest, heads = min(tuned.adapter.heads.items())
+    before_image, image, _ = blocks["values", lowest]
+    _, _, question = blocks["values", lowest + 1]
+    centred = {"ha": "center", "va": "center", "path_effects": RIM}
+    before_image.text(0.5, 0.5, "cannot change", transform=before_image.transAxes, **centred)
+    image.text(0.5, heads[len(heads) // 2], "the adapter writes", transform=image.get_yaxis_transform(), **centred)
+    question.text(0.5, 0.5, "follows", transform=question.transAxes, **centred)
     return figure
 
 
@@ -320,7 +332,7 @@ def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
     wrong = [i for i, answer in enumerate(answers) if not pictures.is_right(answer)]
     last_wrong = max(wrong, default=len(answers) - 1)
     shown = [0, len(answers) // 5, 2 * len(answers) // 5, last_wrong]
-    figure = plt.figure(figsize=(WIDTH, 5.2), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 5), layout="constrained")
     titles = [f"Before fine-tuning: where {name} looks (bright), and its attention to the target (framed)"]
     titles += ["After fine-tuning; below, whether the model clicks the target"]
     for time, (title, row) in enumerate(zip(titles, figure.subfigures(2, 1))):
@@ -339,7 +351,8 @@ def draw_look(ax: plt.Axes, answer: Answer, weights: Tensor) -> None:
     left, top, right, bottom = answer.sample["bbox"]
     ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=1.5, path_effects=RIM))
     share = f"{share_on(answer.sample['bbox'], weights):.0%}"
-    ax.text(left - 4, (top + bottom) / 2, share, size=13, weight="bold", ha="right", va="center", path_effects=RIM)
+    x, side = (right + 4, "left") if right + 36 < SIZE else (left - 4, "right")
+    ax.text(x, (top + bottom) / 2, share, size=13, weight="bold", ha=side, va="center", path_effects=RIM)
     verdict = "correct" if pictures.is_right(answer) else "wrong"
     ax.set_xlabel(f"{answer.sample['instruction']}: {verdict}", loc="left", color=RED if verdict == "wrong" else INK)
     bare(ax)
