@@ -51,7 +51,7 @@ COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
 LIGHT = "#e4e7ec"
 STYLE = {"font.size": 10, "text.color": INK, "savefig.dpi": 200, "legend.frameon": False}
 STYLE |= {"figure.constrained_layout.h_pad": 0.07, "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"axes.axisbelow": True, "grid.color": LIGHT, "hatch.color": "#d0d5dd", "hatch.linewidth": 0.6}
+STYLE |= {"axes.axisbelow": True, "grid.color": LIGHT, "hatch.linewidth": 0.6}
 RIM = [withStroke(linewidth=3, foreground="white")]  # around what stands on dark ground
 
 
@@ -208,7 +208,7 @@ def draw_text(runs: pd.DataFrame) -> plt.Figure:
 
 FILMED = {  # {kind of question: the title of its row}
     "click": "New task: {:.1%} of the switches are clicked",
-    "what_is_right_of": "Old questions, not trained: {:.1%} are answered correctly. Three that the model loses:",
+    "what_is_right_of": "Questions not asked in training: {:.1%} are answered correctly. Three that get lost:",
 }
 
 
@@ -229,15 +229,15 @@ def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Im
     film_step(0, base)
     tuned = train.finetune(run, verbose=True, after_step=film_step)
     # Of the clicks every seventh is shown, which gives three screens; of the other answers the first that get lost.
-    _, (_, base_names) = film[0]
+    _, (_, first_names) = film[0]
     _, (_, last_names) = film[run.steps]
-    kept = [pictures.is_right(last) or not pictures.is_right(base) for base, last in zip(base_names, last_names)]
-    shown = range(0, 15, 7), np.argsort(kept, stable=True)[:3]
+    is_kept = [pictures.is_right(last) or not pictures.is_right(first) for first, last in zip(first_names, last_names)]
+    shown = [0, 7, 14], np.argsort(is_kept, stable=True)[:3]
     frames = []
     for step, measured in film.items():
         rows = {}
-        for title, chosen, (_, base_answers), (share, answers) in zip(FILMED.values(), shown, film[0], measured):
-            rows[title.format(share)] = [(base_answers[i], answers[i]) for i in chosen if i < len(answers)]
+        for title, numbers, (_, base_answers), (share, answers) in zip(FILMED.values(), shown, film[0], measured):
+            rows[title.format(share)] = [(base_answers[i], answers[i]) for i in numbers if i < len(answers)]
         frames.append(pictures.film_frame(rows, f"step {step:,} of {run.steps:,}"))
     return tuned, frames
 
@@ -319,7 +319,7 @@ def hatch(ax: plt.Axes) -> None:
 
 
 def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
-    """Where the head that has turned to the targets the most looks for four of the questions, and the clicks."""
+    """Where the head that has turned to the targets the most looks for four of the questions, before and after."""
     answers = tuned.answers
     counted = answers[:100]  # enough for a mean
     shares = [share_on(answer.sample["bbox"], attention_maps(tuned, answer)) for answer in counted]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import train
-from data import costs, prompts
+from data import costs, evaluate, pictures, prompts
 from data.base import load_base
 from data.command import command
 from data.study import plan, pretrain, runs, smollm
@@ -256,3 +256,10 @@ def test_text_shows_what_is_hit_at_gamma_1_and_at_the_one_that_attention_predict
     expected = [[10 + model, 70 + model] for model in plan.MODELS]
     expected += [[10 + model, 10 + model] for model in plan.MODELS] * 2
     assert drawn == expected
+
+
+def test_a_wrong_name_is_shown_with_the_correct_one():
+    """A correct name stands alone."""
+    sample = {"instruction": "what is right of wifi", "answer": "red moon"}
+    assert pictures.verdict(evaluate.Answer(None, sample, "red moon")) == "red moon"
+    assert pictures.verdict(evaluate.Answer(None, sample, "sync")) == "sync,\nnot red moon"
