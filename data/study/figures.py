@@ -228,11 +228,13 @@ def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Im
 
     film_step(0, base)
     tuned = train.finetune(run, verbose=True, after_step=film_step)
-    # Of the clicks every seventh is shown, which gives three screens; of the other answers the first that get lost.
     _, (_, first_names) = film[0]
     _, (_, last_names) = film[run.steps]
-    is_kept = [pictures.is_right(last) or not pictures.is_right(first) for first, last in zip(first_names, last_names)]
-    shown = [0, 7, 14], np.argsort(is_kept, stable=True)[:3]
+    lost = {}  # {old screen: the number of its first question whose answer gets lost}
+    for i, (first, last) in enumerate(zip(first_names, last_names)):
+        if pictures.is_right(first) and not pictures.is_right(last):
+            lost.setdefault(last.screen, i)
+    shown = [0, 7, 14], list(lost.values())[:3]  # Every seventh click is on another screen.
     frames = []
     for step, measured in film.items():
         rows = {}
@@ -333,13 +335,15 @@ def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
     last_wrong = max(wrong, default=len(answers) - 1)
     shown = [0, len(answers) // 5, 2 * len(answers) // 5, last_wrong]
     figure = plt.figure(figsize=(WIDTH, 5), layout="constrained")
-    titles = [f"Before fine-tuning: where {name} looks (bright), and its attention to the target (framed)"]
-    titles += ["After fine-tuning; below, whether the model clicks the target"]
-    for time, (title, row) in enumerate(zip(titles, figure.subfigures(2, 1))):
-        row.suptitle(title, x=0.01, ha="left", size=10)
-        for ax, i in zip(row.subplots(1, len(shown)), shown):
-            answer = (tuned.base_answers, tuned.answers)[time][i]
-            draw_look(ax, answer, attention_maps(tuned, answer)[time, layer, head].cpu())
+    base_row, tuned_row = figure.subfigures(2, 1)
+    before = f"Before fine-tuning: where {name} looks (bright), and its attention to the target (framed)"
+    after = "After fine-tuning; below, whether the model clicks the target"
+    base_row.suptitle(before, x=0.01, ha="left", size=10)
+    tuned_row.suptitle(after, x=0.01, ha="left", size=10)
+    for i, base_ax, ax in zip(shown, base_row.subplots(1, 4), tuned_row.subplots(1, 4)):
+        base_look, look = attention_maps(tuned, answers[i])[:, layer, head].cpu()
+        draw_look(base_ax, tuned.base_answers[i], base_look)
+        draw_look(ax, answers[i], look)
     return figure
 
 
