@@ -1,15 +1,18 @@
 """Draws the pictures of the pages anew, in about two minutes: python -m data.study.figures
 
-training.gif    a few clicks of the demo's run, while they move to the switches
+where.png       what each method writes
+kept.png        what it keeps of the base model's other answers, from runs.csv and smollm.csv
+text.png        what it hits where the text before the image is not as in training, from runs.csv
+training.gif    the demo's run: clicks move to the switches, and answers about old screens go wrong
 tensors.png     what this run changes, layer by layer and token by token
 look.png        where a head looks before and after it
-trade_off.png   models whose update is turned down after training, from runs.csv and smollm.csv
 """
 
 import io
 import sys
 import textwrap
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from data.evaluate import Answer, evaluate
 from data.pictures import BLUE, GREY, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE, Box
-from data.study.plan import MODELS, SMOLLM2_BASES
+from data.study.plan import FEWER_PROBLEMS, MODELS, MORE_TEXT, SMOLLM2_BASES, TEXT
 
 try:
     import matplotlib.pyplot as plt
@@ -44,12 +47,12 @@ except ImportError:
     sys.exit(2)
 
 WIDTH = 8.3  # of a picture, in inches
+COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
+LIGHT = "#e4e7ec"
 STYLE = {"font.size": 10, "text.color": INK, "savefig.dpi": 200, "legend.frameon": False}
-STYLE |= {"figure.constrained_layout.h_pad": 0.07}
+STYLE |= {"figure.constrained_layout.h_pad": 0.07, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.axisbelow": True, "grid.color": LIGHT, "hatch.linewidth": 0.6}
 RIM = [withStroke(linewidth=3, foreground="white")]  # around what stands on dark ground
-TARGET = {"marker": "s", "markersize": 9, "color": "black", "markerfacecolor": "none", "markeredgewidth": 1.5}
-CROSS = {"marker": "x", "markersize": 7, "color": ORANGE, "markeredgewidth": 2, "path_effects": RIM}
-RING = {"marker": r"$\odot$", "markersize": 10, "color": BLUE, "path_effects": RIM}
 
 
 @dataclass(frozen=True)
@@ -60,34 +63,185 @@ class FiguresConfig:
 
 @plt.rc_context(STYLE)
 def make_figures(cfg: FiguresConfig) -> None:
-    """The demo's run, filmed; then its pictures, and that of the study's runs."""
+    """The pictures of the study's runs; then the demo's run, its film and its pictures."""
     out = Path(cfg.out)
     make_directory(out)
-    run = train.Config(device=cfg.device)
-    # Many frames at the start, where clicks move, and few at the end.
-    filmed_steps = {round(run.steps * (frame / 32) ** 2) for frame in range(33)}
-    film = {}  # {step: answers, ...}
-
-    def film_step(step: int, model) -> None:
-        if step in filmed_steps:
-            # Every seventh of the answers about nine screens, which gives six on six screens, of words and icons.
-            _, answers = evaluate(model, *screens_and_features(model, "new", "test", 9))
-            film[step] = answers[::7]
-
-    film_step(0, load_base(run.base, find_device(run.device)))
-    tuned = train.finetune(run, verbose=True, after_step=film_step)
-    frames = []
-    for step, answers in film.items():
-        hits = sum(map(pictures.hits, answers))
-        headline = f"step {step:,} of {run.steps:,}:  {hits} of {len(answers)} clicks hit"
-        frames.append(pictures.page(film[0], answers, 3, headline))
+    runs = compare.at_chosen_rates(compare.read_runs())
+    figures = {"where": draw_where(), "kept": draw_kept(runs), "text": draw_text(runs)}
+    tuned, frames = film_training(train.Config(device=cfg.device))
     pictures.save(frames, out / "training.gif")
-    figures = {"tensors": draw_changes(tuned), "look": draw_attention(tuned)}
-    figures["trade_off"] = draw_trade_off(compare.read_runs())
+    figures |= {"tensors": draw_changes(tuned), "look": draw_attention(tuned)}
     for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer)
         pictures.save([Image.open(buffer).convert("RGB")], out / f"{name}.png")
+
+
+# ---- What each method writes -----------------------------------------------------------------------------------------
+
+
+def draw_where() -> plt.Figure:
+    """For each method a cell for each token and projection, coloured where its adapter writes."""
+    spans = {"text": (0, 2), "image": (2.3, 4), "question": (6.6, 2)}  # {name: (left edge, number of tokens)}
+    projections = "outputs", "values", "keys", "queries"  # from below
+    figure, axes = plt.subplots(
+        1, 3, figsize=(WIDTH, 2.1), layout="constrained", sharey=True, gridspec_kw={"wspace": 0.1}
+    )
+    for ax, (method, colour) in zip(axes, COLOURS.items()):
+        for (row, projection), (span, (left, num_tokens)) in product(enumerate(projections), spans.items()):
+            of_the_image = span == "image" and (method == "Partial LoRA" or projection == "values")
+            is_written = method == "LoRA" or of_the_image
+            cells = [(left + token, 0.93) for token in range(num_tokens)]  # (left edge, width)
+            ax.broken_barh(cells, (row - 0.45, 0.9), color=colour if is_written else LIGHT, linewidth=0)
+        bare(ax)
+        ax.margins(x=0)
+        ax.set_title(method, color=colour, weight="bold", size=13, loc="left")
+        ax.set_xticks([left + num_tokens / 2 for left, num_tokens in spans.values()], spans)
+        ax.set_yticks(range(len(projections)), projections)
+        ax.tick_params(length=0)
+        effect = "changed" if method == "LoRA" else "unchanged"
+        ax.set_xlabel(f"without an image: {effect}", weight="bold", color=colour)
+    return figure
+
+
+def bare(ax: plt.Axes) -> None:
+    """Without ticks and frame."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+# ---- What the study's runs keep --------------------------------------------------------------------------------------
+
+CONDITIONS = {  # {title: (ending of a method's name, which of its rows)}
+    "as\ntrained": ("", {"gamma": 1}),
+    "turned\ndown": ("", {"turned_down": True}),
+    "turned down,\nown answers": (" with own answers", {"turned_down": True}),
+}
+
+
+def draw_kept(runs: pd.DataFrame) -> plt.Figure:
+    """The other questions that are answered correctly in each of CONDITIONS: a line through the means of each method,
+    and a small point for each model.
+
+    runs: rows of compare.read_runs() at the chosen learning rates."""
+    panels = {"three tiny models": "skilled"} | dict(zip(SMOLLM2_BASES, SMOLLM2_BASES))  # {title: setting}
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3), layout="constrained", sharey=True)
+    last = len(CONDITIONS) - 1
+    for ax, (title, setting) in zip(axes, panels.items()):
+        of_setting = compare.rows_where(runs, {"setting": setting, "text": 0})
+        base = compare.rows_where(of_setting, {"method": "base model"}).other_questions_acc.mean()
+        ax.hlines(base, 0, last, GREY, "--", linewidth=1.2)
+        ax.text(0, base + 2, f"base model {base:.0f}", color=GREY, size=9)
+        for method, colour in COLOURS.items():
+            means = []
+            for x, (ending, where) in enumerate(CONDITIONS.values()):
+                rows = compare.rows_where(of_setting, {"method": method + ending} | where)
+                models = rows.groupby("model").other_questions_acc.mean()
+                ax.scatter([x] * len(models), models, 12, colour, alpha=0.5, linewidth=0)
+                means.append(models.mean())
+            ax.plot(means, color=colour, marker="o", linewidth=2, label=method)
+        for x, label_x, side in ((0, -0.12, "right"), (last, last + 0.12, "left")):
+            heights = [line.get_ydata()[x] for line in ax.lines]
+            for line, height, label_y in zip(ax.lines, heights, spread(heights, gap=7)):
+                ax.text(label_x, label_y, f"{height:.0f}", color=line.get_color(), ha=side, va="center")
+        ax.set(title=title, xlim=(-0.5, last + 0.5), ylim=(0, 112), yticks=range(0, 101, 20))
+        ax.set_xticks(range(len(CONDITIONS)), CONDITIONS, size=8.5)
+        ax.grid(axis="y")
+    axes[0].set_ylabel("other questions, %")
+    lines = [*axes[0].lines, Line2D([], [], linestyle="", marker=".", color=GREY, label="one model or run")]
+    figure.legend(handles=lines, loc="outside upper left", ncols=len(lines))
+    return figure
+
+
+def spread(heights: list[float], gap: float) -> np.ndarray:
+    """Heights of labels: those of their points, moved apart where two are closer than the gap."""
+    moved = np.array(heights, float)
+    for _ in range(50):  # because a label that gives way to one neighbour may come too close to the next
+        for lower, upper in pairwise(moved.argsort()):
+            overlap = max(0, gap - (moved[upper] - moved[lower]))
+            moved[lower] -= overlap / 2
+            moved[upper] += overlap / 2
+    return moved
+
+
+def draw_text(runs: pd.DataFrame) -> plt.Figure:
+    """The switches that are hit after more or fewer word problems than in training. Left: means over the models. Right:
+    what lowering gamma as the base model's attention predicts does for Image-LoRA, a line for each model.
+
+    runs: as for `draw_kept`."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained", sharey=True)
+    packed = compare.rows_where(runs, {"setting": "skilled, packed", "seed": 1})
+    styles = {"": "-", " trained after 9": ":", " trained after 0 to 9": "--"}
+    for (method, colour), (ending, style) in product(COLOURS.items(), styles.items()):
+        hits = compare.rows_where(packed, {"method": method + ending, "gamma": 1}).groupby("text").task_acc.mean()
+        left.plot(hits.reindex(TEXT).to_numpy(), style, color=colour, marker="o", markersize=4, linewidth=2)
+    left.set(title="Three methods, means of three models", ylabel="switches hit, %", ylim=(-3, 103))
+    left.set_xticks(range(len(TEXT)), TEXT)
+
+    shares = compare.rows_where(runs, {"setting": "skilled", "method": "base model"}).set_index(["model", "text"])
+    shares = shares.filter(like="image_share").mean(axis=1)  # of the image in the attention, over the layers
+    for (i, text), (j, model) in product(enumerate(FEWER_PROBLEMS), enumerate(MODELS)):
+        curve = compare.rows_where(packed, {"method": MORE_TEXT, "model": model, "text": text})
+        curve = curve.set_index("gamma").task_acc
+        predicted = shares[model, 9] / shares[model, text]
+        nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
+        x = 4 * i + j
+        right.plot([x, x], [curve[1.0], curve[nearest]], color=BLUE, linewidth=1)
+        right.plot(x, curve[1.0], "o", color=BLUE, markerfacecolor="white")
+        right.plot(x, curve[nearest], "o", color=BLUE)
+    right.set(title="Image-LoRA trained after 9, model by model")
+    right.set_xticks([1, 5, 9], FEWER_PROBLEMS)  # below the second of three models
+    for ax in (left, right):
+        ax.set_xlabel("word problems before the image, when asked")
+        ax.grid(axis="y")
+    handles = [Line2D([], [], color=colour, label=method) for method, colour in COLOURS.items()]
+    names = "trained after 0", "trained after 9", "trained after 0 to 9"
+    handles += [Line2D([], [], color=INK, linestyle=style, label=name) for name, style in zip(names, styles.values())]
+    left.legend(handles=handles, loc="lower right", fontsize=9)
+    dots = {"at γ = 1": "white", "at the predicted γ": BLUE}
+    handles = [Line2D([], [], ls="", marker="o", color=BLUE, mfc=fill, label=name) for name, fill in dots.items()]
+    right.legend(handles=handles, loc="lower right")
+    return figure
+
+
+# ---- The demo's run, filmed ------------------------------------------------------------------------------------------
+
+FILMED = {  # {kind of question: the title of its row}
+    "click": "New task: {:.1%} of the switches are clicked",
+    "what_is_right_of": "Questions not asked in training: {:.1%} are answered correctly. Three that get lost:",
+}
+
+
+def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Image]]:
+    """The run, and the frames of a film: three of the clicks on new screens, and below them three of the answers about
+    old ones. The shares are of all test screens."""
+    # Many frames at the start, where clicks move, and few at the end.
+    filmed_steps = {round(run.steps * (frame / 20) ** 3) for frame in range(21)}
+    base = load_base(run.base, find_device(run.device))
+    new_test = screens_and_features(base, "new", "test", run.test_screens)
+    old_test = screens_and_features(base, "old", "test", run.test_screens // 2 + 1)
+    film = {}  # {step: [(share of correct answers, answers) for each of FILMED]}
+
+    def film_step(step: int, model) -> None:
+        if step in filmed_steps:
+            film[step] = [evaluate(model, *test, kind) for test, kind in zip((new_test, old_test), FILMED)]
+
+    film_step(0, base)
+    tuned = train.finetune(run, verbose=True, after_step=film_step)
+    _, (_, first_names) = film[0]
+    _, (_, last_names) = film[run.steps]
+    lost = {}  # {old screen: the number of its first question whose answer gets lost}
+    for i, (first, last) in enumerate(zip(first_names, last_names)):
+        if pictures.is_right(first) and not pictures.is_right(last):
+            lost.setdefault(last.screen, i)
+    shown = [0, 7, 14], list(lost.values())[:3]  # Every seventh click is on another screen.
+    frames = []
+    for step, measured in film.items():
+        rows = {}
+        for title, numbers, (_, base_answers), (share, answers) in zip(FILMED.values(), shown, film[0], measured):
+            rows[title.format(share)] = [(base_answers[i], answers[i]) for i in numbers if i < len(answers)]
+        frames.append(pictures.film_frame(rows, f"step {step:,} of {run.steps:,}"))
+    return tuned, frames
 
 
 # ---- What fine-tuning changes ----------------------------------------------------------------------------------------
@@ -102,19 +256,22 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
     start = tokens.index(IMAGE)
     end = start + tokens.count(IMAGE)
     spans = {"words": slice(start), "image": slice(start, end), "question": slice(end, None)}
-    colours = LinearSegmentedColormap.from_list("changes", ["#244c96", "#2882cd", "#56b4e9", "#fff0be"])
-    colours = colours.with_extremes(bad="black")
+    colours = LinearSegmentedColormap.from_list("changes", ["#cfe6f7", "#56b4e9", "#0072b2", "#0b2a5b"])
+    colours = colours.with_extremes(bad="#00000000")  # transparent, so that the hatched ground shows
     grid = {"left": 0.13, "right": 0.99, "bottom": 0.03, "top": 0.97, "wspace": 0.05, "width_ratios": (19, 40, 10)}
-    figure = plt.figure(figsize=(WIDTH, 5.6))
-    legend, header, *parts = figure.subfigures(4, 1, height_ratios=(1, 2.5, 5, 5))
+    figure = plt.figure(figsize=(WIDTH, 5.9))
+    legend, header, *parts = figure.subfigures(4, 1, height_ratios=(1.6, 2.6, 5, 5))
 
-    legend.text(0.01, 0.5, "What fine-tuning changes", size=13, va="center")
-    words = [(0.37, "███", "black"), (0.42, "exactly 0", INK), (0.53, "3%", INK), (0.7, "300% of the base", INK)]
-    for x, text, colour in (*words, (0.865, "▶", ORANGE), (0.88, "selected head", INK)):
-        legend.text(x, 0.5, text, color=colour, size=9, va="center")
-    bar = legend.add_axes((0.565, 0.34, 0.125, 0.32))
+    legend.text(0.01, 0.8, "What fine-tuning changes in values and queries", size=13, va="center")
+    legend.text(0.01, 0.34, "change, relative to the vector's length:", size=10, va="center")
+    zero = legend.add_axes((0.37, 0.2, 0.05, 0.28))
+    hatch(zero)
+    bar = legend.add_axes((0.58, 0.2, 0.14, 0.28))
     bar.imshow([np.linspace(0, 1, 256)], colours, aspect="auto")
-    bar.axis("off")
+    bare(bar)
+    for x, text in ((0.43, "exactly 0"), (0.54, "3%"), (0.73, "300%"), (0.86, "adapted head")):
+        legend.text(x, 0.34, text, size=10, va="center")
+    legend.text(0.84, 0.34, "▶", color=ORANGE, size=10, va="center")
 
     for ax, (name, span) in zip(header.subplots(1, 3, gridspec_kw=grid), spans.items()):
         words = " ".join(token for token in tokens[span] if token[0] != "<") or "patches, row by row"
@@ -129,32 +286,42 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
                 inset.axis("off")
 
     rows = ("values", values, tuned.adapter.heads), ("queries", queries, {})
+    blocks = {}  # {(values or queries, layer): its three axes}
     for part, (name, (before, after), selected) in zip(parts, rows):
         moves = ((after - before).norm(dim=-1) / before.norm(dim=-1)).cpu().numpy()  # [L, H or H_q, T]
-        moves[moves == 0] = np.nan  # which is drawn black
+        moves[moves == 0] = np.nan  # which is transparent
         part.supylabel(f"{name} of {moves.shape[1]} heads", x=0.01)
         for layer, axes in enumerate(part.subplots(len(moves), 3, gridspec_kw=grid)):
             for ax, span in zip(axes, spans.values()):
                 ax.imshow(moves[layer][:, span], colours, LogNorm(0.03, 3), aspect="auto")
-                bare(ax)
+                hatch(ax)
             axes[0].set_ylabel(f"layer {layer}", rotation=0, ha="right", va="center")
             for head in selected.get(layer, []):
                 beside = {"xy": (-0.012, head), "xycoords": ("axes fraction", "data"), "ha": "center", "va": "center"}
                 axes[1].annotate("▶", **beside, color=ORANGE, size=6)
+            blocks[name, layer] = axes
+
+    lowest, heads = min(tuned.adapter.heads.items())
+    before_image, image, _ = blocks["values", lowest]
+    _, _, question = blocks["values", lowest + 1]
+    centred = {"ha": "center", "va": "center", "path_effects": RIM}
+    before_image.text(0.5, 0.5, "cannot change", transform=before_image.transAxes, **centred)
+    image.text(0.5, heads[len(heads) // 2], "the adapter writes", transform=image.get_yaxis_transform(), **centred)
+    question.text(0.5, 0.5, "follows", transform=question.transAxes, **centred)
     return figure
 
 
-def bare(ax: plt.Axes) -> None:
-    """Without ticks and frame."""
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
+def hatch(ax: plt.Axes) -> None:
+    """Hatched ground, without ticks and frame."""
+    ax.patch.set(hatch="////", edgecolor="#d0d5dd")
+    bare(ax)
 
 
 # ---- Where a head looks ----------------------------------------------------------------------------------------------
 
 
 def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
-    """Where the head that has turned to the targets the most looks for four of the questions, and the clicks."""
+    """Where the head that has turned to the targets the most looks for four of the questions, before and after."""
     answers = tuned.answers
     counted = answers[:100]  # enough for a mean
     shares = [share_on(answer.sample["bbox"], attention_maps(tuned, answer)) for answer in counted]
@@ -164,36 +331,33 @@ def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
     growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}, averaged over {len(counted)} questions"
     print(f"look     the attention of {name} to the target grew the most: {growth}")
 
-    wrong = [i for i, answer in enumerate(answers) if not pictures.hits(answer)]
+    wrong = [i for i, answer in enumerate(answers) if not pictures.is_right(answer)]
     last_wrong = max(wrong, default=len(answers) - 1)
     shown = [0, len(answers) // 5, 2 * len(answers) // 5, last_wrong]
-    figure = plt.figure(figsize=(WIDTH, 7.8), layout="constrained")
-    legend, *rows = figure.subfigures(4, 1, height_ratios=(0.14, 1, 1, 1))
-    before = f"Before fine-tuning: where {name} looks (bright), and how much of its attention is on the target"
-    for row, title in zip(rows, (before, "After fine-tuning", "The clicks")):
-        row.suptitle(title, x=0.01, ha="left", size=10)
-    columns = zip(*(row.subplots(1, len(shown)) for row in rows))
-    for i, (*looks, clicks) in zip(shown, columns):
-        for ax, weights in zip(looks, attention_maps(tuned, answers[i])[:, layer, head].cpu()):
-            draw_screen(ax, answers[i], f"{share_on(answers[i].sample['bbox'], weights):.0%}")
-            shade = 0.8 - 0.8 * (weights / weights.max()).sqrt().numpy()
-            ax.imshow(shade, ListedColormap(["#101828"]), alpha=shade, extent=(0, SIZE, SIZE, 0))
-        draw_screen(clicks, answers[i], "correct" if pictures.hits(answers[i]) else "wrong")
-        for answer, mark in ((tuned.base_answers[i], CROSS), (answers[i], RING)):
-            if answer.output is not None:  # otherwise the answer is no point
-                clicks.plot(*answer.output, **mark)
-
-    marks = {"target": TARGET, "base model's click": CROSS, "tuned model's click": RING}
-    handles = [Line2D([], [], label=label, linestyle="", **mark) for label, mark in marks.items()]
-    legend.legend(handles=handles, loc="center left", ncols=3)
+    figure = plt.figure(figsize=(WIDTH, 5), layout="constrained")
+    base_row, tuned_row = figure.subfigures(2, 1)
+    before = f"Before fine-tuning: where {name} looks (bright), and its attention to the target (framed)"
+    after = "After fine-tuning; below, whether the model clicks the target"
+    base_row.suptitle(before, x=0.01, ha="left", size=10)
+    tuned_row.suptitle(after, x=0.01, ha="left", size=10)
+    for i, base_ax, ax in zip(shown, base_row.subplots(1, 4), tuned_row.subplots(1, 4)):
+        base_look, look = attention_maps(tuned, answers[i])[:, layer, head].cpu()
+        draw_look(base_ax, tuned.base_answers[i], base_look)
+        draw_look(ax, answers[i], look)
     return figure
 
 
-def draw_screen(ax: plt.Axes, answer: Answer, verdict: str) -> None:
-    """A screen with the target of a question; below it the question."""
+def draw_look(ax: plt.Axes, answer: Answer, weights: Tensor) -> None:
+    """A screen under attention weights [rows, columns], with the target, the attention to it, and the question."""
     ax.imshow(answer.screen.image, extent=(0, SIZE, SIZE, 0), interpolation="bicubic")
+    shade = 0.8 - 0.8 * (weights / weights.max()).sqrt().numpy()
+    ax.imshow(shade, ListedColormap(["#101828"]), alpha=shade, extent=(0, SIZE, SIZE, 0))
     left, top, right, bottom = answer.sample["bbox"]
     ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=1.5, path_effects=RIM))
+    share = f"{share_on(answer.sample['bbox'], weights):.0%}"
+    x, side = (right + 4, "left") if right + 36 < SIZE else (left - 4, "right")
+    ax.text(x, (top + bottom) / 2, share, size=13, weight="bold", ha=side, va="center", path_effects=RIM)
+    verdict = "correct" if pictures.is_right(answer) else "wrong"
     ax.set_xlabel(f"{answer.sample['instruction']}: {verdict}", loc="left", color=RED if verdict == "wrong" else INK)
     bare(ax)
 
@@ -230,49 +394,6 @@ def look_inside(tuned: train.FinetuningRun, answer: Answer, num_problems=0) -> l
         before = queries_keys_values(model, prompt)
     after = queries_keys_values(model, prompt)
     return [prompt["input_ids"][0], *(torch.stack(pair)[:, :, 0] for pair in zip(before, after))]
-
-
-# ---- What happens if the update is turned down -----------------------------------------------------------------------
-
-COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
-
-
-def draw_trade_off(runs: pd.DataFrame) -> plt.Figure:
-    """The new task and the other questions where the trained update is multiplied by gamma, a panel for each model. A
-    point of a tiny model is a mean over the seeds."""
-    runs = compare.rows_where(compare.at_chosen_rates(runs), {"text": 0})
-    shown = {f"tiny model {model}": {"setting": "skilled", "model": model} for model in MODELS}
-    shown |= {setting: {"setting": setting} for setting in SMOLLM2_BASES}
-    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 6.4), layout="constrained", sharex=True, sharey="row")
-    *panels, legend = axes.flat
-    for (title, where), ax in zip(shown.items(), panels):
-        of_model = compare.rows_where(runs, where).groupby(["method", "gamma"])
-        points = of_model[["task_acc", "other_questions_acc"]].mean()
-        ax.axhline(points.other_questions_acc["base model", 1.0], color=GREY, linewidth=1, ls="--", label="base model")
-        for method, colour in COLOURS.items():
-            for name, style, fill in ((method, "-", colour), (f"{method} with own answers", ":", "white")):
-                if name in points.index:
-                    line = points.loc[name].sort_index(ascending=False).to_numpy()  # [γ, 2]
-                    mark = {"color": colour, "marker": "o", "markerfacecolor": fill}
-                    ax.plot(*line.T, style, **mark, markersize=3, label=name)
-                    ax.plot(*line[:1].T, **mark, markersize=8)  # γ = 1
-        curve = points.loc["Image-LoRA"]
-        labels = {} if title in SMOLLM2_BASES else {1.0: (-8, 0), 0.8: (-8, 0), 0.6: (-4, -9)}  # where there is room
-        for gamma, offset in labels.items():
-            where = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": "center"}
-            point = curve.task_acc[gamma], curve.other_questions_acc[gamma]
-            ax.annotate(f"γ = {gamma:g}", point, **where, color=BLUE, path_effects=RIM)
-        ax.set(title=title, xlim=(79, 100.5))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#e4e7ec")
-    for row, bottom in zip(axes, (38, 0)):
-        row[0].set(ylabel="other questions, %", ylim=(bottom, 101))
-    for ax in panels[2:]:
-        ax.set_xlabel("new task, %")
-        ax.tick_params(labelbottom=True)
-    legend.axis("off")
-    legend.legend(*panels[0].get_legend_handles_labels(), loc="center left")
-    return figure
 
 
 if __name__ == "__main__":

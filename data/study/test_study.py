@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 import train
-from data import costs, evaluate, prompts
+from data import costs, evaluate, pictures, prompts
 from data.base import load_base
 from data.command import command
 from data.study import plan, pretrain, runs, smollm
@@ -34,7 +35,9 @@ COMMANDS = {  # those that have options
 CAN_DRAW = find_spec("pandas") is not None and find_spec("matplotlib") is not None
 needs_matplotlib = pytest.mark.skipif(not CAN_DRAW, reason="without pandas or matplotlib")
 if CAN_DRAW:
-    from data.study import compare, figures
+    import pandas as pd
+
+    from data.study import figures
 
     COMMANDS |= {"-m data.study.figures": figures.FiguresConfig}
 
@@ -209,15 +212,57 @@ def test_the_command_draws_the_pictures_of_the_pages(tmp_path, capsys, monkeypat
     figures.make_figures(figures.FiguresConfig(out=str(tmp_path), device="cpu"))
     assert re.search("\nlook     the attention of .* grew the most: from", capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "data/figures").iterdir()}
-    assert Image.open(tmp_path / "training.gif").n_frames == 4
+    assert Image.open(tmp_path / "training.gif").n_frames == 4  # before training, and after each step
 
 
 @needs_matplotlib
-def test_the_trade_off_shows_every_method_at_every_gamma():
-    *panels, _ = figures.draw_trade_off(compare.read_runs()).axes  # the last one holds the legend
-    lines = [(2 * len(figures.COLOURS), plan.GAMMAS)] * len(plan.MODELS)  # without and with own answers
-    lines += [(2 * len(figures.COLOURS), evaluate.GAMMAS)] * len(plan.SMOLLM2_BASES)
-    assert len(panels) == len(lines)
-    for panel, (num_lines, gammas) in zip(panels, lines):
-        numbers_of_points = [len(line.get_xdata()) for line in panel.lines]
-        assert numbers_of_points.count(len(gammas)) == num_lines
+def test_kept_shows_the_means_over_models_as_trained_turned_down_and_with_own_answers():
+    """Of each method in each setting; gamma between 1 and the one that the rule takes is not shown."""
+    rows = []
+    expected = {}  # {(setting, method): the means}
+    numbers = iter(range(100))
+    for setting in ("skilled", *plan.SMOLLM2_BASES):
+        rows.append((setting, 1, "base model", 1.0, False, 90))
+        for method in plan.THREE:
+            lines = [(method, 1.0, False), (method, 0.7, True), (f"{method} with own answers", 0.8, True)]
+            kept = expected[setting, method] = [next(numbers) for _ in lines]
+            for (name, gamma, turned_down), mean in zip(lines, kept):
+                rows += [(setting, model, name, gamma, turned_down, mean + model - 2) for model in (1, 2, 3)]
+            rows.append((setting, 1, method, 0.9, False, 100))
+    columns = ["setting", "model", "method", "gamma", "turned_down", "other_questions_acc"]
+    figure = figures.draw_kept(pd.DataFrame(rows, columns=columns).assign(text=0))
+    for ax, setting in zip(figure.axes, ("skilled", *plan.SMOLLM2_BASES), strict=True):
+        drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+        assert drawn == {method: expected[setting, method] for method in plan.THREE}
+
+
+@needs_matplotlib
+def test_labels_are_moved_apart_by_as_little_as_they_need():
+    """And stay in their order."""
+    assert figures.spread([60, 20], 7).tolist() == [60, 20]
+    assert figures.spread([93, 50, 96, 93.5], 7).round(1).tolist() == [87.2, 50, 101.2, 94.2]
+
+
+@needs_matplotlib
+def test_text_shows_what_is_hit_at_gamma_1_and_at_the_one_that_attention_predicts():
+    """The image gets 40 % of the attention after nine word problems and 80 % after none, which predicts 0.5; so 0.6 is
+    nearer than 0.3. After one or three it gets 40 %, too, which predicts 1."""
+    columns = ["setting", "method", "model", "text", "gamma", "seed", "task_acc", "image_share_0", "image_share_1"]
+    rows = []
+    for model, text in product(plan.MODELS, plan.TEXT):
+        share = 80 if text == 0 else 40
+        rows.append(("skilled", "base model", model, text, 1.0, 1, 0, share + 10, share - 10))
+        for gamma, hits in ((1.0, 10), (0.6, 70), (0.3, 30)):
+            rows.append(("skilled, packed", plan.MORE_TEXT, model, text, gamma, 1, hits + model, None, None))
+    _, ax = figures.draw_text(pd.DataFrame(rows, columns=columns)).axes
+    drawn = [list(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 2]
+    expected = [[10 + model, 70 + model] for model in plan.MODELS]
+    expected += [[10 + model, 10 + model] for model in plan.MODELS] * 2
+    assert drawn == expected
+
+
+def test_a_wrong_name_is_shown_with_the_correct_one():
+    """A correct name stands alone."""
+    sample = {"instruction": "what is right of wifi", "answer": "red moon"}
+    assert pictures.verdict(evaluate.Answer(None, sample, "red moon")) == "red moon"
+    assert pictures.verdict(evaluate.Answer(None, sample, "sync")) == "sync,\nnot red moon"
