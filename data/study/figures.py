@@ -1,4 +1,4 @@
-"""Draws the pictures of the pages anew, in about two minutes: python -m data.study.figures
+"""Draws the pictures of the pages anew, in some minutes: python -m data.study.figures
 
 where.png       what each method writes
 kept.png        what it keeps of the base model's other answers, from runs.csv and smollm.csv
@@ -262,17 +262,7 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
     figure = plt.figure(figsize=(WIDTH, 5.9))
     legend, header, *parts = figure.subfigures(4, 1, height_ratios=(1.6, 2.6, 5, 5))
 
-    legend.text(0.01, 0.8, "What fine-tuning changes in values and queries", size=13, va="center")
-    legend.text(0.01, 0.34, "change, relative to the vector's length:", size=10, va="center")
-    zero = legend.add_axes((0.37, 0.2, 0.05, 0.28))
-    hatch(zero)
-    bar = legend.add_axes((0.58, 0.2, 0.14, 0.28))
-    bar.imshow([np.linspace(0, 1, 256)], colours, aspect="auto")
-    bare(bar)
-    for x, text in ((0.43, "exactly 0"), (0.54, "3%"), (0.73, "300%"), (0.86, "adapted head")):
-        legend.text(x, 0.34, text, size=10, va="center")
-    legend.text(0.84, 0.34, "▶", color=ORANGE, size=10, va="center")
-
+    draw_legend(legend, colours)
     for ax, (name, span) in zip(header.subplots(1, 3, gridspec_kw=grid), spans.items()):
         words = " ".join(token for token in tokens[span] if token[0] != "<") or "patches, row by row"
         ax.text(0, 1, name, size=13, va="top")
@@ -309,6 +299,20 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
     image.text(0.5, heads[len(heads) // 2], "the adapter writes", transform=image.get_yaxis_transform(), **centred)
     question.text(0.5, 0.5, "follows", transform=question.transAxes, **centred)
     return figure
+
+
+def draw_legend(part, colours) -> None:
+    """The title of the picture of changes, and what its colours mean."""
+    part.text(0.01, 0.8, "What fine-tuning changes in values and queries", size=13, va="center")
+    part.text(0.01, 0.34, "change, relative to the vector's length:", size=10, va="center")
+    zero = part.add_axes((0.37, 0.2, 0.05, 0.28))
+    hatch(zero)
+    bar = part.add_axes((0.58, 0.2, 0.14, 0.28))
+    bar.imshow([np.linspace(0, 1, 256)], colours, aspect="auto")
+    bare(bar)
+    for x, text in ((0.43, "exactly 0"), (0.54, "3%"), (0.73, "300%"), (0.86, "adapted head")):
+        part.text(x, 0.34, text, size=10, va="center")
+    part.text(0.84, 0.34, "▶", color=ORANGE, size=10, va="center")
 
 
 def hatch(ax: plt.Axes) -> None:
