@@ -40,7 +40,7 @@ from tiny_vlm import TinyVLM
 
 # Validation screens of three tiny models chose these rates: Image-LoRA's in all heads, the others' on q, k, v and o
 # (data/study/README.md).
-RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.005, "none": 0.0}
+RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.0025, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
 

@@ -160,8 +160,8 @@ def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
 WITH_OWN = [*plan.THREE, *plan.OWN_ANSWERS]
 REPLAY_ENDINGS = ("", " with own answers", " with correct answers")
 REPLAY_ENDINGS += (" with own answers but to 'switch'", " with correct answers but to 'switch'")
-REPLAY_ENDINGS += (" with correct answers about old screens",)
 REPLAYED = [method + ending for method in plan.THREE for ending in REPLAY_ENDINGS]
+REPLAYED += ["Image-LoRA with correct answers about old screens"]
 TEXT_ENDINGS = ("", " trained after 9", " trained after 0 to 9")
 TRAINED_AFTER = [method + ending for method in plan.THREE for ending in TEXT_ENDINGS]
 AFTER_TEXT = [
@@ -297,8 +297,8 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 
 def rate_tables(runs: pd.DataFrame) -> list[str]:
     """How learning rates were chosen."""
-    measures = {"skilled, packed": ("validation_acc", "other_questions_acc")}
-    measures |= dict.fromkeys(("unskilled, packed", plan.FIRST_BASE), ("validation_acc",))
+    measures = {"skilled": ("validation_acc", "other_questions_acc")}
+    measures |= dict.fromkeys(("skilled, packed", "unskilled, packed", plan.FIRST_BASE), ("validation_acc",))
     tables = []
     for setting, shown in measures.items():
         for measure in shown:

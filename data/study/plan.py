@@ -36,10 +36,13 @@ SETTINGS = {  # {setting: (base models, the fields of train.Config that its runs
 
 # {method: fields of train.Config}. With replay, in fewer heads, after text and on other tasks, a method keeps its rate.
 LORA = {"method": "lora", "lr": 0.0025}
-PARTIAL_LORA = {"method": "partial_lora", "lr": 0.005}  # arXiv 2401.16420, there on all linear layers
+PARTIAL_LORA = {"method": "partial_lora", "lr": 0.0025}  # arXiv 2401.16420, there on all linear layers
 IMAGE_LORA = {"heads": "all", "lr": 0.01}
 THREE = {"LoRA": LORA, "Partial LoRA": PARTIAL_LORA, "Image-LoRA": IMAGE_LORA}
-ON_V = {"LoRA on v": LORA | {"projections": "v", "lr": 0.005}, "Partial LoRA on v": PARTIAL_LORA | {"projections": "v"}}
+ON_V = {
+    "LoRA on v": LORA | {"projections": "v", "lr": 0.005},
+    "Partial LoRA on v": PARTIAL_LORA | {"projections": "v", "lr": 0.005},
+}
 RANK_2 = {  # LoRA and Partial LoRA are then as large as Image-LoRA in all heads
     "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
     "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},
@@ -70,7 +73,9 @@ OWN_ANSWERS = with_ending(THREE, " with own answers", **OWN)
 REPLAYS = OWN_ANSWERS | with_ending(THREE, " with correct answers", **CORRECT)
 REPLAYS |= with_ending(THREE, " with own answers but to 'switch'", **OWN, replay_no_switch=True)
 REPLAYS |= with_ending(THREE, " with correct answers but to 'switch'", **CORRECT, replay_no_switch=True)
-REPLAYS |= with_ending(THREE, " with correct answers about old screens", **CORRECT, replay_screens="old")
+REPLAYS |= with_ending(
+    {"Image-LoRA": IMAGE_LORA}, " with correct answers about old screens", **CORRECT, replay_screens="old"
+)
 AFTER_9 = with_ending(THREE, " trained after 9", text=9)  # word problems before each screen
 LAYER_0 = ",".join(f"0.{head}" for head in range(6))
 AFTER_9 |= {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": LAYER_0, "text": 9}}
@@ -105,14 +110,21 @@ SMOLLM2_SETTINGS = {  # {(base, dtype): the setting of these runs}
     ("smollm_1", "bfloat16"): f"{FIRST_BASE}, in bfloat16",  # in which learning rates were compared
 }
 RATES = {method: fields["lr"] for method, fields in METHODS.items()}
+RATES_PACKED = RATES | {f"Partial LoRA{ending}": 0.005 for ending in ("", " trained after 9", " trained after 0 to 9")}
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "unskilled, packed": {
         **{REWORDED: 0.0, "LoRA": 0.005, "Partial LoRA": 0.005, "Partial LoRA on v": 0.04, "Image-LoRA": 0.08}
     },
-    **dict.fromkeys(("skilled", "copying", "skilled, packed", "referring, packed"), RATES),
+    **dict.fromkeys(("skilled", "copying"), RATES),
+    **dict.fromkeys(("skilled, packed", "referring, packed"), RATES_PACKED),
     **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2),
 }
 TRIED = {  # {setting: {method: learning rates, once on each model}}
+    "skilled": {
+        "LoRA": (0.00125, 0.0025, 0.005),
+        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01),
+        "Image-LoRA": (0.005, 0.01, 0.02),
+    },
     "skilled, packed": {
         "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
         "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
