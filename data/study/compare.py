@@ -231,12 +231,11 @@ def show_models(title: str, rows: dict[str, tuple[str, str]], runs: pd.DataFrame
     return markdown(title, pd.DataFrame.from_dict(cells, orient="index", columns=titles))
 
 
-def what_else(runs: pd.DataFrame) -> str:
-    """Conditions of a training that could move the other questions as much as its method does."""
+def packing(runs: pd.DataFrame) -> str:
+    """What five questions in a sequence, instead of one, do to the same methods."""
     rows = {method: ("skilled", method) for method in plan.THREE}
-    rows |= {f"{method}, five questions a sequence": ("skilled, packed", method) for method in plan.THREE}
-    rows |= {method: ("skilled", method) for method in plan.OTHER_WAYS}
-    return show_models("tiny models, what else", rows, runs)
+    rows |= {f"{method}, packed": ("skilled, packed", method) for method in plan.THREE}
+    return show_models("tiny models, packing", rows, runs)
 
 
 def new_skill(runs: pd.DataFrame) -> str:
@@ -321,7 +320,7 @@ def page_tables(runs: pd.DataFrame) -> list[str]:
     """Those of the page, which a test compares with it."""
     chosen = at_chosen_rates(runs)
     tables = [show_table(table, chosen) for table in PAGE_TABLES]
-    return [*tables, what_else(chosen), equal_clicks(chosen), new_skill(chosen)]
+    return [*tables, packing(chosen), equal_clicks(chosen), new_skill(chosen)]
 
 
 def more_tables(runs: pd.DataFrame) -> list[str]:

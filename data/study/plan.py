@@ -54,12 +54,6 @@ FEW_HEADS = {
     "Image-LoRA in 4 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 4},
     "Image-LoRA in 4 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 4},
 }
-LAYERS_2_AND_3 = ",".join(f"{layer}.{head}" for layer in (2, 3) for head in range(6))
-OTHER_WAYS = {
-    "Image-LoRA in the upper half of the layers": IMAGE_LORA | {"heads": LAYERS_2_AND_3},
-    "Image-LoRA for 150 steps": IMAGE_LORA | {"steps": 150},
-    "Image-LoRA with trained γ": IMAGE_LORA | {"train_gamma": True},
-}
 
 
 def with_ending(methods: dict, ending: str, **changes) -> dict[str, dict]:
@@ -80,19 +74,14 @@ AFTER_9 = with_ending(THREE, " trained after 9", text=9)  # word problems before
 LAYER_0 = ",".join(f"0.{head}" for head in range(6))
 AFTER_9 |= {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": LAYER_0, "text": 9}}
 AFTER_0_TO_9 = with_ending(THREE, " trained after 0 to 9", text=9, vary_text=True)
-VARIED_OWN = with_ending(THREE, " trained after 0 to 9 with own answers", text=9, vary_text=True, **OWN)
-TEXTS = AFTER_9 | AFTER_0_TO_9 | VARIED_OWN
+TEXTS = AFTER_9 | AFTER_0_TO_9
 ON_QK = {"LoRA on q and k": LORA | {"projections": "qk"}}
-HINTED = {
-    name: (THREE | ON_V | RANK_2 | ON_QK)[name] for name in ("LoRA", "LoRA, rank 2", "LoRA on q and k", "LoRA on v")
-}
-HINTED |= {name: (THREE | ON_V)[name] for name in ("Partial LoRA", "Partial LoRA on v", "Image-LoRA")}
+HINTED = THREE | ON_QK | {"LoRA on v": ON_V["LoRA on v"]}
 HINTS = with_ending(HINTED, " with hints", hint="question")
-HINTS |= with_ending({"LoRA": LORA, "Image-LoRA": IMAGE_LORA}, " with hints before the image", hint="before_image")
-COPYING_HINTS = [f"{name} with hints" for name in ("LoRA", "LoRA on v", "Partial LoRA", "Image-LoRA")]
+COPYING_HINTS = [f"{name} with hints" for name in ("LoRA", "LoRA on v", "Image-LoRA")]
 REWORDED = "base model, asked to click right of the name"
 BASE = {"base model": {"method": "none", "lr": 0.0}, REWORDED: {"method": "none", "lr": 0.0}}
-METHODS = THREE | ON_V | RANK_2 | HALF_RATE | FEW_HEADS | OTHER_WAYS | REPLAYS | TEXTS | HINTS | BASE
+METHODS = THREE | ON_V | RANK_2 | HALF_RATE | FEW_HEADS | REPLAYS | TEXTS | HINTS | BASE
 
 SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
@@ -113,7 +102,11 @@ RATES = {method: fields["lr"] for method, fields in METHODS.items()}
 RATES_PACKED = RATES | {f"Partial LoRA{ending}": 0.005 for ending in ("", " trained after 9", " trained after 0 to 9")}
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "unskilled, packed": {
-        **{REWORDED: 0.0, "LoRA": 0.005, "Partial LoRA": 0.005, "Partial LoRA on v": 0.04, "Image-LoRA": 0.08}
+        REWORDED: 0.0,
+        "LoRA": 0.005,
+        "Partial LoRA": 0.005,
+        "Partial LoRA on v": 0.04,
+        "Image-LoRA": 0.08,
     },
     **dict.fromkeys(("skilled", "copying"), RATES),
     **dict.fromkeys(("skilled, packed", "referring, packed"), RATES_PACKED),
@@ -148,10 +141,8 @@ GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TEXT = (0, 1, 3, 9)  # word problems before an image
 MORE_TEXT = "Image-LoRA trained after 9"  # word problems, and asked after as many or fewer
 FEWER_PROBLEMS = (0, 1, 3)
-FEWER_GAMMAS = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4)
 RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
 AS_LARGE = [*RANK_2, *HALF_RATE, "LoRA on v", "Partial LoRA on v", "Image-LoRA"]
-UPPER_HALF = "Image-LoRA in the upper half of the layers"
 
 
 class Group(NamedTuple):
@@ -179,8 +170,6 @@ GROUPS = [
     Group("skilled", [REWORDED]),
     Group("skilled", THREE | OWN_ANSWERS, gammas=GAMMAS),
     Group("skilled", REPLAYS),
-    Group("skilled", OTHER_WAYS),
-    Group("skilled", [UPPER_HALF], gammas=GAMMAS),
     Group("skilled", HINTS),
     Group("skilled", ["Image-LoRA", MORE_TEXT], texts=TEXT),
     Group("copying", ["base model", *COPYING_HINTS]),
@@ -188,7 +177,6 @@ GROUPS = [
     Group("skilled, packed", FEW_HEADS, (1, 2)),
     Group("skilled, packed", THREE, texts=TEXT),
     Group("skilled, packed", AFTER_9 | AFTER_0_TO_9, texts=TEXT),
-    Group("skilled, packed", [MORE_TEXT], gammas=FEWER_GAMMAS, texts=FEWER_PROBLEMS),
     Group("unskilled, packed", [REWORDED, *RIVALS]),
     Group("referring, packed", RIVALS),
 ]
