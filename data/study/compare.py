@@ -274,24 +274,20 @@ def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
 
 
 def text_and_attention(runs: pd.DataFrame) -> str:
-    """Image-LoRA, trained after nine word problems and asked after fewer: the gamma that the image's share of attention
-    in the base model predicts, the best one on validation screens, and what they hit on test screens."""
-    runs = rows_where(runs, {"seed": 1})
-    shares = runs[(runs.setting == "skilled") & (runs.method == "base model")].set_index(["model", "text"])
-    shares = shares[[f"image_share_{layer}" for layer in range(4)]].mean(axis=1)
+    """Image-LoRA asked after more or fewer word problems than in training, with the gamma that the image's share of
+    attention in the base model predicts: its share in training, divided by the one when asked."""
+    runs = rows_where(runs, {"setting": "skilled", "seed": 1, "gamma": 1})
+    shares = rows_where(runs, {"method": "base model"}).set_index(["model", "text"])
+    shares = shares.filter(like="image_share").mean(axis=1)  # over the layers
+    asked = [(plan.MORE_TEXT, 9, text) for text in plan.FEWER_PROBLEMS] + [("Image-LoRA", 0, 9)]
     rows = {}
-    for model, text in product(plan.MODELS, plan.FEWER_PROBLEMS):
-        curve = rows_where(runs, {"setting": "skilled, packed", "model": model, "method": plan.MORE_TEXT, "text": text})
-        curve = curve.set_index("gamma")
-        predicted = shares[model, 9] / shares[model, text]
-        best = curve.validation_acc.idxmax()
-        nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
-        cells = [f"{shares[model, text]:.0f}", f"{predicted:.2f}", f"{curve.task_acc[1.0]:.1f}"]
-        cells += [f"{curve.task_acc[gamma]:.1f} (γ = {gamma})" for gamma in (nearest, best)]
-        rows[f"model {model}, after {text}"] = cells
-    titles = ["attention to the image, %", "predicted γ", "new task at γ = 1, %"]
-    titles += ["at the γ nearest to the prediction, %", "at the best γ on validation screens, %"]
-    return markdown("trained after 9, packed", pd.DataFrame.from_dict(rows, orient="index", columns=titles))
+    for (method, trained, text), model in product(asked, plan.MODELS):
+        (row,) = rows_where(runs, {"method": method, "model": model, "text": text}).to_dict("records")
+        cells = [f"{shares[model, trained] / shares[model, text]:.2f}"]
+        cells += [f"{row[name]:.1f}" for name in ("task_acc", "one_gamma_acc", "layer_gammas_acc")]
+        rows[f"trained after {trained}, asked after {text}, model {model}"] = cells
+    titles = ["predicted γ", "at γ = 1, %", "at the predicted γ, %", "at a γ predicted for each layer, %"]
+    return markdown("Image-LoRA, new task", pd.DataFrame.from_dict(rows, orient="index", columns=titles))
 
 
 def rate_tables(runs: pd.DataFrame) -> list[str]:
@@ -320,13 +316,13 @@ def page_tables(runs: pd.DataFrame) -> list[str]:
     """Those of the page, which a test compares with it."""
     chosen = at_chosen_rates(runs)
     tables = [show_table(table, chosen) for table in PAGE_TABLES]
-    return [*tables, packing(chosen), equal_clicks(chosen), new_skill(chosen)]
+    return [*tables, packing(chosen), equal_clicks(chosen), new_skill(chosen), text_and_attention(chosen)]
 
 
 def more_tables(runs: pd.DataFrame) -> list[str]:
     """Numbers that the page tells in a sentence or a picture."""
     chosen = at_chosen_rates(runs)
-    return [*(show_table(table, chosen) for table in MORE_TABLES), text_and_attention(chosen), *rate_tables(runs)]
+    return [*(show_table(table, chosen) for table in MORE_TABLES), *rate_tables(runs)]
 
 
 if __name__ == "__main__":

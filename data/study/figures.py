@@ -178,17 +178,13 @@ def draw_text(runs: pd.DataFrame) -> plt.Figure:
     left.set(title="Three methods, means of three models", ylabel="switches hit, %", ylim=(-3, 103))
     left.set_xticks(range(len(TEXT)), TEXT)
 
-    shares = compare.rows_where(runs, {"setting": "skilled", "method": "base model"}).set_index(["model", "text"])
-    shares = shares.filter(like="image_share").mean(axis=1)  # of the image in the attention, over the layers
+    trained_after_9 = compare.rows_where(runs, {"setting": "skilled", "method": MORE_TEXT})
+    trained_after_9 = trained_after_9.set_index(["model", "text"])
     for (i, text), (j, model) in product(enumerate(FEWER_PROBLEMS), enumerate(MODELS)):
-        curve = compare.rows_where(packed, {"method": MORE_TEXT, "model": model, "text": text})
-        curve = curve.set_index("gamma").task_acc
-        predicted = shares[model, 9] / shares[model, text]
-        nearest = min(curve.index, key=lambda gamma: abs(gamma - predicted))
-        x = 4 * i + j
-        right.plot([x, x], [curve[1.0], curve[nearest]], color=BLUE, linewidth=1)
-        right.plot(x, curve[1.0], "o", color=BLUE, markerfacecolor="white")
-        right.plot(x, curve[nearest], "o", color=BLUE)
+        row = trained_after_9.loc[model, text]
+        right.plot([4 * i + j] * 2, [row.task_acc, row.one_gamma_acc], color=BLUE, linewidth=1)
+        right.plot(4 * i + j, row.task_acc, "o", color=BLUE, markerfacecolor="white")
+        right.plot(4 * i + j, row.one_gamma_acc, "o", color=BLUE)
     right.set(title="Image-LoRA trained after 9, model by model")
     right.set_xticks([1, 5, 9], FEWER_PROBLEMS)  # below the second of three models
     for ax in (left, right):
