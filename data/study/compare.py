@@ -158,10 +158,7 @@ def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
 
 
 WITH_OWN = [*plan.THREE, *plan.OWN_ANSWERS]
-REPLAY_ENDINGS = ("", " with own answers", " with correct answers")
-REPLAY_ENDINGS += (" with own answers but to 'switch'", " with correct answers but to 'switch'")
-REPLAYED = [method + ending for method in plan.THREE for ending in REPLAY_ENDINGS]
-REPLAYED += ["Image-LoRA with correct answers about old screens"]
+REPLAYED = ["Image-LoRA", "Image-LoRA with own answers", *plan.REPLAYS]
 TEXT_ENDINGS = ("", " trained after 9", " trained after 0 to 9")
 TRAINED_AFTER = [method + ending for method in plan.THREE for ending in TEXT_ENDINGS]
 AFTER_TEXT = [
@@ -198,7 +195,12 @@ PAGE_TABLES = [  # in the order of the page
     ),
 ]
 MORE_TABLES = [
-    Table("tiny models", "skilled", ["base model", *WITH_OWN], as_trained(*PROBLEMS)),
+    Table(
+        "tiny models, more",
+        "skilled",
+        ["base model", *WITH_OWN, *plan.AT_HALF],
+        as_trained("other_questions_acc", *PROBLEMS),
+    ),
     *[
         Table(setting, setting, [*plan.SMOLLM2], as_trained(*SMOLLM2_MORE, show="mean"))
         for setting in plan.SMOLLM2_BASES

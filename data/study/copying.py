@@ -63,7 +63,7 @@ def teach(cfg: CopyingConfig) -> None:
         for i, pick in enumerate(picks):
             samples.append([copying_sample(rng)] if i % 2 == 0 else old_samples(screens[pick], 2, rng))
         batch = pack_sequences(samples, [[]] * len(samples), features.shape[1], model.device)
-        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / (STEPS // 20), 1 - step / STEPS)
+        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / max(STEPS // 20, 1), 1 - step / STEPS)
         loss = model(**batch, image_features=features[picks]).loss
         optimizer.zero_grad()
         loss.backward()

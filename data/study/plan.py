@@ -47,7 +47,8 @@ RANK_2 = {  # LoRA and Partial LoRA are then as large as Image-LoRA in all heads
     "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
     "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},
 }
-HALF_RATE = {"Partial LoRA, rank 2, at half the rate": RANK_2["Partial LoRA, rank 2"] | {"lr": 0.005}}
+RANK_2_AT_HALF = {"Partial LoRA, rank 2, at half the rate": RANK_2["Partial LoRA, rank 2"] | {"lr": 0.005}}
+AT_HALF = {"Partial LoRA at half the rate": PARTIAL_LORA | {"lr": 0.00125}}
 FEW_HEADS = {
     "Image-LoRA in 12 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 12},
     "Image-LoRA in 12 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 12},
@@ -64,12 +65,12 @@ def with_ending(methods: dict, ending: str, **changes) -> dict[str, dict]:
 OWN = {"replay": 2}  # the base model's own answers about new screens
 CORRECT = OWN | {"replay_answers": "correct"}
 OWN_ANSWERS = with_ending(THREE, " with own answers", **OWN)
-REPLAYS = OWN_ANSWERS | with_ending(THREE, " with correct answers", **CORRECT)
-REPLAYS |= with_ending(THREE, " with own answers but to 'switch'", **OWN, replay_no_switch=True)
-REPLAYS |= with_ending(THREE, " with correct answers but to 'switch'", **CORRECT, replay_no_switch=True)
-REPLAYS |= with_ending(
-    {"Image-LoRA": IMAGE_LORA}, " with correct answers about old screens", **CORRECT, replay_screens="old"
-)
+REPLAYS = {
+    "Image-LoRA with correct answers": IMAGE_LORA | CORRECT,
+    "Image-LoRA with own answers but to 'switch'": IMAGE_LORA | OWN | {"replay_no_switch": True},
+    "Image-LoRA with correct answers but to 'switch'": IMAGE_LORA | CORRECT | {"replay_no_switch": True},
+    "Image-LoRA with correct answers about old screens": IMAGE_LORA | CORRECT | {"replay_screens": "old"},
+}
 AFTER_9 = with_ending(THREE, " trained after 9", text=9)  # word problems before each screen
 LAYER_0 = ",".join(f"0.{head}" for head in range(6))
 AFTER_9 |= {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": LAYER_0, "text": 9}}
@@ -81,7 +82,7 @@ HINTS = with_ending(HINTED, " with hints", hint="question")
 COPYING_HINTS = [f"{name} with hints" for name in ("LoRA", "LoRA on v", "Image-LoRA")]
 REWORDED = "base model, asked to click right of the name"
 BASE = {"base model": {"method": "none", "lr": 0.0}, REWORDED: {"method": "none", "lr": 0.0}}
-METHODS = THREE | ON_V | RANK_2 | HALF_RATE | FEW_HEADS | REPLAYS | TEXTS | HINTS | BASE
+METHODS = THREE | ON_V | RANK_2 | RANK_2_AT_HALF | AT_HALF | FEW_HEADS | OWN_ANSWERS | REPLAYS | TEXTS | HINTS | BASE
 
 SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
@@ -115,7 +116,7 @@ CHOSEN = {  # {setting: {method: the learning rate that validation screens chose
 TRIED = {  # {setting: {method: learning rates, once on each model}}
     "skilled": {
         "LoRA": (0.00125, 0.0025, 0.005),
-        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01),
+        "Partial LoRA": (0.0025, 0.005, 0.01),
         "Image-LoRA": (0.005, 0.01, 0.02),
     },
     "skilled, packed": {
@@ -142,7 +143,7 @@ TEXT = (0, 1, 3, 9)  # word problems before an image
 MORE_TEXT = "Image-LoRA trained after 9"  # word problems, and asked after as many or fewer
 FEWER_PROBLEMS = (0, 1, 3)
 RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
-AS_LARGE = [*RANK_2, *HALF_RATE, "LoRA on v", "Partial LoRA on v", "Image-LoRA"]
+AS_LARGE = [*RANK_2, *RANK_2_AT_HALF, "LoRA on v", "Partial LoRA on v", "Image-LoRA"]
 
 
 class Group(NamedTuple):
@@ -169,10 +170,10 @@ GROUPS = [
     Group("skilled", ["base model"], texts=TEXT),
     Group("skilled", [REWORDED]),
     Group("skilled", THREE | OWN_ANSWERS, gammas=GAMMAS),
-    Group("skilled", REPLAYS),
+    Group("skilled", REPLAYS | AT_HALF),
     Group("skilled", HINTS),
     Group("skilled", ["Image-LoRA", MORE_TEXT], texts=TEXT),
-    Group("copying", ["base model", *COPYING_HINTS]),
+    Group("copying", COPYING_HINTS),
     Group("skilled, packed", [*THREE, *AS_LARGE], (1, 2), (*GAMMAS, 0.3)),
     Group("skilled, packed", FEW_HEADS, (1, 2)),
     Group("skilled, packed", THREE, texts=TEXT),

@@ -1,5 +1,6 @@
 """The evidence: bases can be made, a run is made once, what the pages ask for can be done, and their pictures drawn."""
 
+import json
 import multiprocessing.dummy
 import re
 import shlex
@@ -11,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +21,7 @@ import train
 from data import costs, evaluate, pictures, prompts
 from data.base import load_base
 from data.command import command
-from data.study import plan, pretrain, runs, smollm
+from data.study import copying, plan, pretrain, runs, smollm
 from data.study.muon import muon
 
 torch.set_num_threads(1)
@@ -29,6 +31,7 @@ TESTS = "".join(path.read_text() for path in [*ROOT.glob("test_*.py"), *ROOT.glo
 COMMANDS = {  # those that have options
     "train.py": train.Config,
     "-m data.study.pretrain": pretrain.PretrainConfig,
+    "-m data.study.copying": copying.CopyingConfig,
     "-m data.study.runs": runs.RunsConfig,
     "-m data.study.smollm": smollm.SmolConfig,
 }
@@ -57,6 +60,21 @@ def test_the_same_seed_makes_the_same_base_and_without_the_skill_another(tmp_pat
     unskilled = make("unskilled.pt", "--unskilled")
     assert all(torch.equal(base[name], again[name]) for name in base)
     assert not all(torch.equal(base[name], unskilled[name]) for name in base)
+
+
+def test_a_language_model_is_taught_to_repeat_a_place_and_its_eyes_stay(tmp_path, monkeypatch):
+    """In a few steps it learns a little: the record says how much."""
+    for name, value in {"STEPS": 3, "SCREENS": 16, "TEST_SCREENS": 2}.items():
+        monkeypatch.setattr(copying, name, value)
+    path = tmp_path / "copying.pt"
+    assert command(copying.CopyingConfig, copying.teach, "", ["--out", str(path)]) == 0
+    base, taught = load_base("data/tiny_vlm.pt").state_dict(), load_base(path).state_dict()
+    changed = {name.split(".")[0] for name in base if not torch.equal(base[name], taught[name])}
+    assert changed == {"language_model"}
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["copied_acc"] < 0.1 < 0.5 < record["other_questions_acc"]
+    sample = copying.copying_sample(np.random.default_rng(0))
+    assert sample["instruction"] == f"{sample['answer']} how many"
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
