@@ -185,7 +185,9 @@ PAGE_TABLES = [  # in the order of the page
         "tiny models, hints",
         "skilled",
         [*plan.HINTS],
-        of_each_model("wrong hint", "wrong_hint_acc") + as_trained("right_hint_acc", "task_acc"),
+        of_each_model("wrong hint", "wrong_hint_acc")
+        + as_trained("right_hint_acc")
+        + [Column("without a hint, %", "task_acc")],
     ),
     Table(
         "tiny models that can repeat a place, hints",
