@@ -1,8 +1,8 @@
 """Synthetic screens for GUI grounding, drawn with Pillow: 128 x 128 pixels, text buttons and icons. Domains:
 
-source     screens without switches, elements anywhere; the only domain whose questions the base model is pretrained on
-switches   each line has a name and, anywhere to its right, a switch; the correct click is on the *switch*
-dark       screens without switches in dark colours, shown to the vision tower in random tints and used for nothing else
+old    elements anywhere; the only domain whose questions the base model is pretrained on
+new    each line has a name and, anywhere to its right, a switch; the correct click is on the *switch*
+dark   elements anywhere, in dark colours, shown to the vision tower in random tints and used for nothing else
 """
 
 from dataclasses import dataclass

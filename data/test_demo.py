@@ -54,7 +54,7 @@ def test_a_placeholder_is_never_an_answer():
 
 
 def test_the_shipped_base_is_what_its_record_says():
-    """It can click, name and relate on screens without switches, and clicks no switch."""
+    """It can click, name and relate on old screens, and clicks no switch."""
     record = json.loads((ROOT / "data/tiny_vlm.json").read_text())
     assert record["task_acc"] <= 0.02
     some_screens, features = screens_and_features(BASE, "old", "test", 12)
@@ -362,7 +362,7 @@ def test_a_whole_step_costs_what_torch_counts(changes):
     """The gradient runs back to the lowest adapted layer. Attention is two products forward and four back."""
     cfg = train.Config(**changes)
     model = load_base(cfg.base)
-    batch = prompts.training_batch(cfg, screens_and_features(model, "new", "train", 8), 0)
+    batch = prompts.training_batch(cfg, screens_and_features(model, "new", "train", 16), 0)
     heads = None
     if cfg.method == "image_lora":
         heads = choose_heads(cfg.heads, torch.zeros(4, 6), cfg.num_heads, cfg.seed)
