@@ -122,7 +122,7 @@ def test_a_base_that_learns_at_all_tokens_is_not_the_original_without_a_screen(t
     smollm.main(smollm.SmolConfig(make_base=True, tokens="all", base=str(base)))
     record = json.loads(base.with_suffix(".json").read_text())
     assert record["identical"] == "no"
-    row = first_row(tmp_path / "runs.csv", method="Image-LoRA with own answers", base=str(base))
+    row = first_row(tmp_path / "runs.csv", method="Image-LoRA", base=str(base))
     assert (row["base"], row["identical"]) == ("other", "yes")
 
 
