@@ -1,6 +1,6 @@
 """Fine-tune the tiny VLM with Image-LoRA on a new kind of screen, and see what that changes and what it cannot.
 
-python train.py                  measure, probe, select, attach, train, turn down, measure again: about a minute
+python train.py                  measure, probe, select, attach, train, turn down, measure again: a minute or so
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
 Image-LoRA is imagelora.py, and its rivals are in data/rivals.py. The questions and the batches that are made of them
