@@ -40,7 +40,7 @@ from tiny_vlm import TinyVLM
 
 # Validation screens of three tiny models chose these rates: Image-LoRA's in all heads, the others' on q, k, v and o
 # (data/study/README.md).
-RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.0025, "none": 0.0}
+RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.00125, "none": 0.0}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
 
@@ -304,7 +304,7 @@ def print_curve(curve: list[dict]) -> None:
     for point in curve:
         text = f"{point['gamma']}: {100 * point['validation_acc']:.0f}/{100 * point['other_questions_acc']:.0f}"
         points.append(f"[{text}]" if point["gamma"] == chosen else text)
-    print(f"gamma    {' · '.join(points)}  (validation screens/other questions)")
+    print(f"gamma    {' · '.join(points)}  (new task/other questions)")
 
 
 def print_replay(cfg: Config, data: replay.ReplayData) -> None:

@@ -115,13 +115,14 @@ def measure_other_questions(model, old_test: tuple, num_problems=0, generate=Non
     return metrics, answers
 
 
-def measure_hints(model, new_test: tuple, hint: str) -> dict:
+def measure_hints(model, new_test: tuple, hint: str, generate=None) -> dict:
     """Clicks on the new screens where each question has a hint, see data.questions.with_hint.
 
     right_hint_acc: with the correct place; wrong_hint_acc: with the place of another switch of the screen, and then
-    followed_acc: the share of clicks on that place, which are wrong."""
-    right_hint_acc, _ = evaluate(model, *new_test, reword=partial(with_hint, where=hint))
-    wrong_hint_acc, answers = evaluate(model, *new_test, reword=partial(with_hint, where=hint, right=False))
+    followed_acc: the share of clicks on that place, which are wrong. generate: as of `evaluate`."""
+    right_hint, wrong_hint = partial(with_hint, where=hint), partial(with_hint, where=hint, right=False)
+    right_hint_acc, _ = evaluate(model, *new_test, reword=right_hint, generate=generate)
+    wrong_hint_acc, answers = evaluate(model, *new_test, reword=wrong_hint, generate=generate)
     followed = [answer.output == parse_point(answer.sample["elsewhere"]) for answer in answers]
     followed_acc = float(np.mean(followed))
     return {"right_hint_acc": right_hint_acc, "wrong_hint_acc": wrong_hint_acc, "followed_acc": followed_acc}

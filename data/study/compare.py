@@ -38,6 +38,7 @@ TITLES = {  # {measure, a column of the files: its title in a table}
     "word_problem_after_image_acc": "word problems after an image, %",
     "word_problem_acc": "word problems without an image, %",
     "right_hint_acc": "with a right hint, %",
+    "wrong_hint_acc": "with a wrong hint, %",
     "followed_acc": "wrong hints followed, %",
     "replay_answers_acc": "answers correct, %",
     "name_alone_acc": "what is at, if places are forbidden, %",
@@ -63,7 +64,7 @@ def read_runs() -> pd.DataFrame:
     runs = pd.concat([pd.read_csv(folder / "runs.csv"), smollm2], ignore_index=True)
     runs["turned_down"] = False
     for _, curve in runs.groupby(["setting", "model", "method", "lr", "seed", "text"]):
-        if len(curve) > 1:
+        if len(curve) > 1 and curve.validation_acc.notna().all():
             gamma = smallest_gamma(curve.sort_values("gamma", ascending=False).to_dict("records"))
             runs.loc[curve.index[curve.gamma == gamma], "turned_down"] = True
     shares = [name for name in runs if name.endswith("_acc") or name.startswith(("image_share", "places"))]
@@ -158,88 +159,95 @@ def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
 
 
 WITH_OWN = [*plan.THREE, *plan.OWN_ANSWERS]
-REPLAYED = ["Image-LoRA", "Image-LoRA with own answers", *plan.REPLAYS]
-TEXT_ENDINGS = ("", " trained after 9", " trained after 0 to 9")
-TRAINED_AFTER = [method + ending for method in plan.THREE for ending in TEXT_ENDINGS]
 AFTER_TEXT = [
-    Column(f"{name} after {text}, %", measure, "mean", {"seed": 1, "text": text})
+    Column(f"{name} after {text}, %", measure, "mean", {"text": text})
     for name, measure in (("new task", "task_acc"), ("others", "other_questions_acc"))
-    for text in plan.TEXT
+    for text in plan.FEW_TEXTS
 ]
+REPLAYS = {  # {title: ending of a method's name}
+    "no replay": "",
+    "correct answers": " with correct answers",
+    "correct answers, without 'switch'": " with correct answers but to 'switch'",
+    "own answers, without 'switch'": " with own answers but to 'switch'",
+    "own answers": " with own answers",
+}
 DOWN = as_trained("task_acc", "other_questions_acc") + turned_down("gamma", "task_acc", "other_questions_acc")
 SMOLLM2_MORE = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc", "places_for_names")
 SMOLLM2_MORE += ("name_alone_acc", "divergence_after_screen", "same_continuations")
+EACH = as_trained("task_acc", show="mean") + of_each_model("others", "other_questions_acc")
+HINTED = [*plan.HINTS, *plan.HINTS_BEFORE]
 CLICKS = ("task_acc", "other_questions_acc")
 PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc", "same_words_acc")
 
 PAGE_TABLES = [  # in the order of the page
     Table("tiny models", "skilled", ["base model", *WITH_OWN], DOWN),
     *[Table(setting, setting, [*plan.SMOLLM2], DOWN) for setting in plan.SMOLLM2_BASES],
-    Table(
-        "tiny models, replay",
-        "skilled",
-        REPLAYED,
-        as_trained("replay_answers_acc", "task_acc", show="mean") + of_each_model("others", "other_questions_acc"),
-    ),
-    Table(
-        "tiny models, hints",
-        "skilled",
-        [*plan.HINTS],
-        of_each_model("wrong hint", "wrong_hint_acc")
-        + as_trained("right_hint_acc")
-        + [Column("without a hint, %", "task_acc")],
-    ),
+    Table("tiny models, hints", "skilled", HINTED, of_each_model("wrong hint", "wrong_hint_acc")),
     Table(
         "tiny models that can repeat a place, hints",
         "copying",
         plan.COPYING_HINTS,
-        of_each_model("wrong hint", "wrong_hint_acc") + as_trained("right_hint_acc", "followed_acc"),
+        of_each_model("wrong hint", "wrong_hint_acc") + as_trained("followed_acc"),
     ),
+    Table("tiny models, one question in a sequence", "skilled", [*plan.THREE, *plan.IN_PART, *plan.OTHER_WAYS], EACH),
+    Table("tiny models, packed", "packed", [*plan.THREE], EACH),
+    Table("tiny models, text that varies", "skilled", [*plan.VARIED], AFTER_TEXT),
 ]
 MORE_TABLES = [
     Table(
         "tiny models, more",
         "skilled",
-        ["base model", *WITH_OWN, *plan.AT_HALF],
+        ["base model", *WITH_OWN],
         as_trained("other_questions_acc", *PROBLEMS),
     ),
+    Table("tiny models, the upper half", "skilled", ["Image-LoRA", *plan.IN_PART], DOWN),
     *[
         Table(setting, setting, [*plan.SMOLLM2], as_trained(*SMOLLM2_MORE, show="mean"))
         for setting in plan.SMOLLM2_BASES
     ],
-    Table("tiny models, packed", "skilled, packed", [*plan.THREE], DOWN),
     Table(
-        "tiny models, referring, packed",
-        "referring, packed",
+        "tiny models, replay",
+        "skilled",
+        [method for method in plan.METHODS if "answers" in method and "trained" not in method],
+        as_trained("replay_answers_acc", *CLICKS),
+    ),
+    Table(
+        "tiny models, hints, more",
+        "skilled",
+        HINTED,
+        [Column("without a hint, %", "task_acc"), *as_trained("right_hint_acc", "followed_acc")],
+    ),
+    Table(
+        plan.SECOND_BASE + ", hints",
+        plan.SECOND_BASE,
+        [*plan.SMOLLM2_HINTS],
+        [Column("without a hint, %", "task_acc"), *as_trained("right_hint_acc", "wrong_hint_acc", "followed_acc")],
+    ),
+    Table("tiny models, heads", "skilled", ["Image-LoRA", *plan.FEW_HEADS], as_trained(*CLICKS)),
+    Table(
+        "tiny models, text that varies, γ = 0.8",
+        "skilled",
+        [*plan.VARIED],
+        [column._replace(where=column.where | {"gamma": 0.8}) for column in AFTER_TEXT],
+    ),
+    Table(
+        "tiny models, referring",
+        "referring",
         plan.RIVALS,
         as_trained("task_acc", "what_is_right_of_acc", "click_right_of_acc"),
     ),
-    Table("tiny models, few heads, packed", "skilled, packed", ["Image-LoRA", *plan.FEW_HEADS], as_trained(*CLICKS)),
-    Table("tiny models, text before the image, packed", "skilled, packed", TRAINED_AFTER, AFTER_TEXT),
 ]
 
 
-def show_models(title: str, rows: dict[str, tuple[str, str]], runs: pd.DataFrame) -> str:
-    """For each row {title: (setting, method)}, the new task and the other questions of each model with seed 1."""
+def replay(runs: pd.DataFrame) -> str:
+    """The other questions after each kind of replay."""
+    runs = rows_where(runs, {"setting": "skilled", "gamma": 1, "text": 0})
     cells = {}
-    for row, (setting, method) in rows.items():
-        of_method = rows_where(runs, {"setting": setting, "method": method, "seed": 1, "text": 0})
-        as_trained = of_method[of_method.gamma == 1].set_index("model")
-        down = of_method[of_method.turned_down].set_index("model")
-        numbers = [as_trained.task_acc.mean()]
-        for part in (as_trained, down):
-            numbers += part.other_questions_acc.reindex(plan.MODELS).tolist()
-        cells[row] = format_cells(pd.Series(numbers), "other_questions_acc").tolist()
-    titles = ["new task, %", *(f"others, model {model}" for model in plan.MODELS)]
-    titles += [f"turned down: others, model {model}" for model in plan.MODELS]
-    return markdown(title, pd.DataFrame.from_dict(cells, orient="index", columns=titles))
-
-
-def packing(runs: pd.DataFrame) -> str:
-    """What five questions in a sequence, instead of one, do to the same methods."""
-    rows = {method: ("skilled", method) for method in plan.THREE}
-    rows |= {f"{method}, packed": ("skilled, packed", method) for method in plan.THREE}
-    return show_models("tiny models, packing", rows, runs)
+    for title, ending in REPLAYS.items():
+        of_kind = runs[runs.method.isin([method + ending for method in plan.THREE])]
+        of_kind = of_kind.assign(method=of_kind.method.str.removesuffix(ending))
+        cells[title] = show_column(Column(title, "other_questions_acc"), of_kind)
+    return markdown("other questions, %, by replay", pd.DataFrame(cells).reindex([*plan.THREE]))
 
 
 def new_skill(runs: pd.DataFrame) -> str:
@@ -247,18 +255,16 @@ def new_skill(runs: pd.DataFrame) -> str:
     cells = {}
     for method in (plan.REWORDED, *plan.RIVALS):
         cells[method] = []
-        for setting, model in product(("skilled, packed", "unskilled, packed"), plan.MODELS):
+        for setting, model in product(("skilled", "unskilled, packed"), plan.MODELS):
             where = {"setting": setting, "method": method, "model": model, "gamma": 1, "text": 0}
-            if method == plan.REWORDED:
-                where["setting"] = setting if setting.startswith("unskilled") else "skilled"
             cells[method].append(f"{rows_where(runs, where).task_acc.mean():.1f}")
     titles = [f"model {model} {kind} the skill" for kind in ("with", "without") for model in plan.MODELS]
     return markdown("new task, %", pd.DataFrame.from_dict(cells, orient="index", columns=titles))
 
 
 def equal_clicks(runs: pd.DataFrame) -> str:
-    """What methods of equal size keep where they hit equally many switches: means over three models with two seeds."""
-    runs = rows_where(runs, {"setting": "skilled, packed", "text": 0})
+    """What methods of equal size keep where they hit equally many switches: means over three models."""
+    runs = rows_where(runs, {"setting": "skilled", "text": 0})
     cells = pd.DataFrame(index=plan.AS_LARGE)
     for clicks, method in product(EQUAL_CLICKS, plan.AS_LARGE):
         curves = rows_where(runs, {"method": method}).groupby(["model", "seed"])
@@ -297,7 +303,7 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 def rate_tables(runs: pd.DataFrame) -> list[str]:
     """How learning rates were chosen."""
     measures = {"skilled": ("validation_acc", "other_questions_acc")}
-    measures |= dict.fromkeys(("skilled, packed", "unskilled, packed", plan.FIRST_BASE), ("validation_acc",))
+    measures |= dict.fromkeys(("unskilled, packed", plan.FIRST_BASE), ("validation_acc",))
     tables = []
     for setting, shown in measures.items():
         for measure in shown:
@@ -320,7 +326,8 @@ def page_tables(runs: pd.DataFrame) -> list[str]:
     """Those of the page, which a test compares with it."""
     chosen = at_chosen_rates(runs)
     tables = [show_table(table, chosen) for table in PAGE_TABLES]
-    return [*tables, packing(chosen), equal_clicks(chosen), new_skill(chosen), text_and_attention(chosen)]
+    others = replay, equal_clicks, new_skill, text_and_attention
+    return tables + [show(chosen) for show in others]
 
 
 def more_tables(runs: pd.DataFrame) -> list[str]:

@@ -5,7 +5,6 @@ kept.png        what it keeps of the base model's other answers, from runs.csv a
 text.png        what it hits where the text before the image is not as in training, from runs.csv
 training.gif    the demo's run: clicks move to the switches, and answers about old screens go wrong
 tensors.png     what this run changes, layer by layer and token by token
-look.png        where a head looks before and after it
 """
 
 import io
@@ -16,27 +15,23 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 import train
 from data import pictures
-from data.attention import attention_weights, queries_keys_values
+from data.attention import queries_keys_values
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import Answer, evaluate
-from data.pictures import BLUE, GREY, INK, ORANGE, RED
+from data.evaluate import evaluate
+from data.pictures import BLUE, GREY, INK, ORANGE
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
-from data.screens import SIZE, Box
 from data.study.plan import FEWER_PROBLEMS, MODELS, MORE_TEXT, SMOLLM2_BASES, TEXT
 
 try:
     import matplotlib.pyplot as plt
     import pandas as pd
-    from matplotlib.colors import LinearSegmentedColormap, ListedColormap, LogNorm
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     from data.study import compare
@@ -70,7 +65,7 @@ def make_figures(cfg: FiguresConfig) -> None:
     figures = {"where": draw_where(), "kept": draw_kept(runs), "text": draw_text(runs)}
     tuned, frames = film_training(train.Config(device=cfg.device))
     pictures.save(frames, out / "training.gif")
-    figures |= {"tensors": draw_changes(tuned), "look": draw_attention(tuned)}
+    figures["tensors"] = draw_changes(tuned)
     for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer)
@@ -164,19 +159,28 @@ def spread(heights: list[float], gap: float) -> np.ndarray:
     return moved
 
 
+TRAINED_AFTER = {  # {name: (ending of Image-LoRA's name, style of its line)}
+    "trained after 0": ("", "-"),
+    "trained after 9": (" trained after 9", ":"),
+    "trained after 0 to 9": (" trained after 0 to 9", "--"),
+}
+
+
 def draw_text(runs: pd.DataFrame) -> plt.Figure:
-    """The switches that are hit after more or fewer word problems than in training. Left: means over the models. Right:
-    what lowering gamma as the base model's attention predicts does for Image-LoRA, a line for each model.
+    """The switches that Image-LoRA hits after more or fewer word problems than in training. Left: means over models,
+    a line for each kind of training. Right: what lowering gamma as the base model's attention predicts does, a line for
+    each model.
 
     runs: as for `draw_kept`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained", sharey=True)
-    packed = compare.rows_where(runs, {"setting": "skilled, packed", "seed": 1})
-    styles = {"": "-", " trained after 9": ":", " trained after 0 to 9": "--"}
-    for (method, colour), (ending, style) in product(COLOURS.items(), styles.items()):
-        hits = compare.rows_where(packed, {"method": method + ending, "gamma": 1}).groupby("text").task_acc.mean()
-        left.plot(hits.reindex(TEXT).to_numpy(), style, color=colour, marker="o", markersize=4, linewidth=2)
-    left.set(title="Three methods, means of three models", ylabel="switches hit, %", ylim=(-3, 103))
+    of_skilled = compare.rows_where(runs, {"setting": "skilled", "gamma": 1})
+    for name, (ending, style) in TRAINED_AFTER.items():
+        hits = compare.rows_where(of_skilled, {"method": "Image-LoRA" + ending}).groupby("text").task_acc.mean()
+        places = [TEXT.index(text) for text in hits.index]
+        left.plot(places, hits, style, color=BLUE, marker="o", markersize=4, linewidth=2, label=name)
+    left.set(title="Means of three models", ylabel="switches hit, %", ylim=(-3, 103))
     left.set_xticks(range(len(TEXT)), TEXT)
+    left.legend(loc="lower right", fontsize=9, handlelength=4)
 
     trained_after_9 = compare.rows_where(runs, {"setting": "skilled", "method": MORE_TEXT})
     trained_after_9 = trained_after_9.set_index(["model", "text"])
@@ -185,15 +189,11 @@ def draw_text(runs: pd.DataFrame) -> plt.Figure:
         right.plot([4 * i + j] * 2, [row.task_acc, row.one_gamma_acc], color=BLUE, linewidth=1)
         right.plot(4 * i + j, row.task_acc, "o", color=BLUE, markerfacecolor="white")
         right.plot(4 * i + j, row.one_gamma_acc, "o", color=BLUE)
-    right.set(title="Image-LoRA trained after 9, model by model")
+    right.set(title="Trained after 9, model by model")
     right.set_xticks([1, 5, 9], FEWER_PROBLEMS)  # below the second of three models
     for ax in (left, right):
         ax.set_xlabel("word problems before the image, when asked")
         ax.grid(axis="y")
-    handles = [Line2D([], [], color=colour, label=method) for method, colour in COLOURS.items()]
-    names = "trained after 0", "trained after 9", "trained after 0 to 9"
-    handles += [Line2D([], [], color=INK, linestyle=style, label=name) for name, style in zip(names, styles.values())]
-    left.legend(handles=handles, loc="lower right", fontsize=9)
     dots = {"at γ = 1": "white", "at the predicted γ": BLUE}
     handles = [Line2D([], [], ls="", marker="o", color=BLUE, mfc=fill, label=name) for name, fill in dots.items()]
     right.legend(handles=handles, loc="lower right")
@@ -246,9 +246,14 @@ def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Im
 def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
     """How far each head's value and query have moved at each token of a prompt: the norm of the change, relative to
     the norm of the base's."""
-    answer = tuned.answers[0]
-    ids, queries, _, values = look_inside(tuned, answer, num_problems=1)
-    tokens = [VOCABULARY[i] for i in ids]
+    model, answer = tuned.model, tuned.answers[0]
+    features = image_features(model.get_image_features, [answer.screen], model.device)
+    prompt = prompt_batch([answer.sample], features, num_problems=1)
+    with tuned.adapter.disabled():
+        base_queries, _, base_values = queries_keys_values(model, prompt)  # [L, 1, H_q or H, T, d_h]
+    queries, _, values = queries_keys_values(model, prompt)
+
+    tokens = [VOCABULARY[i] for i in prompt["input_ids"][0]]
     start = tokens.index(IMAGE)
     end = start + tokens.count(IMAGE)
     spans = {"words": slice(start), "image": slice(start, end), "question": slice(end, None)}
@@ -271,10 +276,10 @@ def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
             for inset in ax.child_axes:
                 inset.axis("off")
 
-    rows = ("values", values, tuned.adapter.heads), ("queries", queries, {})
+    rows = ("values", base_values, values, tuned.adapter.heads), ("queries", base_queries, queries, {})
     blocks = {}  # {(values or queries, layer): its three axes}
-    for part, (name, (before, after), selected) in zip(parts, rows):
-        moves = ((after - before).norm(dim=-1) / before.norm(dim=-1)).cpu().numpy()  # [L, H or H_q, T]
+    for part, (name, before, after, selected) in zip(parts, rows):
+        moves = ((after - before).norm(dim=-1) / before.norm(dim=-1)).squeeze(1).cpu().numpy()  # [L, H or H_q, T]
         moves[moves == 0] = np.nan  # which is transparent
         part.supylabel(f"{name} of {moves.shape[1]} heads", x=0.01)
         for layer, axes in enumerate(part.subplots(len(moves), 3, gridspec_kw=grid)):
@@ -315,85 +320,6 @@ def hatch(ax: plt.Axes) -> None:
     """Hatched ground, without ticks and frame."""
     ax.patch.set(hatch="////", edgecolor="#d0d5dd")
     bare(ax)
-
-
-# ---- Where a head looks ----------------------------------------------------------------------------------------------
-
-
-def draw_attention(tuned: train.FinetuningRun) -> plt.Figure:
-    """Where the head that has turned to the targets the most looks for four of the questions, before and after."""
-    answers = tuned.answers
-    counted = answers[:100]  # enough for a mean
-    shares = [share_on(answer.sample["bbox"], attention_maps(tuned, answer)) for answer in counted]
-    base_share, share = torch.stack(shares).mean(0)  # [L, H_q]
-    layer, head = divmod(int((share - base_share).argmax()), share.shape[1])
-    name = f"head {head} of layer {layer}"
-    growth = f"from {base_share[layer, head]:.0%} to {share[layer, head]:.0%}, averaged over {len(counted)} questions"
-    print(f"look     the attention of {name} to the target grew the most: {growth}")
-
-    wrong = [i for i, answer in enumerate(answers) if not pictures.is_right(answer)]
-    last_wrong = max(wrong, default=len(answers) - 1)
-    shown = [0, len(answers) // 5, 2 * len(answers) // 5, last_wrong]
-    figure = plt.figure(figsize=(WIDTH, 5), layout="constrained")
-    base_row, tuned_row = figure.subfigures(2, 1)
-    before = f"Before fine-tuning: where {name} looks (bright), and its attention to the target (framed)"
-    after = "After fine-tuning; below, whether the model clicks the target"
-    base_row.suptitle(before, x=0.01, ha="left", size=10)
-    tuned_row.suptitle(after, x=0.01, ha="left", size=10)
-    for i, base_ax, ax in zip(shown, base_row.subplots(1, 4), tuned_row.subplots(1, 4)):
-        base_look, look = attention_maps(tuned, answers[i])[:, layer, head].cpu()
-        draw_look(base_ax, tuned.base_answers[i], base_look)
-        draw_look(ax, answers[i], look)
-    return figure
-
-
-def draw_look(ax: plt.Axes, answer: Answer, weights: Tensor) -> None:
-    """A screen under attention weights [rows, columns], with the target, the attention to it, and the question."""
-    ax.imshow(answer.screen.image, extent=(0, SIZE, SIZE, 0), interpolation="bicubic")
-    shade = 0.8 - 0.8 * (weights / weights.max()).sqrt().numpy()
-    ax.imshow(shade, ListedColormap(["#101828"]), alpha=shade, extent=(0, SIZE, SIZE, 0))
-    left, top, right, bottom = answer.sample["bbox"]
-    ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=1.5, path_effects=RIM))
-    share = f"{share_on(answer.sample['bbox'], weights):.0%}"
-    x, side = (right + 4, "left") if right + 36 < SIZE else (left - 4, "right")
-    ax.text(x, (top + bottom) / 2, share, size=13, weight="bold", ha=side, va="center", path_effects=RIM)
-    verdict = "correct" if pictures.is_right(answer) else "wrong"
-    ax.set_xlabel(f"{answer.sample['instruction']}: {verdict}", loc="left", color=RED if verdict == "wrong" else INK)
-    bare(ax)
-
-
-def share_on(box: Box, weights: Tensor) -> Tensor:
-    """How much of attention weights [..., side, side] is on the patches that this box touches, [...]."""
-    size = SIZE // weights.shape[-1]  # of a patch, in pixels
-    left, top, right, bottom = box
-    rows = slice(top // size, (bottom - 1) // size + 1)
-    columns = slice(left // size, (right - 1) // size + 1)
-    return weights[..., rows, columns].sum((-2, -1))
-
-
-# ---- What happens inside the model -----------------------------------------------------------------------------------
-
-
-def attention_maps(tuned: train.FinetuningRun, answer: Answer) -> Tensor:
-    """How much every head looks at each patch from the last token of a question, before and after fine-tuning:
-    [2, L, H_q, rows, columns]."""
-    ids, queries, keys, _ = look_inside(tuned, answer)
-    weights = attention_weights(queries, keys, first=len(ids) - 1)  # [2, L, H_q, 1, T]
-    config = tuned.model.config
-    side = config.image_size // config.patch_size  # patches in a row
-    return weights[..., 0, ids == config.image_token_id].unflatten(-1, (side, side))
-
-
-def look_inside(tuned: train.FinetuningRun, answer: Answer, num_problems=0) -> list[Tensor]:
-    """The token ids [T] of a question that was answered; and its queries [2, L, H_q, T, d_h], keys and values
-    [2, L, H, T, d_h] before and after fine-tuning."""
-    model = tuned.model
-    features = image_features(model.get_image_features, [answer.screen], model.device)
-    prompt = prompt_batch([answer.sample], features, num_problems)
-    with tuned.adapter.disabled():
-        before = queries_keys_values(model, prompt)
-    after = queries_keys_values(model, prompt)
-    return [prompt["input_ids"][0], *(torch.stack(pair)[:, :, 0] for pair in zip(before, after))]
 
 
 if __name__ == "__main__":

@@ -29,26 +29,24 @@ PACKED = {"packed": True}  # five questions about a screen in a sequence
 SETTINGS = {  # {setting: (base models, the fields of train.Config that its runs share)}
     "skilled": (SKILLED, {}),
     "copying": (COPYING, {}),
-    "skilled, packed": (SKILLED, PACKED),
+    "packed": (SKILLED, PACKED),
     "unskilled, packed": (UNSKILLED, PACKED),
-    "referring, packed": (SKILLED, PACKED | {"task": "referring"}),
+    "referring": (SKILLED, {"task": "referring"}),
 }
 
 # {method: fields of train.Config}. With replay, in fewer heads, after text and on other tasks, a method keeps its rate.
 LORA = {"method": "lora", "lr": 0.0025}
-PARTIAL_LORA = {"method": "partial_lora", "lr": 0.0025}  # arXiv 2401.16420, there on all linear layers
+PARTIAL_LORA = {"method": "partial_lora", "lr": 0.00125}  # arXiv 2401.16420, there on all linear layers
 IMAGE_LORA = {"heads": "all", "lr": 0.01}
 THREE = {"LoRA": LORA, "Partial LoRA": PARTIAL_LORA, "Image-LoRA": IMAGE_LORA}
 ON_V = {
-    "LoRA on v": LORA | {"projections": "v", "lr": 0.005},
+    "LoRA on v": LORA | {"projections": "v", "lr": 0.01},
     "Partial LoRA on v": PARTIAL_LORA | {"projections": "v", "lr": 0.005},
 }
 RANK_2 = {  # LoRA and Partial LoRA are then as large as Image-LoRA in all heads
     "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
-    "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.01},
+    "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.005},
 }
-RANK_2_AT_HALF = {"Partial LoRA, rank 2, at half the rate": RANK_2["Partial LoRA, rank 2"] | {"lr": 0.005}}
-AT_HALF = {"Partial LoRA at half the rate": PARTIAL_LORA | {"lr": 0.00125}}
 FEW_HEADS = {
     "Image-LoRA in 12 heads by the probe": IMAGE_LORA | {"heads": "top", "num_heads": 12},
     "Image-LoRA in 12 random heads": IMAGE_LORA | {"heads": "random", "num_heads": 12},
@@ -62,27 +60,41 @@ def with_ending(methods: dict, ending: str, **changes) -> dict[str, dict]:
     return {name + ending: fields | changes for name, fields in methods.items()}
 
 
+UPPER_HALF = ",".join(f"{layer}.{head}" for layer in (2, 3) for head in range(6))
 OWN = {"replay": 2}  # the base model's own answers about new screens
 CORRECT = OWN | {"replay_answers": "correct"}
 OWN_ANSWERS = with_ending(THREE, " with own answers", **OWN)
-REPLAYS = {
-    "Image-LoRA with correct answers": IMAGE_LORA | CORRECT,
-    "Image-LoRA with own answers but to 'switch'": IMAGE_LORA | OWN | {"replay_no_switch": True},
-    "Image-LoRA with correct answers but to 'switch'": IMAGE_LORA | CORRECT | {"replay_no_switch": True},
+REPLAYS = (  # to the same questions or fewer, whose answers are correct or the base's own
+    with_ending(THREE, " with correct answers", **CORRECT)
+    | with_ending(THREE, " with correct answers but to 'switch'", **CORRECT, replay_no_switch=True)
+    | with_ending(THREE, " with own answers but to 'switch'", **OWN, replay_no_switch=True)
+)
+OLD_REPLAY = {
     "Image-LoRA with correct answers about old screens": IMAGE_LORA | CORRECT | {"replay_screens": "old"},
 }
-AFTER_9 = with_ending(THREE, " trained after 9", text=9)  # word problems before each screen
-LAYER_0 = ",".join(f"0.{head}" for head in range(6))
-AFTER_9 |= {"Image-LoRA in layer 0 trained after 9": IMAGE_LORA | {"heads": LAYER_0, "text": 9}}
-AFTER_0_TO_9 = with_ending(THREE, " trained after 0 to 9", text=9, vary_text=True)
-TEXTS = AFTER_9 | AFTER_0_TO_9
+IN_PART = {"Image-LoRA in the upper half of the layers": IMAGE_LORA | {"heads": UPPER_HALF}}
+OTHER_WAYS = {
+    "Image-LoRA for 150 steps": IMAGE_LORA | {"steps": 150},
+    "Image-LoRA with trained γ": IMAGE_LORA | {"train_gamma": True},
+}
+AFTER_9 = {"Image-LoRA trained after 9": IMAGE_LORA | {"text": 9}}  # word problems before each screen
+AFTER_0_TO_9 = {"Image-LoRA trained after 0 to 9": IMAGE_LORA | {"text": 9, "vary_text": True}}
+VARIED_OWN = with_ending(THREE, " trained after 0 to 9 with own answers", text=9, vary_text=True, **OWN)
+TEXTS = AFTER_9 | AFTER_0_TO_9 | VARIED_OWN
 ON_QK = {"LoRA on q and k": LORA | {"projections": "qk"}}
-HINTED = THREE | ON_QK | {"LoRA on v": ON_V["LoRA on v"]}
+HINTED = THREE | ON_QK | ON_V | {"LoRA, rank 2": RANK_2["LoRA, rank 2"]}
 HINTS = with_ending(HINTED, " with hints", hint="question")
+HINTS |= with_ending({"LoRA": LORA}, " with hints, at half the rate", hint="question", lr=0.00125)
+HINTS |= with_ending({"Partial LoRA": PARTIAL_LORA}, " with hints, at four times the rate", hint="question", lr=0.005)
+HINTS |= with_ending({"Image-LoRA": IMAGE_LORA}, " with hints, at four times the rate", hint="question", lr=0.04)
+BEFORE = {"LoRA": LORA, "Image-LoRA": IMAGE_LORA}
+HINTS_BEFORE = with_ending(BEFORE, " with hints before the image", hint="before_image")
+HINTED_TWICE = [f"{name} with hints" for name in THREE]
 COPYING_HINTS = [f"{name} with hints" for name in ("LoRA", "LoRA on v", "Image-LoRA")]
 REWORDED = "base model, asked to click right of the name"
 BASE = {"base model": {"method": "none", "lr": 0.0}, REWORDED: {"method": "none", "lr": 0.0}}
-METHODS = THREE | ON_V | RANK_2 | RANK_2_AT_HALF | AT_HALF | FEW_HEADS | OWN_ANSWERS | REPLAYS | TEXTS | HINTS | BASE
+METHODS = THREE | ON_V | RANK_2 | FEW_HEADS | OWN_ANSWERS | REPLAYS | OLD_REPLAY | IN_PART | OTHER_WAYS
+METHODS |= TEXTS | HINTS | HINTS_BEFORE | BASE
 
 SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
@@ -93,6 +105,7 @@ SMOLLM2 = {  # {method: its learning rate}
     "Partial LoRA with own answers": 0.004,
     "Image-LoRA with own answers": 0.016,
 }
+SMOLLM2_HINTS = {"LoRA with hints": 0.001, "Image-LoRA with hints": 0.016}
 SMOLLM2_BASES = FIRST_BASE, SECOND_BASE = "SmolLM2, first base", "SmolLM2, second base"
 SMOLLM2_SETTINGS = {  # {(base, dtype): the setting of these runs}
     ("smollm_1", "float32"): FIRST_BASE,
@@ -100,7 +113,6 @@ SMOLLM2_SETTINGS = {  # {(base, dtype): the setting of these runs}
     ("smollm_1", "bfloat16"): f"{FIRST_BASE}, in bfloat16",  # in which learning rates were compared
 }
 RATES = {method: fields["lr"] for method, fields in METHODS.items()}
-RATES_PACKED = RATES | {f"Partial LoRA{ending}": 0.005 for ending in ("", " trained after 9", " trained after 0 to 9")}
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "unskilled, packed": {
         REWORDED: 0.0,
@@ -109,24 +121,18 @@ CHOSEN = {  # {setting: {method: the learning rate that validation screens chose
         "Partial LoRA on v": 0.04,
         "Image-LoRA": 0.08,
     },
-    **dict.fromkeys(("skilled", "copying"), RATES),
-    **dict.fromkeys(("skilled, packed", "referring, packed"), RATES_PACKED),
-    **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2),
+    **dict.fromkeys(("skilled", "copying", "packed", "referring"), RATES),
+    **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2 | SMOLLM2_HINTS),
 }
 TRIED = {  # {setting: {method: learning rates, once on each model}}
     "skilled": {
         "LoRA": (0.00125, 0.0025, 0.005),
-        "Partial LoRA": (0.0025, 0.005, 0.01),
+        "Partial LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01),
         "Image-LoRA": (0.005, 0.01, 0.02),
-    },
-    "skilled, packed": {
-        "LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
-        "Partial LoRA": (0.00125, 0.0025, 0.005, 0.01, 0.02),
-        "Image-LoRA": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
-        "LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04),
-        "Partial LoRA on v": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
-        "LoRA, rank 2": (0.0025, 0.005, 0.01, 0.02),
-        "Partial LoRA, rank 2": (0.005, 0.01, 0.02, 0.04),
+        "LoRA on v": (0.0025, 0.005, 0.01, 0.02),
+        "Partial LoRA on v": (0.0025, 0.005, 0.01),
+        "LoRA, rank 2": (0.0025, 0.005, 0.01),
+        "Partial LoRA, rank 2": (0.0025, 0.005, 0.01),
     },
     "unskilled, packed": {
         "LoRA": (0.0025, 0.005, 0.01, 0.02),
@@ -139,11 +145,14 @@ TRIED = {  # {setting: {method: learning rates, once on each model}}
 # ---- The rows of runs.csv --------------------------------------------------------------------------------------------
 
 GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+ONE_AND_DOWN = (1.0, 0.8)
 TEXT = (0, 1, 3, 9)  # word problems before an image
 MORE_TEXT = "Image-LoRA trained after 9"  # word problems, and asked after as many or fewer
 FEWER_PROBLEMS = (0, 1, 3)
 RIVALS = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA"]
-AS_LARGE = [*RANK_2, *RANK_2_AT_HALF, "LoRA on v", "Partial LoRA on v", "Image-LoRA"]
+AS_LARGE = [*RANK_2, "LoRA on v", "Partial LoRA on v", "Image-LoRA"]
+VARIED = AFTER_0_TO_9 | VARIED_OWN
+FEW_TEXTS = (0, 3, 9)
 
 
 class Group(NamedTuple):
@@ -170,16 +179,20 @@ GROUPS = [
     Group("skilled", ["base model"], texts=TEXT),
     Group("skilled", [REWORDED]),
     Group("skilled", THREE | OWN_ANSWERS, gammas=GAMMAS),
-    Group("skilled", REPLAYS | AT_HALF),
+    Group("skilled", REPLAYS | OLD_REPLAY),
     Group("skilled", HINTS),
-    Group("skilled", ["Image-LoRA", MORE_TEXT], texts=TEXT),
+    Group("skilled", HINTED_TWICE, seeds=(1, 2)),
+    Group("skilled", HINTS_BEFORE),
     Group("copying", COPYING_HINTS),
-    Group("skilled, packed", [*THREE, *AS_LARGE], (1, 2), (*GAMMAS, 0.3)),
-    Group("skilled, packed", FEW_HEADS, (1, 2)),
-    Group("skilled, packed", THREE, texts=TEXT),
-    Group("skilled, packed", AFTER_9 | AFTER_0_TO_9, texts=TEXT),
+    Group("skilled", IN_PART, gammas=GAMMAS),
+    Group("skilled", OTHER_WAYS),
+    Group("packed", THREE),
+    Group("skilled", AS_LARGE, gammas=GAMMAS),
+    Group("skilled", ["Image-LoRA", MORE_TEXT], texts=TEXT),
+    Group("skilled", VARIED, gammas=ONE_AND_DOWN, texts=FEW_TEXTS),
+    Group("skilled", FEW_HEADS),
+    Group("referring", RIVALS),
     Group("unskilled, packed", [REWORDED, *RIVALS]),
-    Group("referring, packed", RIVALS),
 ]
 
 

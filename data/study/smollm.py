@@ -11,7 +11,7 @@ learn      The projector and a Partial LoRA (data/study/smollm_vlm.py) learn to 
            second loss holds English without a screen, too, and the LoRA is merged into the weights.
 fine-tune  This base model learns to click switches, by one of the methods. With own answers, one of a step's 8
            sequences holds other questions about a new screen, which the base model has answered. A sequence packs five
-           questions.
+           questions, or with hints one.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import evaluate, measure_other_questions
+from data.evaluate import evaluate, measure_hints, measure_other_questions
 from data.gamma import GAMMAS, turned_down
 from data.prompts import training_samples
 from data.questions import click_right_of, old_samples, parse_point, relation_samples
@@ -41,7 +41,7 @@ from data.replay import make_replay_data
 from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
-from data.study.plan import METHODS, SMOLLM2
+from data.study.plan import METHODS, SMOLLM2, SMOLLM2_HINTS
 from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, PLACES, ROWS, SmolVLM, spell_places
 from imagelora import attach
@@ -56,6 +56,7 @@ BASE_PARTS = {
     "all": (1e-3, [(600, 8, 2, 360)]),
 }
 STEPS = 300  # of fine-tuning
+HINT_STEPS = 40  # of fine-tuning with hints
 TRAIN_SCREENS = 1024
 TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for a run's other measures
 TEXTS = 16  # of 256 tokens, on which English is measured
@@ -63,7 +64,9 @@ TEXTS = 16  # of 256 tokens, on which English is measured
 
 @dataclass(frozen=True)
 class SmolConfig:
-    method: str = option("Image-LoRA", "make a run of this method, unless the file holds it", tuple(SMOLLM2))
+    method: str = option(
+        "Image-LoRA", "make a run of this method, unless the file holds it", tuple(SMOLLM2 | SMOLLM2_HINTS)
+    )
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", minimum=0)
     seed: int = option(1, "seed for the order of the data and A; with --make-base for all of it", minimum=0)
     out: str = option("data/study/smollm.csv", "the file of runs")
@@ -200,15 +203,18 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
         options = {"num_problems": 0, "generate": SmolVLM.answers}
         replay_data = make_replay_data(vlm, new_data, "own", cfg.seed, **options)
 
+    hint = METHODS[cfg.method].get("hint", "none")
+    asked = {"replay": 1, "hint": hint, "packed": hint == "none"}
+
     def loss_of(step: int) -> Tensor:
-        samples, features = training_samples(cfg.seed, step, new_data, replay_data, replay=1, packed=True)
+        samples, features = training_samples(cfg.seed, step, new_data, replay_data, **asked)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
     adapter = attach_adapter(cfg, vlm)
     trained = []
     if adapter:
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        optimize("train", trained, lr, STEPS, loss_of)
+        optimize("train", trained, lr, STEPS if hint == "none" else HINT_STEPS, loss_of)
     rows = []
     for gamma in gammas:
         row = {"base": Path(cfg.base).stem, "method": cfg.method, "lr": lr, "seed": cfg.seed, "gamma": gamma}
@@ -218,6 +224,9 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
             row |= measure_questions(vlm)
             if gamma == 1:
                 row["name_alone_acc"] = name_alone(vlm)
+                if hint != "none":
+                    new_test = screens_and_features(vlm, "new", "test", TEST_SCREENS)
+                    row |= measure_hints(vlm, new_test, hint, SmolVLM.answers)
                 row |= measure_english(vlm, adapter.disabled if adapter else nullcontext)
         rows.append(row)
     return rows
@@ -318,9 +327,11 @@ def main(cfg: SmolConfig) -> None:
         return
     if cfg.tokens != "visual":
         raise ValueError("--tokens does nothing without --make-base")
-    lr = SMOLLM2[cfg.method] if cfg.lr is None else cfg.lr
+    chosen = (SMOLLM2 | SMOLLM2_HINTS)[cfg.method]
+    lr = chosen if cfg.lr is None else cfg.lr
     base = Path(cfg.base).stem
-    gammas = GAMMAS if cfg.method != "base model" and lr == SMOLLM2[cfg.method] else [1.0]
+    has_curve = cfg.method in SMOLLM2 and cfg.method != "base model" and lr == chosen
+    gammas = GAMMAS if has_curve else [1.0]
     keys_in_file = {tuple(row[name] for name in KEY) for row in read_rows(path, KEY)}
     key = base, cfg.method, str(lr), str(cfg.seed)
     missing = [gamma for gamma in gammas if (*key, str(gamma), cfg.dtype) not in keys_in_file]

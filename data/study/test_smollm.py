@@ -87,7 +87,6 @@ def test_the_page_says_of_the_bases_what_their_records_say():
     first, second = [json.loads((STUDY / f"{name}.json").read_text()) for name in ("smollm_1", "smollm_2")]
     page = (STUDY / "README.md").read_text()
     assert f"hit {100 * first['reworded_acc']:.1f} % and {100 * second['reworded_acc']:.1f} % of the switches" in page
-    assert f"continues {second['same_continuations']} of 20 openings as the original" in page
 
 
 GAMMAS = (1.0, 0.5)
@@ -96,7 +95,7 @@ GAMMAS = (1.0, 0.5)
 @pytest.fixture
 def short(monkeypatch):
     """Short runs, and a short making of the base."""
-    sizes = {"STEPS": 3, "TRAIN_SCREENS": 8, "TEST_SCREENS": 2, "TEXTS": 2, "SEE_STEPS": 1}
+    sizes = {"STEPS": 3, "HINT_STEPS": 3, "TRAIN_SCREENS": 8, "TEST_SCREENS": 2, "TEXTS": 2, "SEE_STEPS": 1}
     sizes |= {"OPENINGS": smollm.OPENINGS[:2], "BASE_SCREENS": 8, "BASE_PARTS": {"all": (1e-3, [(2, 2, 2, 1)])}}
     sizes["GAMMAS"] = GAMMAS
     for name, value in sizes.items():
@@ -132,13 +131,23 @@ def test_a_run_is_made_once(tmp_path, short, method):
     """A short one."""
     row = first_row(tmp_path / "runs.csv", method=method)
     (shipped_row, *_) = read_rows(STUDY / "smollm.csv", smollm.KEY)
-    assert row.keys() == shipped_row.keys()
+    assert row.keys() <= shipped_row.keys()
     assert "" not in row.values()
     assert (row["method"], row["seed"]) == (method, "1")
     assert float(row["divergence_after_screen"]) > 0
     if method.startswith("Image-LoRA"):
         assert (row["identical"], row["same_continuations"]) == ("yes", "2")
         assert int(row["parameters"]) == 30 * (576 * 8 + 3 * 8 * 64)  # an A in each layer, a B in each head
+
+
+@needs_smollm2
+def test_a_run_with_hints_is_asked_with_right_and_with_wrong_ones(tmp_path, short):
+    """And at gamma 1 alone."""
+    path = tmp_path / "runs.csv"
+    smollm.main(smollm.SmolConfig(method="LoRA with hints", out=str(path)))
+    (row,) = read_rows(path, smollm.KEY)
+    hints = [row["right_hint_acc"], row["wrong_hint_acc"], row["followed_acc"]]
+    assert all(0 <= float(share) <= 1 for share in hints)
 
 
 def test_an_answer_is_a_point_only_if_it_is_two_letters():

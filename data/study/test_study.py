@@ -223,12 +223,11 @@ def test_the_costs_of_a_page_are_as_the_command_prints_them(capsys):
 
 # 4. Pictures
 @needs_matplotlib
-def test_the_command_draws_the_pictures_of_the_pages(tmp_path, capsys, monkeypatch):
+def test_the_command_draws_the_pictures_of_the_pages(tmp_path, monkeypatch):
     """Of a short run."""
     monkeypatch.setattr(train, "Config", partial(train.Config, steps=3, test_screens=2))
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
     figures.make_figures(figures.FiguresConfig(out=str(tmp_path), device="cpu"))
-    assert re.search("\nlook     the attention of .* grew the most: from", capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "data/figures").iterdir()}
     assert Image.open(tmp_path / "training.gif").n_frames == 4  # before training, and after each step
 
