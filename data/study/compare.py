@@ -180,8 +180,6 @@ CLICKS = ("task_acc", "other_questions_acc")
 PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc", "same_words_acc")
 
 PAGE_TABLES = [  # in the order of the page
-    Table("tiny models", "skilled", ["base model", *WITH_OWN], DOWN),
-    *[Table(setting, setting, [*plan.SMOLLM2], DOWN) for setting in plan.SMOLLM2_BASES],
     Table("tiny models, hints", "skilled", HINTED, of_each_model("wrong hint", "wrong_hint_acc")),
     Table(
         "tiny models that can repeat a place, hints",
@@ -194,6 +192,8 @@ PAGE_TABLES = [  # in the order of the page
     Table("tiny models, text that varies", "skilled", [*plan.VARIED], AFTER_TEXT),
 ]
 MORE_TABLES = [
+    Table("tiny models", "skilled", ["base model", *WITH_OWN], DOWN),
+    *[Table(setting, setting, [*plan.SMOLLM2], DOWN) for setting in plan.SMOLLM2_BASES],
     Table(
         "tiny models, more",
         "skilled",
@@ -326,14 +326,14 @@ def page_tables(runs: pd.DataFrame) -> list[str]:
     """Those of the page, which a test compares with it."""
     chosen = at_chosen_rates(runs)
     tables = [show_table(table, chosen) for table in PAGE_TABLES]
-    others = replay, equal_clicks, new_skill, text_and_attention
+    others = replay, equal_clicks, new_skill
     return tables + [show(chosen) for show in others]
 
 
 def more_tables(runs: pd.DataFrame) -> list[str]:
     """Numbers that the page tells in a sentence or a picture."""
     chosen = at_chosen_rates(runs)
-    return [*(show_table(table, chosen) for table in MORE_TABLES), *rate_tables(runs)]
+    return [*(show_table(table, chosen) for table in MORE_TABLES), text_and_attention(chosen), *rate_tables(runs)]
 
 
 if __name__ == "__main__":
