@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import prompts
 from data.base import screens_and_features
 from data.questions import all_samples
 from data.study import smollm, smollm_vlm
@@ -94,12 +95,14 @@ GAMMAS = (1.0, 0.5)
 
 @pytest.fixture
 def short(monkeypatch):
-    """Short runs, and a short making of the base."""
+    """Short runs of small steps, and a short making of the base."""
     sizes = {"STEPS": 1, "HINT_STEPS": 1, "TRAIN_SCREENS": 16, "TEST_SCREENS": 2, "TEXTS": 2, "SEE_STEPS": 1}
     sizes |= {"OPENINGS": smollm.OPENINGS[:2], "BASE_SCREENS": 8, "BASE_PARTS": {"all": (1e-3, [(2, 2, 2, 1)])}}
     sizes["GAMMAS"] = GAMMAS
     for name, value in sizes.items():
         monkeypatch.setattr(smollm, name, value)
+    monkeypatch.setattr(prompts, "SCREENS_PER_STEP", 2)
+    monkeypatch.setattr(prompts, "PACKED", (2, 5))
     monkeypatch.setattr(smollm_vlm.SmolVLM, "write_texts", lambda vlm: torch.full((4, 96), 100))
 
 
