@@ -89,7 +89,6 @@ HINTS |= with_ending({"Partial LoRA": PARTIAL_LORA}, " with hints, at four times
 HINTS |= with_ending({"Image-LoRA": IMAGE_LORA}, " with hints, at four times the rate", hint="question", lr=0.04)
 BEFORE = {"LoRA": LORA, "Image-LoRA": IMAGE_LORA}
 HINTS_BEFORE = with_ending(BEFORE, " with hints before the image", hint="before_image")
-HINTED_TWICE = [f"{name} with hints" for name in THREE]
 COPYING_HINTS = [f"{name} with hints" for name in ("LoRA", "LoRA on v", "Image-LoRA")]
 REWORDED = "base model, asked to click right of the name"
 BASE = {"base model": {"method": "none", "lr": 0.0}, REWORDED: {"method": "none", "lr": 0.0}}
@@ -181,7 +180,7 @@ GROUPS = [
     Group("skilled", THREE | OWN_ANSWERS, gammas=GAMMAS),
     Group("skilled", REPLAYS | OLD_REPLAY),
     Group("skilled", HINTS),
-    Group("skilled", HINTED_TWICE, seeds=(1, 2)),
+    Group("skilled", [f"{name} with hints" for name in HINTED], seeds=(1, 2)),
     Group("skilled", HINTS_BEFORE),
     Group("copying", COPYING_HINTS),
     Group("skilled", IN_PART, gammas=GAMMAS),
