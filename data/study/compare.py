@@ -171,12 +171,12 @@ REPLAYS = {  # {title: ending of a method's name}
     "own answers, without 'switch'": " with own answers but to 'switch'",
     "own answers": " with own answers",
 }
-DOWN = as_trained("task_acc", "other_questions_acc") + turned_down("gamma", "task_acc", "other_questions_acc")
+CLICKS = ("task_acc", "other_questions_acc")
+DOWN = as_trained(*CLICKS) + turned_down("gamma", *CLICKS)
 SMOLLM2_MORE = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc", "places_for_names")
 SMOLLM2_MORE += ("name_alone_acc", "divergence_after_screen", "same_continuations")
 EACH = as_trained("task_acc", show="mean") + of_each_model("others", "other_questions_acc")
 HINTED = [*plan.HINTS, *plan.HINTS_BEFORE]
-CLICKS = ("task_acc", "other_questions_acc")
 PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc", "same_words_acc")
 
 PAGE_TABLES = [  # in the order of the page
@@ -208,7 +208,7 @@ MORE_TABLES = [
     Table(
         "tiny models, replay",
         "skilled",
-        [method for method in plan.METHODS if "answers" in method and "trained" not in method],
+        [*plan.OWN_ANSWERS, *plan.REPLAYS, *plan.OLD_REPLAY],
         as_trained("replay_answers_acc", *CLICKS),
     ),
     Table(

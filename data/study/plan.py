@@ -105,6 +105,7 @@ SMOLLM2 = {  # {method: its learning rate}
     "Image-LoRA with own answers": 0.016,
 }
 SMOLLM2_HINTS = {"LoRA with hints": 0.001, "Image-LoRA with hints": 0.016}
+SMOLLM2_RATES = SMOLLM2 | SMOLLM2_HINTS
 SMOLLM2_BASES = FIRST_BASE, SECOND_BASE = "SmolLM2, first base", "SmolLM2, second base"
 SMOLLM2_SETTINGS = {  # {(base, dtype): the setting of these runs}
     ("smollm_1", "float32"): FIRST_BASE,
@@ -121,7 +122,7 @@ CHOSEN = {  # {setting: {method: the learning rate that validation screens chose
         "Image-LoRA": 0.08,
     },
     **dict.fromkeys(("skilled", "copying", "packed", "referring"), RATES),
-    **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2 | SMOLLM2_HINTS),
+    **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2_RATES),
 }
 TRIED = {  # {setting: {method: learning rates, once on each model}}
     "skilled": {

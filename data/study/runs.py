@@ -115,8 +115,8 @@ def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
     old_test = screens_of(cfg.base, "old", "test", cfg.test_screens // 2 + 1, cfg.device)
     if row.gamma == 1 and row.text == cfg.text:  # as in training
         measures, _ = measure(model, new_test, old_test, cfg.task, row.text)
-        if "hints" in row.method:
-            measures |= measure_hints(model, new_test, "question" if cfg.hint == "none" else cfg.hint)
+        if cfg.hint != "none":
+            measures |= measure_hints(model, new_test, cfg.hint)
     else:
         measures = ask_briefly(model, new_test, old_test, cfg, row.text)
     if row.text == cfg.text or row.method == MORE_TEXT:

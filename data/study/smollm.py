@@ -41,7 +41,7 @@ from data.replay import make_replay_data
 from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
-from data.study.plan import METHODS, SMOLLM2, SMOLLM2_HINTS
+from data.study.plan import METHODS, SMOLLM2, SMOLLM2_RATES
 from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, PLACES, ROWS, SmolVLM, spell_places
 from imagelora import attach
@@ -64,9 +64,7 @@ TEXTS = 16  # of 256 tokens, on which English is measured
 
 @dataclass(frozen=True)
 class SmolConfig:
-    method: str = option(
-        "Image-LoRA", "make a run of this method, unless the file holds it", tuple(SMOLLM2 | SMOLLM2_HINTS)
-    )
+    method: str = option("Image-LoRA", "make a run of this method, unless the file holds it", tuple(SMOLLM2_RATES))
     lr: float | None = option(None, "AdamW's peak rate; None: the chosen one", minimum=0)
     seed: int = option(1, "seed for the order of the data and A; with --make-base for all of it", minimum=0)
     out: str = option("data/study/smollm.csv", "the file of runs")
@@ -327,7 +325,7 @@ def main(cfg: SmolConfig) -> None:
         return
     if cfg.tokens != "visual":
         raise ValueError("--tokens does nothing without --make-base")
-    chosen = (SMOLLM2 | SMOLLM2_HINTS)[cfg.method]
+    chosen = SMOLLM2_RATES[cfg.method]
     lr = chosen if cfg.lr is None else cfg.lr
     base = Path(cfg.base).stem
     has_curve = cfg.method in SMOLLM2 and cfg.method != "base model" and lr == chosen
