@@ -2,8 +2,7 @@
 
 python -m data.study.compare     print those of the pages, at once; then more, and how learning rates were chosen
 
-On tiny models, a number is the mean over three models, and brackets hold the lowest and the highest. SmolLM2 was run
-with seeds 1 and 2, and brackets hold both; with own answers, with seed 1 alone.
+On tiny models, a number is the mean over three models, and brackets hold the lowest and the highest.
 
 Turned down means at the smallest gamma that costs at most two points of the new task on validation screens.
 """
@@ -41,33 +40,30 @@ TITLES = {  # {measure, a column of the files: its title in a table}
     "wrong_hint_acc": "with a wrong hint, %",
     "followed_acc": "wrong hints followed, %",
     "replay_answers_acc": "answers correct, %",
-    "name_alone_acc": "what is at, if places are forbidden, %",
-    "places_for_names": "places given for names, %",
     "divergence_after_screen": "KL divergence after an image",
     "same_continuations": "openings continued as before, of 20",
 }
 LAYOUTS = {"divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
-EQUAL_CLICKS = (94, 95, 96, 97)  # percent of the switches, at which methods of equal size are compared
+EQUAL_CLICKS = (94, 95, 96)  # percent of the switches, which all methods of equal size hit on all tiny models
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
 def read_runs() -> pd.DataFrame:
-    """The rows of both files, accuracies in percent. The seeds of SmolLM2 count as its models.
+    """The rows of both files, accuracies in percent. The bases of SmolLM2 count as its models.
 
     turned_down: whether a row is the one of its curve that the rule takes."""
     folder = Path(__file__).parent
     smollm2 = pd.read_csv(folder / "smollm.csv")
-    settings = [plan.SMOLLM2_SETTINGS[key] for key in zip(smollm2.base, smollm2.dtype)]
-    smollm2 = smollm2.assign(setting=settings, model=smollm2.seed, text=0)
+    smollm2 = smollm2.assign(setting="SmolLM2", model=smollm2.base.map(plan.SMOLLM2_BASES), text=0)
     runs = pd.concat([pd.read_csv(folder / "runs.csv"), smollm2], ignore_index=True)
     runs["turned_down"] = False
     for _, curve in runs.groupby(["setting", "model", "method", "lr", "seed", "text"]):
         if len(curve) > 1 and curve.validation_acc.notna().all():
             gamma = smallest_gamma(curve.sort_values("gamma", ascending=False).to_dict("records"))
             runs.loc[curve.index[curve.gamma == gamma], "turned_down"] = True
-    shares = [name for name in runs if name.endswith("_acc") or name.startswith(("image_share", "places"))]
+    shares = [name for name in runs if name.endswith("_acc") or name.startswith("image_share")]
     runs[shares] *= 100
     return runs
 
@@ -84,13 +80,14 @@ def at_chosen_rates(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[[lr == plan.CHOSEN[setting][method] for setting, method, lr in zip(runs.setting, runs.method, runs.lr)]]
 
 
+def first_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with seed 1, which all methods have. Models without the skill have a seed of their own."""
+    return runs[runs.seed == runs.model.where(runs.setting == "unskilled, packed", 1)]
+
+
 def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
-    """The runs by which learning rates were compared: one for each method, model and rate, with seed 1 (models without
-    the skill have their own). Those of SmolLM2 were in bfloat16, except one."""
-    runs = runs[(runs.setting == setting) | (runs.setting == f"{setting}, in bfloat16")]
-    runs = runs[runs.seed == runs.model.where(runs.setting == "unskilled, packed", 1)]
-    runs = runs[(runs.gamma == 1) & (runs.text == 0)]
-    return runs.sort_values("dtype", kind="stable").drop_duplicates(["method", "model", "lr"])  # bfloat16 comes first
+    """The runs by which learning rates were compared: one for each method, model and rate."""
+    return first_seed(rows_where(runs, {"setting": setting, "gamma": 1, "text": 0}))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -112,6 +109,7 @@ class Table(NamedTuple):
     setting: str
     methods: list[str]
     columns: list[Column]
+    all_seeds: bool = False  # or the first alone
 
 
 def as_trained(*measures: str, show="range") -> list[Column]:
@@ -139,6 +137,8 @@ def markdown(title: str, cells: pd.DataFrame) -> str:
 
 
 def show_table(table: Table, runs: pd.DataFrame) -> str:
+    if not table.all_seeds:
+        runs = first_seed(runs)
     cells = {}
     for column in table.columns:
         where = {"setting": table.setting, "text": 0} | column.where
@@ -173,14 +173,14 @@ REPLAYS = {  # {title: ending of a method's name}
 }
 CLICKS = ("task_acc", "other_questions_acc")
 DOWN = as_trained(*CLICKS) + turned_down("gamma", *CLICKS)
-SMOLLM2_MORE = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc", "places_for_names")
-SMOLLM2_MORE += ("name_alone_acc", "divergence_after_screen", "same_continuations")
+NAMES_AND_CLICKS = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc")
+ENGLISH = ("divergence_after_screen", "same_continuations")
 EACH = as_trained("task_acc", show="mean") + of_each_model("others", "other_questions_acc")
 HINTED = [*plan.HINTS, *plan.HINTS_BEFORE]
 PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc", "same_words_acc")
 
 PAGE_TABLES = [  # in the order of the page
-    Table("tiny models, hints", "skilled", HINTED, of_each_model("wrong hint", "wrong_hint_acc")),
+    Table("tiny models, hints", "skilled", HINTED, of_each_model("wrong hint", "wrong_hint_acc"), all_seeds=True),
     Table(
         "tiny models that can repeat a place, hints",
         "copying",
@@ -192,19 +192,18 @@ PAGE_TABLES = [  # in the order of the page
     Table("tiny models, text that varies", "skilled", [*plan.VARIED], AFTER_TEXT),
 ]
 MORE_TABLES = [
-    Table("tiny models", "skilled", ["base model", *WITH_OWN], DOWN),
-    *[Table(setting, setting, [*plan.SMOLLM2], DOWN) for setting in plan.SMOLLM2_BASES],
+    Table("tiny models", "skilled", ["base model", *WITH_OWN], DOWN, all_seeds=True),
+    Table("SmolLM2", "SmolLM2", [*plan.SMOLLM2], DOWN),
     Table(
         "tiny models, more",
         "skilled",
         ["base model", *WITH_OWN],
         as_trained("other_questions_acc", *PROBLEMS),
+        all_seeds=True,
     ),
     Table("tiny models, the upper half", "skilled", ["Image-LoRA", *plan.IN_PART], DOWN),
-    *[
-        Table(setting, setting, [*plan.SMOLLM2], as_trained(*SMOLLM2_MORE, show="mean"))
-        for setting in plan.SMOLLM2_BASES
-    ],
+    Table("SmolLM2, more", "SmolLM2", [*plan.SMOLLM2], as_trained(*NAMES_AND_CLICKS)),
+    Table("SmolLM2, English", "SmolLM2", [*plan.SMOLLM2], as_trained(*ENGLISH) + turned_down(*ENGLISH)),
     Table(
         "tiny models, replay",
         "skilled",
@@ -216,10 +215,11 @@ MORE_TABLES = [
         "skilled",
         HINTED,
         [Column("without a hint, %", "task_acc"), *as_trained("right_hint_acc", "followed_acc")],
+        all_seeds=True,
     ),
     Table(
-        plan.SECOND_BASE + ", hints",
-        plan.SECOND_BASE,
+        "SmolLM2, hints",
+        "SmolLM2",
         [*plan.SMOLLM2_HINTS],
         [Column("without a hint, %", "task_acc"), *as_trained("right_hint_acc", "wrong_hint_acc", "followed_acc")],
     ),
@@ -241,7 +241,7 @@ MORE_TABLES = [
 
 def replay(runs: pd.DataFrame) -> str:
     """The other questions after each kind of replay."""
-    runs = rows_where(runs, {"setting": "skilled", "gamma": 1, "text": 0})
+    runs = first_seed(rows_where(runs, {"setting": "skilled", "gamma": 1, "text": 0}))
     cells = {}
     for title, ending in REPLAYS.items():
         of_kind = runs[runs.method.isin([method + ending for method in plan.THREE])]
@@ -257,28 +257,28 @@ def new_skill(runs: pd.DataFrame) -> str:
         cells[method] = []
         for setting, model in product(("skilled", "unskilled, packed"), plan.MODELS):
             where = {"setting": setting, "method": method, "model": model, "gamma": 1, "text": 0}
-            cells[method].append(f"{rows_where(runs, where).task_acc.mean():.1f}")
+            cells[method].append(f"{first_seed(rows_where(runs, where)).task_acc.item():.1f}")
     titles = [f"model {model} {kind} the skill" for kind in ("with", "without") for model in plan.MODELS]
     return markdown("new task, %", pd.DataFrame.from_dict(cells, orient="index", columns=titles))
 
 
 def equal_clicks(runs: pd.DataFrame) -> str:
     """What methods of equal size keep where they hit equally many switches: means over three models."""
-    runs = rows_where(runs, {"setting": "skilled", "text": 0})
+    runs = first_seed(rows_where(runs, {"setting": "skilled", "text": 0}))
     cells = pd.DataFrame(index=plan.AS_LARGE)
     for clicks, method in product(EQUAL_CLICKS, plan.AS_LARGE):
-        curves = rows_where(runs, {"method": method}).groupby(["model", "seed"])
+        curves = rows_where(runs, {"method": method}).groupby("model")
         cells.loc[method, f"{clicks} %"] = np.mean([kept_at_clicks(curve, clicks) for _, curve in curves])
     return markdown("other questions where so many switches are hit", cells.map("{:.1f}".format))
 
 
 def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
     """The other questions where a curve, from its lowest gamma up, first reaches so many clicks. It is linear between
-    two gammas, and its last point counts if it does not get there."""
+    two gammas. NaN if it does not get there."""
     curve = curve.sort_values("gamma")
     hits, others = curve.task_acc.to_numpy(), curve.other_questions_acc.to_numpy()
     if hits.max() < clicks:
-        return float(others[-1])
+        return np.nan
     after = int((hits >= clicks).argmax())
     return float(np.interp(clicks, hits[after - 1 : after + 1], others[after - 1 : after + 1]))
 
@@ -286,7 +286,7 @@ def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
 def text_and_attention(runs: pd.DataFrame) -> str:
     """Image-LoRA asked after more or fewer word problems than in training, with the gamma that the image's share of
     attention in the base model predicts: its share in training, divided by the one when asked."""
-    runs = rows_where(runs, {"setting": "skilled", "seed": 1, "gamma": 1})
+    runs = first_seed(rows_where(runs, {"setting": "skilled", "gamma": 1}))
     shares = rows_where(runs, {"method": "base model"}).set_index(["model", "text"])
     shares = shares.filter(like="image_share").mean(axis=1)  # over the layers
     asked = [(plan.MORE_TEXT, 9, text) for text in plan.FEWER_PROBLEMS] + [("Image-LoRA", 0, 9)]
@@ -303,7 +303,7 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 def rate_tables(runs: pd.DataFrame) -> list[str]:
     """How learning rates were chosen."""
     measures = {"skilled": ("validation_acc", "other_questions_acc")}
-    measures |= dict.fromkeys(("unskilled, packed", plan.FIRST_BASE), ("validation_acc",))
+    measures["unskilled, packed"] = ("validation_acc",)
     tables = []
     for setting, shown in measures.items():
         for measure in shown:
@@ -313,7 +313,7 @@ def rate_tables(runs: pd.DataFrame) -> list[str]:
 
 def rates(runs: pd.DataFrame, setting: str, measure: str) -> pd.DataFrame:
     """Cells with a row for each method and a column for each learning rate; the chosen one is bold."""
-    methods = list(plan.TRIED.get(setting, plan.THREE))
+    methods = list(plan.TRIED[setting])
     runs = tried(runs, setting)
     cells = runs[runs.method.isin(methods)].pivot_table(measure, "method", "lr").apply(format_cells, measure=measure)
     for method in cells.index:

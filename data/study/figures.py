@@ -11,7 +11,7 @@ import io
 import sys
 import textwrap
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from data.command import command, make_directory, option
 from data.evaluate import evaluate
 from data.pictures import BLUE, GREY, INK, ORANGE
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
-from data.study.plan import FEWER_PROBLEMS, MODELS, MORE_TEXT, SMOLLM2_BASES, TEXT
+from data.study.plan import FEWER_PROBLEMS, MODELS, MORE_TEXT, TEXT
 
 try:
     import matplotlib.pyplot as plt
@@ -77,7 +77,7 @@ def make_figures(cfg: FiguresConfig) -> None:
 
 def draw_where() -> plt.Figure:
     """For each method a cell for each token and projection, coloured where its adapter writes."""
-    spans = {"text": (0, 2), "image": (2.3, 4), "question": (6.6, 2)}  # {name: (left edge, number of tokens)}
+    spans = {"text before": (0, 2), "image": (2.3, 4), "text after": (6.6, 2)}  # {name: (left edge, number of tokens)}
     projections = "outputs", "values", "keys", "queries"  # from below
     figure, axes = plt.subplots(
         1, 3, figsize=(WIDTH, 2.1), layout="constrained", sharey=True, gridspec_kw={"wspace": 0.1}
@@ -115,48 +115,34 @@ CONDITIONS = {  # {title: (ending of a method's name, which of its rows)}
 
 
 def draw_kept(runs: pd.DataFrame) -> plt.Figure:
-    """The other questions that are answered correctly in each of CONDITIONS: a line through the means of each method,
-    and a small point for each model.
+    """The other questions that are answered correctly in each of CONDITIONS: a bar for the mean of each method, and a
+    point for each model.
 
     runs: rows of compare.read_runs() at the chosen learning rates."""
-    panels = {"three tiny models": "skilled"} | dict(zip(SMOLLM2_BASES, SMOLLM2_BASES))  # {title: setting}
+    panels = {"three tiny models": "skilled", "SmolLM2": "SmolLM2"}  # {title: setting}
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3), layout="constrained", sharey=True)
     last = len(CONDITIONS) - 1
     for ax, (title, setting) in zip(axes, panels.items()):
         of_setting = compare.rows_where(runs, {"setting": setting, "text": 0})
         base = compare.rows_where(of_setting, {"method": "base model"}).other_questions_acc.mean()
-        ax.hlines(base, 0, last, GREY, "--", linewidth=1.2)
-        ax.text(0, base + 2, f"base model {base:.0f}", color=GREY, size=9)
-        for method, colour in COLOURS.items():
+        ax.axhline(base, color=GREY, linestyle="--", linewidth=1.2)
+        ax.text(last + 0.45, base + 2, f"base model {base:.0f}", color=GREY, size=9, ha="right")
+        for offset, (method, colour) in zip((-0.24, 0, 0.24), COLOURS.items()):
             means = []
             for x, (ending, where) in enumerate(CONDITIONS.values()):
                 rows = compare.rows_where(of_setting, {"method": method + ending} | where)
                 models = rows.groupby("model").other_questions_acc.mean()
-                ax.scatter([x] * len(models), models, 12, colour, alpha=0.5, linewidth=0)
+                ax.scatter([x + offset] * len(models), models, 10, "black", linewidth=0, zorder=2)
                 means.append(models.mean())
-            ax.plot(means, color=colour, marker="o", linewidth=2, label=method)
-        for x, label_x, side in ((0, -0.12, "right"), (last, last + 0.12, "left")):
-            heights = [line.get_ydata()[x] for line in ax.lines]
-            for line, height, label_y in zip(ax.lines, heights, spread(heights, gap=7)):
-                ax.text(label_x, label_y, f"{height:.0f}", color=line.get_color(), ha=side, va="center")
-        ax.set(title=title, xlim=(-0.5, last + 0.5), ylim=(0, 112), yticks=range(0, 101, 20))
+            bars = ax.bar(np.arange(len(means)) + offset, means, 0.22, color=colour, alpha=0.75, label=method)
+            ax.bar_label(bars, fmt="%.0f", label_type="center", color="white", weight="bold")
+        ax.set(title=title, xlim=(-0.5, last + 0.5), ylim=(0, 105), yticks=range(0, 101, 20))
         ax.set_xticks(range(len(CONDITIONS)), CONDITIONS, size=8.5)
-        ax.grid(axis="y")
     axes[0].set_ylabel("other questions, %")
-    lines = [*axes[0].lines, Line2D([], [], linestyle="", marker=".", color=GREY, label="one model or run")]
-    figure.legend(handles=lines, loc="outside upper left", ncols=len(lines))
+    handles, _ = axes[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], linestyle="", marker=".", color="black", label="one model"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
     return figure
-
-
-def spread(heights: list[float], gap: float) -> np.ndarray:
-    """Heights of labels: those of their points, moved apart where two are closer than the gap."""
-    moved = np.array(heights, float)
-    for _ in range(50):  # because a label that gives way to one neighbour may come too close to the next
-        for lower, upper in pairwise(moved.argsort()):
-            overlap = max(0, gap - (moved[upper] - moved[lower]))
-            moved[lower] -= overlap / 2
-            moved[upper] += overlap / 2
-    return moved
 
 
 TRAINED_AFTER = {  # {name: (ending of Image-LoRA's name, style of its line)}
@@ -189,14 +175,14 @@ def draw_text(runs: pd.DataFrame) -> plt.Figure:
         right.plot([4 * i + j] * 2, [row.task_acc, row.one_gamma_acc], color=BLUE, linewidth=1)
         right.plot(4 * i + j, row.task_acc, "o", color=BLUE, markerfacecolor="white")
         right.plot(4 * i + j, row.one_gamma_acc, "o", color=BLUE)
-    right.set(title="Trained after 9, model by model")
+    right.set(title="Trained after 9, models 1 to 3")
     right.set_xticks([1, 5, 9], FEWER_PROBLEMS)  # below the second of three models
     for ax in (left, right):
         ax.set_xlabel("word problems before the image, when asked")
         ax.grid(axis="y")
     dots = {"at γ = 1": "white", "at the predicted γ": BLUE}
     handles = [Line2D([], [], ls="", marker="o", color=BLUE, mfc=fill, label=name) for name, fill in dots.items()]
-    right.legend(handles=handles, loc="lower right")
+    right.legend(handles=handles, loc="lower right", fontsize=9, handletextpad=0)
     return figure
 
 

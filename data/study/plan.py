@@ -106,12 +106,7 @@ SMOLLM2 = {  # {method: its learning rate}
 }
 SMOLLM2_HINTS = {"LoRA with hints": 0.001, "Image-LoRA with hints": 0.016}
 SMOLLM2_RATES = SMOLLM2 | SMOLLM2_HINTS
-SMOLLM2_BASES = FIRST_BASE, SECOND_BASE = "SmolLM2, first base", "SmolLM2, second base"
-SMOLLM2_SETTINGS = {  # {(base, dtype): the setting of these runs}
-    ("smollm_1", "float32"): FIRST_BASE,
-    ("smollm_2", "float32"): SECOND_BASE,
-    ("smollm_1", "bfloat16"): f"{FIRST_BASE}, in bfloat16",  # in which learning rates were compared
-}
+SMOLLM2_BASES = {"smollm_1": 1}  # {file: its number, the model of these runs}
 RATES = {method: fields["lr"] for method, fields in METHODS.items()}
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "unskilled, packed": {
@@ -122,7 +117,7 @@ CHOSEN = {  # {setting: {method: the learning rate that validation screens chose
         "Image-LoRA": 0.08,
     },
     **dict.fromkeys(("skilled", "copying", "packed", "referring"), RATES),
-    **dict.fromkeys(SMOLLM2_SETTINGS.values(), SMOLLM2_RATES),
+    "SmolLM2": SMOLLM2_RATES,
 }
 TRIED = {  # {setting: {method: learning rates, once on each model}}
     "skilled": {

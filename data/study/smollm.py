@@ -1,17 +1,15 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
-python -m data.study.smollm --method LoRA --seed 3       make one more run of smollm.csv: 20 to 40 minutes on one core
-python -m data.study.smollm --make-base --base my.pt     make the base model anew: two to three hours on one core
+python -m data.study.smollm --method LoRA --seed 3       make one more run of smollm.csv: 40 to 60 minutes on one core
+python -m data.study.smollm --make-base --base my.pt     make the base model anew: about two hours on one core
 
 see        The projector learns to show the name, the colour and the place of what is in each patch, read through
            SmolLM2's own word embeddings. SmolLM2 itself does not run.
-learn      The projector and a Partial LoRA (data/study/smollm_vlm.py) learn to answer about old screens.
-           From some step on, a second loss brings English after a screen back: its KL divergence from what the
-           original SmolLM2 predicts without the screen. With --tokens all, a LoRA at all tokens learns instead, the
-           second loss holds English without a screen, too, and the LoRA is merged into the weights.
-fine-tune  This base model learns to click switches, by one of the methods. With own answers, one of a step's 8
-           sequences holds other questions about a new screen, which the base model has answered. A sequence packs five
-           questions, or with hints one.
+learn      The projector and a LoRA on all linear layers learn to answer about old screens. From some step on, a second
+           loss keeps English, with and without a screen before it: its KL divergence from what the original SmolLM2
+           predicts without a screen. The LoRA is then merged into the weights.
+fine-tune  This base model learns to click switches, by one of the methods, with one question about each of 16 screens.
+           With own answers, two of the 16 are other questions about new screens, which the base model has answered.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -22,7 +20,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -34,27 +31,24 @@ from tqdm import tqdm
 from data.base import file_path, image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import evaluate, measure_hints, measure_other_questions
-from data.gamma import GAMMAS, turned_down
+from data.gamma import GAMMAS, smallest_gamma, turned_down
 from data.prompts import training_samples
-from data.questions import click_right_of, old_samples, parse_point, relation_samples
+from data.questions import click_right_of, old_samples, relation_samples
 from data.replay import make_replay_data
 from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.plan import METHODS, SMOLLM2, SMOLLM2_RATES
 from data.study.runs import add_rows, read_rows
-from data.study.smollm_vlm import COLUMNS, PLACES, ROWS, SmolVLM, spell_places
+from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM
 from imagelora import attach
 
-KEY = ("base", "method", "lr", "seed", "gamma", "dtype")  # what tells one row from another
+KEY = ("base", "method", "lr", "seed", "gamma")  # what tells one row from another
 SEE_STEPS = 500
 BASE_SCREENS = 2000  # of each of two kinds, to learn to answer
-# How each base model learns to answer: the learning rate, and (steps, screens a step, texts a step, the first step with
-# texts) of each part, in which the rate warms up and decays anew.
-BASE_PARTS = {
-    "visual": (2e-3, [(900, 4, 1, 540), (120, 8, 2, 0), (400, 8, 2, 0)]),
-    "all": (1e-3, [(600, 8, 2, 360)]),
-}
+BASE_RATE = 1e-3
+BASE_STEPS = 600  # with 8 screens each, and in the last 240 of them 2 texts
+FIRST_WITH_TEXT = 360
 STEPS = 300  # of fine-tuning
 HINT_STEPS = 40  # of fine-tuning with hints
 TRAIN_SCREENS = 1024
@@ -69,13 +63,7 @@ class SmolConfig:
     seed: int = option(1, "seed for the order of the data and A; with --make-base for all of it", minimum=0)
     out: str = option("data/study/smollm.csv", "the file of runs")
     base: str = option("data/study/smollm_1.pt", "the base model: what makes SmolLM2 see and answer")
-    dtype: str = option("float32", "bfloat16 is twice as fast on some processors", ("float32", "bfloat16"))
     make_base: bool = option(False, "make the base model and write it to --base")
-    tokens: str = option(
-        "visual",
-        "with --make-base: at which tokens SmolLM2 learns to answer; all: with LoRA, whose weights are merged",
-        ("visual", "all"),
-    )
 
 
 # ---- The base model: see, then learn to answer -----------------------------------------------------------------------
@@ -151,36 +139,31 @@ def make_base(cfg: SmolConfig) -> None:
     features = image_features(vlm.tower, screens + switch_screens)
     learn_to_see(vlm, features, torch.from_numpy(np.stack(targets)))
 
-    vlm.model.to(getattr(torch, cfg.dtype))
     all_texts = vlm.write_texts()
     torch.manual_seed(cfg.seed)
-    vlm.add_lora(cfg.tokens)
+    vlm.add_lora()
     rng = np.random.default_rng(cfg.seed)
 
-    def loss_of(num_screens: int, num_texts: int, first: int, step: int) -> Tensor:
-        picks = rng.choice(len(screens), num_screens, replace=False)
+    def loss_of(step: int) -> Tensor:
+        picks = rng.choice(len(screens), 8, replace=False)
         batch = vlm.batch([old_samples(screens[pick], 14, rng) for pick in picks])
         answer_loss = vlm.model(**batch, image_features=vlm.projector(features[picks])).loss
-        if step < first:
+        if step < FIRST_WITH_TEXT:
             return answer_loss
-        texts = all_texts[rng.choice(len(all_texts), num_texts, replace=False)]
+        texts = all_texts[rng.choice(len(all_texts), 2, replace=False)]
         with torch.no_grad(), vlm.lora.disabled():
             original_logits = text_logits(vlm, texts)[:, 1:]
-        shown = vlm.projector(features[rng.choice(len(features), num_texts)])  # a screen before each text
-        loss = answer_loss + divergence(original_logits, text_logits(vlm, texts[:, 1:], shown))
-        if cfg.tokens == "all":
-            loss = loss + divergence(original_logits, text_logits(vlm, texts)[:, 1:])
-        return loss
+        shown = vlm.projector(features[rng.choice(len(features), 2)])  # a screen before each text
+        after_screen = divergence(original_logits, text_logits(vlm, texts[:, 1:], shown))
+        without_screen = divergence(original_logits, text_logits(vlm, texts)[:, 1:])
+        return answer_loss + after_screen + without_screen
 
-    parameters = [*vlm.projector.parameters(), *vlm.lora.parameters()]
-    lr, parts = BASE_PARTS[cfg.tokens]
-    for steps, *sizes in parts:
-        optimize("learn", parameters, lr, steps, partial(loss_of, *sizes))
+    optimize("learn", [*vlm.projector.parameters(), *vlm.lora.parameters()], BASE_RATE, BASE_STEPS, loss_of)
     path = file_path(cfg.base)
     vlm.save(path)
     vlm = SmolVLM()
-    vlm.load(cfg.base, cfg.dtype, merge=False)  # what was written, because it is in 16 bits
-    record = {"seconds": round(time.time() - start), "dtype": cfg.dtype, "torch": torch.__version__}
+    vlm.load(cfg.base, merge=False)  # what was written, because it is in 16 bits
+    record = {"seconds": round(time.time() - start), "torch": torch.__version__}
     record["source_acc"] = share_clicked(vlm, "old", "test", TEST_SCREENS)
     record["reworded_acc"] = share_clicked(vlm, "new", "test", TEST_SCREENS, click_right_of)
     record |= measure_english(vlm, vlm.lora.disabled)
@@ -190,11 +173,11 @@ def make_base(cfg: SmolConfig) -> None:
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
-def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
-    """Fine-tune the base model once, and measure it at each gamma: rows of the file. English, and names if places are
-    forbidden, are measured at 1 alone."""
+def run(cfg: SmolConfig, lr: float, gammas: tuple[float, ...]) -> list[dict]:
+    """Fine-tune the base model once, and measure it at each gamma: rows of the file. English is measured at 1 and where
+    the run counts as turned down."""
     vlm = SmolVLM()
-    vlm.load(cfg.base, cfg.dtype)
+    vlm.load(cfg.base)
     new_data = screens_and_features(vlm, "new", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
     replay_data = None
     if "replay" in METHODS[cfg.method]:
@@ -202,10 +185,9 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
         replay_data = make_replay_data(vlm, new_data, "own", cfg.seed, **options)
 
     hint = METHODS[cfg.method].get("hint", "none")
-    asked = {"replay": 1, "hint": hint, "packed": hint == "none"}
 
     def loss_of(step: int) -> Tensor:
-        samples, features = training_samples(cfg.seed, step, new_data, replay_data, **asked)
+        samples, features = training_samples(cfg.seed, step, new_data, replay_data, hint=hint)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
     adapter = attach_adapter(cfg, vlm)
@@ -216,17 +198,17 @@ def run(cfg: SmolConfig, lr: float, gammas: list[float]) -> list[dict]:
     rows = []
     for gamma in gammas:
         row = {"base": Path(cfg.base).stem, "method": cfg.method, "lr": lr, "seed": cfg.seed, "gamma": gamma}
-        row["dtype"] = cfg.dtype
         row["parameters"] = sum(parameter.numel() for parameter in trained)
         with turned_down(adapter or nn.Module(), gamma):
             row |= measure_questions(vlm)
-            if gamma == 1:
-                row["name_alone_acc"] = name_alone(vlm)
-                if hint != "none":
-                    new_test = screens_and_features(vlm, "new", "test", TEST_SCREENS)
-                    row |= measure_hints(vlm, new_test, hint, SmolVLM.answers)
-                row |= measure_english(vlm, adapter.disabled if adapter else nullcontext)
+            if hint != "none":
+                new_test = screens_and_features(vlm, "new", "test", TEST_SCREENS)
+                row |= measure_hints(vlm, new_test, hint, SmolVLM.answers)
         rows.append(row)
+    for row in rows:
+        if row["gamma"] in (1, smallest_gamma(rows)):
+            with turned_down(adapter or nn.Module(), row["gamma"]):
+                row |= measure_english(vlm, adapter.disabled if adapter else nullcontext)
     return rows
 
 
@@ -260,35 +242,20 @@ def share_clicked(vlm: SmolVLM, domain: str, split: str, count: int, reword=None
 
 
 def measure_questions(vlm: SmolVLM) -> dict:
-    """The other questions of data/evaluate.py, and the new task on test and on validation screens.
-
-    places_for_names: the share of the answers to *what is at* and *what is right of*, where a name is the answer, that
-    are a place. example: one such question with its answer."""
+    """The other questions of data/evaluate.py, and the new task on test and on validation screens."""
     half = TEST_SCREENS // 2
-    old_test = screens_and_features(vlm, "old", "test", half)
-    metrics, answers = measure_other_questions(vlm, old_test, generate=SmolVLM.answers)
+    metrics, _ = measure_other_questions(vlm, screens_and_features(vlm, "old", "test", half), generate=SmolVLM.answers)
     metrics["task_acc"] = share_clicked(vlm, "new", "test", TEST_SCREENS)
     metrics["validation_acc"] = share_clicked(vlm, "new", "validation", half)
-    answers_to_names = answers["what_is_at"] + answers["what_is_right_of"]
-    are_places = [parse_point(answer.output) is not None for answer in answers_to_names]
-    metrics["places_for_names"] = float(np.mean(are_places))
-    _, sample, output = answers["what_is_right_of"][0]
-    metrics["example"] = f"{sample['instruction']}: {spell_places(output)} (correct: {sample['answer']})"
     return metrics
-
-
-def name_alone(vlm: SmolVLM) -> float:
-    """The share of correct answers to *what is at*, if the model cannot say a place: lost, or said in another form?"""
-    test = screens_and_features(vlm, "old", "test", TEST_SCREENS // 2)
-    share, _ = evaluate(vlm, *test, "what_is_at", generate=partial(SmolVLM.answers, forbidden=PLACES))
-    return share
 
 
 @torch.no_grad()
 def measure_english(vlm: SmolVLM, disabled) -> dict:
-    """What has become of English, alone and after a screen, compared with the original SmolLM2 without a screen.
+    """What has become of English, alone and after a screen, compared with what the model without its LoRA or adapter
+    predicts without a screen.
 
-    disabled: a context in which the adapter is off, so that text alone meets the original.
+    disabled: a context in which the adapter is off.
     divergence_after_screen: the KL divergence of the next-token distributions in nats per token, on Python's language
     reference. identical: whether all logits without a screen are the same, bit for bit. same_continuations: how many of
     20 continuations without a screen are the same for 16 tokens."""
@@ -323,21 +290,15 @@ def main(cfg: SmolConfig) -> None:
         make_directory(base_path.parent)
         make_base(cfg)
         return
-    if cfg.tokens != "visual":
-        raise ValueError("--tokens does nothing without --make-base")
     chosen = SMOLLM2_RATES[cfg.method]
     lr = chosen if cfg.lr is None else cfg.lr
-    base = Path(cfg.base).stem
     has_curve = cfg.method in SMOLLM2 and cfg.method != "base model" and lr == chosen
-    gammas = GAMMAS if has_curve else [1.0]
     keys_in_file = {tuple(row[name] for name in KEY) for row in read_rows(path, KEY)}
-    key = base, cfg.method, str(lr), str(cfg.seed)
-    missing = [gamma for gamma in gammas if (*key, str(gamma), cfg.dtype) not in keys_in_file]
-    if missing:
-        make_directory(path.parent)
-        add_rows(path, run(cfg, lr, missing), KEY)
-    else:
+    if (Path(cfg.base).stem, cfg.method, str(lr), str(cfg.seed), "1.0") in keys_in_file:
         print(f"{path} holds this run already; python -m data.study.compare prints the tables")
+        return
+    make_directory(path.parent)
+    add_rows(path, run(cfg, lr, GAMMAS if has_curve else (1.0,)), KEY)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,8 @@
 
 tower       the vision tower of tiny_vlm_1.pt: pictures -> a feature for each patch
 projector   shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
-lora        a LoRA on all linear layers, with which SmolLM2 learned to answer about what it sees
-
-In the shipped base model this LoRA is a Partial LoRA (arXiv 2401.16420), at visual tokens alone. The weights of SmolLM2
-stay as they are, and text tokens use no others. So a prompt without an image is answered by the original SmolLM2, bit
-for bit. It is never merged, because merged weights would change text. In the other base model it is at all tokens and
-merged, as if the language model had been trained as a whole.
+lora        a LoRA on all linear layers, with which SmolLM2 learned to answer about what it sees, and which is merged
+            into the weights, as if the language model had been trained as a whole
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
@@ -37,7 +33,6 @@ RANK = 10  # of the base model's LoRA
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
 ROWS = COLUMNS.lower()
-PLACES = [f" {letter}" for letter in COLUMNS]  # how a place begins, and no name does
 
 
 def spell_places(text: str) -> str:
@@ -119,9 +114,9 @@ class SmolVLM:
         self.projector = nn.Sequential(hidden_layer, nn.GELU(), nn.Linear(1024, embeddings.shape[1]), norm)
         return self.projector
 
-    def add_lora(self, tokens: str) -> LoRA:
-        """An untrained LoRA on all linear layers of SmolLM2, at "visual" or "all" tokens."""
-        self.lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS, tokens)
+    def add_lora(self) -> LoRA:
+        """An untrained LoRA on all linear layers of SmolLM2."""
+        self.lora = LoRA(self.model, RANK, 2 * RANK, PROJECTIONS)
         return self.lora
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -150,21 +145,17 @@ class SmolVLM:
             labels.append(row_labels)
         return {"input_ids": pad(rows, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
 
-    def answers(self, samples: list[dict], features: Tensor, num_problems=0, forbidden=()) -> list[str]:
+    def answers(self, samples: list[dict], features: Tensor, num_problems=0) -> list[str]:
         """Greedy answers to samples, each after its screen [B, P, D]; with the signature of `generate_answers` of
-        data/evaluate.py, but without word problems before them (num_problems).
-
-        forbidden: words, each a token, that the model cannot say."""
+        data/evaluate.py, but without word problems before them (num_problems)."""
         prompts = [self.prompt(sample) for sample in samples]
-        return [read_answer(text) for text in self.generate(prompts, 4, features, forbidden)]
+        return [read_answer(text) for text in self.generate(prompts, 4, features)]
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, features=None, forbidden=()) -> list[str]:
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, features=None) -> list[str]:
         """Greedy continuations of prompts, each after a screen if there are features [B, P, D]."""
         texts = []
         never = [self.model.config.image_token_id]
-        for word in forbidden:
-            never += self.ids(word)
         options = {"do_sample": False, "suppress_tokens": never, "pad_token_id": self.tokenizer.pad_token_id}
         for start in range(0, len(prompts), 64):
             part = slice(start, start + 64)
@@ -202,26 +193,24 @@ class SmolVLM:
         return texts.where(texts != self.model.config.image_token_id, self.tokenizer.eos_token_id)  # without an image
 
     def save(self, path: Path) -> None:
-        """Writes the projector and the LoRA, which shipped files call 'expert', in 16 bits; and its tokens."""
-        content = {"tokens": self.lora.tokens}
-        for name, module in (("projector", self.projector), ("expert", self.lora)):
+        """Writes the projector and the LoRA, in 16 bits."""
+        content = {}
+        for name, module in (("projector", self.projector), ("lora", self.lora)):
             content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}
         file = io.BytesIO()
         torch.save(content, file)
         write_file(path, file.getbuffer())
 
-    def load(self, base: str, dtype="float32", merge=True) -> None:
-        """Adds what `save` wrote, frozen; SmolLM2 computes in `dtype` from then on. ValueError if the file is not there
-        or holds something else. merge=False: a LoRA at all tokens can be disabled, which gives the original."""
+    def load(self, base: str, merge=True) -> None:
+        """Adds what `save` wrote, frozen. ValueError if the file is not there or holds something else. merge=False: the
+        LoRA can be disabled, which gives the original."""
         path = file_path(base)
         try:
             content = torch.load(path, weights_only=True)
-            projector, lora = content["projector"], content["expert"]
+            projector, lora = content["projector"], content["lora"]
         except Exception as error:
             raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
         self.add_projector().requires_grad_(False).load_state_dict(projector)
-        tokens = content.get("tokens", "visual")  # the shipped file does not say it
-        self.add_lora(tokens).requires_grad_(False).load_state_dict(lora)
-        if tokens == "all" and merge:
+        self.add_lora().requires_grad_(False).load_state_dict(lora)
+        if merge:
             self.lora.merge()
-        self.model.to(getattr(torch, dtype))

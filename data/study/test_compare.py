@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.study import plan
@@ -23,7 +24,6 @@ def test_a_table_of_the_page_is_that_which_the_comparison_prints(table):
 
 
 COMPARED = [(setting, method) for setting, tried in plan.TRIED.items() for method in tried]
-COMPARED += [(plan.FIRST_BASE, method) for method in plan.SMOLLM2]
 
 
 @pytest.mark.parametrize("setting, method", COMPARED)
@@ -49,7 +49,7 @@ def test_methods_are_compared_where_they_hit_equally_many_switches():
     """Halfway between two gammas, so are the other questions; what happens at larger ones does not count."""
     curve = made_up_curve("Image-LoRA", [(1.0, 98, 40), (0.9, 96, 60), (0.8, 94, 80), (0.7, 50, 90)])
     assert compare.kept_at_clicks(curve, 95) == 70
-    assert compare.kept_at_clicks(curve, 99) == 40  # it never gets there
+    assert np.isnan(compare.kept_at_clicks(curve, 99))  # it never gets there
 
 
 def test_a_run_is_turned_down_to_the_smallest_gamma_that_costs_at_most_two_points():

@@ -1,4 +1,4 @@
-"""Without a screen SmolLM2's English stays the original's, bit for bit; and runs are made once."""
+"""Without a screen the English of SmolLM2 stays as it was before fine-tuning, bit for bit; and runs are made once."""
 
 import json
 from copy import deepcopy
@@ -12,7 +12,7 @@ import torch
 from data import prompts
 from data.base import screens_and_features
 from data.questions import all_samples
-from data.study import smollm, smollm_vlm
+from data.study import plan, smollm, smollm_vlm
 from data.study.runs import read_rows
 
 STUDY = Path(__file__).parent
@@ -33,35 +33,33 @@ def read_once(monkeypatch):
 
 
 @needs_smollm2
-def test_english_is_the_originals_bit_for_bit_until_a_screen_is_seen():
-    """The original is SmolLM2 as transformers loads it. The base model and what is attached to it leave it as it is."""
+def test_english_is_the_base_models_bit_for_bit_until_a_screen_is_seen():
+    """As transformers computes it. What is attached at visual tokens leaves it as it is."""
     vlm = smollm_vlm.SmolVLM()
+    vlm.load("data/study/smollm_1.pt")
     openings = [vlm.ids(opening) for opening in smollm.OPENINGS[:4]]
     english = torch.tensor(openings[:1])
-    original = smollm_vlm.LlamaForCausalLM.forward(vlm.model, input_ids=english).logits
-    original_texts = vlm.generate(openings, max_new_tokens=8)  # padded, from a cache
-
-    vlm.load("data/study/smollm_1.pt")
+    base = smollm_vlm.LlamaForCausalLM.forward(vlm.model, input_ids=english).logits
+    base_texts = vlm.generate(openings, max_new_tokens=8)  # padded, from a cache
     _, features = screens_and_features(vlm, "new", "test", 1)
     after_screen = torch.tensor([vlm.screen_ids + openings[0]])
-    assert torch.equal(vlm.model(english).logits, original)
+    assert torch.equal(vlm.model(english).logits, base)
     for method in ("Image-LoRA", "Partial LoRA"):
         before = vlm.model(after_screen, features).logits
         adapter = smollm.attach_adapter(smollm.SmolConfig(method=method), vlm)
         for name, parameter in adapter.named_parameters():
             if ".B" in name or "B." in name:
                 torch.nn.init.normal_(parameter)
-        assert torch.equal(vlm.model(english).logits, original)
-        assert vlm.generate(openings, max_new_tokens=8) == original_texts
+        assert torch.equal(vlm.model(english).logits, base)
+        assert vlm.generate(openings, max_new_tokens=8) == base_texts
         assert not torch.equal(vlm.model(after_screen, features).logits, before)
 
 
 @needs_smollm2
-@pytest.mark.parametrize("base", ["smollm_1", "smollm_2"])
-def test_questions_about_one_screen_are_answered_as_if_each_was_alone(base):
+def test_questions_about_one_screen_are_answered_as_if_each_was_alone():
     """In float32, where rounding does not change an answer."""
     vlm = smollm_vlm.SmolVLM()
-    vlm.load(f"data/study/{base}.pt")
+    vlm.load("data/study/smollm_1.pt")
     screens, features = screens_and_features(vlm, "old", "test", 2)
     numbers, samples = zip(*all_samples(screens))
     prompts = [vlm.prompt(sample) for sample in samples]
@@ -75,68 +73,57 @@ def test_questions_about_one_screen_are_answered_as_if_each_was_alone(base):
     assert vlm.generate(prompts, 3, features[list(numbers)]) == alone
 
 
-def test_english_without_an_image_is_the_originals_in_every_run_at_visual_tokens():
+def test_english_without_an_image_is_the_base_models_in_every_run_at_visual_tokens():
     rows = read_rows(STUDY / "smollm.csv", smollm.KEY)
     at_visual_tokens = [row for row in rows if row["gamma"] == "1.0" and not row["method"].startswith("LoRA")]
-    first_base = json.loads((STUDY / "smollm_1.json").read_text())
-    for row in [first_base, *at_visual_tokens]:
+    assert {row["base"] for row in at_visual_tokens} == {*plan.SMOLLM2_BASES}
+    for row in at_visual_tokens:
         assert row["identical"] == "yes"
         assert int(row["same_continuations"]) == len(smollm.OPENINGS)
 
 
-def test_the_page_says_of_the_bases_what_their_records_say():
-    first, second = [json.loads((STUDY / f"{name}.json").read_text()) for name in ("smollm_1", "smollm_2")]
-    page = (STUDY / "README.md").read_text()
-    assert f"hit {100 * first['reworded_acc']:.1f} % and {100 * second['reworded_acc']:.1f} % of the switches" in page
-
-
-GAMMAS = (1.0, 0.5)
+def test_the_page_says_of_the_base_what_its_record_says():
+    record = json.loads((STUDY / "smollm_1.json").read_text())
+    assert f"it hits {100 * record['reworded_acc']:.1f} % of the switches" in (STUDY / "README.md").read_text()
 
 
 @pytest.fixture
 def short(monkeypatch):
     """Short runs of small steps, and a short making of the base."""
     sizes = {"STEPS": 1, "HINT_STEPS": 1, "TRAIN_SCREENS": 16, "TEST_SCREENS": 2, "TEXTS": 2, "SEE_STEPS": 1}
-    sizes |= {"OPENINGS": smollm.OPENINGS[:2], "BASE_SCREENS": 8, "BASE_PARTS": {"all": (1e-3, [(2, 2, 2, 1)])}}
-    sizes["GAMMAS"] = GAMMAS
+    sizes |= {"OPENINGS": smollm.OPENINGS[:2], "BASE_SCREENS": 8, "BASE_STEPS": 2, "FIRST_WITH_TEXT": 1}
+    sizes["GAMMAS"] = (1.0, 0.5)
     for name, value in sizes.items():
         monkeypatch.setattr(smollm, name, value)
     monkeypatch.setattr(prompts, "SCREENS_PER_STEP", 2)
-    monkeypatch.setattr(prompts, "PACKED", (2, 5))
     monkeypatch.setattr(smollm_vlm.SmolVLM, "write_texts", lambda vlm: torch.full((4, 96), 100))
 
 
-def first_row(path: Path, **settings) -> dict:
-    """The first row of a run that is asked for twice and made once."""
-    cfg = smollm.SmolConfig(out=str(path), **settings)
-    smollm.main(cfg)
-    smollm.main(cfg)
-    row, *turned_down = read_rows(path, smollm.KEY)
-    assert [row["gamma"], *(lower["gamma"] for lower in turned_down)] == [str(gamma) for gamma in GAMMAS]
-    assert all(lower["divergence_after_screen"] == "" for lower in turned_down)
-    return row
-
-
 @needs_smollm2
-def test_a_base_that_learns_at_all_tokens_is_not_the_original_without_a_screen(tmp_path, short):
-    """Runs on it keep English as it is there, if they adapt visual tokens alone."""
-    base = tmp_path / "other.pt"
-    smollm.main(smollm.SmolConfig(make_base=True, tokens="all", base=str(base)))
-    record = json.loads(base.with_suffix(".json").read_text())
-    assert record["identical"] == "no"
-    row = first_row(tmp_path / "runs.csv", method="Image-LoRA", base=str(base))
-    assert (row["base"], row["identical"], row["same_continuations"]) == ("other", "yes", "2")
-    assert int(row["parameters"]) == 30 * (576 * 8 + 3 * 8 * 64)  # an A in each layer, a B in each head
+def test_one_command_makes_a_base_and_runs_start_from_it(tmp_path, short):
+    """It is not the original without a screen."""
+    base, path = tmp_path / "other.pt", tmp_path / "runs.csv"
+    smollm.main(smollm.SmolConfig(make_base=True, base=str(base)))
+    assert json.loads(base.with_suffix(".json").read_text())["identical"] == "no"
+
+    smollm.main(smollm.SmolConfig(method="base model", base=str(base), out=str(path)))
+    (row,) = read_rows(path, smollm.KEY)
+    assert (row["base"], row["method"], row["identical"]) == ("other", "base model", "yes")
 
 
 @needs_smollm2
 def test_a_run_is_made_once(tmp_path, short):
-    """A short one."""
-    row = first_row(tmp_path / "runs.csv", method="Partial LoRA with own answers")
+    """It keeps English without a screen as the base has it, because it adapts visual tokens alone."""
+    path = tmp_path / "runs.csv"
+    cfg = smollm.SmolConfig(method="Image-LoRA with own answers", out=str(path))
+    smollm.main(cfg)
+    smollm.main(cfg)
+    row, turned_down = read_rows(path, smollm.KEY)
     (shipped_row, *_) = read_rows(STUDY / "smollm.csv", smollm.KEY)
     assert row.keys() <= shipped_row.keys()
-    assert "" not in row.values()
-    assert (row["method"], row["seed"]) == ("Partial LoRA with own answers", "1")
+    assert (row["gamma"], turned_down["gamma"]) == ("1.0", "0.5")
+    assert (row["identical"], row["same_continuations"]) == ("yes", "2")
+    assert int(row["parameters"]) == 30 * (576 * 8 + 3 * 8 * 64)  # an A in each layer, a B in each head
     assert float(row["divergence_after_screen"]) > 0
 
 
