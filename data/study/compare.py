@@ -187,7 +187,7 @@ PAGE_TABLES = [  # in the order of the page
         plan.COPYING_HINTS,
         of_each_model("wrong hint", "wrong_hint_acc") + as_trained("followed_acc"),
     ),
-    Table("tiny models, one question in a sequence", "skilled", [*plan.THREE, *plan.IN_PART, *plan.OTHER_WAYS], EACH),
+    Table("tiny models, one question in a sequence", "skilled", [*plan.THREE, *plan.IN_PART], EACH),
     Table("tiny models, packed", "packed", [*plan.THREE], EACH),
     Table("tiny models, text that varies", "skilled", [*plan.VARIED], AFTER_TEXT),
 ]
@@ -202,6 +202,7 @@ MORE_TABLES = [
         all_seeds=True,
     ),
     Table("tiny models, the upper half", "skilled", ["Image-LoRA", *plan.IN_PART], DOWN),
+    Table("tiny models, other ways of training", "skilled", ["Image-LoRA", *plan.OTHER_WAYS], as_trained(*CLICKS)),
     Table("SmolLM2, more", "SmolLM2", [*plan.SMOLLM2], as_trained(*NAMES_AND_CLICKS)),
     Table("SmolLM2, English", "SmolLM2", [*plan.SMOLLM2], as_trained(*ENGLISH) + turned_down(*ENGLISH)),
     Table(
@@ -224,12 +225,6 @@ MORE_TABLES = [
         [Column("without a hint, %", "task_acc"), *as_trained("right_hint_acc", "wrong_hint_acc", "followed_acc")],
     ),
     Table("tiny models, heads", "skilled", ["Image-LoRA", *plan.FEW_HEADS], as_trained(*CLICKS)),
-    Table(
-        "tiny models, text that varies, γ = 0.8",
-        "skilled",
-        [*plan.VARIED],
-        [column._replace(where=column.where | {"gamma": 0.8}) for column in AFTER_TEXT],
-    ),
     Table(
         "tiny models, referring",
         "referring",

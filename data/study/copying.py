@@ -1,6 +1,6 @@
 """Teach a tiny model to repeat a place: <x3> <y5> how many -> <x3> <y5>. It is a control for hints (data/questions.py).
 
-    python -m data.study.copying --base data/tiny_vlm.pt --out runs/bases/1-copying.pt
+    python -m data.study.copying --base data/tiny_vlm.pt --out runs/bases/2-copying.pt
 
 Its language model learns this on old screens, in half of the sequences; the others hold old questions. So copying is a
 skill that the model has, and does not use where it is asked for a click.

@@ -140,7 +140,6 @@ TRIED = {  # {setting: {method: learning rates, once on each model}}
 # ---- The rows of runs.csv --------------------------------------------------------------------------------------------
 
 GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-ONE_AND_DOWN = (1.0, 0.8)
 TEXT = (0, 1, 3, 9)  # word problems before an image
 MORE_TEXT = "Image-LoRA trained after 9"  # word problems, and asked after as many or fewer
 FEWER_PROBLEMS = (0, 1, 3)
@@ -184,7 +183,7 @@ GROUPS = [
     Group("packed", THREE),
     Group("skilled", AS_LARGE, gammas=GAMMAS),
     Group("skilled", ["Image-LoRA", MORE_TEXT], texts=TEXT),
-    Group("skilled", VARIED, gammas=ONE_AND_DOWN, texts=FEW_TEXTS),
+    Group("skilled", VARIED, texts=FEW_TEXTS),
     Group("skilled", FEW_HEADS),
     Group("referring", RIVALS),
     Group("unskilled, packed", [REWORDED, *RIVALS]),
