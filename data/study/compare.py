@@ -2,7 +2,7 @@
 
 python -m data.study.compare     print those of the pages, at once; then more, and how learning rates were chosen
 
-On tiny models, a number is the mean over three models, and brackets hold the lowest and the highest.
+A number is the mean over the models, three tiny ones or two of SmolLM2, and brackets hold the lowest and the highest.
 
 Turned down means at the smallest gamma that costs at most two points of the new task on validation screens.
 """
@@ -86,8 +86,9 @@ def first_seed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
-    """The runs by which learning rates were compared: one for each method, model and rate."""
-    return first_seed(rows_where(runs, {"setting": setting, "gamma": 1, "text": 0}))
+    """The runs by which learning rates were compared: one for each method, model and rate; of SmolLM2, on model 1."""
+    runs = first_seed(rows_where(runs, {"setting": setting, "gamma": 1, "text": 0}))
+    return runs if setting != "SmolLM2" else rows_where(runs, {"model": 1})
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -257,22 +258,23 @@ def new_skill(runs: pd.DataFrame) -> str:
     return markdown("new task, %", pd.DataFrame.from_dict(cells, orient="index", columns=titles))
 
 
-def equal_clicks(runs: pd.DataFrame) -> str:
-    """What methods of equal size keep where they hit equally many switches: means over three models."""
-    runs = first_seed(rows_where(runs, {"setting": "skilled", "text": 0}))
-    cells = pd.DataFrame(index=plan.AS_LARGE)
-    for clicks, method in product(EQUAL_CLICKS, plan.AS_LARGE):
+def equal_clicks(runs: pd.DataFrame, name="tiny models", setting="skilled", methods=plan.AS_LARGE) -> str:
+    """What methods keep where they hit equally many switches: means over the models. Those of AS_LARGE are of equal
+    size."""
+    runs = first_seed(rows_where(runs, {"setting": setting, "text": 0}))
+    cells = pd.DataFrame(index=[*methods])
+    for clicks, method in product(EQUAL_CLICKS, methods):
         curves = rows_where(runs, {"method": method}).groupby("model")
         cells.loc[method, f"{clicks} %"] = np.mean([kept_at_clicks(curve, clicks) for _, curve in curves])
-    return markdown("other questions where so many switches are hit", cells.map("{:.1f}".format))
+    return markdown(f"{name}, others where so many switches are hit", cells.map("{:.1f}".format).replace("nan", ""))
 
 
 def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
     """The other questions where a curve, from its lowest gamma up, first reaches so many clicks. It is linear between
-    two gammas. NaN if it does not get there."""
+    two gammas. NaN if it does not get there, or has more of them at its lowest gamma already."""
     curve = curve.sort_values("gamma")
     hits, others = curve.task_acc.to_numpy(), curve.other_questions_acc.to_numpy()
-    if hits.max() < clicks:
+    if not hits[0] < clicks <= hits.max():
         return np.nan
     after = int((hits >= clicks).argmax())
     return float(np.interp(clicks, hits[after - 1 : after + 1], others[after - 1 : after + 1]))
@@ -297,7 +299,7 @@ def text_and_attention(runs: pd.DataFrame) -> str:
 
 def rate_tables(runs: pd.DataFrame) -> list[str]:
     """How learning rates were chosen."""
-    measures = {"skilled": ("validation_acc", "other_questions_acc")}
+    measures = dict.fromkeys(("skilled", "SmolLM2"), ("validation_acc", "other_questions_acc"))
     measures["unskilled, packed"] = ("validation_acc",)
     tables = []
     for setting, shown in measures.items():
@@ -328,7 +330,9 @@ def page_tables(runs: pd.DataFrame) -> list[str]:
 def more_tables(runs: pd.DataFrame) -> list[str]:
     """Numbers that the page tells in a sentence or a picture."""
     chosen = at_chosen_rates(runs)
-    return [*(show_table(table, chosen) for table in MORE_TABLES), text_and_attention(chosen), *rate_tables(runs)]
+    tables = [show_table(table, chosen) for table in MORE_TABLES]
+    tables.append(equal_clicks(chosen, "SmolLM2", "SmolLM2", plan.THREE))
+    return [*tables, text_and_attention(chosen), *rate_tables(runs)]
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def draw_kept(runs: pd.DataFrame) -> plt.Figure:
     point for each model.
 
     runs: rows of compare.read_runs() at the chosen learning rates."""
-    panels = {"three tiny models": "skilled", "SmolLM2": "SmolLM2"}  # {title: setting}
+    panels = {"three tiny models": "skilled", "SmolLM2, two models": "SmolLM2"}  # {title: setting}
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3), layout="constrained", sharey=True)
     last = len(CONDITIONS) - 1
     for ax, (title, setting) in zip(axes, panels.items()):
@@ -190,7 +190,7 @@ def draw_text(runs: pd.DataFrame) -> plt.Figure:
 
 FILMED = {  # {kind of question: the title of its row}
     "click": "New task: {:.1%} of the switches are clicked",
-    "what_is_right_of": "Questions not asked in training: {:.1%} are answered correctly. Three that get lost:",
+    "what_is_right_of": "Never asked in training: {:.1%} of 'what is right of …' are right. Three that get lost:",
 }
 
 

@@ -97,16 +97,16 @@ METHODS |= TEXTS | HINTS | HINTS_BEFORE | BASE
 
 SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
-    "LoRA": 0.001,
+    "LoRA": 0.002,
     "Partial LoRA": 0.004,
     "Image-LoRA": 0.016,
-    "LoRA with own answers": 0.001,
+    "LoRA with own answers": 0.002,
     "Partial LoRA with own answers": 0.004,
     "Image-LoRA with own answers": 0.016,
 }
 SMOLLM2_HINTS = {"LoRA with hints": 0.001, "Image-LoRA with hints": 0.016}
 SMOLLM2_RATES = SMOLLM2 | SMOLLM2_HINTS
-SMOLLM2_BASES = {"smollm_1": 1}  # {file: its number, the model of these runs}
+SMOLLM2_BASES = {"smollm_1": 1, "smollm_2": 2}  # {file: its number, the model of these runs}
 RATES = {method: fields["lr"] for method, fields in METHODS.items()}
 CHOSEN = {  # {setting: {method: the learning rate that validation screens chose}}
     "unskilled, packed": {
@@ -119,7 +119,7 @@ CHOSEN = {  # {setting: {method: the learning rate that validation screens chose
     **dict.fromkeys(("skilled", "copying", "packed", "referring"), RATES),
     "SmolLM2": SMOLLM2_RATES,
 }
-TRIED = {  # {setting: {method: learning rates, once on each model}}
+TRIED = {  # {setting: {method: learning rates, once on each model; of SmolLM2 on model 1}}
     "skilled": {
         "LoRA": (0.00125, 0.0025, 0.005),
         "Partial LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01),
@@ -135,6 +135,7 @@ TRIED = {  # {setting: {method: learning rates, once on each model}}
         "Partial LoRA on v": (0.01, 0.02, 0.04, 0.08),
         "Image-LoRA": (0.02, 0.04, 0.08, 0.16),
     },
+    "SmolLM2": {"LoRA": (0.001, 0.002)},
 }
 
 # ---- The rows of runs.csv --------------------------------------------------------------------------------------------
@@ -191,10 +192,10 @@ GROUPS = [
 
 
 def all_rows() -> list[Row]:
-    """Each row once: those of the groups, and of the learning rates that were tried."""
+    """Each row once: those of the groups, and of the learning rates that were tried on tiny models."""
     rows = [row for group in GROUPS for row in group.rows()]
-    for setting, rates_of in TRIED.items():
-        for method, rates in rates_of.items():
+    for setting in SETTINGS:
+        for method, rates in TRIED.get(setting, {}).items():
             for row in Group(setting, [method]).rows():
                 rows += [row._replace(lr=lr) for lr in rates]
     return list(dict.fromkeys(rows))
