@@ -258,15 +258,29 @@ def new_skill(runs: pd.DataFrame) -> str:
     return markdown("new task, %", pd.DataFrame.from_dict(cells, orient="index", columns=titles))
 
 
-def equal_clicks(runs: pd.DataFrame, name="tiny models", setting="skilled", methods=plan.AS_LARGE) -> str:
-    """What methods keep where they hit equally many switches: means over the models. Those of AS_LARGE are of equal
-    size."""
+def equal_clicks(runs: pd.DataFrame) -> str:
+    """What methods of equal size keep where they hit equally many switches: means over three models."""
+    cells = kept_at_equal_clicks(runs, "skilled", plan.AS_LARGE).groupby("method", sort=False).mean()
+    cells = cells.map("{:.1f}".format)
+    return markdown("tiny models, others where so many switches are hit", cells)
+
+
+def equal_clicks_of_smollm2(runs: pd.DataFrame) -> str:
+    """What methods keep where they hit equally many switches: empty where a curve does not cross so many."""
+    cells = kept_at_equal_clicks(runs, "SmolLM2", plan.THREE)
+    cells.index = [f"{method}, model {model}" for method, model in cells.index]
+    cells = cells.map("{:.1f}".format).replace("nan", "")
+    return markdown("SmolLM2, others where so many switches are hit", cells)
+
+
+def kept_at_equal_clicks(runs: pd.DataFrame, setting: str, methods) -> pd.DataFrame:
+    """The other questions of each method and model (index: method, model), a column for each of EQUAL_CLICKS."""
     runs = first_seed(rows_where(runs, {"setting": setting, "text": 0}))
-    cells = pd.DataFrame(index=[*methods])
-    for clicks, method in product(EQUAL_CLICKS, methods):
-        curves = rows_where(runs, {"method": method}).groupby("model")
-        cells.loc[method, f"{clicks} %"] = np.mean([kept_at_clicks(curve, clicks) for _, curve in curves])
-    return markdown(f"{name}, others where so many switches are hit", cells.map("{:.1f}".format).replace("nan", ""))
+    kept = {}
+    for method in methods:
+        for model, curve in rows_where(runs, {"method": method}).groupby("model"):
+            kept[method, model] = {f"{clicks} %": kept_at_clicks(curve, clicks) for clicks in EQUAL_CLICKS}
+    return pd.DataFrame.from_dict(kept, orient="index").rename_axis(["method", "model"])
 
 
 def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
@@ -331,7 +345,7 @@ def more_tables(runs: pd.DataFrame) -> list[str]:
     """Numbers that the page tells in a sentence or a picture."""
     chosen = at_chosen_rates(runs)
     tables = [show_table(table, chosen) for table in MORE_TABLES]
-    tables.append(equal_clicks(chosen, "SmolLM2", "SmolLM2", plan.THREE))
+    tables.append(equal_clicks_of_smollm2(chosen))
     return [*tables, text_and_attention(chosen), *rate_tables(runs)]
 
 
