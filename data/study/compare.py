@@ -261,7 +261,7 @@ def new_skill(runs: pd.DataFrame) -> str:
 def equal_clicks(runs: pd.DataFrame) -> str:
     """What methods of equal size keep where they hit equally many switches: means over three models."""
     cells = kept_at_equal_clicks(runs, "skilled", plan.AS_LARGE).groupby("method", sort=False).mean()
-    cells = cells.map("{:.1f}".format)
+    cells = cells.apply(format_cells, measure="other_questions_acc")
     return markdown("tiny models, others where so many switches are hit", cells)
 
 
@@ -269,7 +269,7 @@ def equal_clicks_of_smollm2(runs: pd.DataFrame) -> str:
     """What methods keep where they hit equally many switches: empty where a curve does not cross so many."""
     cells = kept_at_equal_clicks(runs, "SmolLM2", plan.THREE)
     cells.index = [f"{method}, model {model}" for method, model in cells.index]
-    cells = cells.map("{:.1f}".format).replace("nan", "")
+    cells = cells.apply(format_cells, measure="other_questions_acc")
     return markdown("SmolLM2, others where so many switches are hit", cells)
 
 
