@@ -99,10 +99,10 @@ SMOLLM2 = {  # {method: its learning rate}
     "base model": 0.0,
     "LoRA": 0.002,
     "Partial LoRA": 0.004,
-    "Image-LoRA": 0.016,
+    "Image-LoRA": 0.008,
     "LoRA with own answers": 0.002,
     "Partial LoRA with own answers": 0.004,
-    "Image-LoRA with own answers": 0.016,
+    "Image-LoRA with own answers": 0.008,
 }
 SMOLLM2_HINTS = {"LoRA with hints": 0.001, "Image-LoRA with hints": 0.016}
 SMOLLM2_RATES = SMOLLM2 | SMOLLM2_HINTS
@@ -135,7 +135,7 @@ TRIED = {  # {setting: {method: learning rates, once on each model; of SmolLM2 o
         "Partial LoRA on v": (0.01, 0.02, 0.04, 0.08),
         "Image-LoRA": (0.02, 0.04, 0.08, 0.16),
     },
-    "SmolLM2": {"LoRA": (0.001, 0.002), "Partial LoRA": (0.002, 0.004)},
+    "SmolLM2": {"LoRA": (0.001, 0.002), "Partial LoRA": (0.002, 0.004), "Image-LoRA": (0.008, 0.016)},
 }
 
 # ---- The rows of runs.csv --------------------------------------------------------------------------------------------
