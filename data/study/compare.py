@@ -45,7 +45,7 @@ TITLES = {  # {measure, a column of the files: its title in a table}
 }
 LAYOUTS = {"divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
 EQUAL_CLICKS = (94, 95, 96)  # percent of the switches, which all methods of equal size hit on all tiny models
-CLICKS_OF_SMOLLM2 = (93, 94, 95)  # not all methods hit so many, or so few, on both models
+CLICKS_OF_SMOLLM2 = (93, 94, 95)  # a cell is empty where a method's curve does not cross so many
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -318,25 +318,21 @@ def rate_tables(runs: pd.DataFrame) -> list[str]:
     measures["unskilled, packed"] = ("validation_acc",)
     tables = []
     for setting, shown in measures.items():
-        for measure in shown:
-            tables.append(markdown(f"{setting}: {TITLES[measure]} at the learning rate", rates(runs, setting, measure)))
+        compared = {setting: tried(runs, setting)}
+        if setting == "SmolLM2":  # of which model 1 chose
+            compared = {f"SmolLM2, model {model}": rows for model, rows in compared[setting].groupby("model")}
+        for (title, rows), measure in product(compared.items(), shown):
+            tables.append(markdown(f"{title}: {TITLES[measure]} at the learning rate", rates(rows, setting, measure)))
     return tables
 
 
 def rates(runs: pd.DataFrame, setting: str, measure: str) -> pd.DataFrame:
-    """Cells with a row for each method (of SmolLM2, for each of its models) and a column for each learning rate; the
-    chosen one is bold."""
-    runs = tried(runs, setting)
-    labels = runs.method
-    if setting == "SmolLM2":
-        labels = labels + ", model " + runs.model.astype(str)
-    runs = runs.assign(label=labels)
-    cells = runs.pivot_table(measure, ["method", "label"], "lr").apply(format_cells, measure=measure)
-    for method, label in cells.index:
+    """Cells with a row for each method and a column for each learning rate; the chosen one is bold."""
+    cells = runs.pivot_table(measure, "method", "lr").apply(format_cells, measure=measure)
+    for method in cells.index:
         rate = plan.CHOSEN[setting][method]
-        cells.loc[(method, label), rate] = f"**{cells.loc[(method, label), rate]}**"
-    cells = cells.reindex([*plan.TRIED[setting]], level="method").droplevel("method")
-    return cells.fillna("").rename(columns="{:g}".format)
+        cells.loc[method, rate] = f"**{cells.loc[method, rate]}**"
+    return cells.reindex([*plan.TRIED[setting]]).fillna("").rename(columns="{:g}".format)
 
 
 def page_tables(runs: pd.DataFrame) -> list[str]:
