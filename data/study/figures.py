@@ -131,9 +131,9 @@ def draw_kept(runs: pd.DataFrame) -> plt.Figure:
             means = []
             for x, (ending, where) in enumerate(CONDITIONS.values()):
                 rows = compare.rows_where(of_setting, {"method": method + ending} | where)
-                models = rows.groupby("model").other_questions_acc.mean().reindex(of_setting.model.unique())
+                models = rows.groupby("model").other_questions_acc.mean()
                 ax.scatter([x + offset] * len(models), models, 10, "black", linewidth=0, zorder=2)
-                means.append(models.mean(skipna=False))  # no bar unless each model has such a run
+                means.append(models.mean())
             bars = ax.bar(np.arange(len(means)) + offset, means, 0.22, color=colour, alpha=0.75, label=method)
             ax.bar_label(bars, fmt="%.0f", label_type="center", color="white", weight="bold")
         ax.set(title=title, xlim=(-0.5, last + 0.5), ylim=(0, 105), yticks=range(0, 101, 20))
