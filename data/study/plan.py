@@ -135,7 +135,11 @@ TRIED = {  # {setting: {method: learning rates, once on each model; of SmolLM2 o
         "Partial LoRA on v": (0.01, 0.02, 0.04, 0.08),
         "Image-LoRA": (0.02, 0.04, 0.08, 0.16),
     },
-    "SmolLM2": {"LoRA": (0.001, 0.002, 0.004), "Partial LoRA": (0.002, 0.004), "Image-LoRA": (0.008, 0.016)},
+    "SmolLM2": {
+        "LoRA": (0.001, 0.002, 0.004),
+        "Partial LoRA": (0.002, 0.004),
+        "Image-LoRA": (0.004, 0.008, 0.016),
+    },
 }
 
 # ---- The rows of runs.csv --------------------------------------------------------------------------------------------
