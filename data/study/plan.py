@@ -137,7 +137,7 @@ TRIED = {  # {setting: {method: learning rates, once on each model; of SmolLM2 o
     },
     "SmolLM2": {
         "LoRA": (0.001, 0.002, 0.004),
-        "Partial LoRA": (0.002, 0.004),
+        "Partial LoRA": (0.002, 0.004, 0.008),
         "Image-LoRA": (0.004, 0.008, 0.016),
     },
 }
