@@ -268,7 +268,7 @@ def equal_clicks(runs: pd.DataFrame) -> str:
 
 def equal_clicks_of_smollm2(runs: pd.DataFrame) -> str:
     """What methods keep where they hit equally many switches: empty where a curve does not cross so many."""
-    cells = kept_at_equal_clicks(runs, "SmolLM2", plan.THREE | plan.OWN_ANSWERS, CLICKS_OF_SMOLLM2)
+    cells = kept_at_equal_clicks(runs, "SmolLM2", plan.THREE | plan.RANK_2 | plan.OWN_ANSWERS, CLICKS_OF_SMOLLM2)
     cells.index = [f"{method}, model {model}" for method, model in cells.index]
     cells = cells.apply(format_cells, measure="other_questions_acc")
     return markdown("SmolLM2, others where so many switches are hit", cells)

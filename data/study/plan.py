@@ -100,6 +100,8 @@ SMOLLM2 = {  # {method: its learning rate}
     "LoRA": 0.002,
     "Partial LoRA": 0.004,
     "Image-LoRA": 0.008,
+    "LoRA, rank 2": 0.004,
+    "Partial LoRA, rank 2": 0.008,
     "LoRA with own answers": 0.002,
     "Partial LoRA with own answers": 0.004,
     "Image-LoRA with own answers": 0.008,

@@ -215,12 +215,12 @@ def run(cfg: SmolConfig, lr: float, gammas: tuple[float, ...]) -> list[dict]:
 def attach_adapter(cfg: SmolConfig, vlm: SmolVLM) -> nn.Module | None:
     """Freeze SmolLM2 and add the adapter of the method; None for the base model."""
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
-    method = METHODS[cfg.method].get("method", "image_lora")
+    method, r = METHODS[cfg.method].get("method", "image_lora"), METHODS[cfg.method].get("r", 8)
     if method == "none":
         return None
     if method == "image_lora":
-        return attach(vlm.model, 8, 16)
-    return LoRA(vlm.model, 8, 16, tokens="visual" if method == "partial_lora" else "all")
+        return attach(vlm.model, r, 2 * r)
+    return LoRA(vlm.model, r, 2 * r, tokens="visual" if method == "partial_lora" else "all")
 
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
