@@ -43,7 +43,7 @@ ON_V = {
     "LoRA on v": LORA | {"projections": "v", "lr": 0.01},
     "Partial LoRA on v": PARTIAL_LORA | {"projections": "v", "lr": 0.005},
 }
-RANK_2 = {  # LoRA and Partial LoRA are then as large as Image-LoRA in all heads
+RANK_2 = {  # on tiny models, LoRA and Partial LoRA are then as large as Image-LoRA in all heads
     "LoRA, rank 2": LORA | {"r": 2, "lr": 0.005},
     "Partial LoRA, rank 2": PARTIAL_LORA | {"r": 2, "lr": 0.005},
 }

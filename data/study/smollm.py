@@ -215,7 +215,9 @@ def run(cfg: SmolConfig, lr: float, gammas: tuple[float, ...]) -> list[dict]:
 def attach_adapter(cfg: SmolConfig, vlm: SmolVLM) -> nn.Module | None:
     """Freeze SmolLM2 and add the adapter of the method; None for the base model."""
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
-    method, r = METHODS[cfg.method].get("method", "image_lora"), METHODS[cfg.method].get("r", 8)
+    fields = METHODS[cfg.method]
+    method = fields.get("method", "image_lora")
+    r = fields.get("r", 8)
     if method == "none":
         return None
     if method == "image_lora":
