@@ -3,15 +3,12 @@
 Shapes:  N screens · P visual tokens of each · D hidden size
 """
 
-import io
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.command import write_file
 from data.screens import Screen, draw_screen
 from tiny_vlm import TinyVLM
 
@@ -40,14 +37,6 @@ def file_path(base: str) -> Path:
 def load_base(base: str, device="cpu") -> TinyVLM:
     """The model in this file, see `file_path`. ValueError if it holds none."""
     return TinyVLM.from_pretrained(file_path(base)).to(device)
-
-
-def save_base(model: TinyVLM, path: Path) -> None:
-    """Writes a file of {"config", "state"}, in 16 bits."""
-    state = {name: tensor.half().cpu() for name, tensor in model.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save({"config": asdict(model.config), "state": state}, buffer)
-    write_file(path, buffer.getbuffer())
 
 
 def pixel_values(screens: list[Screen]) -> Tensor:

@@ -1,38 +1,11 @@
-"""What LoRA and Image-LoRA cost in a training step, by arithmetic and on this machine: python -m data.costs
+"""What LoRA and Image-LoRA cost in a training step, by arithmetic. `python -m data.study.costs` measures it, too.
 
 A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing. FLOPs misprice small
-products and say nothing about memory, so the command also measures steps of a small decoder for half a minute.
+products and say nothing about memory.
 """
 
-import sys
-import time
-from dataclasses import dataclass
-from statistics import median
-from types import SimpleNamespace
-
-import torch
-from torch.autograd.graph import saved_tensors_hooks
-
-from data.command import command, option
-from data.rivals import LoRA
-from imagelora import Heads, attach
-from tiny_vlm import TinyVLM, TinyVLMConfig
-
-# The decoder of Qwen2.5-VL-7B, and an image of 672 x 672 pixels in a sequence
-QWEN = TinyVLMConfig(
-    hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064
-)
-QWEN_MLP = 3 * QWEN.hidden_size * 18944  # weights of the MLP in a layer
-VISUAL_TOKENS = 576
-TOKENS = 720
-
-# The decoder of LLaVA-1.5-7B with an eighth of its layers and of its width, and a vocabulary to scale
-SMALL = TinyVLMConfig(vocab_size=500, image_size=384, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
-
-
-@dataclass
-class CostsConfig:
-    device: str = option("auto", "where to measure: cpu, cuda, mps, or auto")
+from imagelora import Heads
+from tiny_vlm import TinyVLMConfig
 
 
 def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
@@ -59,6 +32,21 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
     return flops
 
 
+def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8, lowest_adapted=0) -> tuple[int, int]:
+    """(Parameters, training FLOPs) of LoRA on these projections of the layers from lowest_adapted upwards; num_tokens
+    are those that it adapts, in the batch."""
+    D = config.hidden_size
+    kv_size = config.num_key_value_heads * D // config.num_attention_heads
+    out_features = {"q": D, "k": kv_size, "v": kv_size, "o": D}
+    parameters = flops = 0
+    for layer in range(lowest_adapted, config.num_hidden_layers):
+        for projection in projections:
+            parameters += r * (D + out_features[projection])
+            input_grad = layer > lowest_adapted or projection == "o"  # below, everything is frozen
+            flops += lora_flops(num_tokens, D, out_features[projection], r, input_grad)
+    return parameters, flops
+
+
 def decoder_flops(config: TinyVLMConfig, mlp_weights: int, num_tokens: int, lowest_adapted: int) -> int:
     """FLOPs of the frozen decoder in a training step on one sequence: forward through all of it, and back to the
     outputs of q, k and v in the lowest adapted layer. Nothing below them needs a gradient, whatever the method.
@@ -80,146 +68,26 @@ def decoder_flops(config: TinyVLMConfig, mlp_weights: int, num_tokens: int, lowe
     return forward + backward
 
 
-def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8, lowest_adapted=0) -> tuple[int, int]:
-    """(Parameters, training FLOPs) of LoRA on these projections of the layers from lowest_adapted upwards; num_tokens
-    are those that it adapts, in the batch."""
-    D = config.hidden_size
-    kv_size = config.num_key_value_heads * D // config.num_attention_heads
-    out_features = {"q": D, "k": kv_size, "v": kv_size, "o": D}
-    parameters = flops = 0
-    for layer in range(lowest_adapted, config.num_hidden_layers):
-        for projection in projections:
-            parameters += r * (D + out_features[projection])
-            input_grad = layer > lowest_adapted or projection == "o"  # below, everything is frozen
-            flops += lora_flops(num_tokens, D, out_features[projection], r, input_grad)
-    return parameters, flops
-
-
-def print_costs() -> None:
-    """What a step costs with adapters in all layers and in the upper half of them; then Image-LoRA's three savings."""
-
-    num_layers, D = QWEN.num_hidden_layers, QWEN.hidden_size
-
-    def image_lora_costs(lowest_adapted=0, num_heads=QWEN.num_key_value_heads) -> int:
-        heads = dict.fromkeys(range(lowest_adapted, num_layers), range(num_heads))
-        return image_lora_flops(VISUAL_TOKENS, D, D // QWEN.num_attention_heads, heads, r=8)
-
-    print(f"Qwen2.5-VL-7B, r = 8, a sequence of {VISUAL_TOKENS} visual and {TOKENS - VISUAL_TOKENS} text tokens\n")
-    print(f"{'GFLOP of a training step':42}{'adapter':>10}{'whole step':>13}")
-    for where, lowest in (("all layers", 0), ("the upper half of the layers", num_layers // 2)):
-        _, lora = lora_costs(QWEN, TOKENS, lowest_adapted=lowest)
-        for method, flops in (("LoRA", lora), ("Image-LoRA", image_lora_costs(lowest))):
-            step = decoder_flops(QWEN, QWEN_MLP, TOKENS, lowest) + flops
-            print(f"{f'{method} in {where}':42}{flops / 1e9:10.2f}{step / 1e9:13,.0f}")
-
-    _, lora = lora_costs(QWEN, TOKENS)
-    _, partial_lora = lora_costs(QWEN, VISUAL_TOKENS)
-    image_lora, in_half = image_lora_costs(), image_lora_costs(num_heads=QWEN.num_key_value_heads // 2)
-    savings = f"visual tokens only {partial_lora / lora:.3f} x values only {image_lora / partial_lora:.3f}"
-    print(f"\n{savings} x half of the heads {in_half / image_lora:.3f} = {in_half / lora:.3f}")
-
-
-def saved_bytes(model, batch: dict) -> int:
-    """What a forward pass saves for the backward pass. Each storage counts once, and parameters do not count."""
-    sizes = {}  # {address of a storage: its bytes}
-
-    def note_size(tensor):
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note_size, lambda tensor: tensor):
-        model(**batch)
-    for parameter in model.parameters():
-        sizes.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
-
-
-def seconds_of_step(model, batch: dict) -> float:
-    """Of a forward and a backward pass."""
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def measured_costs(device: str, dtype: torch.dtype, limit: float) -> dict[str, tuple]:
-    """{method: (FLOPs, seconds, saved bytes)} of a step of SMALL. Steps are repeated for `limit` seconds."""
-    ids = torch.full((1, TOKENS), SMALL.eos_token_id, device=device)
-    ids[:, :VISUAL_TOKENS] = SMALL.image_token_id
-    features = torch.randn(1, VISUAL_TOKENS, SMALL.hidden_size, device=device)
-    batch = {"input_ids": ids, "labels": ids, "image_features": features}
-    models = {}
-    flops = {}
-    for name, method, lowest_adapted in (
-        ("LoRA in all layers", "lora", 0),
-        ("Partial LoRA in all layers", "partial_lora", 0),
-        ("Image-LoRA in all layers", "image_lora", 0),
-        ("Image-LoRA in the upper half of the layers", "image_lora", SMALL.num_hidden_layers // 2),
-    ):
-        models[name] = model = TinyVLM(SMALL).to(device, dtype)
-        all_heads = list(range(SMALL.num_key_value_heads))
-        heads = dict.fromkeys(range(lowest_adapted, SMALL.num_hidden_layers), all_heads)
-        if method == "image_lora":
-            attach(model, heads=heads)
-        else:
-            model.lora = LoRA(model, r=8, lora_alpha=16, tokens="all" if method == "lora" else "visual")
-        run = SimpleNamespace(method=method, projections="qkvo", r=8, train_gamma=False)
-        flops[name] = run_costs(run, model, ids, heads)["step_flops_per_screen"]
-
-    saved = {name: saved_bytes(model, batch) for name, model in models.items()}
-    rounds = []  # of a step with each method in turn, so that whatever else runs here slows all of them
-    end = time.perf_counter() + limit
-    while len(rounds) < 4 or time.perf_counter() < end:
-        rounds.append({name: seconds_of_step(model, batch) for name, model in models.items()})
-    seconds = {name: median(times[name] for times in rounds[1:]) for name in models}  # the first round warms up
-    return {name: (flops[name], seconds[name], saved[name]) for name in models}
-
-
-def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
+def run_costs(cfg, model, adapter, ids) -> dict:
     """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
-    cfg: a train.Config. ids [B, T] are of a batch: with --vary-text, another one may cost twice as much."""
+    cfg: a train.Config. ids [B, T] are of a batch."""
     config = model.config
     D = config.hidden_size
     num_visual = int((ids == config.image_token_id).sum())
-    parameters = flops = lowest = 0
+    lowest = 0
     if cfg.method == "image_lora":
-        head_dim = D // config.num_attention_heads
-        num_heads = sum(len(selected) for selected in heads.values())
-        num_gammas = len(heads) if cfg.train_gamma else 0
-        parameters = len(heads) * D * cfg.r + num_heads * cfg.r * head_dim + num_gammas
-        flops = image_lora_flops(num_visual, D, head_dim, heads, cfg.r)
-        lowest = min(heads)
-    elif cfg.method != "none":
+        flops = image_lora_flops(num_visual, D, D // config.num_attention_heads, adapter.heads, cfg.r)
+        lowest = min(adapter.heads)
+    else:
         num_tokens = num_visual if cfg.method == "partial_lora" else ids.numel()
-        parameters, flops = lora_costs(config, num_tokens, cfg.projections, cfg.r)
+        _, flops = lora_costs(config, num_tokens, cfg.projections, cfg.r)
     lora_parameters, flops_of_lora = lora_costs(config, ids.numel())
     mlp_weights = 2 * D * 4 * D
     return {
-        "trainable_parameters": parameters,
+        "trainable_parameters": sum(p.numel() for p in adapter.parameters() if p.requires_grad),
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": flops / len(ids),
         "lora_flops_per_screen": flops_of_lora / len(ids),
         "step_flops_per_screen": decoder_flops(config, mlp_weights, ids.shape[1], lowest) + flops / len(ids),
     }
-
-
-def main(cfg: CostsConfig, limit: float = 20) -> None:
-    from data.base import find_device  # here, because it needs Pillow, and the arithmetic does not
-
-    device = find_device(cfg.device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # because many CPUs are slow in bfloat16
-    print_costs()
-    costs = measured_costs(device, dtype, limit)
-    our_flops, our_seconds, our_bytes = costs["Image-LoRA in all layers"]
-    print(f"\nLLaVA-1.5-7B's decoder in small, measured on this machine ({device}, {dtype}), forward and backward.")
-    print(f"Image-LoRA takes {our_seconds:.2g} s, and saves {our_bytes / 2**20:.0f} MiB for the backward pass.")
-    print("Times are medians of a few steps, and mean little while other programs are running.\n")
-    print(f"{'relative to Image-LoRA in all layers':42}{'FLOPs':>10}{'time':>8}{'saved':>8}")
-    for name, (flops, seconds, saved) in costs.items():
-        print(f"{name:42}{flops / our_flops:10.3f}{seconds / our_seconds:8.2f}{saved / our_bytes:8.2f}")
-
-
-if __name__ == "__main__":
-    sys.exit(command(CostsConfig, main, __doc__))

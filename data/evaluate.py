@@ -9,19 +9,10 @@ from torch import Tensor
 
 from data.base import CHUNK, load_base, screens_and_features
 from data.prompts import decode, pack_sequences, prompt_batch
-from data.questions import (
-    KINDS,
-    TASKS,
-    Point,
-    all_samples,
-    click_right_of,
-    is_hit,
-    parse_point,
-    with_hint,
-    word_problem,
-)
+from data.questions import OTHER_KINDS, Point, all_samples, click_right_of, is_hit, parse_point, with_hint, word_problem
 from data.screens import Screen
 
+TEST_SCREENS = 100  # new ones; an old screen has more targets, so half as many are enough
 MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
 
 
@@ -46,6 +37,13 @@ def generate_answers(model, samples: list[dict], features: Tensor, num_problems=
     return answers
 
 
+def is_correct(sample: dict, text: str) -> bool:
+    """Whether an answer to a sample is its name or, where the sample has a "bbox", a point inside."""
+    if "bbox" in sample:
+        return is_hit(parse_point(text), sample["bbox"])
+    return text == sample["answer"]
+
+
 def evaluate(
     model, screens: list[Screen], features: Tensor, kind="click", num_problems=0, reword=None, generate=None
 ) -> tuple[float, list[Answer]]:
@@ -56,19 +54,11 @@ def evaluate(
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
-    generate = generate or generate_answers
-    texts = generate(model, samples, features[list(numbers)], num_problems)
+    texts = (generate or generate_answers)(model, samples, features[list(numbers)], num_problems)
     answers = []
     for i, sample, text in zip(numbers, samples, texts):
         answers.append(Answer(screens[i], sample, parse_point(text) if "bbox" in sample else text))
     return float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)])), answers
-
-
-def is_correct(sample: dict, text: str) -> bool:
-    """Whether an answer to a sample is its name or, where the sample has a "bbox", a point inside."""
-    if "bbox" in sample:
-        return is_hit(parse_point(text), sample["bbox"])
-    return text == sample["answer"]
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
@@ -76,18 +66,13 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     without an image if P is 0."""
     problems = [word_problem("test", i) for i in range(count)]
     answers = generate_answers(model, problems, features[torch.arange(count) % len(features)])
-    correct = 0
-    for answer, problem in zip(answers, problems):
-        final_number = answer.split()[-1:]  # [] if the answer is empty
-        correct += final_number == problem["answer"].split()[-1:]
-    return correct / count
+    # An answer is the number after each step. [-1:] is empty if the answer is.
+    correct = [text.split()[-1:] == problem["answer"].split()[-1:] for text, problem in zip(answers, problems)]
+    return sum(correct) / count
 
 
-OTHER_KINDS = KINDS[1:]  # all but a plain click
-
-
-def measure(model, new_test: tuple, old_test: tuple, task="grounding", num_problems=0) -> tuple[dict, list[Answer]]:
-    """What the model can do on test screens, and the answers of its task, one of data.questions.TASKS.
+def measure(model, new_test: tuple, old_test: tuple, kind="click", num_problems=0) -> tuple[dict, list[Answer]]:
+    """What the model can do on test screens, and the answers of its task, which is one of data.questions.KINDS.
 
     new_test, old_test: (screens, features) of new and old screens. num_problems: word problems before each screen.
 
@@ -96,9 +81,8 @@ def measure(model, new_test: tuple, old_test: tuple, task="grounding", num_probl
                          and click_right_of_acc
     same_words_acc       a click on a name, asked for in the new task's words, on old screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
-    task_acc, answers = evaluate(model, *new_test, TASKS[task], num_problems)
-    other_questions, _ = measure_other_questions(model, old_test, num_problems)
-    metrics = {"task_acc": task_acc} | other_questions
+    task_acc, answers = evaluate(model, *new_test, kind, num_problems)
+    metrics = {"task_acc": task_acc} | measure_other_questions(model, old_test, num_problems)
     metrics["same_words_acc"], _ = evaluate(model, *old_test, num_problems=num_problems)
     _, features = new_test
     metrics["word_problem_acc"] = evaluate_word_problems(model, features[:, :0])
@@ -106,13 +90,12 @@ def measure(model, new_test: tuple, old_test: tuple, task="grounding", num_probl
     return metrics, answers
 
 
-def measure_other_questions(model, old_test: tuple, num_problems=0, generate=None) -> tuple[dict, dict]:
-    """The measures of OTHER_KINDS and their mean, and the answers of each kind. Arguments as of `evaluate`."""
-    metrics, answers = {}, {}
+def measure_other_questions(model, old_test: tuple, num_problems=0, generate=None) -> dict:
+    """The measures of OTHER_KINDS and their mean. Arguments as of `evaluate`."""
+    metrics = {}
     for kind in OTHER_KINDS:
-        metrics[f"{kind}_acc"], answers[kind] = evaluate(model, *old_test, kind, num_problems, generate=generate)
-    metrics["other_questions_acc"] = float(np.mean([metrics[f"{kind}_acc"] for kind in OTHER_KINDS]))
-    return metrics, answers
+        metrics[f"{kind}_acc"], _ = evaluate(model, *old_test, kind, num_problems, generate=generate)
+    return metrics | {"other_questions_acc": float(np.mean([*metrics.values()]))}
 
 
 def measure_hints(model, new_test: tuple, hint: str, generate=None) -> dict:
@@ -123,8 +106,7 @@ def measure_hints(model, new_test: tuple, hint: str, generate=None) -> dict:
     right_hint, wrong_hint = partial(with_hint, where=hint), partial(with_hint, where=hint, right=False)
     right_hint_acc, _ = evaluate(model, *new_test, reword=right_hint, generate=generate)
     wrong_hint_acc, answers = evaluate(model, *new_test, reword=wrong_hint, generate=generate)
-    followed = [answer.output == parse_point(answer.sample["elsewhere"]) for answer in answers]
-    followed_acc = float(np.mean(followed))
+    followed_acc = float(np.mean([answer.output == parse_point(answer.sample["elsewhere"]) for answer in answers]))
     return {"right_hint_acc": right_hint_acc, "wrong_hint_acc": wrong_hint_acc, "followed_acc": followed_acc}
 
 
@@ -132,9 +114,9 @@ def measure_controls(cfg, model) -> dict:
     """Click accuracies on new screens: of the base, asked to click right of the name; and of the tuned model, where the
     switches are erased."""
     base = load_base(cfg.base, model.device)
-    test = screens_and_features(base, "new", "test", cfg.test_screens)
+    test = screens_and_features(base, "new", "test", TEST_SCREENS)
     reworded, _ = evaluate(base, *test, num_problems=cfg.text, reword=click_right_of)
-    erased_test = screens_and_features(base, "new", "test", cfg.test_screens, erased=True)
+    erased_test = screens_and_features(base, "new", "test", TEST_SCREENS, erased=True)
     erased, _ = evaluate(model, *erased_test, num_problems=cfg.text)
     return {"reworded_acc": reworded, "erased_acc": erased}
 

@@ -2,25 +2,17 @@
 
 from contextlib import contextmanager
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from data.base import screens_and_features
 from data.evaluate import evaluate, measure_other_questions
-from data.questions import TASKS
 
 GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # at which a trained update is measured
 
 
-def strengths(adapter: nn.Module) -> list[torch.Tensor]:
+def strengths(adapter: nn.Module) -> list[Tensor]:
     """The gamma of each layer of an Image-LoRA, or the only one of a LoRA."""
-    return [module.gamma for module in adapter.modules() if hasattr(module, "gamma")]
-
-
-@torch.no_grad()
-def turn_down(adapter: nn.Module, factor: float) -> None:
-    """Multiply the strength of a trained update, for good."""
-    for gamma in strengths(adapter):
-        gamma.mul_(factor)
+    return [module.gamma.data for module in adapter.modules() if hasattr(module, "gamma")]
 
 
 @contextmanager
@@ -29,27 +21,26 @@ def turned_down(adapter: nn.Module, factor: float | list[float]):
     gammas = strengths(adapter)
     trained = [gamma.clone() for gamma in gammas]
     factors = factor if isinstance(factor, list) else [factor] * len(gammas)
-    with torch.no_grad():
-        for gamma, factor_of_layer in zip(gammas, factors, strict=True):
-            gamma.mul_(factor_of_layer)
+    for gamma, factor_of_layer in zip(gammas, factors, strict=True):
+        gamma.mul_(factor_of_layer)
     try:
         yield
     finally:
         for gamma, before in zip(gammas, trained):
-            gamma.data.copy_(before)
+            gamma.copy_(before)
 
 
-def measure_curve(model, adapter, validation: tuple, old_test: tuple, task="grounding", num_problems=0) -> list[dict]:
+def measure_curve(model, adapter: nn.Module, old_test: tuple, num_problems=0) -> list[dict]:
     """The new task on validation screens, and the other questions, where a trained update is multiplied by each of
     GAMMAS: a list of {"gamma", "validation_acc", "other_questions_acc"}.
 
-    validation, old_test: (screens, features [N, P, D]) of new and old screens."""
+    old_test: (screens, features [N, P, D]) of old screens."""
+    validation = screens_and_features(model, "new", "validation", len(old_test[0]))
     curve = []
     for gamma in GAMMAS:
         with turned_down(adapter, gamma):
-            validation_acc, _ = evaluate(model, *validation, TASKS[task], num_problems)
-            metrics, _ = measure_other_questions(model, old_test, num_problems)
-        others = metrics["other_questions_acc"]
+            validation_acc, _ = evaluate(model, *validation, num_problems=num_problems)
+            others = measure_other_questions(model, old_test, num_problems)["other_questions_acc"]
         curve.append({"gamma": gamma, "validation_acc": validation_acc, "other_questions_acc": others})
     return curve
 

@@ -16,7 +16,6 @@ from data.screens import COLOURS, ICONS, LABELS
 PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
 TRAIN_SCREENS = 2048  # a run draws its batches from at most this many
 SCREENS_PER_STEP = 16  # sequences of a training step, each with one question about a screen
-PACKED = 8, 5  # or so many screens with so many questions each, which share a sequence
 IGNORED = -100  # the label of a token that is not to be predicted
 
 # Every word of the questions and answers is a token.
@@ -56,27 +55,23 @@ def pad(rows: list, value: int, side="right") -> Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
+def image_ids(sample: dict, num_patches: int) -> list[int]:
+    """The placeholders of a sample's image, after the hint if one stands before it."""
+    return encode(sample.get("before_image", "")) + [ID[IMAGE]] * num_patches
+
+
 def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_patches: int, device="cpu") -> dict:
     """{input_ids, labels} [B, T]: for each screen the turns of its prefix, its image, and its samples as turns."""
     rows_of_ids, rows_of_labels = [], []
     for samples_of_screen, prefix in zip(samples, prefixes):
-        ids, labels = [ID[BOS]], [IGNORED]
-        before_questions = image_ids(samples_of_screen[0], num_patches)
-        image = before_questions, [IGNORED] * len(before_questions)
-        for part_ids, part_labels in (*prefix, image, *map(turn, samples_of_screen)):
-            ids += part_ids
-            labels += part_labels
-        rows_of_ids.append(ids)
-        rows_of_labels.append(labels)
+        image = image_ids(samples_of_screen[0], num_patches)
+        turns = [*prefix, (image, [IGNORED] * len(image)), *map(turn, samples_of_screen)]
+        rows_of_ids.append([ID[BOS]] + [i for ids, _ in turns for i in ids])
+        rows_of_labels.append([IGNORED] + [label for _, labels in turns for label in labels])
     return {
         "input_ids": pad(rows_of_ids, ID[PAD]).to(device),
         "labels": pad(rows_of_labels, IGNORED).to(device),
     }
-
-
-def image_ids(sample: dict, num_patches: int) -> list[int]:
-    """The placeholders of a sample's image, after the hint if one stands before it."""
-    return encode(sample.get("before_image", "")) + [ID[IMAGE]] * num_patches
 
 
 def prompt_batch(samples: list[dict], features: Tensor, num_problems=0) -> dict:
@@ -89,32 +84,29 @@ def prompt_batch(samples: list[dict], features: Tensor, num_problems=0) -> dict:
     for sample in samples:
         rows.append(prefix + image_ids(sample, features.shape[1]) + encode(sample["instruction"]))
     ids = pad(rows, ID[PAD], "left").to(features.device)
-    mask = (ids != ID[PAD]).long()
-    return {"input_ids": ids, "attention_mask": mask, "image_features": features}
+    return {"input_ids": ids, "attention_mask": (ids != ID[PAD]).long(), "image_features": features}
 
 
 def training_samples(
-    seed: int, index: int, data: tuple, replay_data=None, replay=2, refer=0.0, hint="none", packed=False
+    seed: int, index: int, data: tuple, replay_data=None, replay=2, hint="none"
 ) -> tuple[list[list[dict]], Tensor]:
     """The questions of step number `index`, a list for each of its screens; and the screens' features [B, P, D].
 
     data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, or None. replay: how
-    many sequences hold other questions in place of the new task, if there is replay. refer: 1.0 for referring. hint:
-    where the correct place stands. packed: see PACKED."""
+    many sequences hold other questions in place of the new task, if there is replay. hint: where the correct place
+    stands."""
     all_screens, all_features = data
-    num_screens, num_questions = PACKED if packed else (SCREENS_PER_STEP, 1)
     rng = np.random.default_rng([seed, index])
-    picks = rng.choice(len(all_screens), num_screens, replace=False)
+    picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)
     features = all_features[picks]
-    samples = [random_samples(all_screens[pick], num_questions, rng, refer, distinct=True) for pick in picks]
+    samples = [random_samples(all_screens[pick], 1, rng, distinct=True) for pick in picks]
     if hint != "none":
         samples = [[with_hint(sample, hint) for sample in samples_of_screen] for samples_of_screen in samples]
     for sequence in range(replay if replay_data else 0):
         pick = rng.integers(len(replay_data.samples))
+        of_screen = replay_data.samples[pick]
         features[sequence] = replay_data.features[pick]
-        samples[sequence] = replay_data.samples[pick]
-        if not packed:
-            samples[sequence] = [samples[sequence][rng.integers(len(samples[sequence]))]]
+        samples[sequence] = [of_screen[rng.integers(len(of_screen))]]
     return samples, features
 
 
@@ -122,17 +114,16 @@ def training_batch(cfg, data: tuple, index: int, replay_data=None) -> dict:
     """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
     cfg: a train.Config. data, replay_data: see `training_samples`."""
-    refer = float(cfg.task == "referring")
-    samples, features = training_samples(cfg.seed, index, data, replay_data, cfg.replay, refer, cfg.hint, cfg.packed)
+    samples, features = training_samples(cfg.seed, index, data, replay_data, cfg.replay, cfg.hint)
+    return batch_after_text(samples, features, index, cfg.text, cfg.text)
 
-    # Text: word problems before each screen, with their answers, which have no labels.
-    num_problems = cfg.text
-    if cfg.vary_text:
-        num_problems = np.random.default_rng([cfg.seed, index, 1]).integers(cfg.text, endpoint=True)
+
+def batch_after_text(samples: list[list[dict]], features: Tensor, index: int, num_problems: int, spacing: int) -> dict:
+    """The same batch with word problems before each screen: `num_problems` of the `spacing` that are its own. Their
+    answers have no labels."""
     prefixes = []
     for number in range(len(samples) * index, len(samples) * (index + 1)):  # of the sequence in the run
-        problems = [word_problem("train", number * cfg.text + k) for k in range(num_problems)]
+        problems = [word_problem("train", number * spacing + k) for k in range(num_problems)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
-
     batch = pack_sequences(samples, prefixes, features.shape[1], features.device)
     return batch | {"image_features": features}

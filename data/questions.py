@@ -21,7 +21,7 @@ BINS = 16  # coordinate tokens per axis
 BIN = SIZE // BINS  # pixels per coordinate token
 VERBS = "click tap press select".split()
 KINDS = "click", "what_is_at", "what_is_right_of", "click_right_of"  # of questions about a screen
-TASKS = {"grounding": "click", "referring": "what_is_at"}  # {task of train.Config: the kind of question that it asks}
+OTHER_KINDS = KINDS[1:]  # all but a plain click, which is the new task
 Point = tuple[float, float]  # x, y in pixels
 
 # ---- Places ----------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def is_hit(point: Point | None, bbox: Box) -> bool:
     return point is not None and left <= point[0] < right and top <= point[1] < bottom
 
 
-# ---- Where is a name, what is at a place? ----------------------------------------------------------------------------
+# ---- Questions about a screen ----------------------------------------------------------------------------------------
 
 
 def description(screen: Screen, element: Element, by_colour=False) -> str:
@@ -68,6 +68,10 @@ def description(screen: Screen, element: Element, by_colour=False) -> str:
     return element.name if names.count(element.name) == 1 else element.full_name()
 
 
+def random_verb(rng) -> str:
+    return VERBS[rng.integers(len(VERBS))]
+
+
 def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> dict:
     """Asks for a click: a sample whose `bbox` is where the click is correct, and `elsewhere` the place of another."""
     name = description(screen, element, by_colour)
@@ -75,10 +79,15 @@ def grounding_sample(screen: Screen, element: Element, rng, by_colour=False) -> 
     next_target = targets[(targets.index(element) + 1) % len(targets)]
     return {
         "bbox": element.click,
-        "instruction": f"{VERBS[rng.integers(len(VERBS))]} {name}",
+        "instruction": f"{random_verb(rng)} {name}",
         "answer": place(element.click),
         "elsewhere": place(next_target.click),
     }
+
+
+def click_right_of(sample: dict) -> dict:
+    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
+    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
 HINTS = "question", "before_image"  # where a hint can stand
@@ -95,9 +104,6 @@ def with_hint(sample: dict, where: str, right=True) -> dict:
 def referring_sample(element: Element) -> dict:
     """Gives a point, and asks for the name of what a click there acts on."""
     return {"instruction": f"what is at {place(element.click)}", "answer": element.full_name()}
-
-
-# ---- What is right of a name, and where? -----------------------------------------------------------------------------
 
 
 def right_neighbour(screen: Screen, element: Element) -> Element | None:
@@ -119,39 +125,50 @@ def neighbours(screen: Screen) -> list[tuple[Element, Element]]:
     return [(target, neighbour) for target, neighbour in pairs if neighbour]
 
 
-def relation_samples(screen: Screen) -> list[dict]:
-    """Ask what is right of each target that has a neighbour there. Neither question nor answer is a place."""
+def relation_sample(screen: Screen, target: Element, neighbour: Element, kind: str, rng) -> dict:
+    """Asks for the name of what is right of a target, which gives no place away; or for a click on it."""
+    name = description(screen, target)
+    if kind == "what_is_right_of":
+        return {"instruction": f"what is right of {name}", "answer": neighbour.full_name()}
+    box = neighbour.click or neighbour.bbox  # of a switch
+    return {"instruction": f"{random_verb(rng)} right of {name}", "answer": place(box), "bbox": box}
+
+
+def samples_of_kind(screen: Screen, kind: str, rng) -> list[dict]:
+    """A question of one of KINDS about each target. The last two leave out targets with nothing on their right."""
+    if kind == "click":
+        return [grounding_sample(screen, target, rng) for target in screen.targets()]
+    if kind == "what_is_at":
+        return [referring_sample(target) for target in screen.targets()]
     samples = []
     for target, neighbour in neighbours(screen):
-        instruction = f"what is right of {description(screen, target)}"
-        samples.append({"instruction": instruction, "answer": neighbour.full_name()})
+        samples.append(relation_sample(screen, target, neighbour, kind, rng))
+        if kind == "click_right_of":
+            random_verb(rng)  # draws once more, as it did when the base models were trained
     return samples
 
 
-def relation_click_samples(screen: Screen, rng) -> list[dict]:
-    """Ask for a click on what is right of each target that has a neighbour there: *click right of wifi*."""
-    samples = []
-    for target, neighbour in neighbours(screen):
-        instruction = f"{VERBS[rng.integers(len(VERBS))]} right of {description(screen, target)}"
-        samples.append(grounding_sample(screen, neighbour, rng) | {"instruction": instruction})
-    return samples
+def all_samples(screens: list[Screen], kind="click") -> list[tuple[int, dict]]:
+    """The questions of a kind about all targets of all screens, as pairs (number of the screen, sample)."""
+    rng = np.random.default_rng(0)
+    return [(i, sample) for i, screen in enumerate(screens) for sample in samples_of_kind(screen, kind, rng)]
 
 
-def neighbour_samples(screen: Screen, rng) -> list[dict]:
-    """Those of `relation_samples` and `relation_click_samples`, in random order."""
-    samples = relation_samples(screen) + relation_click_samples(screen, rng)
-    return rng.permutation(samples).tolist()
+def random_sample(screen: Screen, kind: str, rng) -> dict | None:
+    """A question of one of KINDS about a random element, with its true answer.
+
+    None if it would be about what is right of a name, and there is nothing right of any name."""
+    if kind == "what_is_at":
+        element = screen.elements[rng.integers(len(screen.elements))]
+        return {"instruction": f"what is at {place(element.bbox)}", "answer": element.full_name()}
+    if kind == "click":
+        targets = screen.targets()
+        return grounding_sample(screen, targets[rng.integers(len(targets))], rng)
+    pairs = neighbours(screen)
+    return relation_sample(screen, *pairs[rng.integers(len(pairs))], kind, rng) if pairs else None
 
 
-def click_right_of(sample: dict) -> dict:
-    """The same click, asked for as pretraining asked for it: *click right of wifi*."""
-    return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
-
-
-# ---- Questions about a screen ----------------------------------------------------------------------------------------
-
-
-def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0, distinct=False) -> list[dict]:
+def random_samples(screen: Screen, count: int, rng, refer=0.0, by_colour=0.0, distinct=False) -> list[dict]:
     """`count` random questions about a screen, with their answers.
 
     refer: share of them that give a point and ask for the name. by_colour: share of the others that may name an icon by
@@ -167,54 +184,6 @@ def random_samples(screen: Screen, count: int, rng, refer: float, by_colour=0.0,
         else:
             samples.append(grounding_sample(screen, target, rng, rng.random() < by_colour))
     return samples
-
-
-def old_samples(screen: Screen, count: int, rng) -> list[dict]:
-    """`count` random questions about a screen without switches, up to half of them about what is right of a name."""
-    about_right = neighbour_samples(screen, rng)[: count // 2]
-    samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
-    return rng.permutation(samples + about_right).tolist()
-
-
-def random_sample(screen: Screen, kind: str, rng) -> dict | None:
-    """A question of one of KINDS about a random element, with its true answer.
-
-    None if it would be about what is right of a name, and there is nothing right of any name."""
-    if kind == "what_is_at":
-        element = screen.elements[rng.integers(len(screen.elements))]
-        return {"instruction": f"what is at {place(element.bbox)}", "answer": element.full_name()}
-    if kind == "click":
-        targets = screen.targets()
-        return grounding_sample(screen, targets[rng.integers(len(targets))], rng)
-    pairs = neighbours(screen)
-    if not pairs:
-        return None
-    target, neighbour = pairs[rng.integers(len(pairs))]
-    name = description(screen, target)
-    if kind == "what_is_right_of":
-        return {"instruction": f"what is right of {name}", "answer": neighbour.full_name()}
-    verb = VERBS[rng.integers(len(VERBS))]
-    box = neighbour.click or neighbour.bbox  # of a switch
-    return {"instruction": f"{verb} right of {name}", "answer": place(box), "bbox": box}
-
-
-def all_samples(screens: list[Screen], kind="click") -> list[tuple[int, dict]]:
-    """One question of a kind about every target of every screen, as pairs (number of the screen, sample).
-
-    kind: one of KINDS; the last two leave out targets with nothing on their right."""
-    rng = np.random.default_rng(0)
-    numbers_and_samples = []
-    for i, screen in enumerate(screens):
-        if kind == "what_is_right_of":
-            samples = relation_samples(screen)
-        elif kind == "click_right_of":
-            samples = relation_click_samples(screen, rng)
-        elif kind == "what_is_at":
-            samples = [referring_sample(target) for target in screen.targets()]
-        else:
-            samples = [grounding_sample(screen, target, rng) for target in screen.targets()]
-        numbers_and_samples += [(i, sample) for sample in samples]
-    return numbers_and_samples
 
 
 # ---- Word problems ---------------------------------------------------------------------------------------------------

@@ -62,15 +62,9 @@ def test_a_switch_is_right_of_its_name_and_erasing_it_changes_nothing_else():
 
 
 def test_what_is_right_of_a_name_begins_there_and_shares_half_the_shorter_ones_height():
-    boxes = {
-        "a": (0, 0, 9, 9),
-        "b": (9, 4, 20, 30),
-        "c": (21, 5, 30, 15),
-        "d": (60, 0, 70, 9),
-        "e": (8, 0, 12, 9),
-    }
+    boxes = {"a": (0, 0, 9, 9), "b": (9, 4, 20, 30), "c": (21, 5, 30, 15), "d": (60, 0, 70, 9), "e": (8, 0, 12, 9)}
     elements = tuple(Element(name, "", box, box) for name, box in boxes.items())
-    samples = questions.relation_samples(Screen(np.zeros(0), elements))
+    samples = questions.samples_of_kind(Screen(np.zeros(0), elements), "what_is_right_of", np.random.default_rng(0))
     assert [sample["instruction"] for sample in samples] == [f"what is right of {name}" for name in "abe"]
     assert [sample["answer"] for sample in samples] == ["b", "c", "d"]
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.base import find_device, load_base, save_base, screens_and_features
+from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import evaluate, measure_hints, measure_other_questions
 from data.prompts import pack_sequences
-from data.questions import BINS, old_samples
+from data.questions import BINS
+from data.study.pretrain import old_samples, save_base
 
 STEPS = 500
 SCREENS = 1024
@@ -74,8 +75,7 @@ def teach(cfg: CopyingConfig) -> None:
     old_test = screens_and_features(model, "old", "test", TEST_SCREENS)
     record = asdict(cfg) | {"torch": torch.__version__}
     record["copied_acc"], _ = evaluate(model, *old_test, "what_is_at", reword=repeat_place(np.random.default_rng(0)))
-    others, _ = measure_other_questions(model, old_test)
-    record |= others
+    record |= measure_other_questions(model, old_test)
     hints = measure_hints(model, old_test, "question")
     record["followed_acc"] = hints["followed_acc"]  # a wrong hint, where it is asked for a click
     write_file(out.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())

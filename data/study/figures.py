@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 import train
-from data import pictures
-from data.attention import queries_keys_values
+from data import evaluate, pictures
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import evaluate
-from data.pictures import BLUE, GREY, INK, ORANGE
+from data.pictures import BLUE, INK, ORANGE
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
+from data.study.attention import queries_keys_values
+from data.study.film import film_frame, save_film
 from data.study.plan import FEWER_PROBLEMS, MODELS, MORE_TEXT, TEXT
 
 try:
@@ -43,7 +43,7 @@ except ImportError:
 
 WIDTH = 8.3  # of a picture, in inches
 COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
-LIGHT = "#e4e7ec"
+GREY, LIGHT = "#667085", "#e4e7ec"
 STYLE = {"font.size": 10, "text.color": INK, "savefig.dpi": 200, "legend.frameon": False}
 STYLE |= {"figure.constrained_layout.h_pad": 0.07, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.axisbelow": True, "grid.color": LIGHT, "hatch.linewidth": 0.6}
@@ -64,12 +64,12 @@ def make_figures(cfg: FiguresConfig) -> None:
     runs = compare.at_chosen_rates(compare.read_runs())
     figures = {"where": draw_where(), "kept": draw_kept(runs), "text": draw_text(runs)}
     tuned, frames = film_training(train.Config(device=cfg.device))
-    pictures.save(frames, out / "training.gif")
+    save_film(frames, out / "training.gif")
     figures["tensors"] = draw_changes(tuned)
     for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer)
-        pictures.save([Image.open(buffer).convert("RGB")], out / f"{name}.png")
+        pictures.save(Image.open(buffer).convert("RGB"), out / f"{name}.png")
 
 
 # ---- What each method writes -----------------------------------------------------------------------------------------
@@ -200,16 +200,16 @@ def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Im
     # Many frames at the start, where clicks move, and few at the end.
     filmed_steps = {round(run.steps * (frame / 20) ** 3) for frame in range(21)}
     base = load_base(run.base, find_device(run.device))
-    new_test = screens_and_features(base, "new", "test", run.test_screens)
-    old_test = screens_and_features(base, "old", "test", run.test_screens // 2 + 1)
+    new_test = screens_and_features(base, "new", "test", evaluate.TEST_SCREENS)
+    old_test = screens_and_features(base, "old", "test", evaluate.TEST_SCREENS // 2 + 1)
     film = {}  # {step: [(share of correct answers, answers) for each of FILMED]}
 
     def film_step(step: int, model) -> None:
         if step in filmed_steps:
-            film[step] = [evaluate(model, *test, kind) for test, kind in zip((new_test, old_test), FILMED)]
+            film[step] = [evaluate.evaluate(model, *test, kind) for test, kind in zip((new_test, old_test), FILMED)]
 
     film_step(0, base)
-    tuned = train.finetune(run, verbose=True, after_step=film_step)
+    tuned = train.finetune(run, film_step)
     _, (_, first_names) = film[0]
     _, (_, last_names) = film[run.steps]
     lost = {}  # {old screen: the number of its first question whose answer gets lost}
@@ -222,7 +222,7 @@ def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Im
         rows = {}
         for title, numbers, (_, base_answers), (share, answers) in zip(FILMED.values(), shown, film[0], measured):
             rows[title.format(share)] = [(base_answers[i], answers[i]) for i in numbers if i < len(answers)]
-        frames.append(pictures.film_frame(rows, f"step {step:,} of {run.steps:,}"))
+        frames.append(film_frame(rows, f"step {step:,} of {run.steps:,}"))
     return tuned, frames
 
 

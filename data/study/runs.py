@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import train
 from data import prompts
-from data.attention import image_share
 from data.base import file_path, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import OTHER_KINDS, evaluate, measure, measure_hints, measure_other_questions
 from data.gamma import turned_down
-from data.heads import choose_heads
-from data.questions import TASKS, all_samples, click_right_of
+from data.questions import all_samples, click_right_of
+from data.study.attention import image_share
 from data.study.plan import METHODS, MORE_TEXT, REWORDED, SETTINGS, Row, all_rows
+from data.study.variations import TASKS, Config, fine_tune, make_replay
 
 AS_TRAINED = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")  # measured at gamma 1 alone
 ANSWERS = ("task_acc", "validation_acc", "other_questions_acc", *(f"{kind}_acc" for kind in OTHER_KINDS), *AS_TRAINED)
@@ -34,7 +33,7 @@ MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validati
     *ANSWERS,
     *("right_hint_acc", "wrong_hint_acc", "followed_acc"),
     "replay_answers_acc",  # of the answers that replay trains on
-    *(f"image_share_{layer}" for layer in range(4)),  # of the base model's attention, see data/attention.py
+    *(f"image_share_{layer}" for layer in range(4)),  # of the base model's attention, see data/study/attention.py
     # With gamma as attention predicts it: one for all layers, and one for each.
     *("one_gamma_acc", "one_gamma_others_acc", "layer_gammas_acc", "layer_gammas_others_acc"),
 )
@@ -68,11 +67,11 @@ def add_rows(path: Path, new_rows: list[dict], key: tuple[str, ...]) -> None:
     write_file(path, file.getvalue().encode())
 
 
-def config(row: Row, device="cpu") -> train.Config:
-    """What to give to train.py for this row."""
+def config(row: Row, device="cpu") -> Config:
+    """What to train for this row."""
     bases, shared = SETTINGS[row.setting]
     own = {"base": bases[row.model], "lr": row.lr, "seed": row.seed, "device": device}
-    return train.Config(**METHODS[row.method] | shared | own)
+    return Config(**METHODS[row.method] | shared | own)
 
 
 @cache
@@ -86,16 +85,8 @@ def make_rows(rows: list[Row], device: str) -> list[dict]:
     cfg = config(rows[0], device)
     model = load_base(cfg.base, device)
     train_data = screens_of(cfg.base, "new", "train", prompts.TRAIN_SCREENS, device)
-    replay_data = train.make_replay(cfg, model, train_data)
-    heads = None
-    if cfg.method == "image_lora":
-        scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
-        if cfg.heads in ("top", "random"):
-            scores = train.probe(cfg, model, train_data)
-        heads = choose_heads(cfg.heads, scores, cfg.num_heads, cfg.seed)
-    adapter = train.attach_adapter(cfg, model, heads) or nn.Module()
-    if cfg.method != "none":
-        train.train(cfg, model, adapter, train_data, replay_data)
+    replay_data = make_replay(cfg, model, train_data)
+    adapter = fine_tune(cfg, model, train_data, replay_data)
     lines = []
     for row in rows:
         with turned_down(adapter, row.gamma):
@@ -106,7 +97,7 @@ def make_rows(rows: list[Row], device: str) -> list[dict]:
     return lines
 
 
-def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
+def ask(model, adapter: nn.Module, row: Row, cfg: Config) -> dict:
     """The measures of a row."""
     if row.method == REWORDED:
         test = screens_of(cfg.base, "new", "test", REWORDED_SCREENS, cfg.device)
@@ -114,7 +105,7 @@ def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
     new_test = screens_of(cfg.base, "new", "test", cfg.test_screens, cfg.device)
     old_test = screens_of(cfg.base, "old", "test", cfg.test_screens // 2 + 1, cfg.device)
     if row.gamma == 1 and row.text == cfg.text:  # as in training
-        measures, _ = measure(model, new_test, old_test, cfg.task, row.text)
+        measures, _ = measure(model, new_test, old_test, TASKS[cfg.task], row.text)
         if cfg.hint != "none":
             measures |= measure_hints(model, new_test, cfg.hint)
     else:
@@ -137,9 +128,9 @@ def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
     return measures
 
 
-def ask_briefly(model, new_test: tuple, old_test: tuple, cfg: train.Config, num_problems: int) -> dict:
+def ask_briefly(model, new_test: tuple, old_test: tuple, cfg: Config, num_problems: int) -> dict:
     """The new task and the other questions."""
-    measures, _ = measure_other_questions(model, old_test, num_problems)
+    measures = measure_other_questions(model, old_test, num_problems)
     measures["task_acc"], _ = evaluate(model, *new_test, TASKS[cfg.task], num_problems)
     return measures
 

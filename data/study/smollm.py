@@ -33,12 +33,13 @@ from data.command import command, make_directory, option, write_file
 from data.evaluate import evaluate, measure_hints, measure_other_questions
 from data.gamma import GAMMAS, smallest_gamma, turned_down
 from data.prompts import training_samples
-from data.questions import click_right_of, old_samples, relation_samples
+from data.questions import click_right_of, neighbours
 from data.replay import make_replay_data
 from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.plan import METHODS, SMOLLM2, SMOLLM2_RATES
+from data.study.pretrain import old_samples
 from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM
 from imagelora import attach
@@ -132,7 +133,7 @@ def make_base(cfg: SmolConfig) -> None:
     # more have something to their right.
     candidates = [draw_screen("old", "pretrain", 10**7 + i, 5) for i in range(4 * BASE_SCREENS)]
     screens, more = candidates[:BASE_SCREENS], candidates[BASE_SCREENS:]
-    screens += [screen for screen in more if len(relation_samples(screen)) > 1][:BASE_SCREENS]
+    screens += [screen for screen in more if len(neighbours(screen)) > 1][:BASE_SCREENS]
     switch_screens = [draw_screen("new", "pretrain", 10**7 + i, 5) for i in range(BASE_SCREENS // 4)]
     targets = [patch_targets(screen, vlm.patch_size, places=True) for screen in screens]
     targets += [patch_targets(screen, vlm.patch_size, places=False) for screen in switch_screens]
@@ -181,9 +182,7 @@ def run(cfg: SmolConfig, lr: float, gammas: tuple[float, ...]) -> list[dict]:
     new_data = screens_and_features(vlm, "new", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
     replay_data = None
     if "replay" in METHODS[cfg.method]:
-        options = {"num_problems": 0, "generate": SmolVLM.answers}
-        replay_data = make_replay_data(vlm, new_data, "own", cfg.seed, **options)
-
+        replay_data = make_replay_data(vlm, new_data, cfg.seed, answer=SmolVLM.answers, num_problems=0)
     hint = METHODS[cfg.method].get("hint", "none")
 
     def loss_of(step: int) -> Tensor:
@@ -246,7 +245,7 @@ def share_clicked(vlm: SmolVLM, domain: str, split: str, count: int, reword=None
 def measure_questions(vlm: SmolVLM) -> dict:
     """The other questions of data/evaluate.py, and the new task on test and on validation screens."""
     half = TEST_SCREENS // 2
-    metrics, _ = measure_other_questions(vlm, screens_and_features(vlm, "old", "test", half), generate=SmolVLM.answers)
+    metrics = measure_other_questions(vlm, screens_and_features(vlm, "old", "test", half), generate=SmolVLM.answers)
     metrics["task_acc"] = share_clicked(vlm, "new", "test", TEST_SCREENS)
     metrics["validation_acc"] = share_clicked(vlm, "new", "validation", half)
     return metrics

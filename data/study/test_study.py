@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 import train
-from data import costs, evaluate, pictures, prompts
+from data import evaluate, prompts
 from data.base import load_base
 from data.command import command
-from data.study import copying, plan, pretrain, runs, smollm
+from data.study import copying, costs, film, plan, pretrain, runs, smollm
 from data.study.muon import muon
 
 torch.set_num_threads(1)
@@ -168,7 +168,7 @@ def test_the_file_holds_the_runs_of_the_tables_and_no_others():
 # 3. Pages
 def test_the_lesson_needs_neither_the_study_nor_its_packages():
     names = ["data.study", "pandas", "matplotlib"]
-    check = f"import sys, train, data.costs; print([name for name in {names} if name in sys.modules])"
+    check = f"import sys, train; print([name for name in {names} if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert ended.stdout == "[]\n"
 
@@ -225,7 +225,8 @@ def test_the_costs_of_a_page_are_as_the_command_prints_them(capsys):
 @needs_matplotlib
 def test_the_command_draws_the_pictures_of_the_pages(tmp_path, monkeypatch):
     """Of a short run."""
-    monkeypatch.setattr(train, "Config", partial(train.Config, steps=3, test_screens=2))
+    monkeypatch.setattr(train, "Config", partial(train.Config, steps=3))
+    monkeypatch.setattr(evaluate, "TEST_SCREENS", 2)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
     figures.make_figures(figures.FiguresConfig(out=str(tmp_path), device="cpu"))
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "data/figures").iterdir()}
@@ -268,5 +269,5 @@ def test_text_shows_what_is_hit_at_gamma_1_and_at_the_one_that_attention_predict
 def test_a_wrong_name_is_shown_with_the_correct_one():
     """A correct name stands alone."""
     sample = {"instruction": "what is right of wifi", "answer": "red moon"}
-    assert pictures.verdict(evaluate.Answer(None, sample, "red moon")) == "red moon"
-    assert pictures.verdict(evaluate.Answer(None, sample, "sync")) == "sync,\nnot red moon"
+    assert film.verdict(evaluate.Answer(None, sample, "red moon")) == "red moon"
+    assert film.verdict(evaluate.Answer(None, sample, "sync")) == "sync,\nnot red moon"
