@@ -20,15 +20,15 @@ def read_examples(*files) -> list[dict]:
     examples = []
     for file in map(Path, files):
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-        if not any(line.strip() for line in lines):
+        numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+        if not numbers:
             raise SystemExit(f"{file} is empty; write an example on each line")
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                source = f"{file}, line {number}"
-                try:
-                    examples.append(checked(json.loads(line), file.parent) | {"source": source})
-                except (ValueError, OSError) as error:  # of json, of checked() and of PIL
-                    raise SystemExit(f"{source}: {error}; correct the line") from None
+        for number in numbers:
+            source = f"{file}, line {number}"
+            try:
+                examples.append(checked(json.loads(lines[number - 1]), file.parent) | {"source": source})
+            except (ValueError, OSError) as error:  # of json, of checked() and of PIL
+                raise SystemExit(f"{source}: {error}; correct the line") from None
     return examples
 
 
@@ -37,23 +37,21 @@ def checked(example: dict, folder: Path) -> dict:
     if not isinstance(example, dict) or example.keys() | {"images"} != FEATURES.keys():
         raise ValueError("an example has a 'prompt', a 'completion' and perhaps 'images', and no other key")
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        turns = example[key]
-        if not isinstance(turns, list) or not turns or not all(map(is_turn, turns)) or turns[-1]["role"] != role:
-            raise ValueError(f"'{key}' must be a list of turns such as {{'role': '{role}', 'content': 'words'}}")
+        turns = example[key] if isinstance(example[key], list) else []
+        texts = [t["content"] for t in turns if isinstance(t, dict) and t.keys() == {"role", "content"}]
+        are_right = len(texts) == len(turns) > 0 and all(isinstance(text, str) for text in texts)
+        if not are_right or turns[-1]["role"] != role:
+            raise ValueError(
+                f"'{key}' must be a list of turns that ends with {{'role': '{role}', 'content': 'a text'}}"
+            )
     images = example.get("images", [])
     if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
         raise ValueError(f"'images' must be a list of paths, not {images!r}")
     images = [str((folder / path).resolve()) for path in images]
     for path in images:
-        with PIL.Image.open(path) as picture:  # reads its header only
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError(f"{path} has over 8 bits and would turn white; save it with 8")
+        if PIL.Image.open(path).mode.startswith(("I", "F")):  # reads its header only
+            raise ValueError(f"{path} has over 8 bits and would turn white; save it with 8")
     return example | {"images": images}
-
-
-def is_turn(turn) -> bool:
-    is_object = isinstance(turn, dict) and turn.keys() == {"role", "content"}
-    return is_object and isinstance(turn["content"], str) and turn["content"].strip() != ""
 
 
 def as_dataset(examples: list[dict]) -> Dataset:

@@ -1,9 +1,6 @@
 """Fine-tune a Hugging Face vision-language model with Image-LoRA, LoRA or Partial LoRA. An example to copy and change.
 
-    python finetune.py --method image_lora --model Qwen/Qwen2.5-VL-7B-Instruct --learning_rate 8e-4 \\
-        --train_files train.jsonl --output_dir runs/image_lora
-
-examples.py says what is in a file. Only the completions are learned."""
+examples.py shows what is in a file. Only the completions are learned."""
 
 import json
 from dataclasses import dataclass
@@ -33,7 +30,6 @@ class Options(SFTConfig):
     processor: str | None = HfArg(default=None, help="folder of its processor, if you have changed that")
     train_files: list[str] = HfArg(help="what is learned, an example a line")
     eval_files: list[str] | None = HfArg(default=None, help="their loss is measured, by default after each epoch")
-    check_examples: int = HfArg(default=1000, help="how many examples of the files are prepared before training")
     r: int = HfArg(default=8, help="rank; alpha is 2 r")
     num_heads: int | None = HfArg(default=None, help="how many heads Image-LoRA adapts, the best by the probe (or all)")
     projections: list[str] | None = HfArg(default=None, help="what the LoRAs adapt (or q_proj k_proj v_proj o_proj)")
@@ -51,32 +47,24 @@ class Options(SFTConfig):
 def make_trainer(args: Options, run: dict) -> SFTTrainer:
     """The trainer of the base with its adapter. The heads that the probe chooses are added to the run."""
     train = read_examples(*args.train_files)
-    evaluation = read_examples(*(args.eval_files or []))
+    evaluation = as_dataset(read_examples(*args.eval_files)) if args.eval_files else None
     if args.method != "lora" and not any(example["images"] for example in train):
         raise SystemExit(f"--method {args.method} learns from images alone, but no example in --train_files has one")
-    lora = None
-    if args.method != "image_lora":
-        projections = args.projections or ["q_proj", "k_proj", "v_proj", "o_proj"]
-        lora = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=decoder_pattern(projections))
-    processor = AutoProcessor.from_pretrained(args.processor or args.model)
-    datasets = {"train_dataset": as_dataset(train), "eval_dataset": as_dataset(evaluation) if evaluation else None}
-    trainer = SFTTrainer(args.model, args, processing_class=processor, peft_config=lora, **datasets)
-    check_examples(trainer, trainer.train_dataset, train)
-    if evaluation:
-        check_examples(trainer, trainer.eval_dataset, evaluation)
-
+    projections = args.projections or ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=decoder_pattern(projections))
+    options = {"processing_class": AutoProcessor.from_pretrained(args.processor or args.model)}
+    options["peft_config"] = None if args.method == "image_lora" else lora
+    trainer = SFTTrainer(args.model, args, train_dataset=as_dataset(train), eval_dataset=evaluation, **options)
+    check_examples(trainer, train)
     model = trainer.model
     if args.method == "image_lora":
         if args.num_heads is not None and "heads" not in run:
             run["heads"] = probe(trainer)
-        heads = None  # all of them
-        if "heads" in run:
-            heads = {int(layer): selected for layer, selected in run["heads"].items()}  # strings in JSON
         model._keys_to_ignore_on_save = list(model.state_dict())  # so checkpoints hold the adapter alone, as PEFT's do
-        adapter = imagelora.attach(model, r=args.r, lora_alpha=2 * args.r, heads=heads)  # in float32
+        adapter = imagelora.attach(model, r=args.r, lora_alpha=2 * args.r, heads=run.get("heads"))  # or all
         adapted = f"v_proj in {len(adapter.layers)} of {len(adapter.head_counts)} layers"
     else:
-        missing = {name for name in projections if not any(p.endswith(name) for p in model.targeted_module_names)}
+        missing = [name for name in projections if not any(m.endswith(name) for m in model.targeted_module_names)]
         if missing:
             raise SystemExit(f"the decoder of {args.model} has no {', '.join(missing)}; correct --projections")
         if args.method == "partial_lora":
@@ -86,18 +74,16 @@ def make_trainer(args: Options, run: dict) -> SFTTrainer:
     return trainer
 
 
-def check_examples(trainer: SFTTrainer, dataset, examples: list[dict]) -> None:
-    """Prepares examples as training will, shows the first one, and refuses those that would teach nonsense."""
+def check_examples(trainer: SFTTrainer, examples: list[dict]) -> None:
+    """Prepares examples as training will, shows the first one, and refuses those that have no begin or no end."""
     args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class.tokenizer
-    if model.generation_config.eos_token_id is None:
-        raise SystemExit(f"the generation config of {args.model} names no end of an answer (eos_token_id); add it")
     ends = tuple(tokenizer.batch_decode(torch.tensor(model.generation_config.eos_token_id).view(-1, 1)))
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
-    checked = range(0, len(examples), ceil(len(examples) / args.check_examples))
+    checked = range(0, len(examples), ceil(len(examples) / 1000))  # at most a thousand
     with_images = sum(len(example["images"]) > 0 for example in examples)
     trainer.accelerator.print(f"{len(examples)} examples, {with_images} with images; {len(checked)} are prepared")
     for i in tqdm(checked, "Preparing examples", disable=args.process_index > 0):
-        batch = trainer.data_collator([dataset[i]])
+        batch = trainer.data_collator([trainer.train_dataset[i]])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         is_shown = (ids != ids.roll(1)) | (ids != model.config.image_token_id)  # one placeholder for each image
         text = tokenizer.decode(ids[is_shown])
@@ -124,13 +110,12 @@ def probe(trainer: SFTTrainer) -> dict:
 
 
 def run_of(args: Options) -> dict:
-    """A new run, which is its options and the contents of its files. Or the one to resume, which must be the same."""
+    """The options of this run and the contents of its files. If it is resumed, these must be as when it began."""
     options = json.loads(json.dumps(args.to_dict())) | {"processes": args.world_size}
     for name in ("output_dir", "resume_from_checkpoint", "local_rank"):
         del options[name]  # these may differ when the run is resumed
-    for file in [*args.train_files, *(args.eval_files or []), *filter(None, [args.chat_template_path])]:
+    for file in filter(None, [args.chat_template_path, *args.train_files, *(args.eval_files or [])]):
         options[f"contents of {file}"] = sha256(Path(file).read_bytes()).hexdigest()
-    options["chat template"] = AutoProcessor.from_pretrained(args.processor or args.model).chat_template
     if args.resume_from_checkpoint is None:
         if [*Path(args.output_dir).rglob("*.pt"), *Path(args.output_dir).rglob("*.safetensors")]:
             raise SystemExit(f"{args.output_dir} has weights already; resume their run, or choose another --output_dir")
@@ -145,10 +130,8 @@ def run_of(args: Options) -> dict:
 def main(arguments: list[str] | None = None) -> SFTTrainer:
     parser = TrlParser(Options, usage="%(prog)s OPTIONS (--help lists them)")
     (args,) = parser.parse_args_and_config(arguments)
-    if args.num_heads is not None and args.method != "image_lora":
-        parser.error("--num_heads is for --method image_lora; leave it out")
-    if args.projections is not None and args.method == "image_lora":
-        parser.error("--projections is for the LoRAs, because Image-LoRA adapts values alone; leave it out")
+    if (args.projections if args.method == "image_lora" else args.num_heads) is not None:
+        parser.error("--num_heads is for --method image_lora, and --projections for the others; leave it out")
     run = run_of(args)
     trainer = make_trainer(args, run)
     if args.process_index == 0:  # only now, so that a start that was refused leaves the folder as it was
