@@ -23,10 +23,11 @@ import examples  # noqa: E402
 import finetune  # noqa: E402
 from partial_lora import load_partial_lora  # noqa: E402
 
+processor_of = transformers.AutoProcessor.from_pretrained
 COLOURS = {"10": "#f000", "20": "#0f00", "30": "#00f0", "40": "#fff0"}  # transparent, which a careless reader keeps
 LEFT, BOTH, NOTHING, LOOP, NEW = "a 0", "a a a 1", "a 2", "a 4", "a cat"
 BASE_ANSWERS = {LEFT: "{0}", BOTH: "{0} {1} 3", NOTHING: " ", LOOP: "cat " * 5, NEW: "{1}"}  # {0} is the left colour
-SYSTEM, USER, ASSISTANT = ({"role": role, "content": "a 3"} for role in ("system", "user", "assistant"))
+SYSTEM = {"role": "system", "content": "a 3"}
 
 
 def example(images, question=NEW, answer="10", system=(), **changes):
@@ -68,15 +69,13 @@ def tiny_processor(family):
 
 @pytest.fixture(scope="module", params=["Llava", "Qwen3_5"])
 def folder(request, tmp_path_factory):
-    """A base that has learned BASE_ANSWERS, its processor, photos that are turned by a quarter, and files."""
+    """A base that has learned BASE_ANSWERS, its processor, pictures, and files."""
     folder = tmp_path_factory.mktemp(request.param)
     new_task, base = [], []
-    exif = Image.Exif()
-    exif[0x0112] = 6
     for i, (left, right) in enumerate(product(COLOURS, COLOURS)):
         image = Image.new("RGBA", (16, 16), COLOURS[left])
         image.paste(COLOURS[right], (8, 0, 16, 16))
-        image.transpose(Image.Transpose.ROTATE_90).save(folder / f"{i}.png", exif=exif)
+        image.save(folder / f"{i}.png")
         new_task.append(example([f"{i}.png"], NEW, f"{left} "))  # not what the base answers, and with a space
         for question, answer in BASE_ANSWERS.items():
             paths = [str(folder / f"{i}.png")]
@@ -88,11 +87,12 @@ def folder(request, tmp_path_factory):
 
     processor = tiny_processor(request.param)
     processor.save_pretrained(folder / "processor")
-    end = processor.tokenizer.eos_token
-    processor.chat_template = processor.chat_template.replace(end, "")
+    processor.chat_template = processor.chat_template.replace(processor.tokenizer.eos_token, "")
     processor.save_pretrained(folder / "no_end")
     model = tiny_hf_vlm(request.param)
-    batches = [batch_of(folder, [*base[start::7], example([])]) for start in range(7)]
+    collate = sft.DataCollatorForVisionLanguageModeling(tiny_processor(request.param), completion_only_loss=True)
+    parts = [[*base[start::7], example([])] for start in range(7)]
+    batches = [collate(list(examples.as_dataset(part))) for part in parts]
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(210):
         model(**batches[step % 7]).loss.backward()
@@ -103,18 +103,8 @@ def folder(request, tmp_path_factory):
     return folder
 
 
-def processor_of(folder):
-    return transformers.AutoProcessor.from_pretrained(folder)
-
-
 def base_of(folder):
     return transformers.AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.bfloat16)
-
-
-def batch_of(folder, some):
-    """These examples as training shows them to the model."""
-    collate = sft.DataCollatorForVisionLanguageModeling(processor_of(folder / "processor"), completion_only_loss=True)
-    return collate(list(examples.as_dataset(some)))
 
 
 def train(folder, method, out, options=""):
@@ -131,20 +121,22 @@ def refusal(capsys, *start):
     return f"{stop.value} {capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("method", ["image_lora", "lora", "partial_lora"])
+ADAPTED = {"image_lora": "v_proj", "lora": "q_proj, k_proj, v_proj, o_proj", "partial_lora": "gate_proj, up_proj"}
+
+
+@pytest.mark.parametrize("method", ADAPTED)
 def test_a_model_learns_its_examples_and_answers_them_right_when_it_is_asked(folder, method, capsys):
     """The run shows an example as the model gets it, and goes on from a checkpoint bit by bit. Its result loads onto a
     fresh base. Without an image its output is the base's, except with LoRA; at a gamma of 0 all its answers are."""
-    options = "--max_steps 40 --save_steps 20 --eval_files {}/train.jsonl --lr_scheduler_type constant"
+    options = "--max_steps 40 --save_steps 20 --lr_scheduler_type constant"
+    if method == "partial_lora":
+        options += " --projections gate_proj up_proj"
     trainer = train(folder, method, method, options)
     shown = capsys.readouterr().out
     assert "train.jsonl, line 1: the model gets '" in shown
     assert "16 examples, 16 with images; 16 are prepared" in shown
-    projections = "v_proj" if method == "image_lora" else "q_proj, k_proj, v_proj, o_proj"
-    assert f"{method} adapts {projections} in 2 of {2 if 'Llava' in str(folder) else 4} layers" in shown
-    evaluations = [entry["eval_mean_token_accuracy"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(evaluations) == 40  # after each epoch
-    assert evaluations[-1] == 1
+    num_layers = 4 if "Qwen" in str(folder) else 2  # all have an MLP, two have queries, keys and values
+    assert f"{method} adapts {ADAPTED[method]} in {num_layers if method == 'partial_lora' else 2} of" in shown
     resumption = train(folder, method, method, f"{options} --resume_from_checkpoint {{}}/{method}/checkpoint-20")
     assert all(map(torch.equal, trainer.model.parameters(), resumption.model.parameters()))
     (weights,) = (folder / method / "checkpoint-20").glob("*.safetensors")
@@ -187,9 +179,7 @@ def test_what_is_asked_is_what_training_shows(folder, thinks):
         assert torch.equal(prompt, ids[: len(prompt)])
         assert (labels[: len(prompt)] == -100).all()
         assert labels[len(prompt)] != -100
-        text = processor.decode(prompt)
-        if "think" in text:
-            assert text.endswith("<think>\n" if thinks else "<think>\n\n</think>\n\n")
+        assert ("</think>" in processor.decode(prompt)) == ("Qwen" in str(folder) and not thinks)
 
 
 def test_own_answers_are_the_bases_to_other_questions(folder, capsys):
@@ -200,12 +190,9 @@ def test_own_answers_are_the_bases_to_other_questions(folder, capsys):
     own = answers.own_answers(model, processor, some, questions, one_in=3)
     assert f"{len(own)} of 22 answers can be learned" in capsys.readouterr().out
     assert {(line["prompt"][-1]["content"], len(line["prompt"])) for line in own} == set(product((LEFT, BOTH), (1, 2)))
-    assert [line["completion"][0]["content"] for line in own] == answers.answer(model, processor, own)
-    short = answers.own_answers(model, processor, some, [BOTH], one_in=3, max_new_tokens=2)
-    assert short == []
+    assert answers.own_answers(model, processor, some, [BOTH], one_in=3, max_new_tokens=2) == []
     write(folder / "own.jsonl", own)
-    options = "--train_files {}/train.jsonl {}/own.jsonl --eval_files {}/own.jsonl --eval_on_start true"
-    trainer = train(folder, "lora", "as_base", options)
+    trainer = train(folder, "lora", "as_base", "--eval_files {}/own.jsonl --eval_on_start true")
     assert trainer.state.log_history[0]["eval_mean_token_accuracy"] == 1  # before its first step it is the base
 
 
@@ -213,26 +200,13 @@ def test_the_probe(folder):
     """It finds images however rare they are, each process adapts the heads that the first one found, and a resumed run
     those of its folder."""
     options = "--train_files {}/rare.jsonl --num_heads 3 --per_device_train_batch_size 1"
-    layer = 1  # which all of these models adapt
-    with patch.object(finetune, "broadcast_object_list", return_value=[{layer: [0]}]) as broadcast:
+    with patch.object(finetune, "broadcast_object_list", return_value=[{1: [0]}]) as broadcast:
         trainer = train(folder, "image_lora", "probe", options)
     ((heads,),) = broadcast.call_args.args
     assert sum(map(len, heads.values())) == 3
-    assert trainer.model.image_lora.heads == {layer: [0]}
+    assert trainer.model.image_lora.heads == {1: [0]}
     resumption = train(folder, "image_lora", "probe", f"{options} --resume_from_checkpoint {{}}/probe/checkpoint-1")
-    assert resumption.model.image_lora.heads == {layer: [0]}
-
-
-@pytest.mark.parametrize("method", ["lora", "partial_lora"])
-def test_a_lora_may_adapt_the_mlp(folder, capsys, method):
-    """In Qwen3.5 all layers have one."""
-    trainer = train(folder, method, f"mlp_of_{method}", "--projections v_proj gate_proj up_proj down_proj")
-    names = {name.split(".")[-1] for name in trainer.model.targeted_module_names}
-    assert names == {"v_proj", "gate_proj", "up_proj", "down_proj"}
-    num_layers = 2 if "Llava" in str(folder) else 4
-    assert f"{method} adapts v_proj, gate_proj, up_proj, down_proj in {num_layers} of {num_layers} layers" in (
-        capsys.readouterr().out
-    )
+    assert resumption.model.image_lora.heads == {1: [0]}
 
 
 def test_a_folder_holds_one_run(folder, capsys):
@@ -253,28 +227,25 @@ def test_a_folder_holds_one_run(folder, capsys):
     assert "other options than these: contents of" in refusal(capsys, folder, "lora", "run", resume)
 
 
-BAD_LINES = {  # a line, and what is said of it
-    "[]": "and no other key",
-    "{": "Expecting property name",
-    json.dumps(example(["0.png"], image="1.png")): "and no other key",
-    json.dumps(example([], Images=["0.png"])): "and no other key",
-    json.dumps(example(None)): "'images' must be a list of paths, not None",
-    json.dumps(example(["none.png"])): "none.png",
-    json.dumps(example(["deep.png"])): "over 8 bits",
-    json.dumps(example([], prompt="a 3")): "'prompt' must be a list of turns",
-    json.dumps(example([], prompt=[USER, ASSISTANT])): "'prompt' must be a list of turns",
-    json.dumps(example([], prompt=[USER | {"content": [{"type": "image"}]}])): "'prompt' must be a list of turns",
-    json.dumps(example([], completion=[USER])): "'completion' must be a list of turns",
-}
+BAD_LINES = [  # a line, and what is said of it
+    ("[]", "and no other key"),
+    ("{", "Expecting property name"),
+    (example(["0.png"], image="1.png"), "and no other key"),
+    (example([], Images=["0.png"]), "and no other key"),
+    (example(None), "'images' must be a list of paths, not None"),
+    (example(["none.png"]), "none.png"),
+    (example(["deep.png"]), "over 8 bits"),
+    (example([], prompt="a 3"), "'prompt' must be a list of turns"),
+    (example([], prompt=[SYSTEM]), "'prompt' must be a list of turns"),
+    (example([], completion=[SYSTEM | {"content": [{"type": "image"}]}]), "'completion' must be a list of turns"),
+]
 
 
 def test_a_line_that_is_no_example_is_refused_with_its_file_and_number(folder):
-    for bad, sentence in BAD_LINES.items():
+    for bad, sentence in BAD_LINES:
         write(folder / "bad.jsonl", [example([]), bad])
-        with pytest.raises(SystemExit) as refused:
+        with pytest.raises(SystemExit, match=f"bad.jsonl, line 3: .*{sentence}"):
             examples.read_examples(folder / "train.jsonl", folder / "bad.jsonl")
-        assert str(refused.value).startswith(f"{folder}/bad.jsonl, line 3: ")
-        assert sentence in str(refused.value)
 
 
 REFUSED = [  # options, and what is said of them
@@ -283,18 +254,12 @@ REFUSED = [  # options, and what is said of them
     ("--train_files {}/empty.jsonl", "empty.jsonl is empty; write an example on each line"),
     ("--method image_lora --train_files {}/text.jsonl", "learns from images alone, but no example"),
     ("--num_heads 2", "--num_heads is for --method image_lora"),
-    ("--method image_lora --projections v_proj", "and --projections for the others"),
     ("--projections v_proj gate_pro", "has no gate_pro; correct --projections"),
 ]
 
 
-@pytest.mark.parametrize("options, sentence", REFUSED)
-def test_what_would_teach_the_wrong_thing_is_refused(folder, capsys, options, sentence):
+def test_what_would_teach_the_wrong_thing_is_refused(folder, capsys):
     write(folder / "empty.jsonl", [""])
     write(folder / "text.jsonl", [example([])])
-    assert sentence in refusal(capsys, folder, "lora", "refused", options)
-
-
-def test_a_learning_rate_is_required(capsys):
-    pytest.raises(SystemExit, finetune.main, "--method lora --model m --train_files t".split())
-    assert "the following arguments are required: --learning_rate" in capsys.readouterr().err
+    for options, sentence in REFUSED:
+        assert sentence in refusal(capsys, folder, "lora", "refused", options)
