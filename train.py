@@ -13,6 +13,7 @@ Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,12 +25,13 @@ from typing import NamedTuple
 # A thread that waits for others soon goes to sleep instead of spinning. Torch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import imagelora
-from data import evaluate, pictures, prompts, questions, report
+from data import evaluate, pictures, prompts, report
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.costs import run_costs
@@ -46,34 +48,47 @@ FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leav
 
 @dataclass
 class Config:
-    """One fine-tuning run. Each field is an option of the command line, too."""
+    """One fine-tuning run. Its fields are options of the command line, too, except for the last two."""
 
     method: str = option("image_lora", "partial_lora is LoRA at visual tokens only", tuple(RATES))
-    projections: str = option("qkvo", "which of q, k, v and o all methods but image_lora adapt", ("qkvo", "qk", "v"))
+    projections: str = option("qkvo", "what lora and partial_lora adapt", ("qkvo", "qk", "v", "mlp", "all"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
-    heads: int = option(12, "how many of 24 value heads image_lora adapts, the most influential first", minimum=1)
+    heads: str = option(
+        "top",
+        "which value heads image_lora adapts. top: the most influential by the probe; random: as many in each\n"
+        "layer as top takes, but any; all; or a list of layer.head, such as 1.3,2.0",
+    )
+    num_heads: int = option(12, "how many heads top and random take", minimum=1)
     r: int = option(8, "rank; alpha is 2 r", minimum=1)
     gamma: float = option(1.0, "what the update is multiplied by after training, to turn it down", minimum=0)
     lr: float | None = option(None, f"AdamW's peak rate; None: the method's own, of {RATES}", minimum=0)
     steps: int = option(500, "training steps", minimum=1)
     text: int = option(0, "word problems before each screen: longer text, same image", minimum=0)
-    hint: str = option(
-        "none",
-        "where the correct place stands in training: question: <x3> <y5> click wifi; or before_image",
-        ("none", *questions.HINTS),
-    )
+    vary_text: bool = option(False, "train with 0 to --text word problems, a number drawn anew for each step")
+    hint: str = option("none", "question: training tells the correct place: <x3> <y5> click wifi", ("none", "question"))
     replay: int = option(0, "how many of the 16 sequences of a step hold other questions or word problems", minimum=0)
     seed: int = option(1, "seed for the order of the data, the adapter's initial A, and the probe", minimum=0)
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
     out: str = option("runs/switches", "output directory")
+    test_screens: int = 100  # new screens that a model is tested on, and about half as many old ones
+    no_normalize: bool = False  # image_lora without selection-size normalization, the factor 1/sqrt|S|
 
     def __post_init__(self):
+        is_image_lora = self.method == "image_lora"
+        without_effect = [  # (option, what it needs, whether that is missing)
+            ("projections", "--method lora or partial_lora", is_image_lora),
+            ("heads", "--method image_lora", not is_image_lora),
+            ("no_normalize", "--method image_lora", not is_image_lora),
+            ("num_heads", "--heads top or random", not is_image_lora or self.heads not in ("top", "random")),
+            ("vary_text", "--text", self.text == 0),
+        ]
+        for name, need, is_missing in without_effect:
+            if is_missing and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name.replace('_', '-')} does nothing without {need}")
+        if not re.fullmatch(r"top|random|all|\d+\.\d+(,\d+\.\d+)*", self.heads):
+            raise ValueError(f"heads must be top, random, all or a list such as 1.3,2.0, got {self.heads!r}")
         if self.replay > prompts.SCREENS_PER_STEP:
             raise ValueError(f"replay must be at most {prompts.SCREENS_PER_STEP}, the sequences of a step")
-        if self.method == "image_lora" and self.projections != type(self).projections:
-            raise ValueError("--projections does nothing without --method lora or partial_lora")
-        if self.method != "image_lora" and self.heads != type(self).heads:
-            raise ValueError("--heads does nothing without --method image_lora")
         if self.lr is None:
             self.lr = RATES[self.method]
 
@@ -86,61 +101,91 @@ class FinetuningRun(NamedTuple):
     answers: list[evaluate.Answer]
 
 
-def finetune(cfg: Config, after_step: Callable | None = None) -> FinetuningRun:
+def run(cfg: Config) -> dict:
+    """One run that writes no file and prints nothing. Returns the Config's fields and what was measured."""
+    return finetune(cfg).result
+
+
+def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> FinetuningRun:
     """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file.
 
     after_step(step, model), if given, is called after each training step."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
-    check_heads(cfg, model)
+    check_adapter(cfg, model)
 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
-    num_train = min((prompts.PROBE_BATCHES + cfg.steps) * prompts.SCREENS_PER_STEP, prompts.TRAIN_SCREENS)
-    train_data = screens_and_features(model, "new", "train", num_train)
-    new_test = screens_and_features(model, "new", "test", evaluate.TEST_SCREENS)
-    old_test = screens_and_features(model, "old", "test", evaluate.TEST_SCREENS // 2 + 1)
+    train_data = screens_and_features(model, "new", "train", prompts.TRAIN_SCREENS)
+    new_test = screens_and_features(model, "new", "test", cfg.test_screens)
+    # An old screen has more targets, so half as many are enough.
+    old_test = screens_and_features(model, "old", "test", cfg.test_screens // 2 + 1)
     replay_data = make_replay_data(model, train_data, cfg.seed) if cfg.replay else None
+    batch_of = partial(prompts.training_batch, cfg, train_data)  # the new task alone, for the probe
 
     # Before training, measure the new task on new screens; other questions and the new task's own words on old screens;
     # word problems; and the logits of prompts without an image.
     before, base_answers = evaluate.measure(model, new_test, old_test, num_problems=cfg.text)
     base_logits = evaluate.text_only_logits(model)
-    report.print_before(cfg, model, before, replay_data)
+    if verbose:
+        report.print_before(cfg, model, before, replay_data)
 
-    heads = probe(cfg, model, train_data) if cfg.method == "image_lora" else None
+    heads = choose_heads(cfg, model, batch_of, verbose)
     adapter = attach_adapter(cfg, model, heads)
-    batch_of = partial(prompts.training_batch, cfg, train_data, replay_data=replay_data)
-    train(cfg, model, adapter, batch_of, after_step, verbose=True)
+    train(cfg, model, adapter, partial(batch_of, replay_data=replay_data), after_step, verbose)
 
     # Turn the update down, and see what comes back. Then measure the same again, at the run's own gamma.
     curve = measure_curve(model, adapter, old_test, cfg.text)
     for gamma in strengths(adapter):
         gamma.mul_(cfg.gamma)
     after, answers = evaluate.measure(model, new_test, old_test, num_problems=cfg.text)
-    if cfg.hint != "none":
-        after |= evaluate.measure_hints(model, new_test, cfg.hint)
+    if cfg.hint == "question":
+        after |= evaluate.measure_hints(model, new_test)
     difference = (evaluate.text_only_logits(model) - base_logits).abs().max().item()
-    report.print_after(curve, after, difference)
+    if verbose:
+        report.print_after(curve, after, difference)
     result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
     result |= {"replay_answers_acc": replay_data and replay_data.share_correct, "text_logits_max_abs_diff": difference}
-    result |= run_costs(cfg, model, adapter, prompts.training_batch(cfg, train_data, 0)["input_ids"])
+    result |= run_costs(cfg, model, batch_of(0)["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     return FinetuningRun(result, model, adapter, base_answers, answers)
 
 
-def check_heads(cfg: Config, model: TinyVLM) -> None:
-    """ValueError unless the model has so many heads and can have this rank. It is better to fail before measuring."""
-    if cfg.method == "image_lora":
-        any_scores = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads)
-        imagelora.attach(model, cfg.r, heads=imagelora.select_heads(any_scores, cfg.heads)).detach()
+def check_adapter(cfg: Config, model: TinyVLM) -> None:
+    """ValueError if the model cannot have this rank or these heads. It is better to fail before measuring."""
+    D, num_layers, H = model.config.hidden_size, model.config.num_hidden_layers, model.config.num_key_value_heads
+    if not 1 <= cfg.r <= D:
+        raise ValueError(f"r must be in 1..{D}, the hidden size of the model, got {cfg.r}")
+    if cfg.heads not in ("top", "random"):
+        imagelora.attach(model, cfg.r, heads=choose_heads(cfg, model)).detach()
+    elif cfg.method == "image_lora" and not 1 <= cfg.num_heads <= num_layers * H:
+        raise ValueError(f"num_heads must be in 1..{num_layers * H}, the heads of the model, got {cfg.num_heads}")
 
 
-def probe(cfg: Config, model: TinyVLM, train_data: tuple) -> imagelora.Heads:
-    """The heads that could lower the loss of the first batches most. The probe does not change the model."""
-    batches = [prompts.training_batch(cfg, train_data, i) for i in range(prompts.PROBE_BATCHES)]
-    scores = imagelora.score_heads(model, batches, seed=cfg.seed)  # [layers, heads]
-    heads = imagelora.select_heads(scores, cfg.heads)
-    report.print_heads(scores, heads)
+def choose_heads(
+    cfg: Config, model: TinyVLM, batch_of: Callable | None = None, verbose=False
+) -> imagelora.Heads | None:
+    """The value heads that cfg.heads means, {layer: [head, ...]}. None if the method is not image_lora.
+
+    batch_of: as in `train`; for top and random, the probe reads the first batches. It does not change the model."""
+    num_layers, heads_in_layer = model.config.num_hidden_layers, model.config.num_key_value_heads
+    heads = {}
+    if cfg.method != "image_lora":
+        return None
+    if cfg.heads == "all":
+        return {layer: list(range(heads_in_layer)) for layer in range(num_layers)}
+    if cfg.heads not in ("top", "random"):
+        for layer_and_head in cfg.heads.split(","):
+            layer, head = map(int, layer_and_head.split("."))
+            heads.setdefault(layer, []).append(head)
+        return heads
+
+    scores = imagelora.score_heads(model, map(batch_of, range(prompts.PROBE_BATCHES)), seed=cfg.seed)  # [layers, heads]
+    rng = np.random.default_rng(cfg.seed)
+    for layer, top in imagelora.select_heads(scores, cfg.num_heads).items():
+        random = sorted(rng.permutation(heads_in_layer)[: len(top)].tolist())
+        heads[layer] = random if cfg.heads == "random" else top
+    if verbose:
+        report.print_heads(scores, heads)
     return heads
 
 
@@ -148,7 +193,7 @@ def attach_adapter(cfg: Config, model: TinyVLM, heads: imagelora.Heads | None) -
     """Freeze the model and attach the adapter of the method. It starts at B = 0, as the base model."""
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
     if cfg.method == "image_lora":
-        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads)
+        return imagelora.attach(model, cfg.r, 2 * cfg.r, heads, normalize=not cfg.no_normalize)
     return LoRA(model, cfg.r, 2 * cfg.r, cfg.projections, "visual" if cfg.method == "partial_lora" else "all")
 
 
@@ -187,7 +232,7 @@ def main(cfg: Config) -> None:
     """One run, then the controls. Saves OUT/metrics.json, an Image-LoRA as adapter.pt, pictures of clicks."""
     out = Path(cfg.out)
     make_directory(out)
-    tuned = finetune(cfg)
+    tuned = finetune(cfg, verbose=True)
     result = tuned.result | evaluate.measure_controls(cfg, tuned.model)
     report.print_controls_and_costs(result)
 

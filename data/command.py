@@ -15,24 +15,25 @@ def option(default, help: str, choices: tuple[str, ...] | None = None, minimum: 
 
 
 def command(settings_class, job: Callable, description: str, arguments: list[str] | None = None) -> int:
-    """Runs job(settings), with a command-line option for each field of the dataclass.
+    """Runs job(settings), with a command-line option for each field of the dataclass that `option` made.
 
     Returns the exit status: 0; 1 if the loss was not finite, 2 for bad options or files, 130 if it was interrupted."""
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
-    for f in fields(settings_class):
+    options = [f for f in fields(settings_class) if f.metadata]  # those made by option()
+    for f in options:
         kind = {"type": float if f.default is None else type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
             kind = {"action": "store_true"}
         help = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help, **kind)
-    options = parser.parse_args(arguments)
-    for f in fields(settings_class):
-        value, minimum = getattr(options, f.name), f.metadata["minimum"]
+    values = vars(parser.parse_args(arguments))
+    for f in options:
+        value, minimum = values[f.name], f.metadata["minimum"]
         if value is not None and minimum is not None and not minimum <= value < 2**63:
             parser.error(f"{f.name} must be finite and at least {minimum}, got {value}")
     try:
-        job(settings_class(**vars(options)))
+        job(settings_class(**values))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -1,11 +1,25 @@
-"""What LoRA and Image-LoRA cost in a training step, by arithmetic. `python -m data.study.costs` measures it, too.
+"""What LoRA and Image-LoRA cost in a training step, by arithmetic and on this machine.
+
+python -m data.costs    prints both, in half a minute; run it in the project's directory
 
 A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing. FLOPs misprice small
-products and say nothing about memory.
+products and say nothing about memory, so a step of a small decoder is measured, too.
 """
 
-from imagelora import Heads
-from tiny_vlm import TinyVLMConfig
+import sys
+import time
+from dataclasses import dataclass
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from data.base import find_device
+from data.command import command, option
+from data.rivals import LoRA
+from imagelora import Heads, attach
+from tiny_vlm import TinyVLM, TinyVLMConfig
 
 
 def lora_flops(num_tokens, in_features, out_features, r, input_grad=True):
@@ -32,24 +46,28 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
     return flops
 
 
-def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8, lowest_adapted=0) -> tuple[int, int]:
-    """(Parameters, training FLOPs) of LoRA on these projections of the layers from lowest_adapted upwards; num_tokens
-    are those that it adapts, in the batch."""
+def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8) -> tuple[int, int]:
+    """(Parameters, training FLOPs) of LoRA on these projections of all layers, see train.Config; num_tokens are those
+    that it adapts, in the batch."""
     D = config.hidden_size
     kv_size = config.num_key_value_heads * D // config.num_attention_heads
-    out_features = {"q": D, "k": kv_size, "v": kv_size, "o": D}
+    sizes = {"q": (D, D), "k": (D, kv_size), "v": (D, kv_size), "o": (D, D), "up": (D, 4 * D), "down": (4 * D, D)}
+    adapted = {"mlp": ["up", "down"], "all": list(sizes)}.get(projections, projections)
     parameters = flops = 0
-    for layer in range(lowest_adapted, config.num_hidden_layers):
-        for projection in projections:
-            parameters += r * (D + out_features[projection])
-            input_grad = layer > lowest_adapted or projection == "o"  # below, everything is frozen
-            flops += lora_flops(num_tokens, D, out_features[projection], r, input_grad)
+    for layer in range(config.num_hidden_layers):
+        for name in adapted:
+            in_features, out_features = sizes[name]
+            parameters += r * (in_features + out_features)
+            # In the lowest layer, what q, k and v read is frozen, and what an MLP reads if it alone is adapted.
+            input_grad = layer > 0 or not (name in "qkv" or name == adapted[0])
+            flops += lora_flops(num_tokens, in_features, out_features, r, input_grad)
     return parameters, flops
 
 
-def decoder_flops(config: TinyVLMConfig, mlp_weights: int, num_tokens: int, lowest_adapted: int) -> int:
+def decoder_flops(config: TinyVLMConfig, num_tokens: int, lowest_adapted=0, only_mlp=False) -> int:
     """FLOPs of the frozen decoder in a training step on one sequence: forward through all of it, and back to the
-    outputs of q, k and v in the lowest adapted layer. Nothing below them needs a gradient, whatever the method.
+    outputs of q, k and v in the lowest adapted layer or, if only MLPs are adapted, to those of its MLP's first Linear.
+    Nothing below them needs a gradient, whatever the method.
 
     Weights are frozen, so a Linear is one product forward, and one back if its input needs a gradient. Attention is two
     forward and four back, as a fused kernel computes them, also where only values need a gradient; all pairs of tokens
@@ -58,36 +76,105 @@ def decoder_flops(config: TinyVLMConfig, mlp_weights: int, num_tokens: int, lowe
     D = config.hidden_size
     kv_size = config.num_key_value_heads * D // config.num_attention_heads
     qkv = 2 * num_tokens * D * (D + 2 * kv_size)
-    o_and_mlp = 2 * num_tokens * (D * D + mlp_weights)
+    o = 2 * num_tokens * D * D
+    half_mlp = 2 * num_tokens * D * 4 * D  # one of its two products
     logits = 2 * num_tokens * D * config.vocab_size
     attention = 2 * num_tokens**2 * D  # one product, such as QK^T or PV
 
-    forward = config.num_hidden_layers * (qkv + 2 * attention + o_and_mlp) + logits
+    forward = config.num_hidden_layers * (qkv + 2 * attention + o + 2 * half_mlp) + logits
     layers_above = config.num_hidden_layers - 1 - lowest_adapted
-    backward = logits + layers_above * (o_and_mlp + 4 * attention + qkv) + o_and_mlp + 4 * attention
+    backward = logits + layers_above * (2 * half_mlp + o + 4 * attention + qkv)
+    backward += half_mlp if only_mlp else 2 * half_mlp + o + 4 * attention
     return forward + backward
 
 
-def run_costs(cfg, model, adapter, ids) -> dict:
+def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     """Parameters, and training FLOPs per screen, of a run's adapter, of LoRA of rank 8 and of the whole step.
 
-    cfg: a train.Config. ids [B, T] are of a batch."""
+    cfg: a train.Config. ids [B, T] are of a batch; if text varies, another batch may cost twice as much."""
     config = model.config
-    D = config.hidden_size
+    D, d_h = config.hidden_size, config.hidden_size // config.num_attention_heads
     num_visual = int((ids == config.image_token_id).sum())
     lowest = 0
     if cfg.method == "image_lora":
-        flops = image_lora_flops(num_visual, D, D // config.num_attention_heads, adapter.heads, cfg.r)
-        lowest = min(adapter.heads)
+        parameters = sum(D * cfg.r + len(selected) * cfg.r * d_h for selected in heads.values())  # of A and B
+        flops = image_lora_flops(num_visual, D, d_h, heads, cfg.r)
+        lowest = min(heads)
     else:
         num_tokens = num_visual if cfg.method == "partial_lora" else ids.numel()
-        _, flops = lora_costs(config, num_tokens, cfg.projections, cfg.r)
+        parameters, flops = lora_costs(config, num_tokens, cfg.projections, cfg.r)
     lora_parameters, flops_of_lora = lora_costs(config, ids.numel())
-    mlp_weights = 2 * D * 4 * D
+    decoder = decoder_flops(config, ids.shape[1], lowest, only_mlp=cfg.projections == "mlp")
     return {
-        "trainable_parameters": sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+        "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,
         "adapter_flops_per_screen": flops / len(ids),
         "lora_flops_per_screen": flops_of_lora / len(ids),
-        "step_flops_per_screen": decoder_flops(config, mlp_weights, ids.shape[1], lowest) + flops / len(ids),
+        "step_flops_per_screen": decoder + flops / len(ids),
     }
+
+
+def saved_bytes(model, batch: dict) -> int:
+    """What a forward pass saves for the backward pass. Each storage counts once, and parameters do not count."""
+    sizes = {}  # {address of a storage: its bytes}
+
+    def note_size(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note_size, lambda tensor: tensor):
+        model(**batch)
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+# LLaVA-1.5-7B's decoder (its MLP's three matrices are as large as two here), and the same in small, to be measured
+LLAVA = TinyVLMConfig(
+    vocab_size=32064, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
+)
+SMALL = TinyVLMConfig(vocab_size=500, image_size=384, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
+METHODS = {"LoRA": "lora", "Partial LoRA": "partial_lora", "Image-LoRA": "image_lora"}
+
+
+@dataclass
+class CostsConfig:
+    device: str = option("auto", "where to measure: cpu, cuda, mps, or auto")
+
+
+def main(cfg: CostsConfig, limit: float = 20) -> None:
+    """Print a table of a step with 576 visual and 144 text tokens. Steps are repeated for `limit` seconds."""
+    device = find_device(cfg.device)
+    ids = torch.tensor([[SMALL.image_token_id] * 576 + [SMALL.eos_token_id] * 144], device=device)
+    batch = {"input_ids": ids, "labels": ids, "image_features": torch.randn(1, 576, SMALL.hidden_size, device=device)}
+    heads = {layer: list(range(LLAVA.num_key_value_heads)) for layer in range(LLAVA.num_hidden_layers)}
+    flops, models = {}, {}
+    for name, method in METHODS.items():
+        run = SimpleNamespace(method=method, projections="qkvo", r=8)
+        flops[name] = run_costs(run, SimpleNamespace(config=LLAVA), ids, heads)
+        models[name] = model = TinyVLM(SMALL).to(device)
+        if method == "image_lora":
+            attach(model)
+        else:
+            model.lora = LoRA(model, r=8, lora_alpha=16, tokens="visual" if method == "partial_lora" else "all")
+    mebibytes = {name: saved_bytes(model, batch) / 2**20 for name, model in models.items()}
+
+    times = {name: [] for name in METHODS}
+    end = time.perf_counter() + limit
+    while len(times["LoRA"]) < 4 or time.perf_counter() < end:
+        for name, model in models.items():  # in turn, so that whatever else runs here slows all of them
+            start = time.perf_counter()
+            loss = model(**batch).loss
+            loss.backward()
+            loss.item()  # waits for the device
+            times[name].append(time.perf_counter() - start)
+
+    print(f"{'a training step':16}GFLOP of the adapter   and of all    seconds    MiB saved")
+    print(f"{'':16}(LLaVA-1.5-7B, computed)            (a small decoder, measured on {device})")
+    for name in METHODS:
+        computed = [flops[name][f"{part}_flops_per_screen"] / 1e9 for part in ("adapter", "step")]
+        print(f"{name:16}{computed[0]:20.1f}{computed[1]:13,.0f}{median(times[name][1:]):11.3f}{mebibytes[name]:13.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(CostsConfig, main, __doc__))

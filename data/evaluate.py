@@ -12,7 +12,6 @@ from data.prompts import decode, pack_sequences, prompt_batch
 from data.questions import OTHER_KINDS, Point, all_samples, click_right_of, is_hit, parse_point, with_hint, word_problem
 from data.screens import Screen
 
-TEST_SCREENS = 100  # new ones; an old screen has more targets, so half as many are enough
 MAX_NEW_TOKENS = 3  # two words or coordinates and <eos>
 
 
@@ -47,10 +46,11 @@ def is_correct(sample: dict, text: str) -> bool:
 def evaluate(
     model, screens: list[Screen], features: Tensor, kind="click", num_problems=0, reword=None, generate=None
 ) -> tuple[float, list[Answer]]:
-    """Ask one question of a kind (of data.questions.KINDS) about each target -> (share of correct answers, answers).
+    """Ask one question of a kind about each target -> (share of correct answers, answers).
 
-    features: of the screens, [N, P, D]. num_problems: word problems before each of them. reword: a function that asks
-    for a sample's target in other words. generate: what replaces `generate_answers`, for a model of another kind."""
+    features: of the screens, [N, P, D]. kind: see data.questions.all_samples. num_problems: word problems before each
+    screen. reword: a function that asks for a sample's target in other words. generate: what replaces
+    `generate_answers`, for a model of another kind."""
     numbers, samples = zip(*all_samples(screens, kind))
     if reword:
         samples = [reword(sample) for sample in samples]
@@ -72,7 +72,7 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
 
 
 def measure(model, new_test: tuple, old_test: tuple, kind="click", num_problems=0) -> tuple[dict, list[Answer]]:
-    """What the model can do on test screens, and the answers of its task, which is one of data.questions.KINDS.
+    """What the model can do on test screens, and its answers to the new task, whose questions are of this kind.
 
     new_test, old_test: (screens, features) of new and old screens. num_problems: word problems before each screen.
 
@@ -98,14 +98,13 @@ def measure_other_questions(model, old_test: tuple, num_problems=0, generate=Non
     return metrics | {"other_questions_acc": float(np.mean([*metrics.values()]))}
 
 
-def measure_hints(model, new_test: tuple, hint: str, generate=None) -> dict:
-    """Clicks on the new screens where each question has a hint, see data.questions.with_hint.
+def measure_hints(model, new_test: tuple, generate=None) -> dict:
+    """Clicks on the new screens where each question has a hint.
 
     right_hint_acc: with the correct place; wrong_hint_acc: with the place of another switch of the screen, and then
     followed_acc: the share of clicks on that place, which are wrong. generate: as of `evaluate`."""
-    right_hint, wrong_hint = partial(with_hint, where=hint), partial(with_hint, where=hint, right=False)
-    right_hint_acc, _ = evaluate(model, *new_test, reword=right_hint, generate=generate)
-    wrong_hint_acc, answers = evaluate(model, *new_test, reword=wrong_hint, generate=generate)
+    right_hint_acc, _ = evaluate(model, *new_test, reword=with_hint, generate=generate)
+    wrong_hint_acc, answers = evaluate(model, *new_test, reword=partial(with_hint, right=False), generate=generate)
     followed_acc = float(np.mean([answer.output == parse_point(answer.sample["elsewhere"]) for answer in answers]))
     return {"right_hint_acc": right_hint_acc, "wrong_hint_acc": wrong_hint_acc, "followed_acc": followed_acc}
 
@@ -114,9 +113,9 @@ def measure_controls(cfg, model) -> dict:
     """Click accuracies on new screens: of the base, asked to click right of the name; and of the tuned model, where the
     switches are erased."""
     base = load_base(cfg.base, model.device)
-    test = screens_and_features(base, "new", "test", TEST_SCREENS)
+    test = screens_and_features(base, "new", "test", cfg.test_screens)
     reworded, _ = evaluate(base, *test, num_problems=cfg.text, reword=click_right_of)
-    erased_test = screens_and_features(base, "new", "test", TEST_SCREENS, erased=True)
+    erased_test = screens_and_features(base, "new", "test", cfg.test_screens, erased=True)
     erased, _ = evaluate(model, *erased_test, num_problems=cfg.text)
     return {"reworded_acc": reworded, "erased_acc": erased}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.questions import ACTIONS, BINS, MAX_NUMBER, PEOPLE, THINGS, VERBS, random_samples, with_hint, word_problem
-from data.screens import COLOURS, ICONS, LABELS
+from data.screens import COLOURS, ICONS, LABELS, Screen
 
 PROBE_BATCHES = 16  # that the probe sees; it draws a new A for each, so more batches mean less noise
 TRAIN_SCREENS = 2048  # a run draws its batches from at most this many
@@ -55,17 +55,12 @@ def pad(rows: list, value: int, side="right") -> Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def image_ids(sample: dict, num_patches: int) -> list[int]:
-    """The placeholders of a sample's image, after the hint if one stands before it."""
-    return encode(sample.get("before_image", "")) + [ID[IMAGE]] * num_patches
-
-
 def pack_sequences(samples: list[list[dict]], prefixes: list[list[Turn]], num_patches: int, device="cpu") -> dict:
     """{input_ids, labels} [B, T]: for each screen the turns of its prefix, its image, and its samples as turns."""
+    image = [ID[IMAGE]] * num_patches, [IGNORED] * num_patches
     rows_of_ids, rows_of_labels = [], []
     for samples_of_screen, prefix in zip(samples, prefixes):
-        image = image_ids(samples_of_screen[0], num_patches)
-        turns = [*prefix, (image, [IGNORED] * len(image)), *map(turn, samples_of_screen)]
+        turns = [*prefix, image, *map(turn, samples_of_screen)]
         rows_of_ids.append([ID[BOS]] + [i for ids, _ in turns for i in ids])
         rows_of_labels.append([IGNORED] + [label for _, labels in turns for label in labels])
     return {
@@ -80,50 +75,56 @@ def prompt_batch(samples: list[dict], features: Tensor, num_problems=0) -> dict:
     for i in range(num_problems):
         ids, _ = turn(word_problem("validation", i))
         prefix += ids
-    rows = []
-    for sample in samples:
-        rows.append(prefix + image_ids(sample, features.shape[1]) + encode(sample["instruction"]))
+    prefix += [ID[IMAGE]] * features.shape[1]
+    rows = [prefix + encode(sample["instruction"]) for sample in samples]
     ids = pad(rows, ID[PAD], "left").to(features.device)
     return {"input_ids": ids, "attention_mask": (ids != ID[PAD]).long(), "image_features": features}
 
 
+def random_click(screen: Screen, rng) -> dict:
+    """The new task's question about a random switch of a screen."""
+    (sample,) = random_samples(screen, 1, rng, distinct=True)
+    return sample
+
+
 def training_samples(
-    seed: int, index: int, data: tuple, replay_data=None, replay=2, hint="none"
+    seed: int, index: int, data: tuple, replay_data=None, replay=2, hint="none", sample_of=random_click
 ) -> tuple[list[list[dict]], Tensor]:
-    """The questions of step number `index`, a list for each of its screens; and the screens' features [B, P, D].
+    """The questions of step number `index`, a list of one for each of its screens; and the features [B, P, D] of these.
 
     data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, or None. replay: how
-    many sequences hold other questions in place of the new task, if there is replay. hint: where the correct place
-    stands."""
-    all_screens, all_features = data
+    many sequences hold other questions in place of the new task, if there is replay. hint: "question" puts the correct
+    place in front of the new task's questions. sample_of: a function of a screen and a random generator that makes the
+    new task's question."""
+    screens, features_of_screens = data
     rng = np.random.default_rng([seed, index])
-    picks = rng.choice(len(all_screens), SCREENS_PER_STEP, replace=False)
-    features = all_features[picks]
-    samples = [random_samples(all_screens[pick], 1, rng, distinct=True) for pick in picks]
-    if hint != "none":
-        samples = [[with_hint(sample, hint) for sample in samples_of_screen] for samples_of_screen in samples]
+    picks = rng.choice(len(screens), SCREENS_PER_STEP, replace=False)
+    features = features_of_screens[picks]
+    samples = [sample_of(screens[pick], rng) for pick in picks]
+    if hint == "question":
+        samples = [with_hint(sample) for sample in samples]
     for sequence in range(replay if replay_data else 0):
         pick = rng.integers(len(replay_data.samples))
-        of_screen = replay_data.samples[pick]
+        about_screen = replay_data.samples[pick]
         features[sequence] = replay_data.features[pick]
-        samples[sequence] = [of_screen[rng.integers(len(of_screen))]]
-    return samples, features
+        samples[sequence] = about_screen[rng.integers(len(about_screen))]
+    return [[sample] for sample in samples], features
 
 
-def training_batch(cfg, data: tuple, index: int, replay_data=None) -> dict:
+def training_batch(cfg, data: tuple, index: int, replay_data=None, sample_of=random_click) -> dict:
     """Batch number `index` of a run, the model's arguments: input_ids and labels [B, T], image_features [B, P, D].
 
-    cfg: a train.Config. data, replay_data: see `training_samples`."""
-    samples, features = training_samples(cfg.seed, index, data, replay_data, cfg.replay, cfg.hint)
-    return batch_after_text(samples, features, index, cfg.text, cfg.text)
+    cfg: a train.Config. data, replay_data, sample_of: see `training_samples`."""
+    samples, features = training_samples(cfg.seed, index, data, replay_data, cfg.replay, cfg.hint, sample_of)
 
-
-def batch_after_text(samples: list[list[dict]], features: Tensor, index: int, num_problems: int, spacing: int) -> dict:
-    """The same batch with word problems before each screen: `num_problems` of the `spacing` that are its own. Their
-    answers have no labels."""
+    # Word problems stand before each screen. Their answers have no labels.
+    num_problems = cfg.text
+    if cfg.vary_text:
+        num_problems = np.random.default_rng([cfg.seed, index, 1]).integers(cfg.text, endpoint=True)
     prefixes = []
     for number in range(len(samples) * index, len(samples) * (index + 1)):  # of the sequence in the run
-        problems = [word_problem("train", number * spacing + k) for k in range(num_problems)]
+        problems = [word_problem("train", number * cfg.text + k) for k in range(num_problems)]
         prefixes.append([turn(problem, learn=False) for problem in problems])
+
     batch = pack_sequences(samples, prefixes, features.shape[1], features.device)
     return batch | {"image_features": features}

@@ -5,8 +5,8 @@ referring      what is at <x3> <y5>        wifi           which name does a clic
 relations      what is right of wifi       red moon       and where is that: click right of wifi
 word problems  nina has 7 apples then finds 5 then eats 3 how many     12 9
 
-A question with its answer is a *sample*, {"instruction", "answer"}; a click also has the "bbox" to hit. A *hint* says
-where to click, before the question or before the image: <x3> <y5> click wifi.
+A question with its answer is a *sample*, {"instruction", "answer"}; a click also has the "bbox" to hit. A *hint* in
+front of a question says where to click: <x3> <y5> click wifi.
 """
 
 import re
@@ -90,14 +90,9 @@ def click_right_of(sample: dict) -> dict:
     return sample | {"instruction": sample["instruction"].replace(" ", " right of ", 1)}
 
 
-HINTS = "question", "before_image"  # where a hint can stand
-
-
-def with_hint(sample: dict, where: str, right=True) -> dict:
-    """The same click, with a place in front of the question or of the image: its own, or that of another target."""
+def with_hint(sample: dict, right=True) -> dict:
+    """The same click, with a place in front of the question: the correct one, or that of another target."""
     hint = sample["answer"] if right else sample["elsewhere"]
-    if where == "before_image":
-        return sample | {"before_image": hint}
     return sample | {"instruction": f"{hint} {sample['instruction']}"}
 
 
@@ -149,9 +144,15 @@ def samples_of_kind(screen: Screen, kind: str, rng) -> list[dict]:
 
 
 def all_samples(screens: list[Screen], kind="click") -> list[tuple[int, dict]]:
-    """The questions of a kind about all targets of all screens, as pairs (number of the screen, sample)."""
+    """The questions of a kind about all screens, as pairs (number of the screen, sample).
+
+    kind: one of KINDS, or a function of a screen and a random generator that makes the samples of a task of its own."""
     rng = np.random.default_rng(0)
-    return [(i, sample) for i, screen in enumerate(screens) for sample in samples_of_kind(screen, kind, rng)]
+    pairs = []
+    for i, screen in enumerate(screens):
+        samples = kind(screen, rng) if callable(kind) else samples_of_kind(screen, kind, rng)
+        pairs += [(i, sample) for sample in samples]
+    return pairs
 
 
 def random_sample(screen: Screen, kind: str, rng) -> dict | None:

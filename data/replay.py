@@ -21,27 +21,18 @@ class ReplayData(NamedTuple):
     share_correct: float  # of the answers
 
 
-def make_replay_data(
-    model,
-    data: tuple,
-    seed: int,
-    kinds=OTHER_KINDS,
-    answer=generate_answers,
-    num_problems=NUM_PROBLEMS,
-    no_switch=False,
-) -> ReplayData:
+def make_replay_data(model, data: tuple, seed: int, answer=generate_answers, num_problems=NUM_PROBLEMS) -> ReplayData:
     """Other questions about a quarter of the screens, because the model takes time to answer.
 
-    data: (screens, features [N, P, D]). kinds: of data.questions.KINDS, without the new task's, because about its
-    screens the model would teach what its words meant before. answer: a function of model, samples and features.
-    num_problems: word problems after each screen. no_switch: leave out questions whose correct answer is "switch"."""
+    data: (screens, features [N, P, D]) of the new task. Nothing is asked in its own words, because the model would
+    teach what they meant before. answer: a function of model, samples and features that gives the answers.
+    num_problems: word problems after each screen. ValueError if no answer can be used."""
     screens, features = data
     rng = np.random.default_rng(seed)
     numbers, samples = [], []  # the screen of each question, and the question with its correct answer
     for i, screen in enumerate(screens[: len(screens) // 4]):
-        random = [random_sample(screen, str(rng.choice(kinds)), rng) for _ in range(NUM_QUESTIONS)]
-        # None: on some screens there is nothing right of any name.
-        about_screen = [sample for sample in random if sample and not (no_switch and sample["answer"] == "switch")]
+        random = [random_sample(screen, str(rng.choice(OTHER_KINDS)), rng) for _ in range(NUM_QUESTIONS)]
+        about_screen = [sample for sample in random if sample]  # None: nothing is right of any name
         about_screen += [word_problem("train", i * num_problems + k) for k in range(num_problems)]
         numbers += [i] * len(about_screen)
         samples += about_screen

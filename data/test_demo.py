@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -85,14 +86,22 @@ def test_a_training_batch_has_labels_on_answers_only(num_problems):
         assert torch.equal(ids[labels >= 0], labels[labels >= 0])
 
 
+def test_a_varied_text_is_drawn_anew_for_each_step():
+    """From none to `text` word problems stand before all screens of a step."""
+    counts = set()
+    for index in range(20):
+        batch = prompts.training_batch(train.Config(text=3, vary_text=True), TRAIN_DATA, index)
+        (count,) = {row.count("how many") for row in rows_of(batch)}
+        counts.add(count)
+    assert counts == {0, 1, 2, 3}
+
+
 def test_a_hint_in_training_is_the_correct_place():
-    """It stands before the question or before the image, and nothing else changes."""
-    hints = ("none", *questions.HINTS)
-    batches = [prompts.training_batch(train.Config(hint=hint), TRAIN_DATA, 0) for hint in hints]
-    for expected, hinted, hinted_early in zip(*map(rows_of, batches)):
-        (place,) = re.findall(PLACE, expected)
-        assert hinted == expected.replace(IMAGE, f"{IMAGE} {place}")
-        assert hinted_early == expected.replace(IMAGE, f" {place}{IMAGE}")
+    """It stands before the question, and nothing else changes."""
+    batches = [prompts.training_batch(train.Config(hint=hint), TRAIN_DATA, 0) for hint in ("none", "question")]
+    for without_hint, with_hint in zip(*map(rows_of, batches)):
+        (place,) = re.findall(PLACE, without_hint)
+        assert with_hint == without_hint.replace(IMAGE, f"{IMAGE} {place}")
 
 
 def test_a_wrong_hint_is_the_place_of_another_switch_of_the_screen():
@@ -100,7 +109,7 @@ def test_a_wrong_hint_is_the_place_of_another_switch_of_the_screen():
     for i, sample in questions.all_samples(all_screens[:8]):
         places = {questions.place(target.click) for target in all_screens[i].targets()}
         assert sample["elsewhere"] in places - {sample["answer"]}
-        assert questions.with_hint(sample, "before_image", right=False)["before_image"] == sample["elsewhere"]
+        assert questions.with_hint(sample, right=False)["instruction"].startswith(f"{sample['elsewhere']} ")
 
 
 def test_a_model_that_repeats_hints_follows_the_wrong_ones():
@@ -110,7 +119,7 @@ def test_a_model_that_repeats_hints_follows_the_wrong_ones():
         assert all(re.match(rf"{PLACE} {VERB} ", sample["instruction"]) for sample in samples)
         return [" ".join(sample["instruction"].split()[:2]) for sample in samples]
 
-    metrics = evaluate.measure_hints(BASE, screens_and_features(BASE, "new", "test", 3), "question", repeat)
+    metrics = evaluate.measure_hints(BASE, screens_and_features(BASE, "new", "test", 3), repeat)
     assert metrics == {"right_hint_acc": 1, "wrong_hint_acc": 0, "followed_acc": 1}
 
 
@@ -169,6 +178,11 @@ def test_each_measure_asks_what_its_name_says(monkeypatch):
 SHORT = dict(steps=3, r=2, device="cpu", base="base.pt")
 
 
+@dataclass
+class QuickConfig(train.Config):
+    test_screens: int = 2
+
+
 @pytest.fixture
 def directory(monkeypatch, tmp_path) -> Path:
     """A directory of its own, the current one, with a small base of 15 value heads in base.pt."""
@@ -177,37 +191,45 @@ def directory(monkeypatch, tmp_path) -> Path:
     torch.save({"config": asdict(model.config), "state": model.state_dict()}, tmp_path / "base.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 2)
-    monkeypatch.setattr(evaluate, "TEST_SCREENS", 2)
+    monkeypatch.setattr(prompts, "TRAIN_SCREENS", 32)
     return tmp_path
 
 
-RUNS = [{}, {"heads": 15}, {"text": 1}, {"hint": "question"}]
-RUNS += [{"method": "lora"}, {"method": "lora", "projections": "v"}, {"method": "partial_lora"}]
+RUNS = [{}, {"heads": "all", "no_normalize": True}, {"heads": "2.1,1.0,2.0", "text": 1}, {"hint": "question"}]
+RUNS += [{"method": "lora"}, {"method": "lora", "projections": "mlp"}, {"method": "partial_lora", "projections": "all"}]
 RUNS += [{"device": "cuda"}] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
 def test_every_kind_of_run_leaves_text_as_it_promises(changes, directory):
-    cfg = train.Config(**SHORT | changes)
-    tuned = train.finetune(cfg)
-    result = tuned.result
+    cfg = QuickConfig(**SHORT | changes)
+    result = train.run(cfg)
     assert result | asdict(cfg) == result
-    assert ("wrong_hint_acc" in result) == (cfg.hint != "none")
+    assert ("wrong_hint_acc" in result) == (cfg.hint == "question")
     if cfg.method == "image_lora":
-        assert sum(len(heads) for heads in result["selected"].values()) == cfg.heads
+        expected = {"top": 12, "all": 15, "2.1,1.0,2.0": 3}[cfg.heads]
+        assert sum(len(heads) for heads in result["selected"].values()) == expected
     assert (result["text_logits_max_abs_diff"] != 0) == (cfg.method == "lora")
     if cfg.method == "lora" and cfg.projections == "qkvo":
         assert 4 * result["trainable_parameters"] == result["lora_trainable_parameters"]  # which is of rank 8
         assert 4 * result["adapter_flops_per_screen"] == result["lora_flops_per_screen"]
 
 
-@pytest.mark.parametrize("changes", [{"heads": 24}, {"method": "lora"}], ids=str)
+def test_random_heads_are_as_many_in_each_layer_as_the_most_influential_ones():
+    cfg = train.Config(num_heads=6)
+    batch_of = partial(prompts.training_batch, cfg, TRAIN_DATA)
+    top, random = [train.choose_heads(replace(cfg, heads=heads), BASE, batch_of) for heads in ("top", "random")]
+    assert [len(heads) for heads in random.values()] == [len(heads) for heads in top.values()]
+    assert random != top
+
+
+@pytest.mark.parametrize("changes", [{"heads": "all"}, {"method": "lora"}], ids=str)
 def test_a_run_turns_its_update_down_and_measures_it_there(changes, directory, monkeypatch):
     """The curve is of the update as it was trained; at gamma 0 the model is the base model, in every measure."""
     monkeypatch.setattr(gamma, "GAMMAS", (1.0, 0.5, 0.0))
-    monkeypatch.setattr(evaluate, "TEST_SCREENS", 4)
-    cfg = train.Config(device="cpu", steps=20, lr=0.02, **changes)
-    half, nothing = [train.finetune(replace(cfg, gamma=strength)).result for strength in (0.5, 0.0)]
+    monkeypatch.setattr(prompts, "TRAIN_SCREENS", 400)
+    cfg = train.Config(device="cpu", steps=20, lr=0.02, test_screens=4, **changes)
+    half, nothing = [train.run(replace(cfg, gamma=strength)) for strength in (0.5, 0.0)]
     assert half["curve"] == nothing["curve"]
     assert nothing["before"].items() <= nothing.items()
     as_trained, *lower = half["curve"]
@@ -232,8 +254,8 @@ def products_of_attention(number: int):
 
 ALL_HEADS = {layer: [*range(6)] for layer in range(4)}
 STEPS = [({}, heads) for heads in (ALL_HEADS, {2: [0, 1, 2], 3: [1, 2]}, {3: [0]})]
-STEPS += [({"method": method}, None) for method in ("lora", "partial_lora")]
-STEPS += [({"method": "lora", "projections": "v"}, None)]
+STEPS += [({"method": "lora", "projections": projections}, None) for projections in ("qkvo", "v", "mlp")]
+STEPS += [({"method": "partial_lora", "projections": "all"}, None)]
 
 
 @pytest.mark.parametrize("changes, heads", STEPS, ids=str)
@@ -249,8 +271,19 @@ def test_a_whole_step_costs_what_torch_counts(changes, heads):
     }
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:  # without them it counts 0 for attention
         model(**batch).loss.backward()
-    result = costs.run_costs(cfg, model, adapter, batch["input_ids"])
+    result = costs.run_costs(cfg, model, batch["input_ids"], heads)
     assert result["step_flops_per_screen"] == counter.get_total_flops() / len(batch["input_ids"])
+    assert result["trainable_parameters"] == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+
+
+def test_the_costs_of_a_step_are_computed_and_measured(monkeypatch, capsys):
+    """LoRA saves more for the backward pass than Image-LoRA."""
+    monkeypatch.setattr(costs, "SMALL", replace(costs.SMALL, hidden_size=64, vocab_size=50))
+    costs.main(costs.CostsConfig(device="cpu"), limit=0)
+    table = re.findall(r"^(.*LoRA) +([\d.]+) +([\d,]+) +[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
+    (_, lora_flops, _, lora_saved), _, (_, image_lora_flops, _, image_lora_saved) = table
+    assert float(lora_flops) == pytest.approx(5 * float(image_lora_flops), rel=0.02)
+    assert float(lora_saved) > float(image_lora_saved)
 
 
 # 4. The command
@@ -258,7 +291,7 @@ def demo(options: str) -> int:
     """Runs the main job with these options and, first, the short ones -> its exit status."""
     short_options = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
     try:
-        return command(train.Config, train.main, "", short_options + options.split())
+        return command(QuickConfig, train.main, "", short_options + options.split())
     except SystemExit as stopped:  # argparse exits by itself
         return stopped.code
 
@@ -273,7 +306,7 @@ def test_the_demo_prints_and_writes_what_it_says(directory, capsys):
     assert all(name in printed.splitlines()[-1] for name in train.FILES)
     written = json.loads((out / "metrics.json").read_text())
     assert f"[{gamma.smallest_gamma(written['curve'])}: " in printed
-    result = json.loads(json.dumps(train.finetune(train.Config(**SHORT)).result))
+    result = json.loads(json.dumps(train.run(QuickConfig(**SHORT))))
     assert {name for name in result if result[name] != written[name]} <= {"seconds"}
     assert written.keys() - result.keys() == {"reworded_acc", "erased_acc"}
 
@@ -285,8 +318,10 @@ def test_the_demo_prints_and_writes_what_it_says(directory, capsys):
 
 
 BAD_OPTIONS = ["--method=dora", "--steps=0", "--lr=nan", "--replay=17", "--device=abacus", "--base=no.pt"]
-BAD_OPTIONS += ["--base=notes.txt", "--out=notes.txt", "--projections=v", "--method=lora --heads=3"]
-BAD_OPTIONS += ["--r=25", "--heads=16"]  # these need a look at the model
+BAD_OPTIONS += ["--base=notes.txt", "--out=notes.txt", "--projections=v", "--method=lora --heads=all", "--vary-text"]
+BAD_OPTIONS += ["--heads=all --num-heads=3", "--heads=best", "--test-screens=3"]
+# These need a look at the model.
+BAD_OPTIONS += ["--r=25", "--method=lora --r=1000000000", "--num-heads=16", "--heads=1.3"]
 
 
 @pytest.mark.parametrize("bad", [*BAD_OPTIONS, "--replay=2"])  # the small base ends no answer of its own

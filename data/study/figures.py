@@ -1,102 +1,73 @@
 """Draws the pictures of the pages anew, in some minutes: python -m data.study.figures
 
-where.png       what each method writes
-kept.png        what it keeps of the base model's other answers, from runs.csv and smollm.csv
-text.png        what it hits where the text before the image is not as in training, from runs.csv
+where.png       what each method changes directly
+method.png      how Image-LoRA does it: one token, all tokens of a layer, all layers
+tradeoff.png    switches hit against other questions kept, from runs.csv and smollm.csv
+text.png        switches hit where the text before the image is not as in training, from runs.csv
 training.gif    the demo's run: clicks move to the switches, and answers about old screens go wrong
 tensors.png     what this run changes, layer by layer and token by token
+patches.png     which patches carry a click of this run
 """
 
 import io
 import sys
 import textwrap
 from dataclasses import dataclass
-from itertools import product
+from functools import cache
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import torch
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
+import imagelora
 import train
-from data import evaluate, pictures
+from data import evaluate, pictures, questions
 from data.base import find_device, image_features, load_base, screens_and_features
-from data.command import command, make_directory, option
-from data.pictures import BLUE, INK, ORANGE
+from data.command import command, make_directory, option, write_file
+from data.pictures import BLUE, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
+from data.screens import SIZE
+from data.study import compare
 from data.study.attention import queries_keys_values
-from data.study.film import film_frame, save_film
-from data.study.plan import FEWER_PROBLEMS, MODELS, MORE_TEXT, TEXT
-
-try:
-    import matplotlib.pyplot as plt
-    import pandas as pd
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.lines import Line2D
-    from matplotlib.patheffects import withStroke
-
-    from data.study import compare
-except ImportError:
-    if __name__ != "__main__":
-        raise
-    print('error: the pictures need pandas and matplotlib; install them by pip install ".[study]"', file=sys.stderr)
-    sys.exit(2)
 
 WIDTH = 8.3  # of a picture, in inches
 COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
-GREY, LIGHT = "#667085", "#e4e7ec"
-STYLE = {"font.size": 10, "text.color": INK, "savefig.dpi": 200, "legend.frameon": False}
-STYLE |= {"figure.constrained_layout.h_pad": 0.07, "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"axes.axisbelow": True, "grid.color": LIGHT, "hatch.linewidth": 0.6}
+GREY, LIGHT, PALE = "#667085", "#e4e7ec", "#a9cfe8"
 RIM = [withStroke(linewidth=3, foreground="white")]  # around what stands on dark ground
+STYLE = {"font.size": 10, "text.color": INK, "savefig.dpi": 200, "legend.frameon": False, "hatch.linewidth": 0.6}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": LIGHT}
 
 
 @dataclass(frozen=True)
 class FiguresConfig:
+    only: str = option("", "one picture, such as where.png, instead of all")
     out: str = option("data/figures", "directory of the pictures")
     device: str = option("auto", "where to compute: cpu, cuda, mps, or auto")
 
 
 @plt.rc_context(STYLE)
 def make_figures(cfg: FiguresConfig) -> None:
-    """The pictures of the study's runs; then the demo's run, its film and its pictures."""
     out = Path(cfg.out)
     make_directory(out)
-    runs = compare.at_chosen_rates(compare.read_runs())
-    figures = {"where": draw_where(), "kept": draw_kept(runs), "text": draw_text(runs)}
-    tuned, frames = film_training(train.Config(device=cfg.device))
-    save_film(frames, out / "training.gif")
-    figures["tensors"] = draw_changes(tuned)
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer)
-        pictures.save(Image.open(buffer).convert("RGB"), out / f"{name}.png")
+    if cfg.only not in ("", *PICTURES):
+        raise ValueError(f"there is no picture {cfg.only}; expected one of {', '.join(PICTURES)}")
+    for name in [cfg.only] if cfg.only else PICTURES:
+        frames = [frame if isinstance(frame, Image.Image) else as_image(frame) for frame in PICTURES[name](cfg)]
+        save(frames, out / name)
+        print(f"saved {out / name}, {(out / name).stat().st_size / 1000:.0f} KB")
 
 
-# ---- What each method writes -----------------------------------------------------------------------------------------
-
-
-def draw_where() -> plt.Figure:
-    """For each method a cell for each token and projection, coloured where its adapter writes."""
-    spans = {"text before": (0, 2), "image": (2.3, 4), "text after": (6.6, 2)}  # {name: (left edge, number of tokens)}
-    projections = "outputs", "values", "keys", "queries"  # from below
-    figure, axes = plt.subplots(
-        1, 3, figsize=(WIDTH, 2.1), layout="constrained", sharey=True, gridspec_kw={"wspace": 0.1}
-    )
-    for ax, (method, colour) in zip(axes, COLOURS.items()):
-        for (row, projection), (span, (left, num_tokens)) in product(enumerate(projections), spans.items()):
-            of_the_image = span == "image" and (method == "Partial LoRA" or projection == "values")
-            is_written = method == "LoRA" or of_the_image
-            cells = [(left + token, 0.93) for token in range(num_tokens)]  # (left edge, width)
-            ax.broken_barh(cells, (row - 0.45, 0.9), color=colour if is_written else LIGHT, linewidth=0)
-        bare(ax)
-        ax.margins(x=0)
-        ax.set_title(method, color=colour, weight="bold", size=13, loc="left")
-        ax.set_xticks([left + num_tokens / 2 for left, num_tokens in spans.values()], spans)
-        ax.set_yticks(range(len(projections)), projections)
-        ax.tick_params(length=0)
-        effect = "changed" if method == "LoRA" else "unchanged"
-        ax.set_xlabel(f"without an image: {effect}", weight="bold", color=colour)
-    return figure
+def as_image(figure: plt.Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    plt.close(figure)
+    return Image.open(buffer).convert("RGB")
 
 
 def bare(ax: plt.Axes) -> None:
@@ -105,208 +76,181 @@ def bare(ax: plt.Axes) -> None:
     ax.spines[:].set_visible(False)
 
 
-# ---- What the study's runs keep --------------------------------------------------------------------------------------
+# ---- What each method changes, and how Image-LoRA does it ------------------------------------------------------------
 
-CONDITIONS = {  # {title: (ending of a method's name, which of its rows)}
-    "as\ntrained": ("", {"gamma": 1}),
-    "turned\ndown": ("", {"turned_down": True}),
-    "turned down,\nown answers": (" with own answers", {"turned_down": True}),
-}
+SPANS = {"text before": (0, 2), "image": (2.3, 4), "text after": (6.6, 2)}  # {name: (left edge, number of tokens)}
 
 
-def draw_kept(runs: pd.DataFrame) -> plt.Figure:
-    """The other questions that are answered correctly in each of CONDITIONS: a bar for the mean of each method, and a
-    point for each model.
-
-    runs: rows of compare.read_runs() at the chosen learning rates."""
-    panels = {"three tiny models": "skilled", "SmolLM2, two models": "SmolLM2"}  # {title: setting}
-    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3), layout="constrained", sharey=True)
-    last = len(CONDITIONS) - 1
-    for ax, (title, setting) in zip(axes, panels.items()):
-        of_setting = compare.rows_where(runs, {"setting": setting, "text": 0})
-        base = compare.rows_where(of_setting, {"method": "base model"}).other_questions_acc.mean()
-        ax.axhline(base, color=GREY, linestyle="--", linewidth=1.2)
-        ax.text(last + 0.45, base + 2, f"base model {base:.0f}", color=GREY, size=9, ha="right")
-        for offset, (method, colour) in zip((-0.24, 0, 0.24), COLOURS.items()):
-            means = []
-            for x, (ending, where) in enumerate(CONDITIONS.values()):
-                rows = compare.rows_where(of_setting, {"method": method + ending} | where)
-                models = rows.groupby("model").other_questions_acc.mean()
-                ax.scatter([x + offset] * len(models), models, 10, "black", linewidth=0, zorder=2)
-                means.append(models.mean())
-            bars = ax.bar(np.arange(len(means)) + offset, means, 0.22, color=colour, alpha=0.75, label=method)
-            ax.bar_label(bars, fmt="%.0f", label_type="center", color="white", weight="bold")
-        ax.set(title=title, xlim=(-0.5, last + 0.5), ylim=(0, 105), yticks=range(0, 101, 20))
-        ax.set_xticks(range(len(CONDITIONS)), CONDITIONS, size=8.5)
-    axes[0].set_ylabel("other questions, %")
-    handles, _ = axes[0].get_legend_handles_labels()
-    handles.append(Line2D([], [], linestyle="", marker=".", color="black", label="one model"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+def draw_where() -> plt.Figure:
+    """For each method a cell for each projection and token, coloured where its adapter adds something."""
+    projections = "outputs", "values", "keys", "queries"  # from below
+    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 3.1), layout="constrained", sharey=True, gridspec_kw={"wspace": 0.08})
+    prompts = {"with an image": SPANS, "text alone": {"text": (0, 4)}}
+    for (prompt, spans), row_of_axes in zip(prompts.items(), axes):
+        for ax, (method, colour) in zip(row_of_axes, COLOURS.items()):
+            for row, projection in enumerate(projections):
+                for span, (left, num_tokens) in spans.items():
+                    of_the_image = span == "image" and (method == "Partial LoRA" or projection == "values")
+                    is_changed = method == "LoRA" or of_the_image
+                    draw_cells(ax, left, row - 0.5, num_tokens, colour if is_changed else LIGHT)
+            bare(ax)
+            ax.set_xticks([left + num_tokens / 2 for left, num_tokens in spans.values()], spans)
+            ax.set_xlim(0, 8.6)
+            ax.tick_params(length=0)
+        row_of_axes[0].set_yticks(range(len(projections)), projections)
+        row_of_axes[0].set_ylabel(prompt, weight="bold", size=11)
+    for (method, colour), top, bottom in zip(COLOURS.items(), *axes):
+        top.set_title(method, color=colour, weight="bold", size=13, loc="left")
+        verdict = "changed" if method == "LoRA" else "the base model,\nbit for bit"
+        bottom.text(4.4, 1.5, verdict, size=9.5, weight="bold", color=colour, va="center")
     return figure
 
 
-TRAINED_AFTER = {  # {name: (ending of Image-LoRA's name, style of its line)}
-    "trained after 0": ("", "-"),
-    "trained after 9": (" trained after 9", ":"),
-    "trained after 0 to 9": (" trained after 0 to 9", "--"),
-}
+def draw_cells(ax: plt.Axes, left: float, bottom: float, count: int, colour: str) -> None:
+    """A row of cells of width 1."""
+    ax.bar(left + np.arange(count), 0.9, 0.93, bottom, align="edge", color=colour)
 
 
-def draw_text(runs: pd.DataFrame) -> plt.Figure:
-    """The switches that Image-LoRA hits after more or fewer word problems than in training. Left: means over models,
-    a line for each kind of training. Right: what lowering gamma as the base model's attention predicts does, a line for
-    each model.
+HEADS, SELECTED = 6, (1, 3, 4)  # of the picture's layer
+CENTRED = {"ha": "center", "va": "center"}
 
-    runs: as for `draw_kept`."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained", sharey=True)
-    of_skilled = compare.rows_where(runs, {"setting": "skilled", "gamma": 1})
-    for name, (ending, style) in TRAINED_AFTER.items():
-        hits = compare.rows_where(of_skilled, {"method": "Image-LoRA" + ending}).groupby("text").task_acc.mean()
-        places = [TEXT.index(text) for text in hits.index]
-        left.plot(places, hits, style, color=BLUE, marker="o", markersize=4, linewidth=2, label=name)
-    left.set(title="Means of three models", ylabel="switches hit, %", ylim=(-3, 103))
-    left.set_xticks(range(len(TEXT)), TEXT)
-    left.legend(loc="lower right", fontsize=9, handlelength=4)
 
-    trained_after_9 = compare.rows_where(runs, {"setting": "skilled", "method": MORE_TEXT})
-    trained_after_9 = trained_after_9.set_index(["model", "text"])
-    for (i, text), (j, model) in product(enumerate(FEWER_PROBLEMS), enumerate(MODELS)):
-        row = trained_after_9.loc[model, text]
-        right.plot([4 * i + j] * 2, [row.task_acc, row.one_gamma_acc], color=BLUE, linewidth=1)
-        right.plot(4 * i + j, row.task_acc, "o", color=BLUE, markerfacecolor="white")
-        right.plot(4 * i + j, row.one_gamma_acc, "o", color=BLUE)
-    right.set(title="Trained after 9, models 1 to 3")
-    right.set_xticks([1, 5, 9], FEWER_PROBLEMS)  # below the second of three models
-    for ax in (left, right):
-        ax.set_xlabel("word problems before the image, when asked")
+def draw_method() -> plt.Figure:
+    """One token through a layer, then all tokens, then all layers."""
+    sizes = {"width_ratios": (4.5, 2.5, 3)}
+    figure, (token, layer, model) = plt.subplots(1, 3, figsize=(WIDTH, 2.9), layout="constrained", gridspec_kw=sizes)
+    for ax, title in ((token, "One token in one layer"), (layer, "All tokens of this layer"), (model, "All layers")):
+        ax.set_title(title, loc="left", size=10.5, weight="bold")
+        ax.set_ylim(-1.5, 6.6)
+        bare(ax)
+    draw_token(token)
+    for span, (left, num_tokens) in SPANS.items():
+        M, colour = (1, BLUE) if span == "image" else (0, GREY)
+        for x in left + np.arange(num_tokens):
+            layer.text(x + 0.46, 6, M, ha="center", color=colour, weight="bold")
+        for head in range(HEADS):
+            draw_cells(layer, left, 5 - head, num_tokens, BLUE if M and head in SELECTED else LIGHT)
+        in_lowest = ("written", BLUE, "white") if M else ("", LIGHT, INK)
+        above = ("cannot\nchange", LIGHT, INK) if span == "text before" else ("follows", PALE, INK)
+        for row, (effect, fill, ink) in enumerate((("", LIGHT, INK), in_lowest, above)):
+            model.bar(left, 1.9, num_tokens - 0.07, 2 * row, align="edge", color=fill)
+            model.text(left + num_tokens / 2, 2 * row + 0.95, effect, color=ink, size=8.5, **CENTRED)
+        for ax in (layer, model):
+            ax.text(left + num_tokens / 2, -0.3, span.replace(" ", "\n"), ha="center", va="top", size=9)
+    layer.text(-0.3, 6, "M", ha="right", color=BLUE, weight="bold")
+    model.set_yticks((0.95, 2.95, 4.95), ("below", "lowest\nadapted", "above"), size=9)
+    model.tick_params(length=0)
+    return figure
+
+
+def draw_token(ax: plt.Axes) -> None:
+    """The path of x through W_V into all heads, and the path through M, A and B(h) into the selected ones."""
+    ax.set_xlim(0, 10.3)
+    places = [5.45 - head for head in range(HEADS)]
+    middle = places[3]
+    ax.bar([0.25] * 12, 0.42, 0.5, 0.49 * np.arange(12), color=GREY)  # the features of x
+    ax.text(0.25, 6, "x", style="italic", ha="center", size=11)
+    ax.plot((0.5, 7.6, 7.6), (places[0], places[0], places[-1]), color=GREY)
+    ax.text(3, places[0], "$W_V$, frozen", bbox={"facecolor": LIGHT, "edgecolor": GREY, "pad": 5}, **CENTRED)
+    ax.plot((0.5, 1), (middle, middle), color=BLUE)
+    ax.plot((1, 1.8), (middle, middle), color=BLUE, marker="o", markersize=4)  # M, closed
+    ax.plot((1, 1.7), (middle, middle + 0.8), color=BLUE, alpha=0.4)  # M, open
+    ax.text(0.8, middle - 1.2, "M: closed at an image\ntoken, open at text", va="top", color=BLUE, size=9)
+    ax.plot((1.8, 5), (middle, middle), color=BLUE)
+    ax.fill((2.2, 3.1, 3.1, 2.2), middle + np.array([1, 0.45, -0.45, -1]), color=BLUE)
+    ax.text(2.68, middle, "A", color="white", weight="bold", **CENTRED)
+    ax.text(3.25, middle + 0.15, r"$\gamma\;\frac{\alpha}{r}\;\frac{1}{\sqrt{|S|}}$", color=BLUE, size=11, va="bottom")
+    for head, y in enumerate(places):
+        is_selected = head in SELECTED
+        ax.annotate("", (8.2, y), (7.6, y), arrowprops={"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0})
+        draw_cells(ax, 8.2, y - 0.45, 1, BLUE if is_selected else LIGHT)
+        ax.text(9.25, y, f"head {head}", va="center", size=9, color=INK if is_selected else GREY)
+        if is_selected:
+            ax.plot((5, 5, 7.6), (middle, y, y), color=BLUE)
+            ax.fill((5.4, 6.8, 6.8, 5.4), y + np.array([0.22, 0.4, -0.4, -0.22]), color=BLUE)
+            ax.text(6.1, y, f"B({head})", color="white", weight="bold", size=9, **CENTRED)
+            ax.plot(7.6, y, "o", color=BLUE, markersize=10, zorder=5)
+            ax.plot(7.6, y, "+", color="white", markersize=7, zorder=6)
+    ax.text(0, -1.2, "Without an image, M stays open: no blue.", weight="bold", size=9, color=BLUE)
+
+
+# ---- What the study's runs hit and keep ------------------------------------------------------------------------------
+
+
+@cache
+def study_runs() -> pd.DataFrame:
+    return compare.at_chosen_rates(compare.read_runs())
+
+
+def draw_curves(ax: plt.Axes, runs: pd.DataFrame, ending: str, x: str, y: str, along: str, each: str, style="-") -> dict:
+    """For each method a thick line of means and, if several runs are drawn, a thin one for each of them.
+
+    ending: of the methods' names. along: what changes along a line. each: what tells the thin lines apart.
+    Returns {method: the points of its thick line}."""
+    means = {}
+    for method, colour in COLOURS.items():
+        rows = runs[runs.method == method + ending]
+        if rows.empty:
+            continue
+        points = rows.groupby([each, along], as_index=False)[[x, y]].mean()
+        if points[each].nunique() > 1 and style == "-":
+            for _, run in points.groupby(each):
+                ax.plot(run[x], run[y], color=colour, linewidth=0.7, alpha=0.5)
+        means[method] = points.groupby(along)[[x, y]].mean()
+        width = 2 if style == "-" else 1.2
+        ax.plot(means[method][x], means[method][y], style, color=colour, linewidth=width, marker=".", markersize=2 * width)
+    return means
+
+
+def draw_tradeoff() -> plt.Figure:
+    """Switches hit against other questions kept, along gamma: a column for each model, below it with own answers."""
+    runs = study_runs()[study_runs().text == 0]
+    panels = {f"tiny model {model}": ("skilled", model) for model in (1, 2, 3)}
+    panels |= {f"SmolLM2, model {model}": ("SmolLM2", model) for model in (1, 2)}
+    rows = {"trained on\nthe new task alone": "", "trained on\nown answers, too": " with own answers"}
+    figure, axes = plt.subplots(2, 5, figsize=(WIDTH, 4.6), layout="constrained", sharex=True, sharey=True)
+    for row_of_axes, (name, ending) in zip(axes, rows.items()):
+        for ax, (title, (setting, model)) in zip(row_of_axes, panels.items()):
+            of_model = runs[(runs.setting == setting) & (runs.model == model)]
+            base = of_model[of_model.method == "base model"].other_questions_acc.mean()
+            ax.axhline(base, color=GREY, linestyle=":")
+            ax.axvline(95, color=GREY, linewidth=0.8)
+            draw = {"x": "task_acc", "y": "other_questions_acc", "along": "gamma", "each": "seed"}
+            draw_curves(ax, of_model, " on the MLP" + ending, **draw, style="--")
+            for method, curve in draw_curves(ax, of_model, ending, **draw).items():
+                trained = curve.loc[1.0]
+                ax.plot(trained.task_acc, trained.other_questions_acc, "o", color=COLOURS[method], markerfacecolor="white")
+            ax.set(xlim=(87.5, 100), ylim=(30, 100), xticks=(88, 92, 96, 100))
+            ax.set_title(title if ending == "" else "", size=10)
+        row_of_axes[0].set_ylabel(name)
+    axes[0, 0].text(87.8, 98, "base model", color=GREY, size=8.5)
+    axes[0, 0].text(94.7, 32, "95 %", color=GREY, size=8.5, ha="right")
+    axes[0, 1].annotate("", (91, 84), (97.6, 66), arrowprops={"arrowstyle": "-|>", "color": GREY, "connectionstyle": "arc3,rad=-0.25"})
+    axes[0, 1].text(88, 62, "γ turned\ndown", color=GREY, size=8.5)
+    figure.supxlabel("switches hit, %", size=10)
+    figure.supylabel("other questions right, %", size=10)
+    lines = {method: {"color": colour, "linewidth": 2} for method, colour in COLOURS.items()}
+    lines |= {"on the MLP": {"color": GREY, "linestyle": "--"}, "as trained (γ = 1)": {"color": GREY, "marker": "o", "mfc": "white", "linestyle": ""}}
+    handles = [Line2D([], [], label=label, **look) for label, look in lines.items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=5, columnspacing=1.4)
+    return figure
+
+
+def draw_text() -> plt.Figure:
+    """Switches hit after 0, 3 and 9 word problems: a panel for each kind of training."""
+    runs = study_runs()
+    runs = runs[(runs.setting == "skilled") & (runs.gamma == 1)].assign(asked_after=runs.text)
+    panels = {
+        "trained after none": "",
+        "trained after 9": " trained after 9",
+        "trained after 0 to 9,\nwith own answers": " trained after 0 to 9 with own answers",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.9), layout="constrained", sharex=True, sharey=True)
+    for ax, (title, ending) in zip(axes, panels.items()):
+        draw_curves(ax, runs[runs.text != 1], ending, "asked_after", "task_acc", "text", "model")
+        ax.set(title=title, ylim=(-3, 103), xticks=(0, 3, 9))
         ax.grid(axis="y")
-    dots = {"at γ = 1": "white", "at the predicted γ": BLUE}
-    handles = [Line2D([], [], ls="", marker="o", color=BLUE, mfc=fill, label=name) for name, fill in dots.items()]
-    right.legend(handles=handles, loc="lower right", fontsize=9, handletextpad=0)
+    axes[0].set_ylabel("switches hit, %")
+    axes[1].set_xlabel("word problems before the image when it is asked")
+    figure.legend(COLOURS, loc="outside upper left", ncols=3)
     return figure
-
-
-# ---- The demo's run, filmed ------------------------------------------------------------------------------------------
-
-FILMED = {  # {kind of question: the title of its row}
-    "click": "New task: {:.1%} of the switches are clicked",
-    "what_is_right_of": "Never asked in training: {:.1%} of 'what is right of …' are right. Three that get lost:",
-}
-
-
-def film_training(run: train.Config) -> tuple[train.FinetuningRun, list[Image.Image]]:
-    """The run, and the frames of a film: three of the clicks on new screens, and below them three of the answers about
-    old ones. The shares are of all test screens."""
-    # Many frames at the start, where clicks move, and few at the end.
-    filmed_steps = {round(run.steps * (frame / 20) ** 3) for frame in range(21)}
-    base = load_base(run.base, find_device(run.device))
-    new_test = screens_and_features(base, "new", "test", evaluate.TEST_SCREENS)
-    old_test = screens_and_features(base, "old", "test", evaluate.TEST_SCREENS // 2 + 1)
-    film = {}  # {step: [(share of correct answers, answers) for each of FILMED]}
-
-    def film_step(step: int, model) -> None:
-        if step in filmed_steps:
-            film[step] = [evaluate.evaluate(model, *test, kind) for test, kind in zip((new_test, old_test), FILMED)]
-
-    film_step(0, base)
-    tuned = train.finetune(run, film_step)
-    _, (_, first_names) = film[0]
-    _, (_, last_names) = film[run.steps]
-    lost = {}  # {old screen: the number of its first question whose answer gets lost}
-    for i, (first, last) in enumerate(zip(first_names, last_names)):
-        if pictures.is_right(first) and not pictures.is_right(last):
-            lost.setdefault(last.screen, i)
-    shown = [0, 7, 14], list(lost.values())[:3]  # Every seventh click is on another screen.
-    frames = []
-    for step, measured in film.items():
-        rows = {}
-        for title, numbers, (_, base_answers), (share, answers) in zip(FILMED.values(), shown, film[0], measured):
-            rows[title.format(share)] = [(base_answers[i], answers[i]) for i in numbers if i < len(answers)]
-        frames.append(film_frame(rows, f"step {step:,} of {run.steps:,}"))
-    return tuned, frames
-
-
-# ---- What fine-tuning changes ----------------------------------------------------------------------------------------
-
-
-def draw_changes(tuned: train.FinetuningRun) -> plt.Figure:
-    """How far each head's value and query have moved at each token of a prompt: the norm of the change, relative to
-    the norm of the base's."""
-    model, answer = tuned.model, tuned.answers[0]
-    features = image_features(model.get_image_features, [answer.screen], model.device)
-    prompt = prompt_batch([answer.sample], features, num_problems=1)
-    with tuned.adapter.disabled():
-        base_queries, _, base_values = queries_keys_values(model, prompt)  # [L, 1, H_q or H, T, d_h]
-    queries, _, values = queries_keys_values(model, prompt)
-
-    tokens = [VOCABULARY[i] for i in prompt["input_ids"][0]]
-    start = tokens.index(IMAGE)
-    end = start + tokens.count(IMAGE)
-    spans = {"words": slice(start), "image": slice(start, end), "question": slice(end, None)}
-    colours = LinearSegmentedColormap.from_list("changes", ["#cfe6f7", "#56b4e9", "#0072b2", "#0b2a5b"])
-    colours = colours.with_extremes(bad="#00000000")  # transparent, so that the hatched ground shows
-    grid = {"left": 0.13, "right": 0.99, "bottom": 0.03, "top": 0.97, "wspace": 0.05, "width_ratios": (19, 40, 10)}
-    figure = plt.figure(figsize=(WIDTH, 5.9))
-    legend, header, *parts = figure.subfigures(4, 1, height_ratios=(1.6, 2.6, 5, 5))
-
-    draw_legend(legend, colours)
-    for ax, (name, span) in zip(header.subplots(1, 3, gridspec_kw=grid), spans.items()):
-        words = " ".join(token for token in tokens[span] if token[0] != "<") or "patches, row by row"
-        ax.text(0, 1, name, size=13, va="top")
-        ax.text(0, 0.72, textwrap.fill(words, 24), color=GREY, va="top")
-        ax.axis("off")
-        if name == "image":
-            ax.inset_axes((0.4, 0.1, 0.2, 1)).imshow(answer.screen.image)
-            rows_of_patches = np.concatenate(np.split(answer.screen.image, 8), axis=1)
-            ax.inset_axes((0, -0.03, 1, 0.12)).imshow(rows_of_patches)
-            for inset in ax.child_axes:
-                inset.axis("off")
-
-    rows = ("values", base_values, values, tuned.adapter.heads), ("queries", base_queries, queries, {})
-    blocks = {}  # {(values or queries, layer): its three axes}
-    for part, (name, before, after, selected) in zip(parts, rows):
-        moves = ((after - before).norm(dim=-1) / before.norm(dim=-1)).squeeze(1).cpu().numpy()  # [L, H or H_q, T]
-        moves[moves == 0] = np.nan  # which is transparent
-        part.supylabel(f"{name} of {moves.shape[1]} heads", x=0.01)
-        for layer, axes in enumerate(part.subplots(len(moves), 3, gridspec_kw=grid)):
-            for ax, span in zip(axes, spans.values()):
-                ax.imshow(moves[layer][:, span], colours, LogNorm(0.03, 3), aspect="auto")
-                hatch(ax)
-            axes[0].set_ylabel(f"layer {layer}", rotation=0, ha="right", va="center")
-            for head in selected.get(layer, []):
-                beside = {"xy": (-0.012, head), "xycoords": ("axes fraction", "data"), "ha": "center", "va": "center"}
-                axes[1].annotate("▶", **beside, color=ORANGE, size=6)
-            blocks[name, layer] = axes
-
-    lowest, heads = min(tuned.adapter.heads.items())
-    before_image, image, _ = blocks["values", lowest]
-    _, _, question = blocks["values", lowest + 1]
-    centred = {"ha": "center", "va": "center", "path_effects": RIM}
-    before_image.text(0.5, 0.5, "cannot change", transform=before_image.transAxes, **centred)
-    image.text(0.5, heads[len(heads) // 2], "the adapter writes", transform=image.get_yaxis_transform(), **centred)
-    question.text(0.5, 0.5, "follows", transform=question.transAxes, **centred)
-    return figure
-
-
-def draw_legend(part, colours) -> None:
-    """The title of the picture of changes, and what its colours mean."""
-    part.text(0.01, 0.8, "What fine-tuning changes in values and queries", size=13, va="center")
-    part.text(0.01, 0.34, "change, relative to the vector's length:", size=10, va="center")
-    zero = part.add_axes((0.37, 0.2, 0.05, 0.28))
-    hatch(zero)
-    bar = part.add_axes((0.58, 0.2, 0.14, 0.28))
-    bar.imshow([np.linspace(0, 1, 256)], colours, aspect="auto")
-    bare(bar)
-    for x, text in ((0.43, "exactly 0"), (0.54, "3%"), (0.73, "300%"), (0.86, "adapted head")):
-        part.text(x, 0.34, text, size=10, va="center")
-    part.text(0.84, 0.34, "▶", color=ORANGE, size=10, va="center")
-
-
-def hatch(ax: plt.Axes) -> None:
-    """Hatched ground, without ticks and frame."""
-    ax.patch.set(hatch="////", edgecolor="#d0d5dd")
-    bare(ax)
-
-
-if __name__ == "__main__":
-    sys.exit(command(FiguresConfig, make_figures, __doc__))
