@@ -2,8 +2,7 @@
 
 python -m data.costs    prints both, in half a minute; run it in the project's directory
 
-A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing. FLOPs misprice small
-products and say nothing about memory, so a step of a small decoder is measured, too.
+A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing.
 """
 
 import sys
@@ -66,25 +65,22 @@ def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8) 
 
 def decoder_flops(config: TinyVLMConfig, num_tokens: int, lowest_adapted=0, only_mlp=False) -> int:
     """FLOPs of the frozen decoder in a training step on one sequence: forward through all of it, and back to the
-    outputs of q, k and v in the lowest adapted layer or, if only MLPs are adapted, to those of its MLP's first Linear.
-    Nothing below them needs a gradient, whatever the method.
+    outputs of q, k and v in the lowest adapted layer; or of its MLP's first Linear, if only MLPs are adapted.
 
     Weights are frozen, so a Linear is one product forward, and one back if its input needs a gradient. Attention is two
-    forward and four back, as a fused kernel computes them, also where only values need a gradient; all pairs of tokens
-    count, masked or not. The logits of all tokens are included. The vision tower is not, nor what a kernel or a
-    checkpoint computes a second time."""
+    forward and four back, as a fused kernel computes them, and all pairs of tokens count, masked or not. The logits of
+    all tokens are included. The vision tower is not, nor what a kernel or a checkpoint computes a second time."""
     D = config.hidden_size
     kv_size = config.num_key_value_heads * D // config.num_attention_heads
     qkv = 2 * num_tokens * D * (D + 2 * kv_size)
     o = 2 * num_tokens * D * D
-    half_mlp = 2 * num_tokens * D * 4 * D  # one of its two products
-    logits = 2 * num_tokens * D * config.vocab_size
+    up = down = 2 * num_tokens * D * 4 * D
     attention = 2 * num_tokens**2 * D  # one product, such as QK^T or PV
-
-    forward = config.num_hidden_layers * (qkv + 2 * attention + o + 2 * half_mlp) + logits
+    logits = 2 * num_tokens * D * config.vocab_size
+    forward = config.num_hidden_layers * (qkv + 2 * attention + o + up + down) + logits
     layers_above = config.num_hidden_layers - 1 - lowest_adapted
-    backward = logits + layers_above * (2 * half_mlp + o + 4 * attention + qkv)
-    backward += half_mlp if only_mlp else 2 * half_mlp + o + 4 * attention
+    backward = logits + layers_above * (down + up + o + 4 * attention + qkv)
+    backward += down if only_mlp else down + up + o + 4 * attention
     return forward + backward
 
 
@@ -93,10 +89,10 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
 
     cfg: a train.Config. ids [B, T] are of a batch; if text varies, another batch may cost twice as much."""
     config = model.config
-    D, d_h = config.hidden_size, config.hidden_size // config.num_attention_heads
     num_visual = int((ids == config.image_token_id).sum())
     lowest = 0
     if cfg.method == "image_lora":
+        D, d_h = config.hidden_size, config.hidden_size // config.num_attention_heads
         parameters = sum(D * cfg.r + len(selected) * cfg.r * d_h for selected in heads.values())  # of A and B
         flops = image_lora_flops(num_visual, D, d_h, heads, cfg.r)
         lowest = min(heads)

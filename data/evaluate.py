@@ -36,11 +36,19 @@ def generate_answers(model, samples: list[dict], features: Tensor, num_problems=
     return answers
 
 
-def is_correct(sample: dict, text: str) -> bool:
-    """Whether an answer to a sample is its name or, where the sample has a "bbox", a point inside."""
-    if "bbox" in sample:
-        return is_hit(parse_point(text), sample["bbox"])
-    return text == sample["answer"]
+def is_right(answer: Answer) -> bool:
+    """Whether a click hits its target, or a name is the correct one."""
+    if "bbox" in answer.sample:
+        return is_hit(answer.output, answer.sample["bbox"])
+    return answer.output == answer.sample["answer"]
+
+
+def read_answers(screens: list[Screen], samples: list[dict], texts: list[str]) -> tuple[float, list[Answer]]:
+    """(Share of correct answers, answers) from what a model wrote about these screens."""
+    answers = []
+    for screen, sample, text in zip(screens, samples, texts):
+        answers.append(Answer(screen, sample, parse_point(text) if "bbox" in sample else text))
+    return float(np.mean([is_right(answer) for answer in answers])), answers
 
 
 def evaluate(
@@ -55,10 +63,7 @@ def evaluate(
     if reword:
         samples = [reword(sample) for sample in samples]
     texts = (generate or generate_answers)(model, samples, features[list(numbers)], num_problems)
-    answers = []
-    for i, sample, text in zip(numbers, samples, texts):
-        answers.append(Answer(screens[i], sample, parse_point(text) if "bbox" in sample else text))
-    return float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)])), answers
+    return read_answers([screens[i] for i in numbers], samples, texts)
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
