@@ -64,7 +64,7 @@ def make_trainer(args: Options, run: dict) -> SFTTrainer:
         adapter = imagelora.attach(model, r=args.r, lora_alpha=2 * args.r, heads=run.get("heads"))  # or all
         adapted = f"v_proj in {len(adapter.layers)} of {len(adapter.head_counts)} layers"
     else:
-        missing = [name for name in projections if not any(m.endswith(name) for m in model.targeted_module_names)]
+        missing = [name for name in projections if not any(m.endswith(f".{name}") for m in model.targeted_module_names)]
         if missing:
             raise SystemExit(f"the decoder of {args.model} has no {', '.join(missing)}; correct --projections")
         if args.method == "partial_lora":
@@ -89,8 +89,8 @@ def check_examples(trainer: SFTTrainer, examples: list[dict]) -> None:
         text = tokenizer.decode(ids[is_shown])
         answer = tokenizer.decode(labels[labels != -100])
         report = f"{examples[i]['source']}: the model gets {text!r}\nand learns {answer!r}"
-        if i == 0:
-            trainer.accelerator.print(report)
+        if i == args.process_index == 0:
+            tqdm.write(report)
         if not (text.startswith(begin) and answer.rstrip().endswith(ends)):
             rule = f"it must begin with {begin!r} and end with one of {ends}; give a --processor whose template does"
             raise SystemExit(f"{report}, but {rule}, and no --max_length")
