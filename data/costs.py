@@ -125,11 +125,9 @@ def saved_bytes(model, batch: dict) -> int:
     return sum(sizes.values())
 
 
-# LLaVA-1.5-7B's decoder (its MLP's three matrices are as large as two here), and the same in small, to be measured
-LLAVA = TinyVLMConfig(
-    vocab_size=32064, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
-)
-SMALL = TinyVLMConfig(vocab_size=500, image_size=384, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
+# LLaVA-1.5-7B's decoder, whose MLP of three matrices is as large as two here; and a small one, to be measured
+LLAVA = TinyVLMConfig(32064, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+SMALL = TinyVLMConfig(500, image_size=384, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
 METHODS = {"LoRA": "lora", "Partial LoRA": "partial_lora", "Image-LoRA": "image_lora"}
 
 
@@ -143,18 +141,10 @@ def main(cfg: CostsConfig, limit: float = 20) -> None:
     device = find_device(cfg.device)
     ids = torch.tensor([[SMALL.image_token_id] * 576 + [SMALL.eos_token_id] * 144], device=device)
     batch = {"input_ids": ids, "labels": ids, "image_features": torch.randn(1, 576, SMALL.hidden_size, device=device)}
-    heads = {layer: list(range(LLAVA.num_key_value_heads)) for layer in range(LLAVA.num_hidden_layers)}
-    flops, models = {}, {}
-    for name, method in METHODS.items():
-        run = SimpleNamespace(method=method, projections="qkvo", r=8)
-        flops[name] = run_costs(run, SimpleNamespace(config=LLAVA), ids, heads)
-        models[name] = model = TinyVLM(SMALL).to(device)
-        if method == "image_lora":
-            attach(model)
-        else:
-            model.lora = LoRA(model, r=8, lora_alpha=16, tokens="visual" if method == "partial_lora" else "all")
-    mebibytes = {name: saved_bytes(model, batch) / 2**20 for name, model in models.items()}
-
+    models = {name: TinyVLM(SMALL).to(device) for name in METHODS}
+    models["LoRA"].adapter = LoRA(models["LoRA"], r=8, lora_alpha=16)  # a part of the model, so its parameters are, too
+    models["Partial LoRA"].adapter = LoRA(models["Partial LoRA"], r=8, lora_alpha=16, tokens="visual")
+    attach(models["Image-LoRA"], r=8, lora_alpha=16)
     times = {name: [] for name in METHODS}
     end = time.perf_counter() + limit
     while len(times["LoRA"]) < 4 or time.perf_counter() < end:
@@ -167,9 +157,13 @@ def main(cfg: CostsConfig, limit: float = 20) -> None:
 
     print(f"{'a training step':16}GFLOP of the adapter   and of all    seconds    MiB saved")
     print(f"{'':16}(LLaVA-1.5-7B, computed)            (a small decoder, measured on {device})")
-    for name in METHODS:
-        computed = [flops[name][f"{part}_flops_per_screen"] / 1e9 for part in ("adapter", "step")]
-        print(f"{name:16}{computed[0]:20.1f}{computed[1]:13,.0f}{median(times[name][1:]):11.3f}{mebibytes[name]:13.1f}")
+    heads = {layer: list(range(LLAVA.num_key_value_heads)) for layer in range(LLAVA.num_hidden_layers)}
+    for name, method in METHODS.items():
+        run = SimpleNamespace(method=method, projections="qkvo", r=8)
+        costs = run_costs(run, SimpleNamespace(config=LLAVA), ids, heads)
+        of_adapter, of_step = costs["adapter_flops_per_screen"] / 1e9, costs["step_flops_per_screen"] / 1e9
+        seconds, saved = median(times[name][1:]), saved_bytes(models[name], batch) / 2**20
+        print(f"{name:16}{of_adapter:20.1f}{of_step:13,.0f}{seconds:11.3f}{saved:13.1f}")
 
 
 if __name__ == "__main__":

@@ -70,10 +70,9 @@ def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     """Share of test word problems whose final number is correct, each asked after one image of features [N, P, D], or
     without an image if P is 0."""
     problems = [word_problem("test", i) for i in range(count)]
-    answers = generate_answers(model, problems, features[torch.arange(count) % len(features)])
+    texts = generate_answers(model, problems, features[torch.arange(count) % len(features)])
     # An answer is the number after each step. [-1:] is empty if the answer is.
-    correct = [text.split()[-1:] == problem["answer"].split()[-1:] for text, problem in zip(answers, problems)]
-    return sum(correct) / count
+    return sum(text.split()[-1:] == problem["answer"].split()[-1:] for text, problem in zip(texts, problems)) / count
 
 
 def measure(model, new_test: tuple, old_test: tuple, kind="click", num_problems=0) -> tuple[dict, list[Answer]]:
@@ -82,8 +81,7 @@ def measure(model, new_test: tuple, old_test: tuple, kind="click", num_problems=
     new_test, old_test: (screens, features) of new and old screens. num_problems: word problems before each screen.
 
     task_acc             the new task, on new screens
-    other_questions_acc  what fine-tuning never asks, on old screens: the mean of what_is_at_acc, what_is_right_of_acc
-                         and click_right_of_acc
+    other_questions_acc  what fine-tuning never asks, on old screens: the mean of the measures of OTHER_KINDS
     same_words_acc       a click on a name, asked for in the new task's words, on old screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
     task_acc, answers = evaluate(model, *new_test, kind, num_problems)
@@ -118,8 +116,8 @@ def measure_controls(cfg, model) -> dict:
     """Click accuracies on new screens: of the base, asked to click right of the name; and of the tuned model, where the
     switches are erased."""
     base = load_base(cfg.base, model.device)
-    test = screens_and_features(base, "new", "test", cfg.test_screens)
-    reworded, _ = evaluate(base, *test, num_problems=cfg.text, reword=click_right_of)
+    new_test = screens_and_features(base, "new", "test", cfg.test_screens)
+    reworded, _ = evaluate(base, *new_test, num_problems=cfg.text, reword=click_right_of)
     erased_test = screens_and_features(base, "new", "test", cfg.test_screens, erased=True)
     erased, _ = evaluate(model, *erased_test, num_problems=cfg.text)
     return {"reworded_acc": reworded, "erased_acc": erased}
