@@ -3,15 +3,13 @@
 python train.py                  measure, probe, select, attach, train, turn down, measure again: a minute or so
 python train.py --method lora    the same with standard LoRA (q, k, v, o, all tokens)
 
-Image-LoRA is imagelora.py, and its rivals are in data/rivals.py. The questions and the batches that are made of them
-are in data/questions.py and data/prompts.py, replay in data/replay.py, the measures in data/evaluate.py, and what
-turning down does in data/gamma.py.
+Image-LoRA is imagelora.py, and its rivals are in data/rivals.py. data/prompts.py makes the batches, data/replay.py the
+other questions among them, data/evaluate.py measures, and data/report.py prints.
 
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -40,8 +38,7 @@ from data.replay import make_replay_data
 from data.rivals import LoRA
 from tiny_vlm import TinyVLM
 
-# Validation screens of three tiny models chose these rates: Image-LoRA's in all heads, the others' on q, k, v and o
-# (data/study/README.md).
+# Validation screens of three tiny models chose these rates (data/study/README.md).
 RATES = {"image_lora": 0.01, "lora": 0.0025, "partial_lora": 0.00125}
 FILES = ("adapter.pt", "predictions.png", "metrics.json")  # what a run can leave in OUT
 
@@ -53,12 +50,8 @@ class Config:
     method: str = option("image_lora", "partial_lora is LoRA at visual tokens only", tuple(RATES))
     projections: str = option("qkvo", "what lora and partial_lora adapt", ("qkvo", "qk", "v", "mlp", "all"))
     base: str = option("data/tiny_vlm.pt", "the model to fine-tune, made by data.study.pretrain")
-    heads: str = option(
-        "top",
-        "which value heads image_lora adapts. top: the most influential by the probe; random: as many in each\n"
-        "layer as top takes, but any; all; or a list of layer.head, such as 1.3,2.0",
-    )
-    num_heads: int = option(12, "how many heads top and random take", minimum=1)
+    heads: str = option("top", "top: by the probe; random: as many in each layer; all; or a list such as 1.3,2.0")
+    num_heads: int = option(12, "how many of the 24 value heads are top or random", minimum=1)
     r: int = option(8, "rank; alpha is 2 r", minimum=1)
     gamma: float = option(1.0, "what the update is multiplied by after training, to turn it down", minimum=0)
     lr: float | None = option(None, f"AdamW's peak rate; None: the method's own, of {RATES}", minimum=0)
@@ -75,16 +68,15 @@ class Config:
 
     def __post_init__(self):
         is_image_lora = self.method == "image_lora"
-        without_effect = [  # (option, what it needs, whether that is missing)
-            ("projections", "--method lora or partial_lora", is_image_lora),
-            ("heads", "--method image_lora", not is_image_lora),
-            ("no_normalize", "--method image_lora", not is_image_lora),
-            ("num_heads", "--heads top or random", not is_image_lora or self.heads not in ("top", "random")),
-            ("vary_text", "--text", self.text == 0),
-        ]
-        for name, need, is_missing in without_effect:
-            if is_missing and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"--{name.replace('_', '-')} does nothing without {need}")
+        for name, need, is_there in (
+            ("projections", "method lora or partial_lora", not is_image_lora),
+            ("heads", "method image_lora", is_image_lora),
+            ("no_normalize", "method image_lora", is_image_lora),
+            ("num_heads", "heads top or random", is_image_lora and self.heads in ("top", "random")),
+            ("vary_text", "text", self.text > 0),
+        ):
+            if not is_there and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} has no effect without {need}; leave it out")
         if not re.fullmatch(r"top|random|all|\d+\.\d+(,\d+\.\d+)*", self.heads):
             raise ValueError(f"heads must be top, random, all or a list such as 1.3,2.0, got {self.heads!r}")
         if self.replay > prompts.SCREENS_PER_STEP:
@@ -107,9 +99,7 @@ def run(cfg: Config) -> dict:
 
 
 def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> FinetuningRun:
-    """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file.
-
-    after_step(step, model), if given, is called after each training step."""
+    """Measure the base, select heads, attach an adapter, train it, measure again. Writes no file."""
     start = time.time()
     model = load_base(cfg.base, find_device(cfg.device))
     check_adapter(cfg, model)
@@ -117,10 +107,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     # Screens, and what the frozen vision tower makes of them, [N, P, D]. So the tower never runs in training.
     train_data = screens_and_features(model, "new", "train", prompts.TRAIN_SCREENS)
     new_test = screens_and_features(model, "new", "test", cfg.test_screens)
-    # An old screen has more targets, so half as many are enough.
-    old_test = screens_and_features(model, "old", "test", cfg.test_screens // 2 + 1)
+    old_test = screens_and_features(model, "old", "test", cfg.test_screens // 2 + 1)  # these have more targets
     replay_data = make_replay_data(model, train_data, cfg.seed) if cfg.replay else None
-    batch_of = partial(prompts.training_batch, cfg, train_data)  # the new task alone, for the probe
 
     # Before training, measure the new task on new screens; other questions and the new task's own words on old screens;
     # word problems; and the logits of prompts without an image.
@@ -129,6 +117,8 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     if verbose:
         report.print_before(cfg, model, before, replay_data)
 
+    # The probe reads batches of the new task alone. Training may replay other questions, too.
+    batch_of = partial(prompts.training_batch, cfg, train_data)
     heads = choose_heads(cfg, model, batch_of, verbose)
     adapter = attach_adapter(cfg, model, heads)
     train(cfg, model, adapter, partial(batch_of, replay_data=replay_data), after_step, verbose)
@@ -143,47 +133,41 @@ def finetune(cfg: Config, verbose=False, after_step: Callable | None = None) -> 
     difference = (evaluate.text_only_logits(model) - base_logits).abs().max().item()
     if verbose:
         report.print_after(curve, after, difference)
-    result = {**asdict(cfg), "selected": heads, "before": before, "curve": curve, **after}
-    result |= {"replay_answers_acc": replay_data and replay_data.share_correct, "text_logits_max_abs_diff": difference}
-    result |= run_costs(cfg, model, batch_of(0)["input_ids"], heads)
+    result = asdict(cfg) | {"selected": heads, "before": before, "curve": curve, "text_logits_max_abs_diff": difference}
+    result |= after | run_costs(cfg, model, batch_of(0)["input_ids"], heads)
     result |= {"seconds": round(time.time() - start, 1), "device": model.device.type, "torch": torch.__version__}
     return FinetuningRun(result, model, adapter, base_answers, answers)
 
 
 def check_adapter(cfg: Config, model: TinyVLM) -> None:
     """ValueError if the model cannot have this rank or these heads. It is better to fail before measuring."""
-    D, num_layers, H = model.config.hidden_size, model.config.num_hidden_layers, model.config.num_key_value_heads
+    D, num_heads = model.config.hidden_size, model.config.num_hidden_layers * model.config.num_key_value_heads
     if not 1 <= cfg.r <= D:
         raise ValueError(f"r must be in 1..{D}, the hidden size of the model, got {cfg.r}")
     if cfg.heads not in ("top", "random"):
-        imagelora.attach(model, cfg.r, heads=choose_heads(cfg, model)).detach()
-    elif cfg.method == "image_lora" and not 1 <= cfg.num_heads <= num_layers * H:
-        raise ValueError(f"num_heads must be in 1..{num_layers * H}, the heads of the model, got {cfg.num_heads}")
+        imagelora.attach(model, cfg.r, heads=choose_heads(cfg, model, batch_of=None)).detach()
+    elif cfg.method == "image_lora" and not 1 <= cfg.num_heads <= num_heads:
+        raise ValueError(f"num_heads must be in 1..{num_heads}, the value heads of the model, got {cfg.num_heads}")
 
 
-def choose_heads(
-    cfg: Config, model: TinyVLM, batch_of: Callable | None = None, verbose=False
-) -> imagelora.Heads | None:
-    """The value heads that cfg.heads means, {layer: [head, ...]}. None if the method is not image_lora.
+def choose_heads(cfg: Config, model: TinyVLM, batch_of: Callable | None, verbose=False) -> imagelora.Heads | None:
+    """The value heads to adapt, {layer: [head, ...]}, or None if the method is not image_lora.
 
-    batch_of: as in `train`; for top and random, the probe reads the first batches. It does not change the model."""
-    num_layers, heads_in_layer = model.config.num_hidden_layers, model.config.num_key_value_heads
-    heads = {}
+    batch_of: as in `train`. For top and random, the probe reads its first batches. It does not change the model."""
     if cfg.method != "image_lora":
         return None
+    heads = {}
+    num_layers, H = model.config.num_hidden_layers, model.config.num_key_value_heads
     if cfg.heads == "all":
-        return {layer: list(range(heads_in_layer)) for layer in range(num_layers)}
+        return {layer: list(range(H)) for layer in range(num_layers)}
     if cfg.heads not in ("top", "random"):
-        for layer_and_head in cfg.heads.split(","):
-            layer, head = map(int, layer_and_head.split("."))
-            heads.setdefault(layer, []).append(head)
+        for layer, head in re.findall(r"(\d+)\.(\d+)", cfg.heads):
+            heads.setdefault(int(layer), []).append(int(head))
         return heads
-
     scores = imagelora.score_heads(model, map(batch_of, range(prompts.PROBE_BATCHES)), seed=cfg.seed)  # [layers, heads]
     rng = np.random.default_rng(cfg.seed)
     for layer, top in imagelora.select_heads(scores, cfg.num_heads).items():
-        random = sorted(rng.permutation(heads_in_layer)[: len(top)].tolist())
-        heads[layer] = random if cfg.heads == "random" else top
+        heads[layer] = top if cfg.heads == "top" else sorted(rng.permutation(H)[: len(top)].tolist())
     if verbose:
         report.print_heads(scores, heads)
     return heads
@@ -201,20 +185,19 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, batch_of: Callable, a
     """Train the adapter with AdamW. FloatingPointError if the loss is not finite.
 
     batch_of(index): 16 random screens with a question about each. That is input_ids and labels [B, T], the labels -100
-    except on the answer, and image_features [B, P, D]. The first PROBE_BATCHES were the probe's."""
+    except on the answer, and image_features [B, P, D]. after_step(step, model), if given, is called after each step."""
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     warm_up_steps = max(cfg.steps // 20, 1)
     bar = tqdm(range(cfg.steps), "train", disable=not verbose)
     for step in bar:
         # The rate warms up over a twentieth of the steps, then decays to zero.
-        lr = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / warm_up_steps, 1 - step / cfg.steps)
 
-        # The loss is the cross-entropy of the answers.
+        # The loss is the cross-entropy of the answers. The first batches were the probe's.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             loss = model(**batch_of(prompts.PROBE_BATCHES + step)).loss
-        if not math.isfinite(loss.item()):
+        if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {cfg.lr}")
 
         # Gradients flow down to the lowest adapted layer, but only the adapter's parameters keep them and change.
@@ -222,9 +205,8 @@ def train(cfg: Config, model: TinyVLM, adapter: nn.Module, batch_of: Callable, a
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-
         bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
-        if after_step is not None:
+        if after_step:
             after_step(step + 1, model)
 
 
@@ -235,15 +217,13 @@ def main(cfg: Config) -> None:
     tuned = finetune(cfg, verbose=True)
     result = tuned.result | evaluate.measure_controls(cfg, tuned.model)
     report.print_controls_and_costs(result)
-
     for name in FILES:
         (out / name).unlink(missing_ok=True)  # Delete those of an earlier run, so that all of them are of the same run.
     if cfg.method == "image_lora":
         tuned.adapter.save(out / "adapter.pt")
     pictures.save(pictures.predictions(tuned.base_answers, tuned.answers), out / "predictions.png")
     write_file(out / "metrics.json", json.dumps(result, indent=1).encode())
-    saved = [name for name in FILES if (out / name).exists()]
-    print(f"saved    {' '.join(saved)} in {out}/")
+    print(f"saved    {' '.join(name for name in FILES if (out / name).exists())} in {out}/")
 
 
 if __name__ == "__main__":
