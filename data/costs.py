@@ -2,8 +2,7 @@
 
 python -m data.costs    prints both, in half a minute; run it in the project's directory
 
-A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing. FLOPs misprice small
-products and say nothing about memory, so a step of a small decoder is measured, too.
+A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing.
 """
 
 import sys
@@ -66,25 +65,22 @@ def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8) 
 
 def decoder_flops(config: TinyVLMConfig, num_tokens: int, lowest_adapted=0, only_mlp=False) -> int:
     """FLOPs of the frozen decoder in a training step on one sequence: forward through all of it, and back to the
-    outputs of q, k and v in the lowest adapted layer or, if only MLPs are adapted, to those of its MLP's first Linear.
-    Nothing below them needs a gradient, whatever the method.
+    outputs of q, k and v in the lowest adapted layer; or of its MLP's first Linear, if only MLPs are adapted.
 
     Weights are frozen, so a Linear is one product forward, and one back if its input needs a gradient. Attention is two
-    forward and four back, as a fused kernel computes them, also where only values need a gradient; all pairs of tokens
-    count, masked or not. The logits of all tokens are included. The vision tower is not, nor what a kernel or a
-    checkpoint computes a second time."""
+    forward and four back, as a fused kernel computes them, and all pairs of tokens count, masked or not. The logits of
+    all tokens are included. The vision tower is not, nor what a kernel or a checkpoint computes a second time."""
     D = config.hidden_size
     kv_size = config.num_key_value_heads * D // config.num_attention_heads
     qkv = 2 * num_tokens * D * (D + 2 * kv_size)
     o = 2 * num_tokens * D * D
-    half_mlp = 2 * num_tokens * D * 4 * D  # one of its two products
-    logits = 2 * num_tokens * D * config.vocab_size
+    up = down = 2 * num_tokens * D * 4 * D
     attention = 2 * num_tokens**2 * D  # one product, such as QK^T or PV
-
-    forward = config.num_hidden_layers * (qkv + 2 * attention + o + 2 * half_mlp) + logits
+    logits = 2 * num_tokens * D * config.vocab_size
+    forward = config.num_hidden_layers * (qkv + 2 * attention + o + up + down) + logits
     layers_above = config.num_hidden_layers - 1 - lowest_adapted
-    backward = logits + layers_above * (2 * half_mlp + o + 4 * attention + qkv)
-    backward += half_mlp if only_mlp else 2 * half_mlp + o + 4 * attention
+    backward = logits + layers_above * (down + up + o + 4 * attention + qkv)
+    backward += down if only_mlp else down + up + o + 4 * attention
     return forward + backward
 
 
@@ -93,10 +89,10 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
 
     cfg: a train.Config. ids [B, T] are of a batch; if text varies, another batch may cost twice as much."""
     config = model.config
-    D, d_h = config.hidden_size, config.hidden_size // config.num_attention_heads
     num_visual = int((ids == config.image_token_id).sum())
     lowest = 0
     if cfg.method == "image_lora":
+        D, d_h = config.hidden_size, config.hidden_size // config.num_attention_heads
         parameters = sum(D * cfg.r + len(selected) * cfg.r * d_h for selected in heads.values())  # of A and B
         flops = image_lora_flops(num_visual, D, d_h, heads, cfg.r)
         lowest = min(heads)
@@ -129,11 +125,9 @@ def saved_bytes(model, batch: dict) -> int:
     return sum(sizes.values())
 
 
-# LLaVA-1.5-7B's decoder (its MLP's three matrices are as large as two here), and the same in small, to be measured
-LLAVA = TinyVLMConfig(
-    vocab_size=32064, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
-)
-SMALL = TinyVLMConfig(vocab_size=500, image_size=384, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
+# LLaVA-1.5-7B's decoder, whose MLP of three matrices is as large as two here; and a small one, to be measured
+LLAVA = TinyVLMConfig(32064, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+SMALL = TinyVLMConfig(500, image_size=384, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
 METHODS = {"LoRA": "lora", "Partial LoRA": "partial_lora", "Image-LoRA": "image_lora"}
 
 
@@ -147,18 +141,10 @@ def main(cfg: CostsConfig, limit: float = 20) -> None:
     device = find_device(cfg.device)
     ids = torch.tensor([[SMALL.image_token_id] * 576 + [SMALL.eos_token_id] * 144], device=device)
     batch = {"input_ids": ids, "labels": ids, "image_features": torch.randn(1, 576, SMALL.hidden_size, device=device)}
-    heads = {layer: list(range(LLAVA.num_key_value_heads)) for layer in range(LLAVA.num_hidden_layers)}
-    flops, models = {}, {}
-    for name, method in METHODS.items():
-        run = SimpleNamespace(method=method, projections="qkvo", r=8)
-        flops[name] = run_costs(run, SimpleNamespace(config=LLAVA), ids, heads)
-        models[name] = model = TinyVLM(SMALL).to(device)
-        if method == "image_lora":
-            attach(model)
-        else:
-            model.lora = LoRA(model, r=8, lora_alpha=16, tokens="visual" if method == "partial_lora" else "all")
-    mebibytes = {name: saved_bytes(model, batch) / 2**20 for name, model in models.items()}
-
+    models = {name: TinyVLM(SMALL).to(device) for name in METHODS}
+    models["LoRA"].adapter = LoRA(models["LoRA"], r=8, lora_alpha=16)  # a part of the model, so its parameters are, too
+    models["Partial LoRA"].adapter = LoRA(models["Partial LoRA"], r=8, lora_alpha=16, tokens="visual")
+    attach(models["Image-LoRA"], r=8, lora_alpha=16)
     times = {name: [] for name in METHODS}
     end = time.perf_counter() + limit
     while len(times["LoRA"]) < 4 or time.perf_counter() < end:
@@ -171,9 +157,13 @@ def main(cfg: CostsConfig, limit: float = 20) -> None:
 
     print(f"{'a training step':16}GFLOP of the adapter   and of all    seconds    MiB saved")
     print(f"{'':16}(LLaVA-1.5-7B, computed)            (a small decoder, measured on {device})")
-    for name in METHODS:
-        computed = [flops[name][f"{part}_flops_per_screen"] / 1e9 for part in ("adapter", "step")]
-        print(f"{name:16}{computed[0]:20.1f}{computed[1]:13,.0f}{median(times[name][1:]):11.3f}{mebibytes[name]:13.1f}")
+    heads = {layer: list(range(LLAVA.num_key_value_heads)) for layer in range(LLAVA.num_hidden_layers)}
+    for name, method in METHODS.items():
+        run = SimpleNamespace(method=method, projections="qkvo", r=8)
+        costs = run_costs(run, SimpleNamespace(config=LLAVA), ids, heads)
+        of_adapter, of_step = costs["adapter_flops_per_screen"] / 1e9, costs["step_flops_per_screen"] / 1e9
+        seconds, saved = median(times[name][1:]), saved_bytes(models[name], batch) / 2**20
+        print(f"{name:16}{of_adapter:20.1f}{of_step:13,.0f}{seconds:11.3f}{saved:13.1f}")
 
 
 if __name__ == "__main__":

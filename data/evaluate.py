@@ -36,11 +36,19 @@ def generate_answers(model, samples: list[dict], features: Tensor, num_problems=
     return answers
 
 
-def is_correct(sample: dict, text: str) -> bool:
-    """Whether an answer to a sample is its name or, where the sample has a "bbox", a point inside."""
-    if "bbox" in sample:
-        return is_hit(parse_point(text), sample["bbox"])
-    return text == sample["answer"]
+def is_right(answer: Answer) -> bool:
+    """Whether a click hits its target, or a name is the correct one."""
+    if "bbox" in answer.sample:
+        return is_hit(answer.output, answer.sample["bbox"])
+    return answer.output == answer.sample["answer"]
+
+
+def read_answers(screens: list[Screen], samples: list[dict], texts: list[str]) -> tuple[float, list[Answer]]:
+    """(Share of correct answers, answers) from what a model wrote about these screens."""
+    answers = []
+    for screen, sample, text in zip(screens, samples, texts):
+        answers.append(Answer(screen, sample, parse_point(text) if "bbox" in sample else text))
+    return float(np.mean([is_right(answer) for answer in answers])), answers
 
 
 def evaluate(
@@ -55,20 +63,16 @@ def evaluate(
     if reword:
         samples = [reword(sample) for sample in samples]
     texts = (generate or generate_answers)(model, samples, features[list(numbers)], num_problems)
-    answers = []
-    for i, sample, text in zip(numbers, samples, texts):
-        answers.append(Answer(screens[i], sample, parse_point(text) if "bbox" in sample else text))
-    return float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)])), answers
+    return read_answers([screens[i] for i in numbers], samples, texts)
 
 
 def evaluate_word_problems(model, features: Tensor, count=256) -> float:
     """Share of test word problems whose final number is correct, each asked after one image of features [N, P, D], or
     without an image if P is 0."""
     problems = [word_problem("test", i) for i in range(count)]
-    answers = generate_answers(model, problems, features[torch.arange(count) % len(features)])
+    texts = generate_answers(model, problems, features[torch.arange(count) % len(features)])
     # An answer is the number after each step. [-1:] is empty if the answer is.
-    correct = [text.split()[-1:] == problem["answer"].split()[-1:] for text, problem in zip(answers, problems)]
-    return sum(correct) / count
+    return sum(text.split()[-1:] == problem["answer"].split()[-1:] for text, problem in zip(texts, problems)) / count
 
 
 def measure(model, new_test: tuple, old_test: tuple, kind="click", num_problems=0) -> tuple[dict, list[Answer]]:
@@ -77,8 +81,7 @@ def measure(model, new_test: tuple, old_test: tuple, kind="click", num_problems=
     new_test, old_test: (screens, features) of new and old screens. num_problems: word problems before each screen.
 
     task_acc             the new task, on new screens
-    other_questions_acc  what fine-tuning never asks, on old screens: the mean of what_is_at_acc, what_is_right_of_acc
-                         and click_right_of_acc
+    other_questions_acc  what fine-tuning never asks, on old screens: the mean of the measures of OTHER_KINDS
     same_words_acc       a click on a name, asked for in the new task's words, on old screens
     word_problem_acc, word_problem_after_image_acc   arithmetic, without an image and after one"""
     task_acc, answers = evaluate(model, *new_test, kind, num_problems)
@@ -113,8 +116,8 @@ def measure_controls(cfg, model) -> dict:
     """Click accuracies on new screens: of the base, asked to click right of the name; and of the tuned model, where the
     switches are erased."""
     base = load_base(cfg.base, model.device)
-    test = screens_and_features(base, "new", "test", cfg.test_screens)
-    reworded, _ = evaluate(base, *test, num_problems=cfg.text, reword=click_right_of)
+    new_test = screens_and_features(base, "new", "test", cfg.test_screens)
+    reworded, _ = evaluate(base, *new_test, num_problems=cfg.text, reword=click_right_of)
     erased_test = screens_and_features(base, "new", "test", cfg.test_screens, erased=True)
     erased, _ = evaluate(model, *erased_test, num_problems=cfg.text)
     return {"reworded_acc": reworded, "erased_acc": erased}

@@ -7,8 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from data.command import write_file
-from data.evaluate import Answer
-from data.questions import is_hit
+from data.evaluate import Answer, is_right
 from data.screens import SIZE
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's
@@ -33,13 +32,6 @@ def picture_of(base_answer: Answer, answer: Answer, side: int) -> Image.Image:
         if answer.output is not None:
             draw.circle([zoom * place for place in answer.output], 13, None, BLUE, 5)
     return image
-
-
-def is_right(answer: Answer) -> bool:
-    """Whether a click hits its target, or a name is the correct one."""
-    if "bbox" in answer.sample:
-        return is_hit(answer.output, answer.sample["bbox"])
-    return answer.output == answer.sample["answer"]
 
 
 def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Image:

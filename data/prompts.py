@@ -92,10 +92,9 @@ def training_samples(
 ) -> tuple[list[list[dict]], Tensor]:
     """The questions of step number `index`, a list of one for each of its screens; and the features [B, P, D] of these.
 
-    data: (screens, features [N, P, D]) of the new task. replay_data: a data.replay.ReplayData, or None. replay: how
-    many sequences hold other questions in place of the new task, if there is replay. hint: "question" puts the correct
-    place in front of the new task's questions. sample_of: a function of a screen and a random generator that makes the
-    new task's question."""
+    data: (screens, features [N, P, D]) of the new task. sample_of: a function of a screen and a random generator that
+    makes the new task's question. hint: "question" puts the correct place in front of it. replay: in how many sequences
+    the question is one of replay_data instead, a data.replay.ReplayData or None."""
     screens, features_of_screens = data
     rng = np.random.default_rng([seed, index])
     picks = rng.choice(len(screens), SCREENS_PER_STEP, replace=False)

@@ -156,15 +156,10 @@ def all_samples(screens: list[Screen], kind="click") -> list[tuple[int, dict]]:
 
 
 def random_sample(screen: Screen, kind: str, rng) -> dict | None:
-    """A question of one of KINDS about a random element, with its true answer.
-
-    None if it would be about what is right of a name, and there is nothing right of any name."""
+    """A question of one of OTHER_KINDS about a random element. None if there is nothing right of any name."""
     if kind == "what_is_at":
         element = screen.elements[rng.integers(len(screen.elements))]
         return {"instruction": f"what is at {place(element.bbox)}", "answer": element.full_name()}
-    if kind == "click":
-        targets = screen.targets()
-        return grounding_sample(screen, targets[rng.integers(len(targets))], rng)
     pairs = neighbours(screen)
     return relation_sample(screen, *pairs[rng.integers(len(pairs))], kind, rng) if pairs else None
 

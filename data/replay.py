@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data.evaluate import MAX_NEW_TOKENS, generate_answers, is_correct
+from data.evaluate import MAX_NEW_TOKENS, generate_answers, read_answers
 from data.questions import OTHER_KINDS, random_sample, word_problem
 
 NUM_QUESTIONS = 5  # about each screen of replay
@@ -44,5 +44,5 @@ def make_replay_data(model, data: tuple, seed: int, answer=generate_answers, num
             samples_of_screens.setdefault(i, []).append(sample | {"answer": text})
     if not samples_of_screens:
         raise ValueError("the base model ended none of its answers, so there is nothing to replay")
-    share_correct = float(np.mean([is_correct(sample, text) for sample, text in zip(samples, texts)]))
+    share_correct, _ = read_answers([screens[i] for i in numbers], samples, texts)
     return ReplayData(features[[*samples_of_screens]], [*samples_of_screens.values()], share_correct)
