@@ -1,287 +1,75 @@
-"""The evidence: tables from the runs of tiny models (runs.csv) and of SmolLM2 (smollm.csv).
+"""The numbers of the pages, from the rows of tiny models (runs.csv) and of SmolLM2 (smollm.csv).
 
-python -m data.study.compare     print those of the pages, at once; then more, and how learning rates were chosen
+python -m data.study.compare     the tables of the page, each also by model and as differences; then all other numbers
 
-A number is the mean over the models, three tiny ones or two of SmolLM2, and brackets hold the lowest and the highest.
-
-Turned down means at the smallest gamma that costs at most two points of the new task on validation screens.
+A number is the mean over models and seeds, and brackets hold the lowest and the highest run. *Kept at 95 %* is the
+share of other questions that a run answers correctly at the gamma where it hits 95 % of the switches, interpolated.
+A difference is a mean over pairs of runs on the same model with the same seed, and how many of them have its sign.
 """
 
-import sys
-from itertools import product
+import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+import torch
 
-from data.gamma import smallest_gamma
-from data.study import plan
+from data.costs import run_costs
+from data.prompts import SCREENS_PER_STEP, VOCABULARY, training_batch
+from data.screens import SIZE, draw_screen
+from data.study import methods
+from data.study.methods import REWORDED, THREE, Row, config
+from tiny_vlm import TinyVLMConfig
 
-try:
-    import pandas as pd
-except ImportError:
-    if __name__ != "__main__":
-        raise
-    print('error: the tables need pandas; install it by pip install ".[study]"', file=sys.stderr)
-    sys.exit(2)
+FILES = [Path(__file__).parent / name for name in ("runs.csv", "smollm.csv")]
+CLICKS = (93, 94, 95, 96)  # percent of the switches, at which methods are compared
+RUN = ["setting", "method", "text", "model", "seed"]  # at the chosen rate; text is how it was asked
 
-TITLES = {  # {measure, a column of the files: its title in a table}
-    "gamma": "γ",
-    "task_acc": "new task, %",
-    "validation_acc": "new task on validation screens, %",
-    "other_questions_acc": "other questions, %",  # the mean of the next three
-    "what_is_at_acc": "what is at, %",
-    "what_is_right_of_acc": "what is right of, %",
-    "click_right_of_acc": "click right of, %",
-    "same_words_acc": "same words, %",
-    "word_problem_after_image_acc": "word problems after an image, %",
-    "word_problem_acc": "word problems without an image, %",
-    "right_hint_acc": "with a right hint, %",
-    "wrong_hint_acc": "with a wrong hint, %",
-    "followed_acc": "wrong hints followed, %",
-    "replay_answers_acc": "answers correct, %",
-    "divergence_after_screen": "KL divergence after an image",
-    "same_continuations": "openings continued as before, of 20",
-}
-LAYOUTS = {"divergence_after_screen": "{:.3f}", "same_continuations": "{:.2g}"}  # else {:.1f}
-EQUAL_CLICKS = (94, 95, 96)  # percent of the switches, which all methods of equal size hit on all tiny models
-CLICKS_OF_SMOLLM2 = (93, 94, 95)  # a cell is empty where a method's curve does not cross so many
+# ---- From rows to runs -----------------------------------------------------------------------------------------------
 
 
-# ---- Runs ------------------------------------------------------------------------------------------------------------
-
-
-def read_runs() -> pd.DataFrame:
-    """The rows of both files, accuracies in percent. The bases of SmolLM2 count as its models.
-
-    turned_down: whether a row is the one of its curve that the rule takes."""
-    folder = Path(__file__).parent
-    smollm2 = pd.read_csv(folder / "smollm.csv")
-    smollm2 = smollm2.assign(setting="SmolLM2", model=smollm2.base.map(plan.SMOLLM2_BASES), text=0)
-    runs = pd.concat([pd.read_csv(folder / "runs.csv"), smollm2], ignore_index=True)
-    runs["turned_down"] = False
-    for _, curve in runs.groupby(["setting", "model", "method", "lr", "seed", "text"]):
-        if len(curve) > 1 and curve.validation_acc.notna().all():
-            gamma = smallest_gamma(curve.sort_values("gamma", ascending=False).to_dict("records"))
-            runs.loc[curve.index[curve.gamma == gamma], "turned_down"] = True
-    shares = [name for name in runs if name.endswith("_acc") or name.startswith("image_share")]
+def read_runs(*more_files: Path) -> pd.DataFrame:
+    """The rows of both files and of more, where they exist; accuracies and shares in percent."""
+    runs = pd.concat([pd.read_csv(path) for path in (*FILES, *more_files) if path.exists()], ignore_index=True)
+    runs = runs.drop_duplicates([*Row._fields], ignore_index=True)
+    runs["image_share"] = runs.filter(like="image_share").mean(axis="columns")
+    shares = [name for name in runs if name.endswith("_acc") or name == "image_share"]
     runs[shares] *= 100
     return runs
 
 
-def rows_where(runs: pd.DataFrame, where: dict) -> pd.DataFrame:
-    """The rows whose columns hold these values."""
-    for name, value in where.items():
-        runs = runs[runs[name] == value]
-    return runs
+def choose_rates(runs: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """{(setting, method): the lowest learning rate that is within one point of the best on validation screens}.
+
+    A rate counts with its first seed on each model. Of SmolLM2, model 1 chooses."""
+    compared = runs[(runs.gamma == 1) & ((runs.setting != "SmolLM2") | (runs.model == 1))].sort_values(["seed", "text"])
+    compared = compared.drop_duplicates(["setting", "method", "lr", "model"])
+    clicks = compared.groupby(["setting", "method", "lr"]).validation_acc.mean()
+    best = clicks.groupby(["setting", "method"]).transform("max")
+    good = clicks[(clicks >= best - 1) | best.isna()]  # where nothing was chosen, there may be no such measure
+    return good.reset_index("lr").groupby(["setting", "method"]).lr.min().to_dict()
 
 
 def at_chosen_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the learning rate that was chosen for their method in their setting."""
-    return runs[[lr == plan.CHOSEN[setting][method] for setting, method, lr in zip(runs.setting, runs.method, runs.lr)]]
+    rates = choose_rates(runs)
+    return runs[[lr == rates[setting, method] for setting, method, lr in zip(runs.setting, runs.method, runs.lr)]]
 
 
-def first_seed(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with seed 1, which all methods have. Models without the skill have a seed of their own."""
-    return runs[runs.seed == runs.model.where(runs.setting == "unskilled, packed", 1)]
-
-
-def tried(runs: pd.DataFrame, setting: str) -> pd.DataFrame:
-    """The runs by which learning rates were compared: one for each method, model and rate."""
-    runs = first_seed(rows_where(runs, {"setting": setting, "gamma": 1, "text": 0}))
-    return runs[runs.method.isin([*plan.TRIED[setting]])]
-
-
-# ---- Tables ----------------------------------------------------------------------------------------------------------
-
-
-class Column(NamedTuple):
-    """What a table shows of a measure."""
-
-    title: str
-    measure: str
-    show: str = "range"  # the mean over the models, with the lowest and the highest; or mean, without them
-    where: dict = {}  # of which rows, if not of all seeds and models with gamma = 1 and no text
-
-
-class Table(NamedTuple):
-    """A row for each method."""
-
-    title: str
-    setting: str
-    methods: list[str]
-    columns: list[Column]
-    all_seeds: bool = False  # or the first alone
-
-
-def as_trained(*measures: str, show="range") -> list[Column]:
-    return [Column(TITLES[measure], measure, show) for measure in measures]
-
-
-def turned_down(*measures: str) -> list[Column]:
-    """At the smallest gamma that costs at most two points of the new task on validation screens."""
-    return [Column(f"turned down: {TITLES[measure]}", measure, "range", {"turned_down": True}) for measure in measures]
-
-
-def of_each_model(title: str, measure: str, **where) -> list[Column]:
-    return [Column(f"{title}, model {model}", measure, "mean", where | {"model": model}) for model in plan.MODELS]
-
-
-def format_cells(numbers: pd.Series, measure: str) -> pd.Series:
-    """As in a table: empty where nothing was measured."""
-    return numbers.map(LAYOUTS.get(measure, "{:.1f}").format).astype(str).replace("nan", "")
-
-
-def markdown(title: str, cells: pd.DataFrame) -> str:
-    """A table with a row for each row of cells, whose index holds the rows' names."""
-    rows = [[title, *cells], ["---"] * (1 + len(cells.columns)), *cells.itertuples()]
-    return "".join(f"|{'|'.join(row)}|\n" for row in rows)
-
-
-def show_table(table: Table, runs: pd.DataFrame) -> str:
-    if not table.all_seeds:
-        runs = first_seed(runs)
-    cells = {}
-    for column in table.columns:
-        where = {"setting": table.setting, "text": 0} | column.where
-        if "turned_down" not in where:
-            where = {"gamma": 1.0} | where
-        cells[column.title] = show_column(column, rows_where(runs, where))
-    return markdown(table.title, pd.DataFrame(cells).reindex(table.methods).fillna(""))
-
-
-def show_column(column: Column, runs: pd.DataFrame) -> pd.Series:
-    """The cells of a column, {method: text}."""
-    methods = runs.groupby(["method", "model"])[column.measure].mean().groupby("method")
-    mean = format_cells(methods.mean(), column.measure)
-    if column.show != "range":
-        return mean
-    lowest, highest = format_cells(methods.min(), column.measure), format_cells(methods.max(), column.measure)
-    return mean.where(lowest == highest, mean + " (" + lowest + "–" + highest + ")")
-
-
-WITH_OWN = [*plan.THREE, *plan.OWN_ANSWERS]
-AFTER_TEXT = [
-    Column(f"{name} after {text}, %", measure, "mean", {"text": text})
-    for name, measure in (("new task", "task_acc"), ("others", "other_questions_acc"))
-    for text in plan.FEW_TEXTS
-]
-REPLAYS = {  # {title: ending of a method's name}
-    "no replay": "",
-    "correct answers": " with correct answers",
-    "correct answers, without 'switch'": " with correct answers but to 'switch'",
-    "own answers, without 'switch'": " with own answers but to 'switch'",
-    "own answers": " with own answers",
-}
-CLICKS = ("task_acc", "other_questions_acc")
-DOWN = as_trained(*CLICKS) + turned_down("gamma", *CLICKS)
-NAMES_AND_CLICKS = ("what_is_at_acc", "what_is_right_of_acc", "click_right_of_acc")
-ENGLISH = ("divergence_after_screen", "same_continuations")
-EACH = as_trained("task_acc", show="mean") + of_each_model("others", "other_questions_acc")
-HINTED = [*plan.HINTS, *plan.HINTS_BEFORE]
-PROBLEMS = ("word_problem_after_image_acc", "word_problem_acc", "same_words_acc")
-
-PAGE_TABLES = [  # in the order of the page
-    Table("tiny models, hints", "skilled", HINTED, of_each_model("wrong hint", "wrong_hint_acc"), all_seeds=True),
-    Table(
-        "tiny models that can repeat a place, hints",
-        "copying",
-        plan.COPYING_HINTS,
-        of_each_model("wrong hint", "wrong_hint_acc") + as_trained("followed_acc"),
-    ),
-    Table("tiny models, one question in a sequence", "skilled", [*plan.THREE, *plan.IN_PART], EACH),
-    Table("tiny models, packed", "packed", [*plan.THREE], EACH),
-    Table("tiny models, text that varies", "skilled", [*plan.VARIED], AFTER_TEXT),
-]
-MORE_TABLES = [
-    Table("tiny models", "skilled", ["base model", *WITH_OWN], DOWN, all_seeds=True),
-    Table("SmolLM2", "SmolLM2", [*plan.SMOLLM2], DOWN),
-    Table(
-        "tiny models, more",
-        "skilled",
-        ["base model", *WITH_OWN],
-        as_trained("other_questions_acc", *PROBLEMS),
-        all_seeds=True,
-    ),
-    Table("tiny models, the upper half", "skilled", ["Image-LoRA", *plan.IN_PART], DOWN),
-    Table("tiny models, other ways of training", "skilled", ["Image-LoRA", *plan.OTHER_WAYS], as_trained(*CLICKS)),
-    Table("SmolLM2, more", "SmolLM2", [*plan.SMOLLM2], as_trained(*NAMES_AND_CLICKS)),
-    Table("SmolLM2, English", "SmolLM2", [*plan.SMOLLM2], as_trained(*ENGLISH) + turned_down(*ENGLISH)),
-    Table(
-        "tiny models, replay",
-        "skilled",
-        [*plan.OWN_ANSWERS, *plan.REPLAYS, *plan.OLD_REPLAY],
-        as_trained("replay_answers_acc", *CLICKS),
-    ),
-    Table(
-        "tiny models, hints, more",
-        "skilled",
-        HINTED,
-        [Column("without a hint, %", "task_acc"), *as_trained("right_hint_acc", "followed_acc")],
-        all_seeds=True,
-    ),
-    Table(
-        "SmolLM2, hints",
-        "SmolLM2",
-        [*plan.SMOLLM2_HINTS],
-        [Column("without a hint, %", "task_acc"), *as_trained("right_hint_acc", "wrong_hint_acc", "followed_acc")],
-    ),
-    Table("tiny models, heads", "skilled", ["Image-LoRA", *plan.FEW_HEADS], as_trained(*CLICKS)),
-    Table(
-        "tiny models, referring",
-        "referring",
-        plan.RIVALS,
-        as_trained("task_acc", "what_is_right_of_acc", "click_right_of_acc"),
-    ),
-]
-
-
-def replay(runs: pd.DataFrame) -> str:
-    """The other questions after each kind of replay."""
-    runs = first_seed(rows_where(runs, {"setting": "skilled", "gamma": 1, "text": 0}))
-    cells = {}
-    for title, ending in REPLAYS.items():
-        of_kind = runs[runs.method.isin([method + ending for method in plan.THREE])]
-        of_kind = of_kind.assign(method=of_kind.method.str.removesuffix(ending))
-        cells[title] = show_column(Column(title, "other_questions_acc"), of_kind)
-    return markdown("other questions, %, by replay", pd.DataFrame(cells).reindex([*plan.THREE]))
-
-
-def new_skill(runs: pd.DataFrame) -> str:
-    """The new task on models with and without the skill."""
-    cells = {}
-    for method in (plan.REWORDED, *plan.RIVALS):
-        cells[method] = []
-        for setting, model in product(("skilled", "unskilled, packed"), plan.MODELS):
-            where = {"setting": setting, "method": method, "model": model, "gamma": 1, "text": 0}
-            cells[method].append(f"{first_seed(rows_where(runs, where)).task_acc.item():.1f}")
-    titles = [f"model {model} {kind} the skill" for kind in ("with", "without") for model in plan.MODELS]
-    return markdown("new task, %", pd.DataFrame.from_dict(cells, orient="index", columns=titles))
-
-
-def equal_clicks(runs: pd.DataFrame) -> str:
-    """What methods of equal size keep where they hit equally many switches: means over three models."""
-    cells = kept_at_equal_clicks(runs, "skilled", plan.AS_LARGE, EQUAL_CLICKS).groupby("method", sort=False).mean()
-    cells = cells.apply(format_cells, measure="other_questions_acc")
-    return markdown("tiny models, others where so many switches are hit", cells)
-
-
-def equal_clicks_of_smollm2(runs: pd.DataFrame) -> str:
-    """What methods keep where they hit equally many switches: empty where a curve does not cross so many."""
-    cells = kept_at_equal_clicks(runs, "SmolLM2", plan.THREE | plan.RANK_2 | plan.OWN_ANSWERS, CLICKS_OF_SMOLLM2)
-    cells.index = [f"{method}, model {model}" for method, model in cells.index]
-    cells = cells.apply(format_cells, measure="other_questions_acc")
-    return markdown("SmolLM2, others where so many switches are hit", cells)
-
-
-def kept_at_equal_clicks(runs: pd.DataFrame, setting: str, methods, shares: tuple[int, ...]) -> pd.DataFrame:
-    """The other questions of each method and model (index: method, model), a column for each share of clicks."""
-    runs = first_seed(rows_where(runs, {"setting": setting, "text": 0}))
-    kept = {}
-    for method in methods:
-        for model, curve in rows_where(runs, {"method": method}).groupby("model"):
-            kept[method, model] = {f"{clicks} %": kept_at_clicks(curve, clicks) for clicks in shares}
-    return pd.DataFrame.from_dict(kept, orient="index").rename_axis(["method", "model"])
+def compare(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each RUN: its measures as trained, what it keeps at so many clicks, and what its method costs."""
+    chosen = at_chosen_rates(runs)
+    numbers = chosen[chosen.gamma == 1].set_index(RUN).sort_index()
+    for clicks in CLICKS:
+        kept = {run: kept_at_clicks(curve, clicks) for run, curve in chosen.groupby(RUN) if len(curve) > 1}
+        numbers[f"kept_at_{clicks}"] = pd.Series(kept)
+    costs = pd.DataFrame({method: adapter_costs(method) for method in methods.COSTS}).T
+    for name in costs:
+        of_tiny_models = pd.Series(numbers.index.get_level_values("method").map(costs[name]), numbers.index)
+        numbers[name] = numbers[name].fillna(of_tiny_models) if name in numbers else of_tiny_models
+    return numbers
 
 
 def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
@@ -295,62 +83,152 @@ def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
     return float(np.interp(clicks, hits[after - 1 : after + 1], others[after - 1 : after + 1]))
 
 
-def text_and_attention(runs: pd.DataFrame) -> str:
-    """Image-LoRA asked after more or fewer word problems than in training, with the gamma that the image's share of
-    attention in the base model predicts: its share in training, divided by the one when asked."""
-    runs = first_seed(rows_where(runs, {"setting": "skilled", "gamma": 1}))
-    shares = rows_where(runs, {"method": "base model"}).set_index(["model", "text"])
-    shares = shares.filter(like="image_share").mean(axis=1)  # over the layers
-    asked = [(plan.MORE_TEXT, 9, text) for text in plan.FEWER_PROBLEMS] + [("Image-LoRA", 0, 9)]
-    rows = {}
-    for (method, trained, text), model in product(asked, plan.MODELS):
-        (row,) = rows_where(runs, {"method": method, "model": model, "text": text}).to_dict("records")
-        cells = [f"{shares[model, trained] / shares[model, text]:.2f}"]
-        cells += [f"{row[name]:.1f}" for name in ("task_acc", "one_gamma_acc", "layer_gammas_acc")]
-        rows[f"trained after {trained}, asked after {text}, model {model}"] = cells
-    titles = ["predicted γ", "at γ = 1, %", "at the predicted γ, %", "at a γ predicted for each layer, %"]
-    return markdown("Image-LoRA, new task", pd.DataFrame.from_dict(rows, orient="index", columns=titles))
+def adapter_costs(method: str) -> dict:
+    """What an adapter costs on a tiny model. Selected heads count as if each layer had equally many."""
+    cfg = config(Row("skilled", 1, method, 0.01, 1, 1.0, 0))
+    model = SimpleNamespace(config=TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=SIZE))
+    num_layers, H = model.config.num_hidden_layers, model.config.num_key_value_heads
+    heads = list(range(H if cfg.heads == "all" else cfg.num_heads // num_layers))
+    screens = [draw_screen("new", "train", i) for i in range(SCREENS_PER_STEP)]
+    batch = training_batch(cfg, (screens, torch.zeros(len(screens), model.config.num_patches, 1)), 0)
+    costs = run_costs(cfg, model, batch["input_ids"], dict.fromkeys(range(num_layers), heads))
+    flops = 100 * costs["adapter_flops_per_screen"] / costs["lora_flops_per_screen"]
+    identical = "no" if cfg.method == "lora" else "yes"
+    return {"parameters": costs["trainable_parameters"], "adapter_flops": flops, "identical": identical}
 
 
-def rate_tables(runs: pd.DataFrame) -> list[str]:
-    """How learning rates were chosen."""
-    measures = dict.fromkeys(("skilled", "SmolLM2"), ("validation_acc", "other_questions_acc"))
-    measures["unskilled, packed"] = ("validation_acc",)
-    tables = []
-    for setting, shown in measures.items():
-        compared = {setting: tried(runs, setting)}
-        if setting == "SmolLM2":  # of which model 1 chose
-            compared = {f"SmolLM2, model {model}": rows for model, rows in compared[setting].groupby("model")}
-        for (title, rows), measure in product(compared.items(), shown):
-            tables.append(markdown(f"{title}: {TITLES[measure]} at the learning rate", rates(rows, setting, measure)))
-    return tables
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def rates(runs: pd.DataFrame, setting: str, measure: str) -> pd.DataFrame:
-    """Cells with a row for each method and a column for each learning rate; the chosen one is bold."""
-    cells = runs.pivot_table(measure, "method", "lr").apply(format_cells, measure=measure)
-    for method in cells.index:
-        rate = plan.CHOSEN[setting][method]
-        cells.loc[method, rate] = f"**{cells.loc[method, rate]}**"
-    return cells.reindex([*plan.TRIED[setting]]).fillna("").rename(columns="{:g}".format)
+def spread(runs: pd.Series, _=None) -> str:
+    """The mean, with the lowest and the highest run."""
+    if runs.count() < 2:
+        return f"{runs.mean():.1f}".replace("nan", "–")
+    return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})"
 
 
-def page_tables(runs: pd.DataFrame) -> list[str]:
-    """Those of the page, which a test compares with it."""
-    chosen = at_chosen_rates(runs)
-    tables = [show_table(table, chosen) for table in PAGE_TABLES]
-    others = replay, equal_clicks, new_skill
-    return tables + [show(chosen) for show in others]
+def by_model(runs: pd.Series, _=None) -> str:
+    return " · ".join(spread(of_model) for _, of_model in runs.groupby("model"))
 
 
-def more_tables(runs: pd.DataFrame) -> list[str]:
-    """Numbers that the page tells in a sentence or a picture."""
-    chosen = at_chosen_rates(runs)
-    tables = [show_table(table, chosen) for table in MORE_TABLES]
-    tables.append(equal_clicks_of_smollm2(chosen))
-    return [*tables, text_and_attention(chosen), *rate_tables(runs)]
+def difference(runs: pd.Series, others: pd.Series | None) -> str:
+    """To the runs of another method, in pairs."""
+    pairs = runs.sub(others).dropna() if others is not None else runs[:0]
+    num_same = (pairs * pairs.mean() > 0).sum()
+    return f"{pairs.mean():+.1f} ({num_same} of {len(pairs)})" if pairs.any() else ""
+
+
+class Column(NamedTuple):
+    title: str
+    measure: str  # a column of what `compare` returns
+    show: Callable | None = None  # what tells the runs of a method; None: it depends on the view of the table
+    setting: str = "skilled"
+    text: int = 0
+
+
+class Table(NamedTuple):
+    title: str
+    methods: list[str]  # a line for each that was measured
+    columns: list[Column]
+    other: Callable = lambda method: "Image-LoRA"  # the method that a method is compared with
+
+
+def show_table(numbers: pd.DataFrame, table: Table, view: Callable = spread) -> str:
+    """Markdown. view: what tells the runs of a method in the columns that do not say it."""
+    columns = [column for column in table.columns if view is spread or not column.show]
+    lines = [[table.title, *(column.title for column in columns)], ["---"] * (1 + len(columns))]
+    for method in table.methods:
+        cells = []
+        for column in columns:
+            measured = numbers[column.measure]
+            runs = measured.get((column.setting, method, column.text))
+            others = measured.get((column.setting, table.other(method), column.text))
+            is_measured = runs is not None and runs.notna().any()
+            cells.append((column.show or view)(runs, others) if is_measured else "")
+        if any(cells):
+            lines.append([method.replace("|", r"\|"), *cells])
+    return "".join(f"|{'|'.join(line)}|\n" for line in lines)
+
+
+COST = Column("parameters", "parameters", lambda runs, _: f"{runs.iloc[0]:,.0f}")
+FLOPS = Column("adapter FLOPs, % of LoRA's", "adapter_flops", lambda runs, _: f"{runs.iloc[0]:.0f}")
+IDENTICAL = Column("text identical", "identical", lambda runs, _: runs.iloc[0])
+HITS = Column("new task, %", "task_acc")
+OTHERS = Column("other questions, %", "other_questions_acc")
+KEPT = {clicks: Column(f"kept at {clicks} %", f"kept_at_{clicks}") for clicks in CLICKS}
+NUM_RUNS = Column("runs that hit 95 %", "kept_at_95", lambda runs, _: f"{runs.count()} of {len(runs)}")
+TASKS = {"skilled": "right of a name", "unskilled": "right of a name, without the skill", "below": "the line below"}
+HINTS = {"wrong_hint_acc": "with a wrong hint, %", "right_hint_acc": "with a right hint, %", "task_acc": "without, %"}
+PAGE_TABLES = [
+    Table("tiny models, others", methods.COSTS, [COST, HITS, OTHERS, KEPT[94], KEPT[95], KEPT[96], NUM_RUNS]),
+    Table("one step at a time", methods.LADDER, [IDENTICAL, COST, FLOPS, HITS, KEPT[95]]),
+    Table(
+        "SmolLM2, others, models 1 · 2",
+        methods.ON_SMOLLM2,
+        [COST._replace(setting="SmolLM2")]
+        + [column._replace(show=by_model, setting="SmolLM2") for column in (HITS, KEPT[93], KEPT[94], KEPT[95])],
+    ),
+    Table(
+        "what else is trained on",
+        THREE + methods.OWN + methods.CORRECTED,
+        [HITS, OTHERS, KEPT[95]],
+        lambda method: method.replace("own", "correct"),
+    ),
+    Table(
+        "new task, %",
+        [REWORDED, *methods.NEW_SKILL],
+        [Column(title, "task_acc", setting=setting) for setting, title in TASKS.items()],
+    ),
+    Table(
+        "new task, hints",
+        methods.HINTS + methods.FASTER_HINTS,
+        [Column(title, measure) for measure, title in HINTS.items()],
+        lambda method: "Image-LoRA with hints",
+    ),
+    Table(
+        "new task, %, after word problems",
+        THREE + methods.AFTER_9 + methods.VARIED,
+        [Column(f"asked after {text}", "task_acc", text=text) for text in methods.TEXTS],
+        lambda method: re.sub("^(Partial )?LoRA", "Image-LoRA", method),
+    ),
+    Table(
+        "which heads",
+        ["Image-LoRA", *methods.BY_PROBE, *methods.RANDOM],
+        [HITS, OTHERS],
+        lambda method: method.replace("heads by the probe", "random heads"),
+    ),
+]
+
+
+def page_tables(numbers: pd.DataFrame) -> dict[str, str]:
+    """{title: markdown}, which a test compares with the page."""
+    return {table.title: show_table(numbers, table) for table in PAGE_TABLES}
+
+
+def print_all(runs: pd.DataFrame) -> None:
+    numbers = compare(runs)
+    for table in PAGE_TABLES:
+        for view in (spread, by_model, difference):
+            if view is spread or not all(column.show for column in table.columns):
+                print(show_table(numbers, table, view))
+    measures = numbers.filter(regex="_acc$|_share$|divergence")
+    for setting, lines in measures.groupby("setting"):
+        print_numbers(f"{setting}: means", lines.groupby(["method", "text"]).mean())
+    shares = numbers.image_share.dropna().groupby(["text", "model"]).mean().unstack()
+    for trained in (0, 9):
+        print_numbers(f"gamma that attention predicts after training after {trained}", shares.loc[trained] / shares)
+    predicted = numbers.dropna(subset="one_gamma_acc").filter(regex="^task_acc|one_gamma")
+    print_numbers("at gamma 1 and at the predicted one", predicted.groupby(["method", "text", "model"]).mean())
+    tried = runs[(runs.gamma == 1) & (runs.text == 0)].groupby(["setting", "method"])
+    tried = tried.filter(lambda rows: rows.lr.nunique() > 1)
+    print_numbers("learning rates", tried.pivot_table("validation_acc", ["setting", "method", "lr"], "model"))
+    missing = {*methods.planned_rows(choose_rates(runs))} - {*methods.rows_of(runs)}
+    print(f"\n{len(missing)} rows of the plan are missing")
+
+
+def print_numbers(title: str, numbers: pd.DataFrame) -> None:
+    print(f"\n{title}\n{numbers.dropna(axis='columns', how='all').to_string(float_format='{:.3g}'.format, na_rep='')}")
 
 
 if __name__ == "__main__":
-    runs = read_runs()
-    print("\n".join(page_tables(runs) + more_tables(runs)))
+    print_all(read_runs())

