@@ -2,7 +2,7 @@
 
 python -m data.study.runs --out runs/mine.csv     make all of them, in some hours; if stopped, go on
 
-The base models with the skill are shipped; those without it are made by data.study.pretrain.
+The base models are shipped, except for those that can repeat a place (data.study.copying).
 """
 
 import csv
@@ -17,16 +17,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import train
 from data import prompts
 from data.base import file_path, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import OTHER_KINDS, evaluate, measure, measure_hints, measure_other_questions
+from data.evaluate import evaluate, generate_answers, measure, measure_hints, measure_other_questions
 from data.gamma import turned_down
-from data.questions import all_samples, click_right_of
+from data.prompts import random_click
+from data.questions import OTHER_KINDS, all_samples, click_right_of, random_samples
+from data.replay import make_replay_data
 from data.study.attention import image_share
-from data.study.plan import METHODS, MORE_TEXT, REWORDED, SETTINGS, Row, all_rows
-from data.study.variations import TASKS, Config, fine_tune, make_replay
+from data.study.plan import NINE, REWORDED, SETTINGS, Row, all_rows, fields_of
 
+AFTER_NINE = "Image-LoRA" + NINE
 AS_TRAINED = ("same_words_acc", "word_problem_after_image_acc", "word_problem_acc")  # measured at gamma 1 alone
 ANSWERS = ("task_acc", "validation_acc", "other_questions_acc", *(f"{kind}_acc" for kind in OTHER_KINDS), *AS_TRAINED)
 MEASURES = (  # see data/evaluate.py; validation_acc is the new task on validation screens
@@ -67,11 +70,22 @@ def add_rows(path: Path, new_rows: list[dict], key: tuple[str, ...]) -> None:
     write_file(path, file.getvalue().encode())
 
 
+@dataclass
+class Config(train.Config):
+    """A run of the study. Nothing has to be refused."""
+
+    replay_answers: str = "own"  # the base model's own, or correct ones
+    task: str = "click"  # or what_is_at: the model is given a place, and names what is there
+
+    def __post_init__(self):
+        pass
+
+
 def config(row: Row, device="cpu") -> Config:
     """What to train for this row."""
     bases, shared = SETTINGS[row.setting]
     own = {"base": bases[row.model], "lr": row.lr, "seed": row.seed, "device": device}
-    return Config(**METHODS[row.method] | shared | own)
+    return Config(**fields_of(row.method) | shared | own)
 
 
 @cache
@@ -85,7 +99,10 @@ def make_rows(rows: list[Row], device: str) -> list[dict]:
     cfg = config(rows[0], device)
     model = load_base(cfg.base, device)
     train_data = screens_of(cfg.base, "new", "train", prompts.TRAIN_SCREENS, device)
-    replay_data = make_replay(cfg, model, train_data)
+    replay_data = None
+    if cfg.replay:
+        answer = correct_answers if cfg.replay_answers == "correct" else generate_answers
+        replay_data = make_replay_data(model, train_data, cfg.seed, answer)
     adapter = fine_tune(cfg, model, train_data, replay_data)
     lines = []
     for row in rows:
@@ -97,6 +114,29 @@ def make_rows(rows: list[Row], device: str) -> list[dict]:
     return lines
 
 
+def correct_answers(model, samples: list[dict], features: Tensor) -> list[str]:
+    return [sample["answer"] for sample in samples]
+
+
+def random_name(screen, rng) -> dict:
+    """A question of what is at a place."""
+    (sample,) = random_samples(screen, 1, rng, refer=1.0, distinct=True)
+    return sample
+
+
+def fine_tune(cfg: Config, model, train_data: tuple, replay_data) -> nn.Module:
+    """The adapter, trained as train.py trains it; a module without parameters for the base model."""
+    if cfg.method == "none":
+        model.requires_grad_(False)
+        return nn.Module()
+    sample_of = random_click if cfg.task == "click" else random_name
+    batch_of = partial(prompts.training_batch, cfg, train_data, sample_of=sample_of)
+    heads = train.choose_heads(cfg, model, batch_of)
+    adapter = train.attach_adapter(cfg, model, heads)
+    train.train(cfg, model, adapter, partial(batch_of, replay_data=replay_data))
+    return adapter
+
+
 def ask(model, adapter: nn.Module, row: Row, cfg: Config) -> dict:
     """The measures of a row."""
     if row.method == REWORDED:
@@ -105,18 +145,18 @@ def ask(model, adapter: nn.Module, row: Row, cfg: Config) -> dict:
     new_test = screens_of(cfg.base, "new", "test", cfg.test_screens, cfg.device)
     old_test = screens_of(cfg.base, "old", "test", cfg.test_screens // 2 + 1, cfg.device)
     if row.gamma == 1 and row.text == cfg.text:  # as in training
-        measures, _ = measure(model, new_test, old_test, TASKS[cfg.task], row.text)
+        measures, _ = measure(model, new_test, old_test, cfg.task, row.text)
         if cfg.hint != "none":
-            measures |= measure_hints(model, new_test, cfg.hint)
+            measures |= measure_hints(model, new_test)
     else:
         measures = ask_briefly(model, new_test, old_test, cfg, row.text)
-    if row.text == cfg.text or row.method == MORE_TEXT:
+    if row.text == cfg.text or row.method == AFTER_NINE:
         validation = screens_of(cfg.base, "new", "validation", cfg.test_screens, cfg.device)
-        measures["validation_acc"], _ = evaluate(model, *validation, TASKS[cfg.task], row.text)
+        measures["validation_acc"], _ = evaluate(model, *validation, cfg.task, row.text)
     if row.method == "base model":
         shares = shares_of_layers(model, new_test, row.text)
         measures |= {f"image_share_{layer}": share for layer, share in enumerate(shares)}
-    if row.gamma == 1 and row.text != cfg.text and row.method in ("Image-LoRA", MORE_TEXT):
+    if row.gamma == 1 and row.text != cfg.text and row.method in ("Image-LoRA", AFTER_NINE):
         frozen = load_base(cfg.base, cfg.device)
         shares = [shares_of_layers(frozen, new_test, text) for text in (cfg.text, row.text)]
         of_layers = [trained / asked for trained, asked in zip(*shares)]
@@ -131,7 +171,7 @@ def ask(model, adapter: nn.Module, row: Row, cfg: Config) -> dict:
 def ask_briefly(model, new_test: tuple, old_test: tuple, cfg: Config, num_problems: int) -> dict:
     """The new task and the other questions."""
     measures = measure_other_questions(model, old_test, num_problems)
-    measures["task_acc"], _ = evaluate(model, *new_test, TASKS[cfg.task], num_problems)
+    measures["task_acc"], _ = evaluate(model, *new_test, cfg.task, num_problems)
     return measures
 
 

@@ -38,7 +38,7 @@ from data.replay import make_replay_data
 from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
-from data.study.plan import METHODS, SMOLLM2, SMOLLM2_RATES
+from data.study.plan import SMOLLM2, SMOLLM2_RATES, fields_of
 from data.study.pretrain import old_samples
 from data.study.runs import add_rows, read_rows
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM
@@ -181,9 +181,9 @@ def run(cfg: SmolConfig, lr: float, gammas: tuple[float, ...]) -> list[dict]:
     vlm.load(cfg.base)
     new_data = screens_and_features(vlm, "new", "train", TRAIN_SCREENS)  # (screens, features [N, P, D])
     replay_data = None
-    if "replay" in METHODS[cfg.method]:
+    if "replay" in fields_of(cfg.method):
         replay_data = make_replay_data(vlm, new_data, cfg.seed, answer=SmolVLM.answers, num_problems=0)
-    hint = METHODS[cfg.method].get("hint", "none")
+    hint = fields_of(cfg.method).get("hint", "none")
 
     def loss_of(step: int) -> Tensor:
         samples, features = training_samples(cfg.seed, step, new_data, replay_data, hint=hint)
@@ -202,7 +202,7 @@ def run(cfg: SmolConfig, lr: float, gammas: tuple[float, ...]) -> list[dict]:
             row |= measure_questions(vlm)
             if hint != "none":
                 new_test = screens_and_features(vlm, "new", "test", TEST_SCREENS)
-                row |= measure_hints(vlm, new_test, hint, SmolVLM.answers)
+                row |= measure_hints(vlm, new_test, SmolVLM.answers)
         rows.append(row)
     for row in rows:
         if row["gamma"] in (1, smallest_gamma(rows)):
@@ -214,7 +214,7 @@ def run(cfg: SmolConfig, lr: float, gammas: tuple[float, ...]) -> list[dict]:
 def attach_adapter(cfg: SmolConfig, vlm: SmolVLM) -> nn.Module | None:
     """Freeze SmolLM2 and add the adapter of the method; None for the base model."""
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
-    fields = METHODS[cfg.method]
+    fields = fields_of(cfg.method)
     method = fields.get("method", "image_lora")
     r = fields.get("r", 8)
     if method == "none":
