@@ -31,8 +31,8 @@ import imagelora
 import train
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import Answer, evaluate
-from data.pictures import BLUE, INK, ORANGE, RED, is_right
+from data.evaluate import Answer, evaluate, is_right
+from data.pictures import BLUE, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE
 from data.study import compare
@@ -389,7 +389,7 @@ def draw_patches(cfg) -> list[plt.Figure]:
             shades = LinearSegmentedColormap.from_list("shades", [f"{colour}00", f"{colour}cc"])
             place = (0, SIZE, SIZE, 0)
             ax.imshow(answer.screen.image, extent=place)
-            ax.imshow(effects.view(8, 8).cpu(), shades, extent=place, vmin=most / 10, vmax=most)
+            ax.imshow(effects.view(8, 8).cpu().numpy(), shades, extent=place, vmin=most / 10, vmax=most)
             draw_box(ax, answer)
             bare(ax)
             ax.set_xlabel(f"largest: {effects.max():.2f}", color=colour)
