@@ -381,7 +381,7 @@ def draw_patches(cfg) -> list[plt.Figure]:
     """Screens, painted where the correct answer becomes less likely if this patch alone is left out of M; and below,
     where it becomes more likely if this patch alone is in M."""
     tuned, _ = demo(cfg.device)
-    figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 4.4), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 4), layout="constrained")
     for (above, below), answer in zip(axes.T, tuned.answers[::7]):  # each about another screen
         above.set_title(answer.sample["instruction"], size=10)
         falls, rises = patch_effects(tuned, answer)
