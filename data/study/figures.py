@@ -303,7 +303,7 @@ def draw_answer(ax: plt.Axes, base_click: Answer, answer: Answer) -> None:
     """The screen of an answer, of a click also the target and both clicks; right of it the question and the answer."""
     ax.imshow(answer.screen.image, extent=(0, SIZE, SIZE, 0))
     ax.set_anchor("W")
-    verdict = "correct" if is_right(answer) else f"{answer.output or 'nothing'}, not {answer.sample['answer']}"
+    verdict = "correct" if is_right(answer) else f"{answer.output or 'nothing'},\nnot {answer.sample['answer']}"
     if "bbox" in answer.sample:
         verdict = "correct" if is_right(answer) else "wrong"
         draw_box(ax, answer, margin=4)
@@ -313,7 +313,7 @@ def draw_answer(ax: plt.Axes, base_click: Answer, answer: Answer) -> None:
                 ax.plot(*click, **look)
     beside = {"transform": ax.transAxes, "va": "top"}
     ax.text(1.06, 1, textwrap.fill(answer.sample["instruction"], 18), **beside)
-    ax.text(1.06, 0.55, textwrap.fill(verdict, 16), color=INK if is_right(answer) else RED, **beside)
+    ax.text(1.06, 0.55, verdict.replace(" <x", "\n<x"), color=INK if is_right(answer) else RED, **beside)
 
 
 def draw_box(ax: plt.Axes, answer: Answer, margin=0) -> None:
