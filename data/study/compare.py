@@ -142,6 +142,17 @@ def hints(runs: pd.DataFrame) -> str:
     )
 
 
+def heads(runs: pd.DataFrame) -> str:
+    """Hits, and other questions, of few heads: each run has other random heads, or a probe of its own."""
+    methods = ["Image-LoRA" + ending.format(count) for count in (4, 12) for ending in (plan.PROBE, plan.RANDOM)]
+    cells = {}
+    for measure, title in (("task_acc", "hit"), ("other_questions_acc", "others")):
+        for model in plan.MODELS:
+            of_model = of_runs(rows_where(runs, model=model), measure)
+            cells[f"{title}, model {model}"] = with_range(of_model.loc[methods].dropna(axis="columns", how="all"))
+    return markdown("as trained, %", pd.DataFrame(cells))
+
+
 def replay(runs: pd.DataFrame) -> str:
     """The other questions with and without replay, where 95 % of the switches are hit."""
     runs = rows_where(runs, seed=1)
@@ -192,7 +203,7 @@ def page_tables(runs: pd.DataFrame) -> list[str]:
 
 def print_all(runs: pd.DataFrame) -> None:
     chosen = at_chosen_rates(runs)
-    print("\n".join([*page_tables(chosen), replay(chosen), smollm2(chosen), *rates(runs)]))
+    print("\n".join([*page_tables(chosen), replay(chosen), smollm2(chosen), heads(chosen), *rates(runs)]))
     for measure in runs.filter(like="_acc").columns.append(pd.Index(["divergence_after_screen"])):
         rows = chosen[(chosen.gamma == 1) & chosen[measure].notna()]
         cells = rows.pivot_table(measure, ["setting", "method", "text"], "model", sort=False)

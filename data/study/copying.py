@@ -76,7 +76,7 @@ def teach(cfg: CopyingConfig) -> None:
     record = asdict(cfg) | {"torch": torch.__version__}
     record["copied_acc"], _ = evaluate(model, *old_test, "what_is_at", reword=repeat_place(np.random.default_rng(0)))
     record |= measure_other_questions(model, old_test)
-    hints = measure_hints(model, old_test, "question")
+    hints = measure_hints(model, old_test)
     record["followed_acc"] = hints["followed_acc"]  # a wrong hint, where it is asked for a click
     write_file(out.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
     print(f"saved    {out}: copies {record['copied_acc']:.1%}, follows {record['followed_acc']:.1%} of wrong hints")

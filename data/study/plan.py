@@ -154,13 +154,13 @@ GROUPS = [
     Group(with_ending(("LoRA", "LoRA on v", "Image-LoRA"), " with hints"), setting="copying"),
     Group(THREE, SEEDS, texts=TEXT),  # Does the text before the image have to be as in training?
     Group(["Image-LoRA"], texts=(1,)),
-    Group(with_ending(THREE, NINE), texts=TEXT),
+    Group(with_ending(THREE[:2], NINE), SEEDS, texts=TEXT),
+    Group(["Image-LoRA" + NINE], texts=TEXT),
     Group(["Image-LoRA" + NINE], texts=(1,)),
     Group(with_ending(THREE, VARIED), texts=TEXT),
     Group(["Image-LoRA trained after 0 to 9"], texts=TEXT),
-    Group(["Image-LoRA" + RANDOM.format(4)], (1, 2, 3, 4, 5)),  # Does the choice of heads matter?
-    Group(["Image-LoRA" + PROBE.format(4)], SEEDS),
-    Group(["Image-LoRA" + RANDOM.format(12), "Image-LoRA" + PROBE.format(12)]),
+    Group(["Image-LoRA" + RANDOM.format(4), "Image-LoRA" + RANDOM.format(12)], (1, 2, 3, 4, 5)),  # Does the choice ...
+    Group(["Image-LoRA" + PROBE.format(4), "Image-LoRA" + PROBE.format(12)], SEEDS),  # ... of heads matter?
     Group(RIVALS, setting="referring"),
 ]
 
