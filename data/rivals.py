@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from imagelora import visual_rows
 
+PROJECTIONS = {letters: tuple(f"{letter}_proj" for letter in letters) for letters in ("qkvo", "qk", "v")}
+PROJECTIONS["mlp"] = ("mlp.0", "mlp.2")
+PROJECTIONS["all"] = PROJECTIONS["qkvo"] + PROJECTIONS["mlp"]
+
 
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
-    projections: names among q, k, v, o, gate, up and down; a string such as "qkvo" means its letters.
+    projections: "qkvo", "qk" or "v"; "mlp", the two linear layers of each MLP; or "all" of these; or names of modules.
     tokens: "all"; or "visual", which makes it Partial LoRA.
     As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
 
@@ -32,7 +36,7 @@ class LoRA(nn.Module):
         model.requires_grad_(False)
         if tokens == "visual":
             model.register_forward_pre_hook(self._find_rows, with_kwargs=True)
-        suffixes = tuple(f"{name}_proj" for name in projections)
+        suffixes = PROJECTIONS.get(projections, projections)
         for layer in model.language_model.layers:
             for linear in [module for name, module in layer.named_modules() if name.endswith(suffixes)]:
                 linear.register_forward_hook(partial(self._add_update, len(self.A)))

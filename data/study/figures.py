@@ -31,8 +31,8 @@ import imagelora
 import train
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import Answer, evaluate
-from data.pictures import BLUE, INK, ORANGE, RED, is_right
+from data.evaluate import Answer, evaluate, is_right
+from data.pictures import BLUE, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE
 from data.study import compare
@@ -303,7 +303,7 @@ def draw_answer(ax: plt.Axes, base_click: Answer, answer: Answer) -> None:
     """The screen of an answer, of a click also the target and both clicks; right of it the question and the answer."""
     ax.imshow(answer.screen.image, extent=(0, SIZE, SIZE, 0))
     ax.set_anchor("W")
-    verdict = "correct" if is_right(answer) else f"{answer.output or 'nothing'}, not {answer.sample['answer']}"
+    verdict = "correct" if is_right(answer) else f"{answer.output or 'nothing'},\nnot {answer.sample['answer']}"
     if "bbox" in answer.sample:
         verdict = "correct" if is_right(answer) else "wrong"
         draw_box(ax, answer, margin=4)
@@ -313,7 +313,7 @@ def draw_answer(ax: plt.Axes, base_click: Answer, answer: Answer) -> None:
                 ax.plot(*click, **look)
     beside = {"transform": ax.transAxes, "va": "top"}
     ax.text(1.06, 1, textwrap.fill(answer.sample["instruction"], 18), **beside)
-    ax.text(1.06, 0.55, textwrap.fill(verdict, 16), color=INK if is_right(answer) else RED, **beside)
+    ax.text(1.06, 0.55, verdict.replace(" <x", "\n<x"), color=INK if is_right(answer) else RED, **beside)
 
 
 def draw_box(ax: plt.Axes, answer: Answer, margin=0) -> None:
@@ -381,7 +381,7 @@ def draw_patches(cfg) -> list[plt.Figure]:
     """Screens, painted where the correct answer becomes less likely if this patch alone is left out of M; and below,
     where it becomes more likely if this patch alone is in M."""
     tuned, _ = demo(cfg.device)
-    figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 4.4), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 4), layout="constrained")
     for (above, below), answer in zip(axes.T, tuned.answers[::7]):  # each about another screen
         above.set_title(answer.sample["instruction"], size=10)
         falls, rises = patch_effects(tuned, answer)
@@ -389,7 +389,7 @@ def draw_patches(cfg) -> list[plt.Figure]:
             shades = LinearSegmentedColormap.from_list("shades", [f"{colour}00", f"{colour}cc"])
             place = (0, SIZE, SIZE, 0)
             ax.imshow(answer.screen.image, extent=place)
-            ax.imshow(effects.view(8, 8).cpu(), shades, extent=place, vmin=most / 10, vmax=most)
+            ax.imshow(effects.view(8, 8).cpu().numpy(), shades, extent=place, vmin=most / 10, vmax=most)
             draw_box(ax, answer)
             bare(ax)
             ax.set_xlabel(f"largest: {effects.max():.2f}", color=colour)

@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
+import imagelora
 import train
 from data import evaluate, prompts
-from data.base import load_base
+from data.base import load_base, screens_and_features
 from data.command import command
-from data.study import copying, costs, film, plan, pretrain, runs, smollm
+from data.study import copying, plan, pretrain, runs, smollm
 from data.study.muon import muon
 
 torch.set_num_threads(1)
@@ -159,10 +160,11 @@ def test_a_new_measure_is_a_new_column(tmp_path):
     ]
 
 
-def test_the_file_holds_the_runs_of_the_tables_and_no_others():
+def test_the_file_holds_rows_of_the_plan_alone_and_each_once():
     lines = runs.read_rows(ROOT / "data/study/runs.csv", runs.COLUMNS)
     kept = [tuple(line[name] for name in plan.Row._fields) for line in lines]
-    assert sorted(kept) == sorted(tuple(map(str, row)) for row in plan.all_rows())
+    assert len(kept) == len(set(kept))
+    assert set(kept) <= {tuple(map(str, row)) for row in plan.all_rows()}
 
 
 # 3. Pages
@@ -173,9 +175,8 @@ def test_the_lesson_needs_neither_the_study_nor_its_packages():
     assert ended.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("program", ["data.study.compare", "data.study.figures"])
-def test_a_missing_package_is_told_with_the_command_that_installs_it(program):
-    run = f"import sys, runpy; sys.modules['pandas'] = None; runpy.run_module('{program}', run_name='__main__')"
+def test_a_missing_package_is_told_with_the_command_that_installs_it():
+    run = "import sys, runpy; sys.modules['pandas'] = None; runpy.run_module('data.study.compare', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert re.fullmatch(r'error: .* pip install "\.\[study\]"\n', ended.stderr)
@@ -210,23 +211,11 @@ def test_there_is_one_version():
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_costs_of_a_page_are_as_the_command_prints_them(capsys):
-    costs.print_costs()
-    printed = capsys.readouterr().out
-    lora, step = re.search(r"^LoRA in all layers +([\d.]+) +([\d,]+)", printed, re.M).groups()
-    (image_lora,) = re.findall(r"^Image-LoRA in all layers +([\d.]+)", printed, re.M)
-    percent = f"{100 * float(lora) / float(step.replace(',', '')):.1f}"
-    assert round(float(lora) / float(image_lora)) == 7
-    sentence = f"LoRA's adapter takes {percent} % of a training step's FLOPs, and Image-LoRA's a seventh of that"
-    assert sentence in (ROOT / "data/README.md").read_text()
-
-
 # 4. Pictures
 @needs_matplotlib
 def test_the_command_draws_the_pictures_of_the_pages(tmp_path, monkeypatch):
     """Of a short run."""
-    monkeypatch.setattr(train, "Config", partial(train.Config, steps=3))
-    monkeypatch.setattr(evaluate, "TEST_SCREENS", 2)
+    monkeypatch.setattr(train, "Config", partial(train.Config, steps=3, test_screens=2))
     monkeypatch.setattr(prompts, "PROBE_BATCHES", 1)
     figures.make_figures(figures.FiguresConfig(out=str(tmp_path), device="cpu"))
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "data/figures").iterdir()}
@@ -234,40 +223,40 @@ def test_the_command_draws_the_pictures_of_the_pages(tmp_path, monkeypatch):
 
 
 @needs_matplotlib
-def test_kept_shows_the_means_over_models_as_trained_turned_down_and_with_own_answers():
-    """Of each method in each setting; gamma between 1 and the one that the rule takes is not shown."""
+def test_a_thick_line_is_the_mean_and_a_thin_one_is_a_seed():
+    """A method without rows has none."""
     rows = []
-    expected = {}  # {(setting, method): the means}
-    numbers = iter(range(100))
-    for setting in ("skilled", "SmolLM2"):
-        rows.append((setting, 1, "base model", 1.0, False, 90))
-        for method in plan.THREE:
-            lines = [(method, 1.0, False), (method, 0.7, True), (f"{method} with own answers", 0.8, True)]
-            kept = expected[setting, method] = [next(numbers) for _ in lines]
-            for (name, gamma, turned_down), mean in zip(lines, kept):
-                rows += [(setting, model, name, gamma, turned_down, mean + model - 2) for model in (1, 2, 3)]
-            rows.append((setting, 1, method, 0.9, False, 100))
-    columns = ["setting", "model", "method", "gamma", "turned_down", "other_questions_acc"]
-    figure = figures.draw_kept(pd.DataFrame(rows, columns=columns).assign(text=0))
-    for ax, setting in zip(figure.axes, ("skilled", "SmolLM2"), strict=True):
-        drawn = {bars.get_label(): bars.datavalues.tolist() for bars in ax.containers}
-        assert drawn == {method: expected[setting, method] for method in plan.THREE}
+    for seed, gamma in product((1, 2, 3), (1.0, 0.5)):
+        rows.append(("LoRA", seed, gamma, 90 + seed, 50 * gamma + seed))
+    runs = pd.DataFrame(rows, columns=["method", "seed", "gamma", "hit", "kept"])
+    _, ax = figures.plt.subplots()
+    figures.draw_curves(ax, runs, "hit", "kept", "gamma", "seed")
+    *thin, ring, thick = [line.get_xydata().tolist() for line in ax.lines]
+    assert thin == [[[90 + seed, 25 + seed], [90 + seed, 50 + seed]] for seed in (1, 2, 3)]
+    assert ring == [[92, 52]]
+    assert thick == [[92, 27], [92, 52]]
 
 
 @needs_matplotlib
-def test_text_shows_what_is_hit_at_gamma_1_and_at_the_one_that_attention_predicts():
-    """A line for each model, after none, one and three."""
-    columns = ["setting", "method", "model", "text", "gamma", "seed", "task_acc", "one_gamma_acc"]
-    rows = []
-    for model, text in product(plan.MODELS, plan.TEXT):
-        rows.append(("skilled", plan.MORE_TEXT, model, text, 1.0, 1, 10 * text + model, 90 + model))
-    _, ax = figures.draw_text(pd.DataFrame(rows, columns=columns)).axes
-    drawn = [list(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 2]
-    assert drawn == [[10 * text + model, 90 + model] for text in plan.FEWER_PROBLEMS for model in plan.MODELS]
+def test_a_patch_matters_as_much_as_leaving_its_row_out_of_M_changes_the_answer(monkeypatch):
+    model = load_base("data/tiny_vlm.pt")
+    screens, features = screens_and_features(model, "new", "test", 1)
+    _, (answer, *_) = evaluate.evaluate(model, screens, features)
+    adapter = imagelora.attach(model)
+    for value_adapter in adapter.layers.values():
+        torch.nn.init.normal_(value_adapter.B, std=0.1)
+    falls, rises = figures.patch_effects(train.FinetuningRun({}, model, adapter, [answer], [answer]), answer)
+    assert falls.shape == rises.shape == (64,)
 
+    sample = answer.sample
+    prompt = prompts.prompt_batch([{"instruction": f"{sample['instruction']} {sample['answer']}"}], features)
+    x, y = prompt["input_ids"][0, -2:]
 
-def test_a_wrong_name_is_shown_with_the_correct_one():
-    """A correct name stands alone."""
-    sample = {"instruction": "what is right of wifi", "answer": "red moon"}
-    assert film.verdict(evaluate.Answer(None, sample, "red moon")) == "red moon"
-    assert film.verdict(evaluate.Answer(None, sample, "sync")) == "sync,\nnot red moon"
+    def log_probability() -> torch.Tensor:
+        logits = model(**prompt).logits[0].log_softmax(-1)
+        return logits[-3, x] + logits[-2, y]
+
+    before = log_probability()
+    visual_rows = imagelora.visual_rows
+    monkeypatch.setattr(imagelora, "visual_rows", lambda *args: visual_rows(*args)[torch.arange(64) != 5])
+    torch.testing.assert_close(before - log_probability(), falls[5], atol=1e-4, rtol=1e-4)
