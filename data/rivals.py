@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from imagelora import visual_rows
 
 PROJECTIONS = {letters: tuple(f"{letter}_proj" for letter in letters) for letters in ("qkvo", "qk", "v")}
-PROJECTIONS["mlp"] = ("mlp.0", "mlp.2")
+PROJECTIONS["mlp"] = ("mlp.0", "mlp.2", "gate_proj", "up_proj", "down_proj")  # of the tiny model, of a Llama
 PROJECTIONS["all"] = PROJECTIONS["qkvo"] + PROJECTIONS["mlp"]
 
 
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some projections of every language layer; the rest of the model is frozen.
 
-    projections: "qkvo", "qk" or "v"; "mlp", the two linear layers of each MLP; or "all" of these; or names of modules.
+    projections: "qkvo", "qk" or "v"; "mlp", the linear layers of each MLP; or "all" of these; or names of modules.
     tokens: "all"; or "visual", which makes it Partial LoRA.
     As in Image-LoRA, A and B are float32, and so is the update, unless autocast is on.
 

@@ -65,7 +65,7 @@ def compare(runs: pd.DataFrame) -> pd.DataFrame:
     for clicks in CLICKS:
         kept = {run: kept_at_clicks(curve, clicks) for run, curve in chosen.groupby(RUN) if len(curve) > 1}
         numbers[f"kept_at_{clicks}"] = pd.Series(kept)
-    costs = pd.DataFrame({method: adapter_costs(method) for method in methods.COSTS}).T
+    costs = pd.DataFrame({method: adapter_costs(method) for method in {*methods.COSTS, *methods.LADDER}}).T
     for name in costs:
         of_tiny_models = pd.Series(numbers.index.get_level_values("method").map(costs[name]), numbers.index)
         numbers[name] = numbers[name].fillna(of_tiny_models) if name in numbers else of_tiny_models
@@ -150,24 +150,35 @@ def show_table(numbers: pd.DataFrame, table: Table, view: Callable = spread) -> 
     return "".join(f"|{'|'.join(line)}|\n" for line in lines)
 
 
+def of_model(title: str, measure: str) -> list[Column]:
+    """A column for each tiny model: means over its seeds."""
+    columns = []
+    for model in methods.SKILLED:
+        show = lambda runs, _, model=model: f"{runs[model].mean():.1f}".replace("nan", "")  # noqa: E731
+        columns.append(Column(f"{title}model {model}", measure, show))
+    return columns
+
+
 COST = Column("parameters", "parameters", lambda runs, _: f"{runs.iloc[0]:,.0f}")
 FLOPS = Column("adapter FLOPs, % of LoRA's", "adapter_flops", lambda runs, _: f"{runs.iloc[0]:.0f}")
 IDENTICAL = Column("text identical", "identical", lambda runs, _: runs.iloc[0])
+RANGE = Column("lowest and highest run", "kept_at_95", lambda runs, _: f"{runs.min():.1f}–{runs.max():.1f}")
+NUM_RUNS = Column("runs that hit so many", "kept_at_95", lambda runs, _: f"{runs.count()} of {len(runs)}")
 HITS = Column("new task, %", "task_acc")
 OTHERS = Column("other questions, %", "other_questions_acc")
 KEPT = {clicks: Column(f"kept at {clicks} %", f"kept_at_{clicks}") for clicks in CLICKS}
-NUM_RUNS = Column("runs that hit 95 %", "kept_at_95", lambda runs, _: f"{runs.count()} of {len(runs)}")
+AS_HINTED = [Column("wrong hint", "wrong_hint_acc"), Column("right hint", "right_hint_acc"), Column("none", "task_acc")]
 TASKS = {"skilled": "right of a name", "unskilled": "right of a name, without the skill", "below": "the line below"}
-HINTS = {"wrong_hint_acc": "with a wrong hint, %", "right_hint_acc": "with a right hint, %", "task_acc": "without, %"}
-PAGE_TABLES = [
-    Table("tiny models, others", methods.COSTS, [COST, HITS, OTHERS, KEPT[94], KEPT[95], KEPT[96], NUM_RUNS]),
-    Table("one step at a time", methods.LADDER, [IDENTICAL, COST, FLOPS, HITS, KEPT[95]]),
+ON_SMOLLM2 = [column._replace(show=by_model, setting="SmolLM2") for column in (HITS, KEPT[93], KEPT[94], KEPT[95])]
+TABLES = [
     Table(
-        "SmolLM2, others, models 1 · 2",
-        methods.ON_SMOLLM2,
-        [COST._replace(setting="SmolLM2")]
-        + [column._replace(show=by_model, setting="SmolLM2") for column in (HITS, KEPT[93], KEPT[94], KEPT[95])],
+        "other questions, %, where 95 % are hit",
+        methods.COSTS,
+        [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS],
     ),
+    Table("at equal clicks", methods.COSTS, [HITS, OTHERS, KEPT[94], KEPT[95], KEPT[96]]),
+    Table("one step at a time", methods.LADDER, [IDENTICAL, COST, FLOPS, HITS, KEPT[95]]),
+    Table("SmolLM2, models 1 · 2", methods.ON_SMOLLM2, [COST._replace(setting="SmolLM2"), *ON_SMOLLM2]),
     Table(
         "what else is trained on",
         THREE + methods.OWN + methods.CORRECTED,
@@ -180,13 +191,13 @@ PAGE_TABLES = [
         [Column(title, "task_acc", setting=setting) for setting, title in TASKS.items()],
     ),
     Table(
-        "new task, hints",
-        methods.HINTS + methods.FASTER_HINTS,
-        [Column(title, measure) for measure, title in HINTS.items()],
-        lambda method: "Image-LoRA with hints",
+        "switches hit, %",
+        methods.HINTS,
+        of_model("wrong hint, ", "wrong_hint_acc") + of_model("none, ", "task_acc"),
     ),
+    Table("hints", methods.HINTS + methods.FASTER_HINTS, AS_HINTED, lambda method: "Image-LoRA with hints"),
     Table(
-        "new task, %, after word problems",
+        "switches hit after word problems, %",
         THREE + methods.AFTER_9 + methods.VARIED,
         [Column(f"asked after {text}", "task_acc", text=text) for text in methods.TEXTS],
         lambda method: re.sub("^(Partial )?LoRA", "Image-LoRA", method),
@@ -201,13 +212,13 @@ PAGE_TABLES = [
 
 
 def page_tables(numbers: pd.DataFrame) -> dict[str, str]:
-    """{title: markdown}, which a test compares with the page."""
-    return {table.title: show_table(numbers, table) for table in PAGE_TABLES}
+    """{title: markdown}. A test compares those that the page shows."""
+    return {table.title: show_table(numbers, table) for table in TABLES}
 
 
 def print_all(runs: pd.DataFrame) -> None:
     numbers = compare(runs)
-    for table in PAGE_TABLES:
+    for table in TABLES:
         for view in (spread, by_model, difference):
             if view is spread or not all(column.show for column in table.columns):
                 print(show_table(numbers, table, view))

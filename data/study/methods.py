@@ -160,15 +160,12 @@ TRIED = {  # {setting: {method: the learning rates that were tried with seed 1}}
     },
 }
 LADDER = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", "Image-LoRA in 12 heads by the probe"]
-COSTS = [method for method in TRIED["skilled"] if method != "LoRA on v"] + [
-    "Image-LoRA in 12 heads by the probe",
-    "Image-LoRA in 12 heads by the probe, without 1/√|S|",
-]
+COSTS = [method for method in TRIED["skilled"] if not method.endswith(" on v")]
 OWN = [f"{method} with own answers" for method in THREE]
 CORRECTED = [method + CORRECT for method in THREE]
 AFTER_9 = [f"{method} trained after 9" for method in THREE]
 VARIED = [f"{method} trained after 0 to 9 with own answers" for method in THREE]
-HINTED = ["LoRA", "LoRA on v", "LoRA on q and k", "LoRA on the MLP", "Partial LoRA", "Image-LoRA"]
+HINTED = ["LoRA", "LoRA on the MLP", "LoRA on q and k", "LoRA on v", "Partial LoRA", "Image-LoRA"]
 HINTS = [f"{method} with hints" for method in HINTED]
 FASTER_HINTS = [f"{method} with hints{FOUR_TIMES}" for method in THREE]
 BY_PROBE = [f"Image-LoRA in {number} heads by the probe" for number in (4, 12)]
@@ -189,7 +186,8 @@ class Group(NamedTuple):
 
 GROUPS = [
     # What does it cost elsewhere, and what brings it back?
-    Group("skilled", COSTS + OWN + CORRECTED, gammas=GAMMAS),
+    Group("skilled", COSTS + LADDER + OWN + CORRECTED, gammas=GAMMAS),
+    Group("skilled", ["Image-LoRA in 12 heads by the probe, without 1/√|S|"], gammas=GAMMAS),
     Group("skilled", ["LoRA on v"], seeds=[1], gammas=GAMMAS),
     Group("SmolLM2", ON_SMOLLM2, [1], GAMMAS[:-1]),
     # A new skill?
