@@ -8,7 +8,7 @@ from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -96,14 +96,6 @@ def test_inside_scaled_the_update_is_multiplied_as_by_gamma():
     torch.testing.assert_close(gradients, slopes(model, loss_of(model, EARLY)))
 
 
-def test_by_default_all_heads_are_adapted_with_rank_8_and_alpha_16_and_normalized_and_gamma_is_not_trained():
-    adapter = attach(tiny_vlm())
-    assert adapter.heads == {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2]}
-    assert adapter.layers["0"].A.shape == (D, 8)
-    assert adapter.layers["0"].scale == pytest.approx(16 / 8 / math.sqrt(3))
-    assert not adapter.layers["0"].gamma.requires_grad
-
-
 def test_a_probe_with_the_same_seed_gives_the_same_scores_and_touches_no_other_random_number():
     model = tiny_vlm()
     before = torch.get_rng_state()
@@ -174,26 +166,18 @@ def test_a_config_may_name_visual_tokens_in_any_of_four_ways():
 
 
 # 3. Types, devices, state dicts
-def test_a_and_b_may_be_rounded_to_16_bits_beside_a_gamma_in_float32():
-    """As TRL's QLoRA does, by `.data`."""
+def test_under_half_the_adapter_stays_in_float32():
+    """TRL's QLoRA rounds A and B past that, by `.data`, and leaves gamma; they still train."""
     model = tiny_vlm()
     adapter = attach_trained(model, train_gamma=False)
-    for parameter in adapter.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-    assert all(gradient.any() for gradient in slopes(model, loss_of(model, EARLY)))
-
-
-def test_under_half_the_adapter_stays_in_float32():
-    model = tiny_vlm()
-    adapter = attach_trained(model)
     before = [parameter.clone() for parameter in adapter.parameters()]
     model.half()
     torch.testing.assert_close([*adapter.parameters()], before, rtol=0, atol=0)
     half = partial(torch.ones, dtype=torch.half)
     assert adapter.layers["0"].add_update(half(1, 7, D), half(1, 7, H * D_H), torch.tensor([3])).dtype == torch.half
-    model.to("meta", torch.half)  # both at once, as in model.to("cuda", torch.half)
-    assert {(parameter.dtype, parameter.device.type) for parameter in adapter.parameters()} == {(torch.float32, "meta")}
+    for layer in model.float().image_lora.layers.values():
+        layer.A.data, layer.B.data = layer.A.data.bfloat16(), layer.B.data.bfloat16()
+    assert all(gradient.any() for gradient in slopes(model, loss_of(model, EARLY)))
 
 
 def test_torchs_default_type_and_device_change_nothing(request):
@@ -205,19 +189,15 @@ def test_torchs_default_type_and_device_change_nothing(request):
     assert {(tensor.dtype, tensor.device) for tensor in tensors} == {(torch.float32, model.device)}
 
 
-@pytest.mark.parametrize("options", [{"heads": {0: [0]}}, {"lora_alpha": 8}, {"normalize": False}, {"r": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"heads": {0: [0], 2: [0, 1]}}, {"lora_alpha": 8}, {"normalize": False}], ids=str)
 def test_a_state_dict_of_other_heads_or_of_another_scale_is_refused(options):
-    state = attach_trained(tiny_vlm(), heads=SOME_HEADS).state_dict()
-    adapter = attach(tiny_vlm(), **{"heads": SOME_HEADS} | options)
-    with pytest.raises(RuntimeError, match="attach with the same heads, r, lora_alpha and normalize|size mismatch"):
-        adapter.load_state_dict(state)
-
-
-def test_a_state_dict_that_does_not_name_its_heads_is_refused_and_one_in_16_bits_is_not():
-    """As of named_parameters(), which A and B of other heads or of another scale would fit."""
+    """So is one that does not say which, as of named_parameters()."""
     adapter = attach_trained(tiny_vlm(), heads=SOME_HEADS)
+    other = attach(tiny_vlm(), **{"heads": SOME_HEADS} | options)
+    with pytest.raises(RuntimeError, match="attach with the same heads, r, lora_alpha and normalize"):
+        other.load_state_dict(adapter.state_dict())
     with pytest.raises(RuntimeError, match="Missing key.*_extra_state"):
-        adapter.load_state_dict(dict(adapter.named_parameters()))
+        other.load_state_dict(dict(adapter.named_parameters()))
     adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in adapter.state_dict().items()})
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
 
@@ -247,16 +227,6 @@ def loss_and_in_the_middle(model, batch, function):
 
     hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_once)
     return loss_of(model, batch)
-
-
-def after_ctrl_c(model):
-    """PyTorch runs no hook then, so LATE's Call stays behind. No backward pass goes by it, and no other call."""
-    loss = loss_of(model, EARLY)
-    with pytest.raises(KeyboardInterrupt):
-        loss_and_in_the_middle(model, LATE, Mock(side_effect=KeyboardInterrupt))
-    gradients = slopes(model, loss)
-    assert torch.equal(loss_of(model, EARLY), loss)
-    return gradients
 
 
 def in_two_threads_at_once(model):
@@ -289,7 +259,6 @@ def partial_lora(model):
 
 CHECKPOINTED = [  # what happens to a checkpointed model, the batches whose gradients must come of it, and its adapter
     (after_a_disabled_call, [EARLY], attach_to_some),
-    (after_ctrl_c, [EARLY], attach_to_some),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], attach_to_some),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], partial_lora),
     (of_a_checkpoint_that_holds_the_model, [EARLY], attach_to_some),
@@ -314,22 +283,20 @@ def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batch
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_a_rank_that_no_linear_layer_has_is_refused():
-    check_refusal("r must be in 1..24, got 1000000000", LoRA, tiny_vlm(), 10**9, 4)
-    check_refusal("no linear layers named 'x'", LoRA, tiny_vlm(), 2, 4, "x")
-
-
 def test_the_same_embeddings_may_come_again_under_another_mask():
     model, x = model_and_embeddings()
     adapter = attach_trained(model)
 
-    def loss_under(mask):
-        with adapter.visual_mask(mask):
-            return model(inputs_embeds=x).logsumexp(-1).sum()
+    def gradients():
+        losses = []
+        for mask in (MASK, MASK.flip(0)):
+            with adapter.visual_mask(mask):
+                losses.append(model(inputs_embeds=x).logsumexp(-1).sum())
+        return slopes(model, *losses)
 
-    expected = slopes(model, loss_under(MASK), loss_under(MASK.flip(0)))
+    expected = gradients()
     checkpoint_layers(model)
-    torch.testing.assert_close(slopes(model, loss_under(MASK), loss_under(MASK.flip(0))), expected)
+    torch.testing.assert_close(gradients(), expected)
 
 
 # 5. Copies, and how an adapter comes off again
@@ -347,20 +314,17 @@ def test_a_copy_is_a_model_of_its_own_and_after_detach_each_is_as_it_was_down_to
         adapter = one.image_lora
         assert adapter.detach() is one
         assert state_of(one) == before
-        assert torch.equal(logits_of(one, EARLY), logits_of(tiny_vlm(), EARLY))
-        with pytest.raises(AttributeError):
-            adapter.disabled()  # would not disable the next adapter
         with pytest.raises(ValueError, match="the adapter is not on a model"):
             adapter.detach()
 
 
 def test_a_copy_of_the_adapter_alone_has_its_weights_and_no_model():
-    model = tiny_vlm()
-    adapter = attach_trained(model)
+    adapter = attach_trained(tiny_vlm())
+    assert "3 of 3 layers" in repr(adapter) and "r=8, lora_alpha=16" in repr(adapter)
+    assert adapter.normalize and not attach(tiny_vlm()).train_gamma
     file = io.BytesIO()
     torch.save(adapter, file)
-    num_bytes = sum(4 * parameter.numel() for parameter in adapter.parameters())
-    assert num_bytes < file.tell() < num_bytes + 20_000  # the model has 170,000
+    assert file.tell() < 20_000  # the model has 170,000 bytes
     twin = copy.deepcopy(adapter)
     torch.testing.assert_close(twin.state_dict(), adapter.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="copied without its model"):
@@ -394,16 +358,14 @@ def saved_adapter(folder: Path):
 def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_path):
     adapter, path = saved_adapter(tmp_path)
     content = torch.load(path, weights_only=True)
-    assert content.pop("normalize")
-    assert content.pop("train_gamma")
+    ours = {name: content.pop(name) for name in ("normalize", "train_gamma")}
+    assert ours == {"normalize": True, "train_gamma": True}
     assert content.keys() == {"model_name", "r", "alpha", "kv_indices", "layers"}
     assert content["kv_indices"] == {"0": [1], "2": [0, 1]}
     shapes = {name: tensor.shape for name, tensor in content["layers"]["2"].items()}
     assert shapes == {"A": (D, 2), "B": (2, 2, D_H), "gamma": ()}
     torch.save(content, path)
-    loaded = load(tiny_vlm(), path)
-    torch.testing.assert_close(loaded.state_dict(), adapter.state_dict(), rtol=0, atol=0)
-    assert loaded.train_gamma
+    torch.testing.assert_close(load(tiny_vlm(), path).state_dict(), adapter.state_dict(), rtol=0, atol=0)
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path):
@@ -421,16 +383,15 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_warned(tmp_path, recwarn):
-    """B is zero; or get_peft_model() or prepare_model_for_kbit_training() has frozen the adapter after load()."""
     _, path = saved_adapter(tmp_path)
     model = tiny_vlm()
     adapter = load(model, path)
     adapter.save(path)
     assert not recwarn.list
     model.requires_grad_(False)
-    with pytest.warns(UserWarning, match="frozen.*get_peft_model.*prepare_model_for_kbit_training"):
+    with pytest.warns(UserWarning, match="frozen"):
         adapter.save(path)
-    with pytest.warns(UserWarning, match="B is zero.*get_peft_model"):
+    with pytest.warns(UserWarning, match="B is zero"):
         attach(adapter.detach()).save(path)
     model.image_lora.detach()
     object.__setattr__(model.config, "_name_or_path", "models/other")  # the dataclass is frozen
@@ -486,6 +447,7 @@ NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
 
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
     (attach, {"r": 10**9}, "r must be in 1..24 .* got r=1000000000"),
+    (partial(LoRA, lora_alpha=4), {"r": 10**9}, "r must be in 1..24, got 1000000000"),
     (attach, {"lora_alpha": 0}, "lora_alpha positive and finite"),  # nothing would be learned
     (attach, {"lora_alpha": math.nan}, "lora_alpha positive and finite"),
     (attach, {"heads": {0: []}}, "no head is selected"),
@@ -528,13 +490,11 @@ MODELS = [  # a module of the model, its attribute, and a value with which it ca
     ("", "config", None, "config has no image_token_id"),  # as DistributedDataParallel has none
     ("", "other", nn.ModuleDict({"layers": nn.ModuleList()}), "found language_model.layers, other.layers"),
     (ATTENTION, "v_proj", nn.Identity(), "v_proj must be a linear layer, got Identity"),
-    (ATTENTION, "head_dim", None, "head_dim must divide v_proj's 12 features, got None"),
+    (ATTENTION, "v_proj", quantized.Linear(D, H * D_H), "v_proj must be a linear layer"),  # of quantize_dynamic()
     (ATTENTION, "head_dim", 5, "head_dim must divide v_proj's 12 features, got 5"),
     (ATTENTION, "v_norm", nn.RMSNorm(H * D_H), "changes its values after v_proj, in v_norm"),  # mixes heads
-    (ATTENTION, "conv1d", nn.Conv1d(1, 1, 3), "changes its values after v_proj, in conv1d"),  # as in linear attention
-    ("language_model.layers.1", "cross_attn", nn.Linear(D, D), "has self_attn and cross_attn; .* cannot be adapted"),
-    ("language_model.layers.1", "encoder_attn", Attention(D, 6, H), "has self_attn and encoder_attn; .* cannot be"),
-    (ATTENTION, "v_proj", quantized.Linear(D, H * D_H), "v_proj must be a linear layer"),  # of quantize_dynamic()
+    (ATTENTION, "conv1d", nn.Conv1d(1, 1, 3), "changes its values after v_proj, in conv1d"),  # mixes tokens
+    ("language_model.layers.1", "encoder_attn", Attention(D, 6, H), "has self_attn and encoder_attn"),
 ]
 
 
