@@ -18,7 +18,7 @@ from torch.ao.nn.quantized import dynamic as quantized
 from torch.utils.checkpoint import checkpoint
 
 from data.rivals import LoRA
-from imagelora import attach, load, score_heads, select_heads
+from imagelora import attach, load, score_heads, select_heads, visual_rows
 from test_imagelora import (
     D_H,
     EARLY,
@@ -145,6 +145,10 @@ def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_
     model, x = model_and_embeddings()
     adapter = attach_trained(model)
     expected = model(input_ids=IDS)
+    with adapter.scaled(0.5):
+        half = model(input_ids=IDS)
+        with adapter.visual_mask(MASK):
+            assert torch.equal(model(inputs_embeds=x), half)
     with pytest.raises(ValueError, match="which tokens are visual"):
         model(inputs_embeds=x)
     with adapter.visual_mask(MASK.float()), pytest.raises(ValueError, match="must be bool"):
@@ -163,6 +167,7 @@ def test_a_config_may_name_visual_tokens_in_any_of_four_ways():
     model = tiny_vlm()
     model.config = SimpleNamespace(image_token_id=1, image_token_index=2, video_token_id=3, video_token_index=4)
     assert attach(model)._tracker.image_token_ids == {1, 2, 3, 4}
+    assert visual_rows(torch.tensor([[5, 1, 7], [3, 5, 4]]), {1, 3, 4}).tolist() == [1, 3, 5]
 
 
 # 3. Types, devices, state dicts
