@@ -509,7 +509,7 @@ def write_adapter(adapter: ImageLoRA, path: Path) -> None:
     beside = Path(f"{path}.{os.getpid()}.tmp")
     with beside.open("wb") as file:  # torch.save(content, path) would ignore a full disk
         torch.save(content, file)
-    beside.replace(path)  # only now, so that a save that fails leaves the old file
+    beside.replace(path)  # only now, so that the old file stays if this one cannot be written
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

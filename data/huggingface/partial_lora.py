@@ -9,9 +9,12 @@ new embeddings, and no other option of PEFT that would change those outputs."""
 
 import re
 from functools import partial
+from pathlib import Path
 
+import peft
+import safetensors.torch
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from imagelora import Call, CallTracker, adaptable_parts
@@ -27,7 +30,9 @@ def partial_lora(model, r=8, lora_alpha=16, projections=ATTENTION) -> PeftModel:
     projections: may also name those of the MLP, gate_proj, up_proj and down_proj. In hybrid models most layers have
     others, such as in_proj_qkv and out_proj in Qwen3.5. Prints in how many layers the LoRA is."""
     check_base(model)
-    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=decoder_pattern(projections)))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=decoder_pattern(projections))
+    )
     VisualTokens(model)
     print(f"Partial LoRA adapts {', '.join(projections)} in {adapted_layers(model)}")
     return model
@@ -51,12 +56,12 @@ def adapted_layers(model: PeftModel) -> str:
 def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
     """Adds to a base model the Partial LoRA that save_pretrained() has written."""
     check_base(model)
-    config = PeftConfig.from_pretrained(folder)
+    config = peft.PeftConfig.from_pretrained(folder)
     if getattr(config, "init_lora_weights", None) != MARK:
         raise ValueError(f"{folder} holds no Partial LoRA; load it with PeftModel.from_pretrained()")
     config.init_lora_weights = True
     config.inference_mode = not is_trainable
-    model = get_peft_model(model, config)
+    model = peft.get_peft_model(model, config)
     VisualTokens(model)
     model.load_adapter(folder)
     return model
@@ -116,18 +121,20 @@ def refuse_to_merge(*_, **__):
 
 
 # What is saved must not read as a LoRA at all tokens. PEFT goes by MARK, but servers read no such field. They go by the
-# names of weights, so lora_A and lora_B are saved as lora_visual_A and lora_visual_B.
-def save_pretrained(model: PeftModel, folder, state_dict=None, **options) -> None:
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    renamed = {name.replace(".lora_", ".lora_visual_"): weight for name, weight in state_dict.items()}
-    PeftModel.save_pretrained(model, folder, state_dict=renamed, **options)
+# names of weights, so lora_A and lora_B are named lora_visual_A and lora_visual_B in a folder.
+def save_pretrained(model: PeftModel, folder, is_main_process=True, **options) -> None:
+    PeftModel.save_pretrained(model, folder, is_main_process=is_main_process, **options)
+    if is_main_process:
+        file = Path(folder, "adapter_model.safetensors")
+        weights = safetensors.torch.load(file.read_bytes())
+        renamed = {name.replace(".lora_", ".lora_visual_"): weight for name, weight in weights.items()}
+        safetensors.torch.save_file(renamed, file, metadata={"format": "pt"})
 
 
 def load_adapter(model: PeftModel, folder, *_, **__) -> None:
     """Also for TRL, which resumes from a checkpoint by it. ValueError if weights are missing or left over."""
-    saved = load_peft_weights(folder, device="cpu")
+    saved = peft.load_peft_weights(folder, device="cpu")
     weights = {name.replace(".lora_visual_", ".lora_"): weight for name, weight in saved.items()}
-    own = [name.replace(".default.", ".") for name in model.state_dict() if ".lora_" in name]
-    if sorted(weights) != sorted(own):
+    if weights.keys() != peft.get_peft_model_state_dict(model).keys():
         raise ValueError(f"{folder} has weights for other layers than this model; load it onto its own base model")
-    set_peft_model_state_dict(model, weights)
+    peft.set_peft_model_state_dict(model, weights)
