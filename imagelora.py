@@ -32,7 +32,8 @@ heads of a layer (the KV heads under grouped-query attention), d_h their size, |
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -188,6 +189,8 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
     finite, or if no loss depends on a visual token. In float16, gradients can overflow or underflow: scale the loss."""
     if probe not in ("rank1", "exact"):
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
+    if isinstance(batches, Mapping):
+        raise ValueError("batches must be a list of batches, but this is one batch; pass [batch]")
     if not torch.is_grad_enabled():
         raise ValueError("the probe needs gradients; call it outside of torch.no_grad() and inference_mode()")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -276,11 +279,9 @@ class CallTracker:
         after model(...)      end_call takes it out of `running`      (is not run)
 
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
-    `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
-    the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
-    tensors, so that a layer called alone is refused. pass_on hooks norms, because transformers 5 runs a layer again
-    without the layer's own hooks. If no norm reads the layer's input, v_proj does, and adapt finds the Call there.
-    Partial LoRA, a rival, asks for the rows of each linear layer that it adapts in the same way, by call_of."""
+    `running` has a key for each thread and backward pass, so a second run finds nothing there. Outside of backward
+    passes nothing is looked up on tensors, so that a layer called alone is refused. pass_on hooks norms, because
+    transformers 5 runs a layer again without its own hooks. Partial LoRA asks in the same way, by call_of."""
 
     def __init__(self, model, image_token_ids: set[int], layers: dict[str, nn.Module], adapter=None):
         self.model = model
@@ -313,6 +314,8 @@ class CallTracker:
         # input_ids take precedence over a mask: after a prompt of embeddings, generate() continues with input_ids.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape, factor)
+            if len(call.rows) == 0 and ids.shape[-1] > 1:
+                check_placeholders(kwargs)
         elif mask is not None and embeddings is not None:
             if mask.dtype != torch.bool:  # in a float mask of attention, 0 means True
                 raise ValueError(f"a visual mask must be bool, True where a token is visual, got {mask.dtype}")
@@ -337,12 +340,12 @@ class CallTracker:
 
     def end_call(self, model, args, output):
         call = self.running.pop(thread_and_backward_pass(), None)
-        has_failed = output is None or call is None
-        if self.adapter is not None and not has_failed and len(call.rows) > 0:
-            missing = [layer for layer in self.adapter.layers if layer not in call.asked]
-            if missing:
-                how = "merge, replace or patch it before you call attach(), or leave out its heads"
-                raise RuntimeError(f"the adapted v_proj of layer {', '.join(missing)} was not called; {how}")
+        if self.adapter is None or output is None or call is None or len(call.rows) == 0:
+            return  # Nothing had to be adapted, or the call has failed.
+        missing = ", ".join(layer for layer in self.adapter.layers if layer not in call.asked)
+        if missing:
+            how = "merge, replace or patch it before you call attach(), or leave out its heads"
+            raise RuntimeError(f"the adapted v_proj of layer {missing} was not called; {how}")
 
     def call_of(self, layer: str, x: Tensor) -> Call:
         """The Call of the model(...) that runs this layer, for a linear layer in it whose input is x."""
@@ -428,15 +431,13 @@ class PortableValueAdapter(ValueAdapter):
         return super()._apply(convert, recurse)
 
     def prepare_update(self, call: Call, x: Tensor, value: Tensor) -> None:
-        """Bring the heads to x's device. RuntimeError if the update would be wrong, or could not be trained."""
+        """Bring the heads to x's device. RuntimeError if the update would be wrong."""
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             got = f"v_proj received tokens of shape {list(x.shape[:-1])}, input_ids or visual mask {list(call.shape)}"
             raise RuntimeError(f"{got}; if you generate with beams, use mask.repeat_interleave(num_beams, 0)")
         if value.shape[-1] != self.num_kv_heads * self.B.shape[2]:
             got = f"v_proj gave {value.shape[-1]} features for {self.num_kv_heads} heads of {self.B.shape[2]}"
             raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
-        if self.B.is_meta and self.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
-            raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
         if self.heads.device != x.device and not x.is_meta:
             self.heads = self.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
 
@@ -463,9 +464,13 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
     adaptable_parts(model)  # What is wrong with the model is no fault of the file.
     adapter = None
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load itself would not notice a flipped bit
+            raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         options = {name: content.get(name, True) for name in ("normalize", "train_gamma")}  # not in the authors' files
         adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], **options)
+        if any(parameter.is_meta for parameter in adapter.parameters()):
+            raise ValueError("the model is on the meta device; give it its weights first")
         state = {f"{layer}._extra_state": module.get_extra_state() for layer, module in adapter.layers.items()}
         for layer, tensors in content["layers"].items():
             for name, tensor in tensors.items():
@@ -484,7 +489,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
 
 
 def write_adapter(adapter: ImageLoRA, path: Path) -> None:
-    """Write an adapter's file. ValueError if `load` would refuse it."""
+    """Write all of an adapter's file or nothing. ValueError if `load` would refuse it."""
     layers = {}
     for layer, value_adapter in adapter.layers.items():
         tensors = value_adapter.state_dict()  # parameters() may be FSDP2's copies in 16 bits
@@ -496,20 +501,18 @@ def write_adapter(adapter: ImageLoRA, path: Path) -> None:
     if not any(p.requires_grad for p in adapter.parameters()) or not any(t["B"].any() for t in layers.values()):
         why = "get_peft_model() and prepare_model_for_kbit_training() freeze what they find; call them before attach()"
         warnings.warn(f"B is zero or frozen, so the adapter may have learned nothing; {why} or load()", stacklevel=3)
-    content = {
-        "model_name": adapter.model_name,
-        "r": adapter.r,
-        "alpha": float(adapter.lora_alpha),
-        "kv_indices": {str(layer): heads for layer, heads in adapter.heads.items()},
-        "layers": layers,
-        "normalize": adapter.normalize,  # this and the next are not in the authors' files
-        "train_gamma": adapter.train_gamma,
-    }
+    heads = {str(layer): selected for layer, selected in adapter.heads.items()}
+    content = {"model_name": adapter.model_name, "r": adapter.r, "alpha": float(adapter.lora_alpha)}
+    content |= {"kv_indices": heads, "layers": layers}
+    content |= {"normalize": adapter.normalize, "train_gamma": adapter.train_gamma}  # not in the authors' files
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(f"{path}.{os.getpid()}.tmp")
-    with beside.open("wb") as file:  # torch.save(content, path) would ignore a full disk
-        torch.save(content, file)
-    beside.replace(path)  # only now, so that the old file stays if this one cannot be written
+    try:
+        with beside.open("wb") as file:  # torch.save(content, path) would ignore a full disk
+            torch.save(content, file)
+        beside.replace(path)  # only now, so that the old file stays if this one cannot be written
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -606,6 +609,15 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     if not any(checked.values()):
         raise ValueError("no head is selected; name at least one")
     return {layer: checked[layer] for layer in sorted(checked) if checked[layer]}
+
+
+def check_placeholders(arguments: dict) -> None:
+    """ValueError if a prompt has images, but no placeholder for them. After a cache, the placeholders may be in it."""
+    has_cache = arguments.get("past_key_values", arguments.get("cache")) is not None  # newer transformers say cache
+    pixels = [tensor for name, tensor in arguments.items() if name.startswith("pixel_values")]
+    if not has_cache and any(isinstance(p, Tensor) and p.any() for p in pixels):  # collators pad with zeros
+        what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
+        raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
 
 
 def check_influence(scores: Tensor, num_batches: int) -> None:
