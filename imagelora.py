@@ -36,13 +36,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import get_ident
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 Heads = dict[int, list[int]]  # {layer: [value head, ...]}
 
@@ -106,19 +106,20 @@ class ImageLoRA(nn.Module):
 
     def __init__(self, base, decoder, attentions, image_token_ids, heads, r, lora_alpha, normalize, train_gamma):
         super().__init__()
-        self.r, self.lora_alpha, self.normalize, self.train_gamma = r, lora_alpha, normalize, train_gamma
+        self.r, self.lora_alpha = int(r), lora_alpha  # int() and bool(), because files hold no types of NumPy
+        self.normalize, self.train_gamma = bool(normalize), bool(train_gamma)
         self.model_name = getattr(base.config, "_name_or_path", type(base).__name__)
         self.head_counts = [a.v_proj.out_features // head_dim_of(a) if a else 0 for a in attentions]
         self.layers = nn.ModuleDict()
         for layer, selected in checked_heads(heads, self.head_counts).items():
             v_proj = attentions[layer].v_proj
             sizes = v_proj.in_features, head_dim_of(attentions[layer]), self.head_counts[layer]
-            value_adapter = PortableValueAdapter(*sizes, selected, r, lora_alpha, normalize)  # stays in float32
-            value_adapter.gamma.requires_grad_(train_gamma)
+            value_adapter = PortableValueAdapter(*sizes, selected, self.r, lora_alpha, normalize)  # stays in float32
+            value_adapter.gamma.requires_grad_(self.train_gamma)
             self.layers[str(layer)] = value_adapter.to(device_of(v_proj))
         self._required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
-        # From here on the model changes: in each of its calls the tracker finds the visual rows and calls add_update.
-        self._tracker = CallTracker(base, decoder, attentions, image_token_ids, self.layers)
+        # From here on the model changes: in each of its calls the tracker finds the visual rows, and adapt changes V.
+        self._tracker = track_values(self, base, decoder, attentions, image_token_ids)
 
     @property
     def heads(self) -> Heads:
@@ -139,17 +140,14 @@ class ImageLoRA(nn.Module):
 
     def detach(self) -> nn.Module:
         """Take the adapter off, and return the model as it was. Call backward() before, not after."""
-        model = self._tracker.model
-        for hook in self._tracker.hooks:
-            hook.remove()
-        del model.image_lora, self._tracker  # disabled() fails from now on, and the model is not kept in memory
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
-        return model
+        return take_off(self)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
         write_adapter(self, Path(path))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_tracker": None}  # a copy of the adapter alone is detached
 
     def extra_repr(self) -> str:
         layers = f"{len(self.layers)} of {len(self.head_counts)} layers"
@@ -161,7 +159,8 @@ def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True
 
     r, lora_alpha: rank and alpha of LoRA; the update is scaled by lora_alpha / r and, with normalize, by 1/sqrt|S|.
     heads: {layer: [value head, ...]}; None means all heads. A layer that is not named gets no adapter. In hybrid models
-    some layers have no v_proj, and so no heads. If a norm of each head follows v_proj, V~ is norm(X W_V + update).
+    some layers have no v_proj, and so no heads. If a norm of each head follows v_proj, V~ is norm(X W_V + update). In
+    data-parallel training every process needs the same heads: select them in one, and broadcast them to the others.
     train_gamma: whether gamma is trained, as in the paper; by default it stays 1. See `adapter.scaled` to turn it down.
 
     `adapter.parameters()` are A, B and gamma, float32. They are in the model's state_dict, too, as `model.image_lora`.
@@ -192,6 +191,8 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
         raise ValueError(f"probe must be 'rank1' or 'exact', got {probe!r}")
     if isinstance(batches, Mapping):
         raise ValueError("batches must be a list of batches, but this is one batch; pass [batch]")
+    if not torch.is_grad_enabled():
+        raise ValueError("the probe needs gradients; call it outside of torch.no_grad() and inference_mode()")
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
     base, _, attentions, _ = adaptable_parts(model)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -256,15 +257,16 @@ class Call:
     rows: Tensor  # [N], which of the B * T rows are visual
     shape: tuple  # (B, T)
     factor: float = 1.0  # of the update
-    updated: set = field(default_factory=set)  # the layers that have added theirs
+    asked: frozenset = frozenset()  # the layers that have asked for it
 
 
+NO_ROWS = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())  # inside disabled()
 # {tracker: (factor, mask)} of scaled() and visual_mask(). Global, because a copy of a model cannot copy a ContextVar.
 OVERRIDES = ContextVar("OVERRIDES")
 
 
 class CallTracker:
-    """Tells each adapted layer which rows of its input X are visual. Only model(...) sees input_ids; its layers do not.
+    """Tells the layers which of their rows are visual. Only model(...) sees input_ids; its layers do not.
 
     A variable with the rows of the last call would not do: gradient checkpointing runs a layer a second time, in the
     backward pass, and by then the model may have been called with other images. But a checkpoint keeps the layer's
@@ -277,26 +279,27 @@ class CallTracker:
         after model(...)      end_call takes it out of `running`      (is not run)
 
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
-    `running` has a key for each thread and backward pass. So a second run finds nothing there, even if it happens in
-    the middle of another call or after one that Ctrl-C has ended. Outside of backward passes nothing is looked up on
-    tensors, so that a layer called alone is refused. pass_on hooks norms, because transformers 5 runs a layer again
-    without the layer's own hooks. If no norm reads the layer's input, v_proj does, and adapt finds the Call there."""
+    `running` has a key for each thread and backward pass, so a second run finds nothing there. Outside of backward
+    passes nothing is looked up on tensors, so that a layer called alone is refused. pass_on hooks norms, because
+    transformers 5 runs a layer again without its own hooks. Partial LoRA asks in the same way, by call_of."""
 
-    def __init__(self, model, decoder, attentions, image_token_ids: set[int], value_adapters: nn.ModuleDict):
+    def __init__(self, model, image_token_ids: set[int], layers: dict[str, nn.Module], adapter=None):
         self.model = model
         self.image_token_ids = image_token_ids
-        self.value_adapters = value_adapters
-        self.ranks_agree = not distributed.is_available()  # otherwise check_ranks finds out
+        self.adapter = adapter  # the ImageLoRA whose layers must all ask in each call, if it is one
         self.running = {}  # {thread and backward pass: the Call that runs there}
-        self.found = {}  # {(thread, layer's value adapter): {backward pass: the Call of the layer's second run}}
+        self.found = {}  # {(thread, layer): {backward pass: the Call of the layer's second run}}
         self.hooks = [model.register_forward_pre_hook(self.begin_call, with_kwargs=True)]
         self.hooks += [model.register_forward_hook(self.end_call, always_call=True)]
-        for i, value_adapter in value_adapters.items():
-            layer, attention = decoder[int(i)], attentions[int(i)]
-            norms = {module for name, module in layer.named_modules() if "norm" in name.rpartition(".")[2]}
-            norms -= set(attention.modules())  # those of queries and keys do not read the layer's input
-            self.hooks += [norm.register_forward_hook(partial(self.pass_on, value_adapter)) for norm in norms]
-            self.hooks += [attention.v_proj.register_forward_hook(partial(self.adapt, value_adapter))]
+        for layer, module in layers.items():
+            names = {part: name.rpartition(".")[2] for name, part in module.named_modules()}
+            norms = [part for part, name in names.items() if "norm" in name and name not in ("q_norm", "k_norm")]
+            self.hooks += [norm.register_forward_hook(partial(self.pass_on, layer)) for norm in norms]
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        if self.adapter is not None:
+            self.adapter._tracker = self  # This is a copy of the model, not of the adapter alone.
 
     def begin_call(self, model, args, kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -304,11 +307,10 @@ class CallTracker:
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is not None:
-            # Cloned, because the caller may pass it again with another mask, whose Call would replace this one on it.
-            kwargs["inputs_embeds"] = embeddings.clone()
-        factor, mask = OVERRIDES.get({}).get(self, (1.0, None))
+            kwargs["inputs_embeds"] = embeddings.clone()  # because they may come again under another mask
+        factor, mask = self.overrides()
         if factor == 0:
-            call = Call(torch.zeros(0, dtype=torch.long, device="cpu"), ())
+            call = NO_ROWS
         # input_ids take precedence over a mask: after a prompt of embeddings, generate() continues with input_ids.
         elif isinstance(ids, Tensor) and not ids.is_floating_point():  # floats as the first argument are embeddings
             call = Call(visual_rows(ids, self.image_token_ids), ids.shape, factor)
@@ -319,72 +321,94 @@ class CallTracker:
                 raise ValueError(f"a visual mask must be bool, True where a token is visual, got {mask.dtype}")
             call = Call(mask.flatten().nonzero().squeeze(1), mask.shape, factor)
         else:
-            known = "pass input_ids by name, or inputs_embeds by name inside adapter.visual_mask(mask)"
+            known = "pass input_ids by name, or to an Image-LoRA inputs_embeds by name inside adapter.visual_mask(mask)"
             raise ValueError(f"the model was called without telling which tokens are visual; {known}")
-        if torch.is_grad_enabled() and not self.ranks_agree and distributed.is_initialized():
-            self.check_ranks()
         self.running[thread_and_backward_pass()] = call
         return args, kwargs
 
-    def check_ranks(self):
-        """Ranks that probe their own data select other heads. attach() does not check it, because one rank may attach
-        alone. In a training call under DDP or FSDP2, all ranks wait for each other anyway."""
-        ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-        if ddp is not None or any(hasattr(module, "reshard") for module in self.model.modules()):  # FSDP2
-            group = None if ddp is None else ddp.process_group
-            own = {layer: module.get_extra_state().tolist() for layer, module in self.value_adapters.items()}
-            of_ranks = [own] * distributed.get_world_size(group)
-            distributed.all_gather_object(of_ranks, own, group)
-            if of_ranks.count(own) < len(of_ranks):
-                raise RuntimeError("ranks adapt different heads or scales; select heads on rank 0 and broadcast them")
-            self.ranks_agree = True
+    def pass_on(self, layer: str, norm, args, output):
+        self.find_call(layer, args[0])
 
-    def pass_on(self, value_adapter, norm, args, output):
-        self.find_call(value_adapter, args[0])
-
-    def adapt(self, value_adapter, v_proj, args, value):
+    def adapt(self, layer: str, value_adapter: ValueAdapter, v_proj, args, value):
         """X [B, T, D] and X W_V [B, T, H * d_h] -> V~ [B, T, H * d_h]."""
         x = args[0]
-        call = self.find_call(value_adapter, x)
-        if call is None:
-            how = "call model(...) itself, not a part of it; checkpoint single layers, and do not offload their inputs"
-            raise RuntimeError(f"no call of model(...) is known to run this v_proj; {how}")
+        call = self.call_of(layer, x)
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
         value_adapter.prepare_update(call, x, value)
-        call.updated = call.updated | {value_adapter}  # a new set, because torch.compile loses what is added to one
         return value_adapter.add_update(x, value, call.rows.to(x.device), call.factor)
 
     def end_call(self, model, args, output):
         call = self.running.pop(thread_and_backward_pass(), None)
-        has_failed = output is None or call is None
-        if not has_failed and len(call.rows) > 0 and len(call.updated) < len(self.value_adapters):
-            missing = [layer for layer, module in self.value_adapters.items() if module not in call.updated]
+        if self.adapter is None or output is None or call is None or len(call.rows) == 0:
+            return  # Nothing had to be adapted, or the call has failed.
+        missing = ", ".join(layer for layer in self.adapter.layers if layer not in call.asked)
+        if missing:
             how = "merge, replace or patch it before you call attach(), or leave out its heads"
-            raise RuntimeError(f"the adapted v_proj of layer {', '.join(missing)} was not called; {how}")
+            raise RuntimeError(f"the adapted v_proj of layer {missing} was not called; {how}")
 
-    def find_call(self, value_adapter: ValueAdapter, x: Tensor) -> Call | None:
+    def call_of(self, layer: str, x: Tensor) -> Call:
+        """The Call of the model(...) that runs this layer, for a linear layer in it whose input is x."""
+        call = self.find_call(layer, x)
+        if call is None:
+            how = "call model(...) itself, not a part of it; checkpoint single layers, and do not offload their inputs"
+            raise RuntimeError(f"no call of model(...) is known to run this layer; {how}")
+        call.asked = call.asked | {layer}  # a new set, because torch.compile loses what is added to one
+        return call
+
+    def find_call(self, layer: str, x: Tensor) -> Call | None:
         """The Call of the model(...) that runs here; in a second run, the one on the layer's input. It is left on x."""
         thread, backward_pass = thread_and_backward_pass()
         call = self.running.get((thread, backward_pass))
+        storage = x.untyped_storage()
+        calls = getattr(storage, "image_lora_calls", {})  # {tracker: Call}, because a model may have two trackers
         if call is None and backward_pass != -1:
-            found = self.found.get((thread, value_adapter), {}).get(backward_pass)
-            call = getattr(x.untyped_storage(), "image_lora_call", found)
-            self.found[thread, value_adapter] = {backward_pass: call}  # what a norm finds, v_proj needs
+            found = self.found.get((thread, layer), {}).get(backward_pass)
+            call = calls.get(self, found)
+            self.found[thread, layer] = {backward_pass: call}  # what a norm finds, linear layers need
+        elif call is None and self.overrides()[0] == 0:
+            call = NO_ROWS  # Inside disabled(), a part of the model may be called alone.
         if call is not None:
-            x.untyped_storage().image_lora_call = call  # a checkpoint keeps it if x is the layer's input
+            storage.image_lora_calls = calls | {self: call}  # a checkpoint keeps it if x is the layer's input
         return call
+
+    def overrides(self) -> tuple[float, Tensor | None]:
+        return OVERRIDES.get({}).get(self, (1.0, None))
 
     @contextmanager
     def override(self, factor=1.0, mask=None):
         """In this thread or coroutine, calls go by this mask and this factor, times that of the context around it."""
-        outer_factor, outer_mask = OVERRIDES.get({}).get(self, (1.0, None))
+        if not abs(factor) < torch.inf:
+            raise ValueError(f"the factor must be finite, got {factor}")
+        outer_factor, outer_mask = self.overrides()
         overrides = outer_factor * factor, outer_mask if mask is None else mask
         token = OVERRIDES.set(OVERRIDES.get({}) | {self: overrides})
         try:
             yield
         finally:
             OVERRIDES.reset(token)
+
+
+def track_values(adapter: ImageLoRA, base, decoder, attentions, image_token_ids: set[int]) -> CallTracker:
+    """From now on, in each call of the model, the adapted layers add their updates to what v_proj makes of X."""
+    tracker = CallTracker(base, image_token_ids, {layer: decoder[int(layer)] for layer in adapter.layers}, adapter)
+    for layer, value_adapter in adapter.layers.items():
+        attention = attentions[int(layer)]
+        tracker.hooks += [attention.v_proj.register_forward_hook(partial(tracker.adapt, layer, value_adapter))]
+    return tracker
+
+
+def take_off(adapter: ImageLoRA) -> nn.Module:
+    tracker = adapter._tracker
+    if tracker is None:
+        raise ValueError("the adapter is not on a model: it was detached, or copied without its model")
+    for hook in tracker.hooks:
+        hook.remove()
+    del tracker.model.image_lora
+    adapter._tracker = None  # disabled() fails from now on, and the model is not kept in memory
+    for name, parameter in tracker.model.named_parameters():
+        parameter.requires_grad_(adapter._required_grad.get(name, parameter.requires_grad))
+    return tracker.model
 
 
 def thread_and_backward_pass() -> tuple[int, int]:
@@ -407,15 +431,13 @@ class PortableValueAdapter(ValueAdapter):
         return super()._apply(convert, recurse)
 
     def prepare_update(self, call: Call, x: Tensor, value: Tensor) -> None:
-        """Bring the heads to x's device. RuntimeError if the update would be wrong, or could not be trained."""
+        """Bring the heads to x's device. RuntimeError if the update would be wrong."""
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             got = f"v_proj received tokens of shape {list(x.shape[:-1])}, input_ids or visual mask {list(call.shape)}"
             raise RuntimeError(f"{got}; if you generate with beams, use mask.repeat_interleave(num_beams, 0)")
         if value.shape[-1] != self.num_kv_heads * self.B.shape[2]:
             got = f"v_proj gave {value.shape[-1]} features for {self.num_kv_heads} heads of {self.B.shape[2]}"
             raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
-        if self.B.is_meta and self.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
-            raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
         if self.heads.device != x.device and not x.is_meta:
             self.heads = self.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
 
@@ -423,22 +445,15 @@ class PortableValueAdapter(ValueAdapter):
         """[scale, head, ...]. A tensor, because the formats of checkpoints hold nothing else."""
         return torch.tensor([self.scale, *self.heads.tolist()], dtype=torch.float32, device="cpu")
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.A.is_meta:  # accelerate would take the extra state for a parameter to shard
-            del destination[f"{prefix}_extra_state"]
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def set_extra_state(self, saved: Tensor) -> None:
+        """RuntimeError if A and B of a state_dict belong to other heads or to another scale."""
         expected = self.get_extra_state()
-        saved = state_dict.pop(f"{prefix}_extra_state", expected).cpu().float()
+        saved = saved.cpu().float()
         # Close is enough, because someone may have rounded the state_dict to bfloat16.
         if saved.shape != expected.shape or not saved.allclose(expected, rtol=3e-3, atol=0):
-            got = f"{prefix}B is of heads {saved[1:].int().tolist()} and scale {saved[0]:.4g}"
+            got = f"B is of heads {saved[1:].int().tolist()} and scale {saved[0]:.4g}"
             wanted = f"heads {expected[1:].int().tolist()} and scale {expected[0]:.4g}"
             raise RuntimeError(f"{got}, not of {wanted}; attach with the same heads, r, lora_alpha and normalize")
-        # Also under load_state_dict(assign=True) the adapter stays in float32.
-        state_dict = {name: t.float() if t.element_size() < 4 else t for name, t in state_dict.items()}
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
@@ -446,19 +461,17 @@ def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
 
     Raises ValueError, and leaves the model as it was, if the file is damaged or does not fit the model. Warns if the
     adapter was saved with a model of another name."""
+    adaptable_parts(model)  # What is wrong with the model is no fault of the file.
     adapter = None
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself would not notice a flipped bit
-        if damaged:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load itself would not notice a flipped bit
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        normalize = content.get("normalize", True)  # neither this nor the next is in the authors' files
-        train_gamma = content.get("train_gamma", True)
-        adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], normalize, train_gamma)
+        options = {name: content.get(name, True) for name in ("normalize", "train_gamma")}  # not in the authors' files
+        adapter = attach(model, content["r"], content["alpha"], content["kv_indices"], **options)
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise ValueError("the model is on the meta device; give it its weights first")
-        state = {}
+        state = {f"{layer}._extra_state": module.get_extra_state() for layer, module in adapter.layers.items()}
         for layer, tensors in content["layers"].items():
             for name, tensor in tensors.items():
                 state[f"{layer}.{name}"] = torch.atleast_1d(whole_tensor(tensor))  # gamma is a scalar in a file
@@ -482,27 +495,22 @@ def write_adapter(adapter: ImageLoRA, path: Path) -> None:
         tensors = value_adapter.state_dict()  # parameters() may be FSDP2's copies in 16 bits
         layers[layer] = {name: whole_tensor(tensors[name]) for name in ("A", "B", "gamma")}
         if layers[layer]["B"].ndim < 3:
-            gather = "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(list(adapter.parameters()))"
+            gather = "summon_full_params(model) or GatheredParameters(list(adapter.parameters()))"  # FSDP1, ZeRO-3
             raise ValueError(f"this is only one rank's shard of the adapter; call save() inside {gather}")
         layers[layer]["gamma"] = layers[layer]["gamma"].reshape(())  # [1] in the model: FSDP cannot shard a scalar
     if not any(p.requires_grad for p in adapter.parameters()) or not any(t["B"].any() for t in layers.values()):
         why = "get_peft_model() and prepare_model_for_kbit_training() freeze what they find; call them before attach()"
         warnings.warn(f"B is zero or frozen, so the adapter may have learned nothing; {why} or load()", stacklevel=3)
-    content = {
-        "model_name": adapter.model_name,
-        "r": adapter.r,
-        "alpha": float(adapter.lora_alpha),
-        "kv_indices": {str(layer): heads for layer, heads in adapter.heads.items()},
-        "layers": layers,
-        "normalize": adapter.normalize,  # this and the next are not in the authors' files
-        "train_gamma": adapter.train_gamma,
-    }
+    heads = {str(layer): selected for layer, selected in adapter.heads.items()}
+    content = {"model_name": adapter.model_name, "r": adapter.r, "alpha": float(adapter.lora_alpha)}
+    content |= {"kv_indices": heads, "layers": layers}
+    content |= {"normalize": adapter.normalize, "train_gamma": adapter.train_gamma}  # not in the authors' files
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:  # torch.save(content, path) would ignore a full disk
             torch.save(content, file)
-        os.replace(beside, path)
+        beside.replace(path)  # only now, so that the old file stays if this one cannot be written
     finally:
         beside.unlink(missing_ok=True)
 
@@ -565,7 +573,8 @@ def attention_of(layer: nn.Module, where: str) -> nn.Module | None:
     if attention is None or getattr(attention, "is_kv_shared_layer", False):
         return None
     where = f"{where}.{names[0]}"
-    if not hasattr(attention.v_proj, "out_features"):
+    tensors = [*attention.v_proj.parameters(), *attention.v_proj.buffers()]  # none after torch's quantize_dynamic()
+    if not hasattr(attention.v_proj, "out_features") or not tensors:
         raise ValueError(f"{where}.v_proj must be a linear layer, got {type(attention.v_proj).__name__}")
     d_h = head_dim_of(attention)
     if not d_h or attention.v_proj.out_features % d_h > 0:
@@ -586,24 +595,27 @@ def checked_heads(heads: Heads | None, head_counts: list[int]) -> Heads:
     """The selected heads as integers, in order of layers, without empty ones. ValueError if the model lacks one."""
     if heads is None:
         heads = {layer: range(count) for layer, count in enumerate(head_counts)}
-    # In JSON, layers are strings.
-    heads = {int(layer) if str(layer).isdecimal() else layer: selected for layer, selected in heads.items()}
-    for layer, selected in heads.items():
+    checked = {}
+    for name, selected in heads.items():
+        layer = int(name) if str(name).isdecimal() else name  # in JSON, layers are strings
+        selected = selected.tolist() if hasattr(selected, "tolist") else list(selected)  # of torch and NumPy
         # Unchecked, head H would write into head 0 of the next token, and layer -1 would be the last one.
         count = head_counts[layer] if layer in range(len(head_counts)) else 0
         existing = [head for head in range(count) if head in selected]
-        if len(existing) < len(selected):  # the layer lacks one, or one is named twice
-            raise ValueError(f"layer {layer!r} has {count} heads; name some of them, each once, not {selected!r}")
-    if not any(heads.values()):
+        if len(existing) < len(selected) or any(isinstance(head, bool) for head in selected) or layer in checked:
+            rule = "name a layer once, and some of its heads, each once"
+            raise ValueError(f"layer {layer!r} has {count} heads; {rule}, not {selected!r}")
+        checked[layer] = [int(head) for head in selected]
+    if not any(checked.values()):
         raise ValueError("no head is selected; name at least one")
-    return {int(layer): [int(head) for head in heads[layer]] for layer in sorted(heads) if heads[layer]}
+    return {layer: checked[layer] for layer in sorted(checked) if checked[layer]}
 
 
 def check_placeholders(arguments: dict) -> None:
+    """ValueError if a prompt has images, but no placeholder for them. After a cache, the placeholders may be in it."""
+    has_cache = arguments.get("past_key_values", arguments.get("cache")) is not None  # newer transformers say cache
     pixels = [tensor for name, tensor in arguments.items() if name.startswith("pixel_values")]
-    cache = arguments.get("past_key_values", arguments.get("cache"))  # newer transformers say cache
-    # After a cache, the placeholders may be in it. Zeros are no image, because collators pad with them.
-    if cache is None and any(isinstance(p, Tensor) and p.any() for p in pixels):
+    if not has_cache and any(isinstance(p, Tensor) and p.any() for p in pixels):  # collators pad with zeros
         what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
         raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
 

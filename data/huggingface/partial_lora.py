@@ -8,29 +8,37 @@ Prompts without images and videos get the output of the base model, bit for bit.
 new embeddings, and no other option of PEFT that would change those outputs."""
 
 import re
+from functools import partial
+from pathlib import Path
 
+import peft
+import safetensors.torch
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+
+from imagelora import Call, CallTracker, adaptable_parts
 
 # Saved as init_lora_weights, which makes PEFT refuse the folder. Otherwise PEFT would load it and adapt all tokens.
 MARK = "Partial LoRA: use load_partial_lora()"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def partial_lora(model, r=8, lora_alpha=16, projections=("q_proj", "k_proj", "v_proj", "o_proj")) -> PeftModel:
+def partial_lora(model, r=8, lora_alpha=16, projections=ATTENTION) -> PeftModel:
     """Adds a new LoRA to these linear layers of the decoder. It starts at zero and adapts visual tokens only.
 
-    Prints in how many layers. In hybrid models most layers have other projections, such as in_proj_qkv and out_proj in
-    Qwen3.5; name them, too, if they are to be adapted."""
+    projections: may also name those of the MLP, gate_proj, up_proj and down_proj. In hybrid models most layers have
+    others, such as in_proj_qkv and out_proj in Qwen3.5. Prints in how many layers the LoRA is."""
     check_base(model)
-    targets = decoder_pattern(projections)
-    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=decoder_pattern(projections))
+    )
     VisualTokens(model)
     print(f"Partial LoRA adapts {', '.join(projections)} in {adapted_layers(model)}")
     return model
 
 
-def decoder_pattern(projections=("q_proj", "k_proj", "v_proj", "o_proj")) -> str:
+def decoder_pattern(projections=ATTENTION) -> str:
     """PEFT's target_modules for these linear layers of the decoder. Encoders of images and sound have them, too."""
     encoders = "vision|visual|audio|img|image|video|perceiver"
     return rf"(?!(.*\.)?({encoders}))(.*\.)?layers\.\d+\.(.*\.)?({'|'.join(projections)})"
@@ -48,15 +56,14 @@ def adapted_layers(model: PeftModel) -> str:
 def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
     """Adds to a base model the Partial LoRA that save_pretrained() has written."""
     check_base(model)
-    config = PeftConfig.from_pretrained(folder)
+    config = peft.PeftConfig.from_pretrained(folder)
     if getattr(config, "init_lora_weights", None) != MARK:
         raise ValueError(f"{folder} holds no Partial LoRA; load it with PeftModel.from_pretrained()")
     config.init_lora_weights = True
-    model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
-    if load_peft_weights(folder, device="cpu").keys() != get_peft_model_state_dict(model).keys():
-        model.unload()
-        raise ValueError(f"{folder} has weights for other layers than this model; load it onto its own base model")
+    config.inference_mode = not is_trainable
+    model = peft.get_peft_model(model, config)
     VisualTokens(model)
+    model.load_adapter(folder)
     return model
 
 
@@ -65,59 +72,69 @@ def check_base(model) -> None:
         raise ValueError("Partial LoRA is a LoRA of its own; give it a model without an adapter")
 
 
-def visual_ids(config) -> list[int]:
-    """The placeholders of images and videos."""
-    fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    return sorted({getattr(config, field) for field in fields if getattr(config, field, None) is not None})
-
-
 class VisualTokens:
-    """Remembers which tokens of a call are visual, and removes LoRA's update from all others."""
+    """Removes the update of a LoRA of PEFT from all tokens but visual ones, also in what is saved and loaded."""
 
     def __init__(self, model: PeftModel):
-        base = model.get_base_model()
-        self.ids = visual_ids(base.config)
-        if not self.ids:
-            raise ValueError("Partial LoRA finds visual tokens by image_token_id in the model's config, which lacks it")
-        self.is_text = None  # [B, T], of the last call
-        self.is_called = False
+        base, decoder, _, image_token_ids = adaptable_parts(model)
+        layers = {str(i): layer for i, layer in enumerate(decoder)}
+        self.tracker = CallTracker(base, image_token_ids, layers)
         # In generate(), Gemma 4's layers that share keys and values get the last token of the prompt alone.
         self.may_get_the_last_tokens = any(getattr(module, "is_kv_shared_layer", False) for module in base.modules())
-        base.register_forward_pre_hook(self.begin_call, with_kwargs=True)
-        base.register_forward_hook(self.end_call, always_call=True)
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.lora_A["default"].register_forward_hook(self.zero_at_text)
-                layer.merge = refuse_to_merge
+        base.register_forward_pre_hook(check_adapters)
+        loras = [(name, part) for name, layer in layers.items() for part in layer.modules() if is_lora(part)]
+        if len(loras) < sum(map(is_lora, base.modules())):
+            raise ValueError("Partial LoRA adapts the decoder alone; take target_modules=decoder_pattern()")
+        for name, lora in loras:
+            lora.register_forward_hook(partial(self.tracker.pass_on, name))
+            lora.lora_A["default"].register_forward_hook(partial(self.zero_at_text, name))
+            lora.merge = refuse_to_merge
         model.peft_config["default"].init_lora_weights = MARK
+        model.save_pretrained = partial(save_pretrained, model)
+        model.load_adapter = partial(load_adapter, model)
 
-    def begin_call(self, base, args, kwargs):
-        configs = getattr(base, "peft_config", {})
-        if [config.init_lora_weights for config in configs.values()] != [MARK]:
-            what = "one was added or deleted; start again from a fresh copy of the base model"
-            raise ValueError(f"Partial LoRA must be the only adapter, but {what}")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None or ids.is_floating_point():
-            raise ValueError("Partial LoRA finds visual tokens in input_ids, which this call lacks; pass them")
-        # Gradient checkpointing runs a layer again in backward(), which must come before the next call.
-        self.is_text = torch.isin(ids, torch.tensor(self.ids, device=ids.device), invert=True)
-        self.is_called = True
-
-    def zero_at_text(self, A, args, z):  # z = x A [B, T, r]; where z is 0, so is the update z B
-        in_backward = torch._C._current_graph_task_id() != -1  # private, and what torch's own checkpointing goes by
-        if not self.is_called and not in_backward:
-            raise RuntimeError("no call of model(...) says which tokens are visual; do not call a part of the model")
-        is_text = self.is_text
+    def zero_at_text(self, layer: str, A, args, z):
+        """The hook of A: z = x A [B, T, r], but zero at text tokens. Where z is zero, so is the update z B."""
+        call: Call = self.tracker.call_of(layer, args[0])
+        is_visual = torch.zeros(call.shape, dtype=torch.bool, device=call.rows.device)  # [B, T]
+        is_visual.view(-1)[call.rows] = True
         if self.may_get_the_last_tokens:
-            is_text = is_text[:, -z.shape[1] :]
-        if z.shape[:-1] != is_text.shape:
-            what = "call backward() before the next call of the model" if in_backward else "leave it out of projections"
-            raise RuntimeError(f"a layer with Partial LoRA got other tokens than the model; {what}")
-        return z.masked_fill(is_text[..., None].to(z.device), 0)
+            is_visual = is_visual[:, -z.shape[1] :]
+        if z.shape[:-1] != is_visual.shape:
+            raise RuntimeError("a layer with Partial LoRA got other tokens than the model; leave it out of projections")
+        return z.masked_fill(~is_visual[..., None].to(z.device), 0)
 
-    def end_call(self, *_):
-        self.is_called = False
+
+def is_lora(module) -> bool:
+    return isinstance(module, BaseTunerLayer)
+
+
+def check_adapters(base, args) -> None:
+    configs = getattr(base, "peft_config", {})
+    if [config.init_lora_weights for config in configs.values()] != [MARK]:
+        what = "one was added or deleted; start again from a fresh copy of the base model"
+        raise ValueError(f"Partial LoRA must be the only adapter, but {what}")
 
 
 def refuse_to_merge(*_, **__):
     raise ValueError("Partial LoRA cannot be merged, because merged weights would adapt all tokens")
+
+
+# What is saved must not read as a LoRA at all tokens. PEFT goes by MARK, but servers read no such field. They go by the
+# names of weights, so lora_A and lora_B are named lora_visual_A and lora_visual_B in a folder.
+def save_pretrained(model: PeftModel, folder, is_main_process=True, **options) -> None:
+    PeftModel.save_pretrained(model, folder, is_main_process=is_main_process, **options)
+    if is_main_process:
+        file = Path(folder, "adapter_model.safetensors")
+        weights = safetensors.torch.load(file.read_bytes())
+        renamed = {name.replace(".lora_", ".lora_visual_"): weight for name, weight in weights.items()}
+        safetensors.torch.save_file(renamed, file, metadata={"format": "pt"})
+
+
+def load_adapter(model: PeftModel, folder, *_, **__) -> None:
+    """Also for TRL, which resumes from a checkpoint by it. ValueError if weights are missing or left over."""
+    saved = peft.load_peft_weights(folder, device="cpu")
+    weights = {name.replace(".lora_visual_", ".lora_"): weight for name, weight in saved.items()}
+    if weights.keys() != peft.get_peft_model_state_dict(model).keys():
+        raise ValueError(f"{folder} has weights for other layers than this model; load it onto its own base model")
+    peft.set_peft_model_state_dict(model, weights)

@@ -23,7 +23,7 @@ from data.rivals import LoRA
 
 IMAGE = "<filename>"  # stands for a patch: a token of SmolLM2 that English texts do not hold
 RANK = 10  # of the base model's LoRA
-PROJECTIONS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 COLUMNS = "ABCDEFGHIJKLMNOP"  # SmolLM2 says a place as two letters: D k is column 3, row 10
 ROWS = COLUMNS.lower()
 
