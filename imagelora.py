@@ -431,13 +431,15 @@ class PortableValueAdapter(ValueAdapter):
         return super()._apply(convert, recurse)
 
     def prepare_update(self, call: Call, x: Tensor, value: Tensor) -> None:
-        """Bring the heads to x's device. RuntimeError if the update would be wrong."""
+        """Bring the heads to x's device. RuntimeError if the update would be wrong, or could not be trained."""
         if len(call.rows) > 0 and call.shape != x.shape[:-1]:
             got = f"v_proj received tokens of shape {list(x.shape[:-1])}, input_ids or visual mask {list(call.shape)}"
             raise RuntimeError(f"{got}; if you generate with beams, use mask.repeat_interleave(num_beams, 0)")
         if value.shape[-1] != self.num_kv_heads * self.B.shape[2]:
             got = f"v_proj gave {value.shape[-1]} features for {self.num_kv_heads} heads of {self.B.shape[2]}"
             raise RuntimeError(f"{got}; if tensor parallelism splits the heads over devices, use FSDP instead")
+        if self.B.is_meta and self.B.requires_grad and torch.is_grad_enabled() and not x.is_meta:
+            raise RuntimeError("an adapter that was offloaded cannot be trained; offload the model before you attach")
         if self.heads.device != x.device and not x.is_meta:
             self.heads = self.heads.to(x.device)  # once; what moves a model moves parameters and buffers alone
 

@@ -163,6 +163,19 @@ def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_
         assert torch.equal(model(input_ids=IDS), expected)
 
 
+def test_a_prompt_with_an_image_and_no_placeholder_is_refused():
+    """Not what follows a cache, and not the zeros that a collator pads with."""
+    model = tiny_vlm()
+    attach_trained(model)
+    model.forward = lambda *args, **kwargs: "an answer"  # the tiny model would refuse it, too
+    image, text = torch.ones(1, 3, 32, 32), torch.tensor([TEXT])
+    with pytest.raises(ValueError, match="has no placeholder"):
+        model(text, pixel_values=image)
+    model(text[:, :1], pixel_values=image)
+    model(text, pixel_values=image, past_key_values="a cache")
+    model(text, pixel_values=torch.zeros_like(image))
+
+
 def test_a_config_may_name_visual_tokens_in_any_of_four_ways():
     model = tiny_vlm()
     model.config = SimpleNamespace(image_token_id=1, image_token_index=2, video_token_id=3, video_token_index=4)
@@ -373,7 +386,7 @@ def test_a_file_has_the_authors_layout_and_their_files_have_no_keys_of_ours(tmp_
     torch.testing.assert_close(load(tiny_vlm(), path).state_dict(), adapter.state_dict(), rtol=0, atol=0)
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path):
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     adapter, path = saved_adapter(tmp_path)
     saved = path.read_bytes()
     adapter.layers["2"].B.data = torch.ones(8)  # as under FSDP1 or ZeRO-3
@@ -385,6 +398,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     with patch("torch.save", side_effect=OSError), pytest.raises(OSError):
         attach_trained(tiny_vlm()).save(path)
     assert path.read_bytes() == saved
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_whoever_loads_onto_another_model_or_saves_what_has_learned_nothing_is_warned(tmp_path, recwarn):
@@ -409,8 +423,13 @@ def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(
     adapter, path = saved_adapter(tmp_path)
     check_refusal("^the model already has an Image-LoRA", load, adapter._tracker.model, path)
     check_refusal("does not fit this model", load, tiny_vlm(num_hidden_layers=2), path)
+    check_refusal("on the meta device", load, tiny_vlm().to("meta"), path)
     content = torch.load(path, weights_only=True)
-    path.write_bytes(path.read_bytes()[:-9])
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(adapter.layers["0"].B.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(damaged)  # torch.load alone would not notice a flipped bit
+    check_refusal("checksum", load, tiny_vlm(), path)
+    path.write_bytes(damaged[:-9])
     check_refusal("is missing, damaged", load, tiny_vlm(), path)
     torch.save(content | {"layers": {}}, path)
     check_refusal("Missing key", load, tiny_vlm(), path)
