@@ -156,9 +156,10 @@ def test_a_missing_base_is_told_before_anything_runs(tmp_path, capsys):
 
 
 # 3. Numbers
-def test_a_table_of_the_page_is_that_which_the_comparison_prints():
+@pytest.mark.parametrize("page", ["README.md", "data/study/README.md"])
+def test_a_table_of_the_page_is_that_which_the_comparison_prints(page):
     """Whoever changes a row or the page sees it here."""
-    page = (ROOT / "data/study/README.md").read_text()
+    page = (ROOT / page).read_text()
     printed = compare.page_tables(compare.compare(RUNS)).values()
     for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
         assert table in printed
