@@ -182,6 +182,19 @@ def random_samples(screen: Screen, count: int, rng, refer=0.0, by_colour=0.0, di
     return samples
 
 
+def neighbour_samples(screen: Screen, rng) -> list[dict]:
+    """What is right of each target, and where that is, in random order."""
+    samples = samples_of_kind(screen, "what_is_right_of", rng) + samples_of_kind(screen, "click_right_of", rng)
+    return rng.permutation(samples).tolist()
+
+
+def old_samples(screen: Screen, count: int, rng) -> list[dict]:
+    """`count` random questions about a screen without switches, up to half of them about what is right of a name."""
+    about_right = neighbour_samples(screen, rng)[: count // 2]
+    samples = random_samples(screen, count - len(about_right), rng, refer=0.4, distinct=True)
+    return rng.permutation(samples + about_right).tolist()
+
+
 # ---- Word problems ---------------------------------------------------------------------------------------------------
 
 PEOPLE = "tom nina ali rosa liam mei".split()

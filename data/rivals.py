@@ -9,10 +9,6 @@ from torch import Tensor, nn
 
 from imagelora import CallTracker
 
-PROJECTIONS = {letters: tuple(f"{letter}_proj" for letter in letters) for letters in ("qkvo", "qk", "v")}
-PROJECTIONS["mlp"] = ("mlp.0", "mlp.2")
-PROJECTIONS["all"] = PROJECTIONS["qkvo"] + PROJECTIONS["mlp"]
-
 
 class LoRA(nn.Module):
     """y + (alpha / r) x A B on some linear layers of every language layer; the rest of the model is frozen.
