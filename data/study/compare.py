@@ -195,6 +195,16 @@ TABLES = [
         methods.HINTS,
         of_model("wrong hint, ", "wrong_hint_acc") + of_model("none, ", "task_acc"),
     ),
+    Table(
+        "before fine-tuning",
+        ["base model"],
+        [OTHERS, OTHERS._replace(title="SmolLM2, other questions, %", setting="SmolLM2")],
+    ),
+    Table(
+        "models that can repeat a place",
+        [f"{method} with hints" for method in ("LoRA", "LoRA on v", "Image-LoRA")],
+        [column._replace(setting="copying") for column in AS_HINTED],
+    ),
     Table("hints", methods.HINTS + methods.FASTER_HINTS, AS_HINTED, lambda method: "Image-LoRA with hints"),
     Table(
         "switches hit after word problems, %",
