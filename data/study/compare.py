@@ -1,13 +1,11 @@
 """The numbers of the pages, from the rows of tiny models (runs.csv) and of SmolLM2 (smollm.csv).
 
-python -m data.study.compare     the tables of the page, each also by model and as differences; then all other numbers
+python -m data.study.compare     the tables of the pages; then each measure of each method: by model, lowest, highest
 
 A number is the mean over models and seeds, and brackets hold the lowest and the highest run. *Kept at 95 %* is the
 share of other questions that a run answers correctly at the gamma where it hits 95 % of the switches, interpolated.
-A difference is a mean over pairs of runs on the same model with the same seed, and how many of them have its sign.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +18,7 @@ import torch
 from data.costs import run_costs
 from data.prompts import SCREENS_PER_STEP, VOCABULARY, training_batch
 from data.screens import SIZE, draw_screen
-from data.study import methods
-from data.study.methods import REWORDED, THREE, Row, config
+from data.study.methods import METHODS, REWORDED, SKILLED, Row, config
 from tiny_vlm import TinyVLMConfig
 
 FILES = [Path(__file__).parent / name for name in ("runs.csv", "smollm.csv")]
@@ -65,7 +62,7 @@ def compare(runs: pd.DataFrame) -> pd.DataFrame:
     for clicks in CLICKS:
         kept = {run: kept_at_clicks(curve, clicks) for run, curve in chosen.groupby(RUN) if len(curve) > 1}
         numbers[f"kept_at_{clicks}"] = pd.Series(kept)
-    costs = pd.DataFrame({method: adapter_costs(method) for method in {*methods.COSTS, *methods.LADDER}}).T
+    costs = pd.DataFrame({method: adapter_costs(method) for method in {*COSTS, *LADDER}}).T
     for name in costs:
         of_tiny_models = pd.Series(numbers.index.get_level_values("method").map(costs[name]), numbers.index)
         numbers[name] = numbers[name].fillna(of_tiny_models) if name in numbers else of_tiny_models
@@ -97,158 +94,104 @@ def adapter_costs(method: str) -> dict:
     return {"parameters": costs["trainable_parameters"], "adapter_flops": flops, "identical": identical}
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------------
+# ---- Tables of the pages ---------------------------------------------------------------------------------------------
 
-
-def spread(runs: pd.Series, _=None) -> str:
-    """The mean, with the lowest and the highest run."""
-    if runs.count() < 2:
-        return f"{runs.mean():.1f}".replace("nan", "–")
-    return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})"
-
-
-def by_model(runs: pd.Series, _=None) -> str:
-    return " · ".join(spread(of_model) for _, of_model in runs.groupby("model"))
-
-
-def difference(runs: pd.Series, others: pd.Series | None) -> str:
-    """To the runs of another method, in pairs."""
-    pairs = runs.sub(others).dropna() if others is not None else runs[:0]
-    num_same = (pairs * pairs.mean() > 0).sum()
-    return f"{pairs.mean():+.1f} ({num_same} of {len(pairs)})" if pairs.any() else ""
+THREE = [*METHODS]
+PLACES = ["", " on the MLP", " on all linear layers", ", rank 2", " on the MLP, rank 2"]  # that rivals write to
+COSTS = [*(f"LoRA{place}" for place in PLACES), *(f"Partial LoRA{place}" for place in PLACES), "Image-LoRA"]
+LADDER = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", "Image-LoRA in 12 heads by the probe"]
+AFTER_9 = [f"{method} trained after 9" for method in THREE]
+VARIED = [f"{method} trained after 0 to 9 with own answers" for method in THREE]
+HINTED = ["LoRA", "LoRA on the MLP", "LoRA on q and k", "LoRA on v", "Partial LoRA", "Image-LoRA"]
+HINTS = [f"{method} with hints" for method in HINTED]
+NEW_SKILL = ["LoRA", "LoRA, rank 2", "Partial LoRA", "Partial LoRA, rank 2", "Image-LoRA"]
 
 
 class Column(NamedTuple):
     title: str
     measure: str  # a column of what `compare` returns
-    show: Callable | None = None  # what tells the runs of a method; None: it depends on the view of the table
+    show: Callable = None  # what tells the runs of a method; None: their spread
     setting: str = "skilled"
     text: int = 0
 
 
-class Table(NamedTuple):
-    title: str
-    methods: list[str]  # a line for each that was measured
-    columns: list[Column]
-    other: Callable = lambda method: "Image-LoRA"  # the method that a method is compared with
-
-
-def show_table(numbers: pd.DataFrame, table: Table, view: Callable = spread) -> str:
-    """Markdown. view: what tells the runs of a method in the columns that do not say it."""
-    columns = [column for column in table.columns if view is spread or not column.show]
-    lines = [[table.title, *(column.title for column in columns)], ["---"] * (1 + len(columns))]
-    for method in table.methods:
-        cells = []
-        for column in columns:
-            measured = numbers[column.measure]
-            runs = measured.get((column.setting, method, column.text))
-            others = measured.get((column.setting, table.other(method), column.text))
-            is_measured = runs is not None and runs.notna().any()
-            cells.append((column.show or view)(runs, others) if is_measured else "")
-        if any(cells):
-            lines.append([method.replace("|", r"\|"), *cells])
-    return "".join(f"|{'|'.join(line)}|\n" for line in lines)
+def spread(runs: pd.Series) -> str:
+    """The mean, with the lowest and the highest run."""
+    return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})"
 
 
 def of_model(title: str, measure: str) -> list[Column]:
     """A column for each tiny model: means over its seeds."""
     columns = []
-    for model in methods.SKILLED:
-        show = lambda runs, _, model=model: f"{runs[model].mean():.1f}".replace("nan", "")  # noqa: E731
+    for model in SKILLED:
+        show = lambda runs, model=model: f"{runs[model].mean():.1f}".replace("nan", "")  # noqa: E731
         columns.append(Column(f"{title}model {model}", measure, show))
     return columns
 
 
-COST = Column("parameters", "parameters", lambda runs, _: f"{runs.iloc[0]:,.0f}")
-FLOPS = Column("adapter FLOPs, % of LoRA's", "adapter_flops", lambda runs, _: f"{runs.iloc[0]:.0f}")
-IDENTICAL = Column("text identical", "identical", lambda runs, _: runs.iloc[0])
-RANGE = Column("lowest and highest run", "kept_at_95", lambda runs, _: f"{runs.min():.1f}–{runs.max():.1f}")
-NUM_RUNS = Column("runs that hit so many", "kept_at_95", lambda runs, _: f"{runs.count()} of {len(runs)}")
-HITS = Column("new task, %", "task_acc")
-OTHERS = Column("other questions, %", "other_questions_acc")
-KEPT = {clicks: Column(f"kept at {clicks} %", f"kept_at_{clicks}") for clicks in CLICKS}
-AS_HINTED = [Column("wrong hint", "wrong_hint_acc"), Column("right hint", "right_hint_acc"), Column("none", "task_acc")]
-TASKS = {"skilled": "right of a name", "unskilled": "right of a name, without the skill", "below": "the line below"}
-ON_SMOLLM2 = [column._replace(show=by_model, setting="SmolLM2") for column in (HITS, KEPT[93], KEPT[94], KEPT[95])]
-TABLES = [
-    Table(
-        "other questions, %, where 95 % are hit",
-        methods.COSTS,
-        [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS],
+COST = Column("parameters", "parameters", lambda runs: f"{runs.iloc[0]:,.0f}")
+FLOPS = Column("adapter FLOPs, % of LoRA's", "adapter_flops", lambda runs: f"{runs.iloc[0]:.0f}")
+IDENTICAL = Column("text identical", "identical", lambda runs: runs.iloc[0])
+RANGE = Column("lowest and highest run", "kept_at_95", lambda runs: f"{runs.min():.1f}–{runs.max():.1f}")
+NUM_RUNS = Column("runs that hit so many", "kept_at_95", lambda runs: f"{runs.count()} of {len(runs)}")
+TASKS = {"skilled": "right of a name", "below": "the line below", "unskilled": "right of a name, without the skill"}
+TABLES = {  # {title: (methods, columns)}
+    "other questions, %, where 95 % are hit": (COSTS, [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS]),
+    "one step at a time": (
+        LADDER,
+        [IDENTICAL, COST, FLOPS, Column("new task, %", "task_acc"), Column("kept at 95 %", "kept_at_95")],
     ),
-    Table("at equal clicks", methods.COSTS, [HITS, OTHERS, KEPT[94], KEPT[95], KEPT[96]]),
-    Table("one step at a time", methods.LADDER, [IDENTICAL, COST, FLOPS, HITS, KEPT[95]]),
-    Table("SmolLM2, models 1 · 2", methods.ON_SMOLLM2, [COST._replace(setting="SmolLM2"), *ON_SMOLLM2]),
-    Table(
-        "what else is trained on",
-        THREE + methods.OWN + methods.CORRECTED,
-        [HITS, OTHERS, KEPT[95]],
-        lambda method: method.replace("own", "correct"),
-    ),
-    Table(
-        "new task, %",
-        [REWORDED, *methods.NEW_SKILL],
+    "new task, %": (
+        [REWORDED, *NEW_SKILL],
         [Column(title, "task_acc", setting=setting) for setting, title in TASKS.items()],
     ),
-    Table(
-        "switches hit, %",
-        methods.HINTS,
-        of_model("wrong hint, ", "wrong_hint_acc") + of_model("none, ", "task_acc"),
+    "switches hit, %": (HINTS, of_model("wrong hint, ", "wrong_hint_acc") + of_model("none, ", "task_acc")),
+    "switches hit after word problems, %": (
+        THREE + AFTER_9 + VARIED,
+        [Column(f"asked after {text}", "task_acc", text=text) for text in (0, 3, 9)],
     ),
-    Table(
-        "before fine-tuning",
-        ["base model"],
-        [OTHERS, OTHERS._replace(title="SmolLM2, other questions, %", setting="SmolLM2")],
-    ),
-    Table(
-        "models that can repeat a place",
-        [f"{method} with hints" for method in ("LoRA", "LoRA on v", "Image-LoRA")],
-        [column._replace(setting="copying") for column in AS_HINTED],
-    ),
-    Table("hints", methods.HINTS + methods.FASTER_HINTS, AS_HINTED, lambda method: "Image-LoRA with hints"),
-    Table(
-        "switches hit after word problems, %",
-        THREE + methods.AFTER_9 + methods.VARIED,
-        [Column(f"asked after {text}", "task_acc", text=text) for text in methods.TEXTS],
-        lambda method: re.sub("^(Partial )?LoRA", "Image-LoRA", method),
-    ),
-    Table(
-        "which heads",
-        ["Image-LoRA", *methods.BY_PROBE, *methods.RANDOM],
-        [HITS, OTHERS],
-        lambda method: method.replace("heads by the probe", "random heads"),
-    ),
-]
+}
 
 
-def page_tables(numbers: pd.DataFrame) -> dict[str, str]:
-    """{title: markdown}. A test compares those that the page shows."""
-    return {table.title: show_table(numbers, table) for table in TABLES}
+def page_tables(numbers: pd.DataFrame) -> list[str]:
+    """The tables in markdown. A cell is empty where nothing was measured."""
+    tables = []
+    for title, (methods, columns) in TABLES.items():
+        lines = [[title, *(column.title for column in columns)], ["---"] * (1 + len(columns))]
+        for method in methods:
+            lines.append([method.replace("|", r"\|"), *(cell(numbers, method, column) for column in columns)])
+        tables.append("".join(f"|{'|'.join(line)}|\n" for line in lines))
+    return tables
+
+
+def cell(numbers: pd.DataFrame, method: str, column: Column) -> str:
+    runs = numbers[column.measure].get((column.setting, method, column.text))
+    if runs is None or runs.isna().all():
+        return ""
+    return (column.show or spread)(runs)
+
+
+# ---- All other numbers -----------------------------------------------------------------------------------------------
 
 
 def print_all(runs: pd.DataFrame) -> None:
     numbers = compare(runs)
-    for table in TABLES:
-        for view in (spread, by_model, difference):
-            if view is spread or not all(column.show for column in table.columns):
-                print(show_table(numbers, table, view))
-    measures = numbers.filter(regex="_acc$|_share$|divergence")
-    for setting, lines in measures.groupby("setting"):
-        print_numbers(f"{setting}: means", lines.groupby(["method", "text"]).mean())
+    print(*page_tables(numbers), sep="\n")
+    for measure in numbers.filter(regex="_acc$|_share$|divergence|^kept_at"):
+        for setting, measured in numbers[measure].dropna().groupby("setting"):
+            by_method = measured.groupby(["method", "text"])
+            models = measured.groupby(["method", "text", "model"]).mean().unstack()
+            print_numbers(f"{setting}, {measure}", models.join(by_method.agg(["min", "max", "count"])))
     shares = numbers.image_share.dropna().groupby(["text", "model"]).mean().unstack()
     for trained in (0, 9):
         print_numbers(f"gamma that attention predicts after training after {trained}", shares.loc[trained] / shares)
-    predicted = numbers.dropna(subset="one_gamma_acc").filter(regex="^task_acc|one_gamma")
-    print_numbers("at gamma 1 and at the predicted one", predicted.groupby(["method", "text", "model"]).mean())
     tried = runs[(runs.gamma == 1) & (runs.text == 0)].groupby(["setting", "method"])
     tried = tried.filter(lambda rows: rows.lr.nunique() > 1)
     print_numbers("learning rates", tried.pivot_table("validation_acc", ["setting", "method", "lr"], "model"))
-    missing = {*methods.planned_rows(choose_rates(runs))} - {*methods.rows_of(runs)}
-    print(f"\n{len(missing)} rows of the plan are missing")
 
 
 def print_numbers(title: str, numbers: pd.DataFrame) -> None:
-    print(f"\n{title}\n{numbers.dropna(axis='columns', how='all').to_string(float_format='{:.3g}'.format, na_rep='')}")
+    print(f"\n{title}\n{numbers.to_string(float_format='{:.3g}'.format, na_rep='')}")
 
 
 if __name__ == "__main__":

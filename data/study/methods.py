@@ -1,11 +1,10 @@
-"""The plan of the study: what is trained, how it is asked then, and which rows of runs.csv and smollm.csv this makes.
+"""What the study trains and asks: what a row of runs.csv and smollm.csv means.
 
 A method's name says which fields of train.Config it sets: "LoRA on v with hints" is LoRA, changed by two ENDINGS.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from itertools import product
+from collections.abc import Callable
 from typing import NamedTuple
 
 import train
@@ -76,7 +75,6 @@ METHODS = {  # {name: fields of train.Config}
     "Partial LoRA": {"method": "partial_lora"},  # arXiv 2401.16420, there on all linear layers
     "Image-LoRA": {"method": "image_lora", "heads": "all"},
 }
-THREE = [*METHODS]
 CORRECT = " with correct answers"  # instead of own ones: see data.study.runs.fine_tune
 FOUR_TIMES = ", at four times the rate"  # of the method without this ending
 ENDINGS = {  # {ending of a name, as a regular expression: the fields that it changes}
@@ -124,127 +122,6 @@ def config(row: Row, device="cpu") -> train.Config:
     return train.Config(**shared | changes, device=device)
 
 
-# ---- Rows ------------------------------------------------------------------------------------------------------------
-
-GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-TEXTS = (0, 3, 9)
-TRIED = {  # {setting: {method: the learning rates that were tried with seed 1}}
-    "skilled": {
-        "LoRA": (0.00125, 0.0025, 0.005),
-        "LoRA on v": (0.0025, 0.005, 0.01, 0.02),
-        "LoRA on the MLP": (0.00125, 0.0025, 0.005),
-        "LoRA on all linear layers": (0.000625, 0.00125, 0.0025),
-        "LoRA, rank 2": (0.0025, 0.005, 0.01),
-        "LoRA on the MLP, rank 2": (0.0025, 0.005, 0.01),
-        "Partial LoRA": (0.000625, 0.00125, 0.0025, 0.005, 0.01),
-        "Partial LoRA on v": (0.0025, 0.005, 0.01),
-        "Partial LoRA on the MLP": (0.00125, 0.0025, 0.005),
-        "Partial LoRA on all linear layers": (0.000625, 0.00125, 0.0025),
-        "Partial LoRA, rank 2": (0.0025, 0.005, 0.01),
-        "Partial LoRA on the MLP, rank 2": (0.0025, 0.005, 0.01),
-        "Image-LoRA": (0.005, 0.01, 0.02),
-    },
-    "unskilled": {
-        "LoRA": (0.0025, 0.005, 0.01),
-        "LoRA, rank 2": (0.005, 0.01, 0.02),
-        "Partial LoRA": (0.0025, 0.005, 0.01),
-        "Partial LoRA, rank 2": (0.01, 0.02, 0.04),
-        "Image-LoRA": (0.04, 0.08, 0.16),
-    },
-    "SmolLM2": {
-        "LoRA": (0.001, 0.002, 0.004),
-        "LoRA on the MLP, rank 5": (0.001, 0.002, 0.004),  # about as large as LoRA of rank 8
-        "Partial LoRA": (0.002, 0.004, 0.008),
-        "Partial LoRA on the MLP, rank 5": (0.002, 0.004, 0.008),
-        "Image-LoRA": (0.004, 0.008, 0.016),
-    },
-}
-LADDER = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", "Image-LoRA in 12 heads by the probe"]
-COSTS = [method for method in TRIED["skilled"] if not method.endswith(" on v")]
-OWN = [f"{method} with own answers" for method in THREE]
-CORRECTED = [method + CORRECT for method in THREE]
-AFTER_9 = [f"{method} trained after 9" for method in THREE]
-VARIED = [f"{method} trained after 0 to 9 with own answers" for method in THREE]
-HINTED = ["LoRA", "LoRA on the MLP", "LoRA on q and k", "LoRA on v", "Partial LoRA", "Image-LoRA"]
-HINTS = [f"{method} with hints" for method in HINTED]
-FASTER_HINTS = [f"{method} with hints{FOUR_TIMES}" for method in THREE]
-BY_PROBE = [f"Image-LoRA in {number} heads by the probe" for number in (4, 12)]
-RANDOM = [f"Image-LoRA in {number} random heads" for number in (4, 12)]
-NEW_SKILL = [*TRIED["unskilled"]]
-ON_SMOLLM2 = [*TRIED["SmolLM2"], "LoRA, rank 2", "Partial LoRA, rank 2", *OWN]
-
-
-class Group(NamedTuple):
-    """Runs that differ in the model, the method and the seed, and how each is asked."""
-
-    setting: str
-    methods: Iterable[str]
-    seeds: Iterable[int] = (1, 2, 3)
-    gammas: Iterable[float] = (1.0,)
-    texts: Iterable[int] = (0,)
-
-
-GROUPS = [
-    # What does it cost elsewhere, and what brings it back?
-    Group("skilled", COSTS + LADDER + OWN + CORRECTED, gammas=GAMMAS),
-    Group("skilled", ["Image-LoRA in 12 heads by the probe, without 1/√|S|"], gammas=GAMMAS),
-    Group("skilled", ["LoRA on v"], seeds=[1], gammas=GAMMAS),
-    Group("SmolLM2", ON_SMOLLM2, [1], GAMMAS[:-1]),
-    # A new skill?
-    *(Group(setting, NEW_SKILL) for setting in ("unskilled", "below")),
-    *(Group(setting, [REWORDED], seeds=[1]) for setting in ("skilled", "unskilled")),
-    Group("referring", LADDER[:4], seeds=[1]),
-    # Does text mislead it?
-    Group("skilled", HINTS),
-    Group("skilled", ["Partial LoRA on v with hints", "LoRA, rank 2 with hints"], seeds=[1, 2]),
-    Group("skilled", FASTER_HINTS, seeds=[1]),
-    Group("copying", ["LoRA with hints", "LoRA on v with hints", "Image-LoRA with hints"], seeds=[1]),
-    # Does the text before the image have to be as in training?
-    Group("skilled", THREE + AFTER_9 + VARIED, texts=TEXTS),
-    Group("skilled", ["Image-LoRA trained after 0 to 9"], seeds=[1], texts=TEXTS),
-    Group("skilled", ["base model", "Image-LoRA", "Image-LoRA trained after 9"], seeds=[1], texts=(0, 1, 3, 9)),
-    # Does the choice of heads matter?
-    Group("skilled", BY_PROBE),
-    Group("skilled", RANDOM, seeds=range(1, 6)),
-    # What SmolLM2 can do before fine-tuning, and what it does with hints
-    Group("SmolLM2", ["base model"], seeds=[1]),
-]
-SINGLE_ROWS = [
-    Row("SmolLM2", 1, "LoRA with hints for 40 steps", 0.001, 1, 1.0, 0),
-    Row("SmolLM2", 1, "Image-LoRA with hints for 40 steps", 0.016, 1, 1.0, 0),
-]
-
-
-def planned_rows(rates: dict[tuple[str, str], float]) -> list[Row]:
-    """Each row once: those by which learning rates are chosen, and those of GROUPS at the chosen rates.
-
-    rates: {(setting, method): the chosen one}. A tuned method that is not there waits for its rate."""
-    rows = [*SINGLE_ROWS]
-    for setting, tried in TRIED.items():
-        for (method, lrs), model in product(tried.items(), SETTINGS[setting].bases):
-            rows += [Row(setting, model, method, lr, 1, 1.0, 0) for lr in lrs]
-    for setting, methods, *asked in GROUPS:
-        for method in methods:
-            if method in TRIED.get(setting, ()) and (setting, method) not in rates:
-                continue
-            lr = chosen_rate(rates, setting, method)
-            rows += [
-                Row(setting, model, method, lr, *rest) for model, *rest in product(SETTINGS[setting].bases, *asked)
-            ]
-    return list(dict.fromkeys(rows))
-
-
 def rows_of(runs) -> list[Row]:
     """The rows of a table, pandas.DataFrame."""
     return [Row(*row) for row in runs[[*Row._fields]].itertuples(index=False)]
-
-
-def chosen_rate(rates: dict[tuple[str, str], float], setting: str, method: str) -> float:
-    """A method that was not tuned has the rate of the one that its name begins with, or that of the demo's setting."""
-    if method in UNTRAINED:
-        return 0.0
-    for place_of_choice in (setting, "skilled"):
-        if (place_of_choice, method) in rates:
-            return rates[place_of_choice, method]
-    shorter, _ = split_ending(method)
-    return chosen_rate(rates, setting, shorter) * (4 if method.endswith(FOUR_TIMES) else 1)

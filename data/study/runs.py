@@ -1,11 +1,11 @@
-"""Makes the rows of the plan (data/study/methods.py): trains a model for each run, and asks it as its rows say.
+"""Makes the rows of a file anew: trains a model for each run, and asks it as its rows say.
 
-python -m data.study.runs --out runs/mine.csv                       all rows of tiny models anew, in some days of a core
+python -m data.study.runs --out runs/mine.csv                       all rows of tiny models, in some days of a core
 python -m data.study.runs --out runs/mine.csv --method "LoRA on v"  one method's
-python -m data.study.runs --out runs/mine.csv --setting SmolLM2     SmolLM2's, about an hour for each run
+python -m data.study.runs --plan data/study/smollm.csv --out runs/smollm.csv      SmolLM2's, about an hour for each run
 
-Rows are written run by run, and if it was stopped, it goes on. The models without the skill are made by
-data.study.pretrain.
+Of the plan, only the columns of data.study.methods.Row are read, so a file with these alone plans new runs. Rows are
+written run by run, and if it was stopped, it goes on. The models without the skill are made by data.study.pretrain.
 """
 
 import sys
@@ -28,8 +28,7 @@ from data.gamma import turned_down
 from data.questions import all_samples, click_right_of
 from data.replay import make_replay_data
 from data.study.attention import image_share
-from data.study.compare import choose_rates, read_runs
-from data.study.methods import CORRECT, REWORDED, SETTINGS, UNTRAINED, Row, config, planned_rows, rows_of
+from data.study.methods import CORRECT, REWORDED, SETTINGS, UNTRAINED, Row, config, rows_of
 
 SHARE_QUESTIONS = 100  # for which the image's share of attention is measured
 REWORDED_SCREENS = 400  # test screens on which the base model is asked to click right of the name
@@ -37,8 +36,8 @@ REWORDED_SCREENS = 400  # test screens on which the base model is asked to click
 
 @dataclass(frozen=True)
 class RunsConfig:
+    plan: str = option("data/study/runs.csv", "file that names the rows")
     out: str = option("runs/mine.csv", "file of rows; those of the plan that it lacks are made")
-    setting: str = option("", "only the rows of this setting, instead of all but SmolLM2's", ("", *SETTINGS))
     method: str = option("", "only the rows of this method")
     workers: int = option(2, "processes that make runs, of one thread each", minimum=1)
     device: str = option("cpu", "where tiny models compute: cpu, cuda, mps, or auto")
@@ -49,9 +48,11 @@ def main(cfg: RunsConfig) -> None:
     out = Path(cfg.out)
     made = rows_of(pd.read_csv(out)) if out.exists() else []
     runs = {}  # {what is trained: the rows that are missing of it}
-    for row in planned_rows(choose_rates(read_runs(out))):
-        is_asked_for = row.setting == cfg.setting or (not cfg.setting and row.setting != "SmolLM2")
-        if row not in made and is_asked_for and cfg.method in ("", row.method):
+    plan = pd.read_csv(file_path(cfg.plan))
+    if not {*Row._fields} <= {*plan}:
+        raise ValueError(f"{cfg.plan} plans no runs: it must have the columns {', '.join(Row._fields)}")
+    for row in rows_of(plan):
+        if row not in made and cfg.method in ("", row.method):
             runs.setdefault(row[:5], []).append(row)
     for rows in runs.values():
         base = SETTINGS[rows[0].setting].bases[rows[0].model]

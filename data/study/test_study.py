@@ -78,10 +78,11 @@ def test_a_methods_name_says_what_is_trained():
         methods.config(row._replace(method="LoRA by magic"))
 
 
-def test_the_files_hold_rows_of_the_plan_alone_and_each_once():
+def test_the_files_hold_each_row_once_and_each_has_a_meaning():
     rows = [row for path in compare.FILES for row in methods.rows_of(pd.read_csv(path))]
     assert len(rows) == len({*rows})
-    assert {*rows} <= {*methods.planned_rows(RATES)}
+    for row in rows:
+        assert methods.config(row).lr == row.lr
 
 
 def test_the_line_below_is_asked_for_in_the_words_of_the_new_task():
@@ -109,21 +110,26 @@ def few(monkeypatch):
     runs.screens_of.cache_clear()
 
 
+def plan_of(rows: list[methods.Row], directory: Path) -> str:
+    """A file that plans these."""
+    pd.DataFrame(rows).to_csv(directory / "plan.csv", index=False)
+    return str(directory / "plan.csv")
+
+
 def test_rows_that_a_file_lacks_are_made_and_never_again(tmp_path, few, monkeypatch):
     """Trained once but asked in three ways, trained with hints, frozen, asked in other words."""
     trained = methods.Row("skilled", 1, "Image-LoRA with own answers", 0.01, 1, 1.0, 0)
-    planned = [trained, trained._replace(gamma=0.0), trained._replace(text=1)]
-    planned += [trained._replace(method="LoRA with hints", lr=0.0025)]
-    planned += [trained._replace(method=method, lr=0.0) for method in methods.UNTRAINED]
-    monkeypatch.setattr(runs, "planned_rows", lambda rates: planned)
+    rows = [trained, trained._replace(gamma=0.0), trained._replace(text=1)]
+    rows += [trained._replace(method="LoRA with hints", lr=0.0025)]
+    rows += [trained._replace(method=method, lr=0.0) for method in methods.UNTRAINED]
     trainings = Mock(side_effect=train.train)
     monkeypatch.setattr(train, "train", trainings)
     out = tmp_path / "new" / "rows.csv"
-    arguments = ["--out", str(out), "--workers", "1"]
+    arguments = ["--plan", plan_of(rows, tmp_path), "--out", str(out), "--workers", "1"]
     assert command(runs.RunsConfig, runs.main, "", arguments) == 0
     assert trainings.call_count == 2
     made = pd.read_csv(out)
-    assert methods.rows_of(made) == planned
+    assert methods.rows_of(made) == rows
     assert {*made} <= {*RUNS}
     as_trained, without_update, after_text, hinted, frozen, reworded = made.task_acc
     assert without_update == frozen != as_trained
@@ -148,10 +154,14 @@ def test_a_row_of_each_setting_can_be_made(setting, few):
     assert 0 <= line["task_acc"] <= 1
 
 
-def test_a_missing_base_is_told_before_anything_runs(tmp_path, capsys):
+def test_a_missing_base_or_column_is_told_before_anything_runs(tmp_path, capsys):
     out = tmp_path / "rows.csv"
-    assert command(runs.RunsConfig, runs.main, "", ["--out", str(out), "--setting", "copying"]) == 2
+    plan = plan_of([methods.Row("copying", 1, "LoRA", 0.01, 1, 1.0, 0)], tmp_path)
+    assert command(runs.RunsConfig, runs.main, "", ["--plan", plan, "--out", str(out)]) == 2
     assert "there is no runs/bases/1-copying.pt; first make it" in capsys.readouterr().err
+    Path(plan).write_text("model,lr\n1,0.01\n")
+    assert command(runs.RunsConfig, runs.main, "", ["--plan", plan, "--out", str(out)]) == 2
+    assert "must have the columns setting, model, method" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -160,7 +170,7 @@ def test_a_missing_base_is_told_before_anything_runs(tmp_path, capsys):
 def test_a_table_of_the_page_is_that_which_the_comparison_prints(page):
     """Whoever changes a row or the page sees it here."""
     page = (ROOT / page).read_text()
-    printed = compare.page_tables(compare.compare(RUNS)).values()
+    printed = compare.page_tables(compare.compare(RUNS))
     for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
         assert table in printed
 
@@ -191,10 +201,3 @@ def test_methods_are_compared_where_they_hit_equally_many_switches():
     assert compare.kept_at_clicks(curve, 95) == 70
     assert np.isnan(compare.kept_at_clicks(curve, 99))  # it never gets there
     assert np.isnan(compare.kept_at_clicks(curve, 40))  # it is above this everywhere
-
-
-def test_a_difference_is_told_with_the_pairs_that_have_its_sign():
-    runs_of_one = pd.Series({(1, 1): 90.0, (1, 2): 92.0, (2, 1): 80.0})
-    runs_of_other = pd.Series({(1, 1): 89.0, (1, 2): 93.0, (2, 1): 74.0, (2, 2): 50.0})
-    assert compare.difference(runs_of_one, runs_of_other) == "+2.0 (2 of 3)"
-    assert compare.spread(runs_of_one) == "87.3 (80.0–92.0)"
