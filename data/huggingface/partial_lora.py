@@ -15,7 +15,7 @@ import peft
 import safetensors.torch
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 
 from imagelora import Call, CallTracker, adaptable_parts
 
@@ -29,11 +29,8 @@ def partial_lora(model, r=8, lora_alpha=16, projections=ATTENTION) -> PeftModel:
 
     projections: may also name those of the MLP, gate_proj, up_proj and down_proj. In hybrid models most layers have
     others, such as in_proj_qkv and out_proj in Qwen3.5. Prints in how many layers the LoRA is."""
-    check_base(model)
-    model = peft.get_peft_model(
-        model, peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=decoder_pattern(projections))
-    )
-    VisualTokens(model)
+    config = peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=decoder_pattern(projections))
+    model = add_lora(model, config)
     print(f"Partial LoRA adapts {', '.join(projections)} in {adapted_layers(model)}")
     return model
 
@@ -46,30 +43,28 @@ def decoder_pattern(projections=ATTENTION) -> str:
 
 def adapted_layers(model: PeftModel) -> str:
     """In how many layers of the decoder there is a LoRA, such as "8 of 32 layers"."""
-    base = model.get_base_model()
-    names = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
-    layers = {re.match(r"(.*\.)?layers\.\d+", name)[0] for name in names}  # such as model.layers.3
-    stacks = {layer.rpartition(".")[0] for layer in layers}  # one, in the models that Image-LoRA adapts
-    return f"{len(layers)} of {sum(len(base.get_submodule(stack)) for stack in stacks)} layers"
+    layers = {re.search(r"layers\.\d+", name)[0] for name in model.targeted_module_names}
+    return f"{len(layers)} of {model.config.get_text_config().num_hidden_layers} layers"
 
 
 def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
     """Adds to a base model the Partial LoRA that save_pretrained() has written."""
-    check_base(model)
     config = peft.PeftConfig.from_pretrained(folder)
     if getattr(config, "init_lora_weights", None) != MARK:
         raise ValueError(f"{folder} holds no Partial LoRA; load it with PeftModel.from_pretrained()")
     config.init_lora_weights = True
     config.inference_mode = not is_trainable
-    model = peft.get_peft_model(model, config)
-    VisualTokens(model)
+    model = add_lora(model, config)
     model.load_adapter(folder)
     return model
 
 
-def check_base(model) -> None:
+def add_lora(model, config: peft.LoraConfig) -> PeftModel:
     if getattr(model, "peft_config", None):
-        raise ValueError("Partial LoRA is a LoRA of its own; give it a model without an adapter")
+        raise ValueError("Partial LoRA must be the only adapter; give it a fresh copy of the base model")
+    model = peft.get_peft_model(model, config)
+    VisualTokens(model)
+    return model
 
 
 class VisualTokens:
@@ -81,15 +76,15 @@ class VisualTokens:
         self.tracker = CallTracker(base, image_token_ids, layers)
         # In generate(), Gemma 4's layers that share keys and values get the last token of the prompt alone.
         self.may_get_the_last_tokens = any(getattr(module, "is_kv_shared_layer", False) for module in base.modules())
-        base.register_forward_pre_hook(check_adapters)
-        loras = [(name, part) for name, layer in layers.items() for part in layer.modules() if is_lora(part)]
-        if len(loras) < sum(map(is_lora, base.modules())):
-            raise ValueError("Partial LoRA adapts the decoder alone; take target_modules=decoder_pattern()")
-        for name, lora in loras:
-            lora.register_forward_hook(partial(self.tracker.pass_on, name))
-            lora.lora_A["default"].register_forward_hook(partial(self.zero_at_text, name))
-            lora.merge = refuse_to_merge
         model.peft_config["default"].init_lora_weights = MARK
+        base.register_forward_pre_hook(check_adapters)
+        loras = {lora: i for i, layer in layers.items() for lora in layer.modules() if isinstance(lora, LoraLayer)}
+        if len(loras) < sum(isinstance(module, LoraLayer) for module in base.modules()):
+            raise ValueError("Partial LoRA adapts the decoder alone; take target_modules=decoder_pattern()")
+        for lora, layer in loras.items():
+            lora.register_forward_hook(partial(self.tracker.pass_on, layer))
+            lora.lora_A["default"].register_forward_hook(partial(self.zero_at_text, layer))
+            lora.merge = refuse_to_merge
         model.save_pretrained = partial(save_pretrained, model)
         model.load_adapter = partial(load_adapter, model)
 
@@ -105,15 +100,10 @@ class VisualTokens:
         return z.masked_fill(~is_visual[..., None].to(z.device), 0)
 
 
-def is_lora(module) -> bool:
-    return isinstance(module, BaseTunerLayer)
-
-
 def check_adapters(base, args) -> None:
-    configs = getattr(base, "peft_config", {})
+    configs = getattr(base, "peft_config", {})  # none after unload()
     if [config.init_lora_weights for config in configs.values()] != [MARK]:
-        what = "one was added or deleted; start again from a fresh copy of the base model"
-        raise ValueError(f"Partial LoRA must be the only adapter, but {what}")
+        raise ValueError("Partial LoRA must be the only adapter; start again from a fresh copy of the base model")
 
 
 def refuse_to_merge(*_, **__):

@@ -102,7 +102,7 @@ def test_it_stays_partial_lora_however_often_it_is_saved_and_no_server_reads_it_
 def test_what_would_adapt_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be merged"):
         trained().merge_and_unload()
-    with pytest.raises(ValueError, match="give it a model without an adapter"):
+    with pytest.raises(ValueError, match="must be the only adapter"):
         partial_lora(lora())
     with pytest.raises(ValueError, match="adapts the decoder alone"):
         VisualTokens(lora(["q_proj"]))
