@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from accelerate.utils import broadcast_object_list
 from examples import as_dataset, read_examples
-from partial_lora import VisualTokens, adapted_layers, decoder_pattern
+from partial_lora import ATTENTION, VisualTokens, adapted_layers, decoder_pattern
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoProcessor
@@ -50,7 +50,7 @@ def make_trainer(args: Options, run: dict) -> SFTTrainer:
     evaluation = as_dataset(read_examples(*args.eval_files)) if args.eval_files else None
     if args.method != "lora" and not any(example["images"] for example in train):
         raise SystemExit(f"--method {args.method} learns from images alone, but no example in --train_files has one")
-    projections = args.projections or ["q_proj", "k_proj", "v_proj", "o_proj"]
+    projections = args.projections or ATTENTION
     lora = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=decoder_pattern(projections))
     options = {"processing_class": AutoProcessor.from_pretrained(args.processor or args.model)}
     options["peft_config"] = None if args.method == "image_lora" else lora

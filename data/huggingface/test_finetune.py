@@ -1,4 +1,4 @@
-"""finetune.py and answers.py on tiny models: what is learned, saved, shown, asked and refused."""
+"""finetune.py and examples.py on tiny models: what is learned, saved, shown, asked and refused."""
 
 import json
 from itertools import product
@@ -18,10 +18,10 @@ peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 sft = pytest.importorskip("trl.trainer.sft_trainer")
 tokenizers = pytest.importorskip("tokenizers")
-import answers  # noqa: E402
 import examples  # noqa: E402
 import finetune  # noqa: E402
 from partial_lora import load_partial_lora  # noqa: E402
+from peft.helpers import rescale_adapter_scale  # noqa: E402
 
 processor_of = transformers.AutoProcessor.from_pretrained
 COLOURS = {"10": "#f000", "20": "#0f00", "30": "#00f0", "40": "#fff0"}  # transparent, which a careless reader keeps
@@ -145,17 +145,18 @@ def test_a_model_learns_its_examples_and_answers_them_right_when_it_is_asked(fol
     model = base_of(folder)
     text = logits_of(model, TEXT)
     new = examples.read_examples(folder / "train.jsonl")
-    by_base = answers.answer(model, processor_of(folder / "processor"), new)
+    by_base = examples.answer(model, processor_of(folder / "processor"), new)
     if method == "image_lora":
-        imagelora.load(model, folder / method / "adapter.pt")
+        nothing = imagelora.load(model, folder / method / "adapter.pt").scaled(0.0)
     else:
         model = (peft.PeftModel.from_pretrained if method == "lora" else load_partial_lora)(model, folder / method)
+        nothing = rescale_adapter_scale(model, 0.0)
     assert torch.equal(logits_of(model, TEXT), text) == (method != "lora")
     processor = processor_of(folder / method)
     expected = [line["completion"][0]["content"].strip() for line in new]
-    assert answers.answer(model, processor, new, batch_size=5) == expected
-    with answers.at_gamma(model, 0.0):
-        assert answers.answer(model, processor, new) == by_base != expected
+    assert examples.answer(model, processor, new, batch_size=5) == expected
+    with nothing:
+        assert examples.answer(model, processor, new) == by_base != expected
 
 
 @pytest.mark.parametrize("thinks", [True, False])
@@ -168,7 +169,7 @@ def test_what_is_asked_is_what_training_shows(folder, thinks):
     mixed = [*examples.read_examples(folder / "base.jsonl")[4:10], example([])]
     model = base_of(folder)
     with patch.object(model, "generate", side_effect=model.generate) as generate:
-        answers.answer(model, processor, mixed)
+        examples.answer(model, processor, mixed)
     asked = generate.call_args.kwargs
     assert (asked["do_sample"], asked["repetition_penalty"], asked["suppress_tokens"]) == (False, 1.0, [PICTURE, VIDEO])
     collate = sft.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
@@ -186,10 +187,10 @@ def test_own_answers_are_the_bases_to_other_questions(folder, capsys):
     model, processor = base_of(folder), processor_of(folder / "processor")
     some = examples.read_examples(folder / "base.jsonl") + [example([])]
     questions = [LEFT, BOTH, NOTHING, LOOP]
-    own = answers.own_answers(model, processor, some, questions, one_in=3)
+    own = examples.own_answers(model, processor, some, questions, one_in=3)
     assert f"{len(own)} of 22 answers can be learned" in capsys.readouterr().out
     assert {(line["prompt"][-1]["content"], len(line["prompt"])) for line in own} == set(product((LEFT, BOTH), (1, 2)))
-    assert answers.own_answers(model, processor, some, [BOTH], one_in=3, max_new_tokens=2) == []
+    assert examples.own_answers(model, processor, some, [BOTH], one_in=3, max_new_tokens=2) == []
     write(folder / "own.jsonl", own)
     trainer = train(folder, "lora", "as_base", "--eval_files {}/own.jsonl --eval_on_start true")
     assert trainer.state.log_history[0]["eval_mean_token_accuracy"] == 1  # before its first step it is the base
