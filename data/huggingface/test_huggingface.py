@@ -182,25 +182,32 @@ def hf_prompt(family="Llava", kind=PICTURE):
 
 
 def processor_for(family):
-    """Knows a few words and numbers."""
+    """Knows a few words and numbers. That of Qwen3.5 has the model's own chat template, which opens a thought."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    qwen = family == "Qwen2_5_VL"
-    marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO} if qwen else {"<image>": PICTURE}
-    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", *map(str, range(60))]
-    vocabulary = {word: i for i, word in enumerate(words)} | marks
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    options = {"pad_token": "<pad>", "eos_token": "</s>", "additional_special_tokens": list(marks)}
+    words = ["<pad>", "<s>", "</s>", "<unk>"]
+    marks = {"<image>": PICTURE}
+    split = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if family == "Qwen3_5":
+        words = ["<pad>", "<|endoftext|>", "<|im_end|>", "<unk>", "<|im_start|>", "<think>", "</think>"]
+        words += ["system", "user", "assistant", " ", "\n", "\n\n"]
+        marks = {"<|image_pad|>": PICTURE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": 93}
+        pattern = tokenizers.Regex(r"<\|?/?\w+\|?>|\w+|\n\n|[\s\S]")
+        split = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    vocabulary = {word: i for i, word in enumerate([*words, "a", "cat", *map(str, range(60))])} | marks
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    options = {"pad_token": "<pad>", "eos_token": words[2], "additional_special_tokens": list(marks)}
     options["model_input_names"] = ["input_ids", "attention_mask"]
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
-    said = "{% for part in m['content'] %}{{ part['text'] or 'a " + list(marks)[0] + " a' }} {% endfor %}"
-    template = "{% for m in messages %}" + said + "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-    if qwen:
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    if family == "Qwen3_5":
+        tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
+        template = Path(pytest.importorskip("trl").__file__).parent / "chat_templates/qwen3_5_think.jinja"
         sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 64}
-        pictures = transformers.Qwen2VLImageProcessor(**sizes)
-        videos = transformers.Qwen2VLVideoProcessor(**sizes)
-        return transformers.Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=template)
+        pictures, videos = transformers.Qwen2VLImageProcessor(**sizes), transformers.Qwen3VLVideoProcessor(**sizes)
+        return transformers.Qwen3VLProcessor(pictures, tokenizer, videos, chat_template=template.read_text())
+    said = "{% for part in m['content'] %}{{ part['text'] or 'a <image> a' }} {% endfor %}"
+    template = "{% for m in messages %}" + said + "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return transformers.LlavaProcessor(pictures, tokenizer, chat_template=template, **options)
