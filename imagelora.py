@@ -119,7 +119,7 @@ class ImageLoRA(nn.Module):
             self.layers[str(layer)] = value_adapter.to(device_of(v_proj))
         self._required_grad = {name: p.requires_grad for name, p in base.named_parameters()}
         # From here on the model changes: in each of its calls the tracker finds the visual rows, and adapt changes V.
-        self._tracker = track_values(self, base, decoder, attentions, image_token_ids)
+        self._tracker = CallTracker(base, image_token_ids, {i: decoder[int(i)] for i in self.layers}, adapter=self)
 
     @property
     def heads(self) -> Heads:
@@ -200,13 +200,12 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
     with torch.random.fork_rng(devices=[]):  # attach() draws an A; the caller's random state must not change
         adapter = attach(model, r, lora_alpha=r, normalize=False)  # so that the scale in front of A B is 1
     base.requires_grad_(False)  # Otherwise backward() would leave gradients in PEFT's parameters.
-    for value_adapter in adapter.layers.values():
-        value_adapter.B.requires_grad_(True)
     scores = torch.zeros(len(attentions), max(adapter.head_counts), dtype=torch.float32, device="cpu")  # [L, H]
     count = 0
     try:
-        for batch in batches:
+        for count, batch in enumerate(batches, start=1):
             for value_adapter in adapter.layers.values():
+                value_adapter.B.requires_grad_(True)
                 A = scores.new_zeros(value_adapter.A.shape)
                 A = A.normal_(generator=generator) if probe == "rank1" else A.fill_diagonal_(1)
                 value_adapter.A.copy_(A)
@@ -218,10 +217,11 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
             for layer, value_adapter in adapter.layers.items():
                 # I(l, h) = ||dL/dB_l(h)||^2, and B is [H, r, d_h] here
                 scores[int(layer), : value_adapter.num_kv_heads] += value_adapter.B.grad.square().sum((1, 2)).cpu()
-            count += 1
     finally:
         adapter.detach()
-    check_influence(scores, count)
+    if not scores.any():
+        none = f"in none of the {count} probe batches does the loss depend on a visual token"
+        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
     for row, num_heads in zip(scores, adapter.head_counts):
         row[num_heads:] = -torch.inf  # the layer has no such heads
     return scores / count
@@ -243,8 +243,8 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
         quotient = weights / (2 * budget + 1)
         budget[quotient.where(budget < head_counts, -1).argmax()] += 1
     best_first = scores.argsort(dim=1, descending=True, stable=True).tolist()
-    heads = {layer: sorted(best_first[layer][:k]) for layer, k in zip(order.tolist(), budget.tolist()) if k > 0}
-    return dict(sorted(heads.items()))
+    budget_of_layers = sorted(zip(order.tolist(), budget.tolist()))
+    return {layer: sorted(best_first[layer][:k]) for layer, k in budget_of_layers if k > 0}
 
 
 # ------ That is the method. Below: how M reaches the layers; files, devices, and what cannot be adapted ---------------
@@ -295,6 +295,10 @@ class CallTracker:
             names = {part: name.rpartition(".")[2] for name, part in module.named_modules()}
             norms = [part for part, name in names.items() if "norm" in name and name not in ("q_norm", "k_norm")]
             self.hooks += [norm.register_forward_hook(partial(self.pass_on, layer)) for norm in norms]
+            if adapter is not None:
+                attention = attention_of(module, layer)
+                add_update = partial(self.adapt, layer, adapter.layers[layer])
+                self.hooks += [attention.v_proj.register_forward_hook(add_update)]
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
@@ -389,15 +393,6 @@ class CallTracker:
             OVERRIDES.reset(token)
 
 
-def track_values(adapter: ImageLoRA, base, decoder, attentions, image_token_ids: set[int]) -> CallTracker:
-    """From now on, in each call of the model, the adapted layers add their updates to what v_proj makes of X."""
-    tracker = CallTracker(base, image_token_ids, {layer: decoder[int(layer)] for layer in adapter.layers}, adapter)
-    for layer, value_adapter in adapter.layers.items():
-        attention = attentions[int(layer)]
-        tracker.hooks += [attention.v_proj.register_forward_hook(partial(tracker.adapt, layer, value_adapter))]
-    return tracker
-
-
 def take_off(adapter: ImageLoRA) -> nn.Module:
     tracker = adapter._tracker
     if tracker is None:
@@ -450,8 +445,7 @@ class PortableValueAdapter(ValueAdapter):
     def set_extra_state(self, saved: Tensor) -> None:
         """RuntimeError if A and B of a state_dict belong to other heads or to another scale."""
         expected = self.get_extra_state()
-        saved = saved.cpu().float()
-        # Close is enough, because someone may have rounded the state_dict to bfloat16.
+        saved = saved.cpu().float()  # Close is enough, because someone may have rounded the state_dict to bfloat16.
         if saved.shape != expected.shape or not saved.allclose(expected, rtol=3e-3, atol=0):
             got = f"B is of heads {saved[1:].int().tolist()} and scale {saved[0]:.4g}"
             wanted = f"heads {expected[1:].int().tolist()} and scale {expected[0]:.4g}"
@@ -503,9 +497,8 @@ def write_adapter(adapter: ImageLoRA, path: Path) -> None:
     if not any(p.requires_grad for p in adapter.parameters()) or not any(t["B"].any() for t in layers.values()):
         why = "get_peft_model() and prepare_model_for_kbit_training() freeze what they find; call them before attach()"
         warnings.warn(f"B is zero or frozen, so the adapter may have learned nothing; {why} or load()", stacklevel=3)
-    heads = {str(layer): selected for layer, selected in adapter.heads.items()}
     content = {"model_name": adapter.model_name, "r": adapter.r, "alpha": float(adapter.lora_alpha)}
-    content |= {"kv_indices": heads, "layers": layers}
+    content |= {"kv_indices": {str(layer): heads for layer, heads in adapter.heads.items()}, "layers": layers}
     content |= {"normalize": adapter.normalize, "train_gamma": adapter.train_gamma}  # not in the authors' files
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(f"{path}.{os.getpid()}.tmp")
@@ -620,12 +613,6 @@ def check_placeholders(arguments: dict) -> None:
     if not has_cache and any(isinstance(p, Tensor) and p.any() for p in pixels):  # collators pad with zeros
         what = "a prompt comes with images, but has no placeholder for them, so nothing would be adapted"
         raise ValueError(f"{what}; check input_ids, and image_token_id in model.config")
-
-
-def check_influence(scores: Tensor, num_batches: int) -> None:
-    if not scores.any():
-        none = f"in none of the {num_batches} probe batches does the loss depend on a visual token"
-        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
 
 
 def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:

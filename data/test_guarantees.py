@@ -481,8 +481,8 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (attach, {"heads": {-1: [0]}}, "layer -1 has 0 heads"),  # would be the last layer
     (attach, {"heads": {0: [3]}}, "layer 0 has 3 heads"),  # would be head 0 of the next token
     (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
-    (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 0 is None"),
-    (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 1 is nan"),
+    (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 1 is None"),
+    (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 2 is nan"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
     (torch.no_grad()(score_heads), {"batches": [EARLY]}, "the probe needs gradients"),
 ]
