@@ -16,13 +16,12 @@ def strengths(adapter: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def turned_down(adapter: nn.Module, factor: float | list[float]):
-    """A context in which gamma is multiplied by a factor, or that of each layer by one of its own."""
+def turned_down(adapter: nn.Module, factor: float):
+    """A context in which gamma is multiplied by a factor."""
     gammas = strengths(adapter)
     trained = [gamma.clone() for gamma in gammas]
-    factors = factor if isinstance(factor, list) else [factor] * len(gammas)
-    for gamma, factor_of_layer in zip(gammas, factors, strict=True):
-        gamma.mul_(factor_of_layer)
+    for gamma in gammas:
+        gamma.mul_(factor)
     try:
         yield
     finally:

@@ -17,24 +17,22 @@ SIDE = 400  # pixels of a screen there
 LINE = 40  # pixels from one line of text to the next
 
 
-def picture_of(base_answer: Answer, answer: Answer, side: int) -> Image.Image:
-    """The screen of an answer; of a click also the target, a cross where the base model clicked, and a ring where the
-    tuned one did."""
-    image = Image.fromarray(answer.screen.image).resize((side, side))
-    if "bbox" in answer.sample:
-        draw = ImageDraw.Draw(image)
-        zoom = side / SIZE
-        draw.rectangle([zoom * edge for edge in answer.sample["bbox"]], None, "black", 3)
-        if base_answer.output is not None:  # otherwise the answer is no point
-            x, y = (zoom * place for place in base_answer.output)
-            draw.line((x - 9, y - 9, x + 9, y + 9), ORANGE, 5)
-            draw.line((x - 9, y + 9, x + 9, y - 9), ORANGE, 5)
-        if answer.output is not None:
-            draw.circle([zoom * place for place in answer.output], 13, None, BLUE, 5)
+def picture_of(base_answer: Answer, answer: Answer) -> Image.Image:
+    """A screen, its target's frame, a cross where the base model clicked, and a ring where the tuned one did."""
+    image = Image.fromarray(answer.screen.image).resize((SIDE, SIDE))
+    draw = ImageDraw.Draw(image)
+    zoom = SIDE / SIZE
+    draw.rectangle([zoom * edge for edge in answer.sample["bbox"]], None, "black", 3)
+    if base_answer.output is not None:  # otherwise the answer is no point
+        x, y = (zoom * place for place in base_answer.output)
+        draw.line((x - 9, y - 9, x + 9, y + 9), ORANGE, 5)
+        draw.line((x - 9, y + 9, x + 9, y - 9), ORANGE, 5)
+    if answer.output is not None:
+        draw.circle([zoom * place for place in answer.output], 13, None, BLUE, 5)
     return image
 
 
-def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Image:
+def save_predictions(base_answers: list[Answer], answers: list[Answer], path: Path) -> None:
     """Eleven of the answers, evenly chosen, and the first one that is wrong, if any is. Below each is its question."""
     wrong = [i for i, answer in enumerate(answers) if not is_right(answer)]
     evenly = [twelfth * len(answers) // 12 for twelfth in range(11)]
@@ -45,15 +43,10 @@ def predictions(base_answers: list[Answer], answers: list[Answer]) -> Image.Imag
     for place, i in enumerate(shown):
         row, column = divmod(place, COLUMNS)
         x, y = column * SIDE, row * (SIDE + LINE)
-        page.paste(picture_of(base_answers[i], answers[i], SIDE), (x, y))
+        page.paste(picture_of(base_answers[i], answers[i]), (x, y))
         verdict, ink = ("wrong", RED) if i in wrong else ("correct", INK)
         words = f"{answers[i].sample['instruction']}: {verdict}"
         draw.text((x + SIDE // 2, y + SIDE + LINE // 2), words, ink, ImageFont.load_default(LINE // 2), "mm")
-    return page
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Writes a picture of 128 colours, which make a small file."""
     buffer = io.BytesIO()
-    picture.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1).save(buffer, path.suffix[1:], optimize=True)
+    page.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1).save(buffer, "png", optimize=True)
     write_file(path, buffer.getbuffer())

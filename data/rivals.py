@@ -1,12 +1,12 @@
 """Image-LoRA's rivals: LoRA and Partial LoRA."""
 
 import math
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from data.gamma import turned_down
 from imagelora import CallTracker
 
 
@@ -22,10 +22,10 @@ class LoRA(nn.Module):
     def __init__(self, model, r: int, lora_alpha: float, projections="qkvo", tokens: str = "all"):
         super().__init__()
         self.gamma = torch.ones(1, device=model.device)  # the strength of the update, as in Image-LoRA
-        self.enabled = True
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
         self.linears = []  # the adapted linear layers, in a plain list, because they belong to the model
+        self.hooks = []
         layers = {str(i): layer for i, layer in enumerate(model.language_model.layers)}
         adapted = [(i, linear) for i, layer in layers.items() for linear in linears_of(layer, projections)]
         if not adapted:
@@ -39,7 +39,7 @@ class LoRA(nn.Module):
         if tokens == "visual":
             self.tracker = CallTracker(model, {model.config.image_token_id}, layers)
         for layer, linear in adapted:
-            linear.register_forward_hook(partial(self._add_update, len(self.A), layer))
+            self.hooks.append(linear.register_forward_hook(partial(self._add_update, len(self.A), layer)))
             self.linears.append(linear)
             A = torch.empty(linear.in_features, r, device=model.device)  # [d_in, r]
             nn.init.kaiming_uniform_(A.T, a=math.sqrt(5))
@@ -48,8 +48,6 @@ class LoRA(nn.Module):
 
     def _add_update(self, i: int, layer: str, linear, inputs, y: Tensor) -> Tensor:
         """What linear layer number i computes, y [B, T, d_out], with the update in the adapted rows."""
-        if not self.enabled:
-            return y
         (x,) = inputs  # [B, T, d_in]
         A = self.A[i]  # [d_in, r]
         B = self.B[i]  # [r, d_out]
@@ -65,20 +63,15 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the updates to the model's weights, and switches them off here. For LoRA at all tokens."""
+        """Moves the updates into the model's weights. For LoRA at all tokens."""
         for linear, A, B in zip(self.linears, self.A, self.B):
             linear.weight += self.gamma * self.scale * (A @ B).T
-        self.enabled = False
+        for hook in self.hooks:
+            hook.remove()
 
-    @contextmanager
     def disabled(self):
         """A context in which the model is the base model; or, after `merge`, the merged model."""
-        before = self.enabled
-        self.enabled = False
-        try:
-            yield
-        finally:
-            self.enabled = before
+        return turned_down(self, 0)
 
 
 def linears_of(layer: nn.Module, projections) -> list[nn.Module]:
