@@ -31,6 +31,7 @@ from test_imagelora import (
     attach_trained,
     attention,
     logits_of,
+    lora,
     loss_of,
     prompt,
     slopes,
@@ -135,14 +136,10 @@ IDS = torch.tensor([[1, IMG, IMG, 5, 6, 7], [1, 5, 6, IMG, IMG, 7]])
 MASK = IDS == IMG
 
 
-def model_and_embeddings():
-    model = FromEmbeddings(tiny_vlm().config)
-    return model, model.language_model.embed_tokens(IDS)
-
-
 def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_one():
     """input_ids take precedence. generate() repeats each prompt for its beams, and so must whoever gives the mask."""
-    model, x = model_and_embeddings()
+    model = FromEmbeddings(tiny_vlm().config)
+    x = model.language_model.embed_tokens(IDS)
     adapter = attach_trained(model)
     expected = model(input_ids=IDS)
     with adapter.scaled(0.5):
@@ -161,6 +158,17 @@ def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_
             assert not torch.equal(model(inputs_embeds=x), expected)
     with adapter.visual_mask(MASK.flip(0)):
         assert torch.equal(model(input_ids=IDS), expected)
+
+    def gradients():  # the same embeddings may come again under another mask, also before one backward()
+        losses = []
+        for mask in (MASK, MASK.flip(0)):
+            with adapter.visual_mask(mask):
+                losses.append(model(inputs_embeds=x).logsumexp(-1).sum())
+        return slopes(model, *losses)
+
+    without_checkpoints = gradients()
+    checkpoint_layers(model)
+    torch.testing.assert_close(gradients(), without_checkpoints)
 
 
 def test_a_prompt_with_an_image_and_no_placeholder_is_refused():
@@ -236,26 +244,17 @@ def after_a_disabled_call(model):
     return slopes(model, loss, disabled_loss)
 
 
-def loss_and_in_the_middle(model, batch, function):
-    """loss_of(model, batch), with a call of this function between two layers."""
-
-    def run_once(norm, args):
-        hook.remove()
-        function()
-
-    hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(run_once)
-    return loss_of(model, batch)
-
-
 def in_two_threads_at_once(model):
-    """And a third call, before one backward()."""
+    """Another thread calls the model in the middle of a call. A third call comes first, and there is one backward()."""
     losses = [loss_of(model, prompt(TEXT))]
 
-    def other_thread():
+    def call_in_another_thread(norm, args):
+        hook.remove()
         with ThreadPoolExecutor(1) as pool:
             losses.append(pool.submit(loss_of, model, EARLY).result())
 
-    losses.append(loss_and_in_the_middle(model, LATE, other_thread))
+    hook = model.language_model.layers[1].post_attention_layernorm.register_forward_pre_hook(call_in_another_thread)
+    losses.append(loss_of(model, LATE))
     return slopes(model, *losses)
 
 
@@ -263,18 +262,9 @@ def of_a_checkpoint_that_holds_the_model(model):
     return slopes(model, checkpoint(loss_of, model, EARLY, use_reentrant=False))
 
 
-def attach_to_some(model):
-    attach_trained(model, heads=SOME_HEADS)
-
-
-def partial_lora(model):
-    """The rival, also in o_proj and in the MLP, whose inputs are not the layer's."""
-    model.lora = LoRA(model, 2, 4, "all", tokens="visual")
-    torch.manual_seed(2)
-    for B in model.lora.B:
-        nn.init.normal_(B, std=0.1)
-
-
+attach_to_some = partial(attach_trained, heads=SOME_HEADS)
+# The rival is also in o_proj and in the MLP, whose inputs are not the layer's.
+partial_lora = partial(lora, tokens="visual", projections="all", r=2)
 CHECKPOINTED = [  # what happens to a checkpointed model, the batches whose gradients must come of it, and its adapter
     (after_a_disabled_call, [EARLY], attach_to_some),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], attach_to_some),
@@ -299,22 +289,6 @@ def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batch
     model.zero_grad()
     checkpoint_layers(model, use_reentrant)
     torch.testing.assert_close(gradients(model), expected)
-
-
-def test_the_same_embeddings_may_come_again_under_another_mask():
-    model, x = model_and_embeddings()
-    adapter = attach_trained(model)
-
-    def gradients():
-        losses = []
-        for mask in (MASK, MASK.flip(0)):
-            with adapter.visual_mask(mask):
-                losses.append(model(inputs_embeds=x).logsumexp(-1).sum())
-        return slopes(model, *losses)
-
-    expected = gradients()
-    checkpoint_layers(model)
-    torch.testing.assert_close(gradients(), expected)
 
 
 # 5. Copies, and how an adapter comes off again
@@ -431,12 +405,13 @@ def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(
     check_refusal("checksum", load, tiny_vlm(), path)
     path.write_bytes(damaged[:-9])
     check_refusal("is missing, damaged", load, tiny_vlm(), path)
-    torch.save(content | {"layers": {}}, path)
-    check_refusal("Missing key", load, tiny_vlm(), path)
-    torch.save(content | {"alpha": math.inf}, path)
-    check_refusal("lora_alpha positive and finite", load, tiny_vlm(), path)
-    torch.save(content | {"note": Path()}, path)  # to make a Path, torch.load would have to run its code
-    check_refusal("Weights only load failed", load, tiny_vlm(), path)
+    for change, sentence in (
+        ({"layers": {}}, "Missing key"),
+        ({"alpha": math.inf}, "lora_alpha positive and finite"),
+        ({"note": Path()}, "Weights only load failed"),  # to make a Path, torch.load would have to run its code
+    ):
+        torch.save(content | change, path)
+        check_refusal(sentence, load, tiny_vlm(), path)
 
 
 # 7. What cannot be right is refused in one sentence
@@ -468,6 +443,13 @@ def test_a_use_that_cannot_be_right_is_refused():
 
 
 NO_LABELS = EARLY | {"labels": torch.full((1, 7), -100)}
+RIGHT_PADDING = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}
+
+
+def select(model, scores, num_heads, tau=0.5):
+    """From two layers of heads with these scores."""
+    select_heads(torch.tensor([scores, scores]), num_heads, tau)
+
 
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
     (attach, {"r": 10**9}, "r must be in 1..24 .* got r=1000000000"),
@@ -485,28 +467,25 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 2 is nan"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
     (torch.no_grad()(score_heads), {"batches": [EARLY]}, "the probe needs gradients"),
+    (select, {"scores": [1.0, -torch.inf], "num_heads": 3}, "num_heads must be in 1..2, got 3"),
+    (select, {"scores": [1.0, 2.0], "num_heads": 0}, "num_heads must be in 1..4, got 0"),
+    (
+        select,
+        {"scores": [1.0, 2.0], "num_heads": 2, "tau": -1.0},
+        "tau must not be negative",
+    ),  # prefers the worst layers
+    (select, {"scores": [0.0, -torch.inf], "num_heads": 1}, "not all zero"),
+    (select, {"scores": [1.0, -1.0], "num_heads": 1}, "not negative"),
+    (select, {"scores": [1.0, math.inf], "num_heads": 1}, "must be finite"),
+    (nn.Module.__call__, prompt(IMAGE) | {"pixel_values": torch.zeros(1, 3, 32, 48)}, r"\[images, 3, 32, 32\], got \["),
+    (TinyVLM.generate, prompt(TEXT) | RIGHT_PADDING, "padded on the left"),
+    (lambda model: tiny_vlm(image_size=36), {}, "image_size 36 is not a multiple of patch_size 16"),
 ]
 
 
 @pytest.mark.parametrize("function, arguments, sentence", REFUSED)
 def test_arguments_that_cannot_be_right_are_refused(function, arguments, sentence):
     check_refusal(sentence, function, tiny_vlm(), **arguments)
-
-
-SELECTIONS = [  # scores of two layers' heads, the number of heads to select, tau, and why that cannot be
-    ([1.0, -torch.inf], 3, 0.5, "num_heads must be in 1..2, got 3"),
-    ([1.0, 2.0], 0, 0.5, "num_heads must be in 1..4, got 0"),
-    ([1.0, 2.0], 2, -1.0, "tau must not be negative"),  # it would prefer the worst layers
-    ([0.0, -torch.inf], 1, 0.5, "not all zero"),
-    ([1.0, -1.0], 1, 0.5, "not negative"),
-    ([1.0, math.inf], 1, 0.5, "must be finite"),
-]
-
-
-@pytest.mark.parametrize("scores, num_heads, tau, sentence", SELECTIONS)
-def test_a_selection_that_cannot_be_is_refused(scores, num_heads, tau, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        select_heads(torch.tensor([scores, scores]), num_heads, tau)
 
 
 ATTENTION = "language_model.layers.1.self_attn"
@@ -527,13 +506,3 @@ def test_a_model_that_cannot_be_adapted_is_refused(module, attribute, value, sen
     model = tiny_vlm()
     setattr(model.get_submodule(module), attribute, value)
     check_refusal(sentence, attach, model)
-
-
-def test_the_tiny_model_refuses_other_pictures_and_padding_behind_a_prompt():
-    model = tiny_vlm()
-    with pytest.raises(ValueError, match=r"must have shape \[images, 3, 32, 32\], got \[1, 3, 32, 48\]"):
-        model(EARLY["input_ids"], torch.zeros(1, 3, 32, 48))
-    with pytest.raises(ValueError, match="padded on the left"):
-        model.generate(**prompt(TEXT), attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]))
-    with pytest.raises(ValueError, match="image_size 36 is not a multiple of patch_size 16"):
-        tiny_vlm(image_size=36)
