@@ -38,7 +38,7 @@ def test_a_thick_line_is_the_mean_and_a_thin_one_is_a_seed():
     runs = pd.DataFrame(rows, columns=["method", "seed", "gamma", "hit", "kept"])
     _, ax = figures.plt.subplots()
     figures.draw_curves(ax, runs, "hit", "kept", "gamma", "seed")
-    *thin, ring, thick = [line.get_xydata().tolist() for line in ax.lines]
+    *thin, thick, ring = [line.get_xydata().tolist() for line in ax.lines]
     assert thin == [[[90 + seed, 25 + seed], [90 + seed, 50 + seed]] for seed in (1, 2, 3)]
     assert ring == [[92, 52]]
     assert thick == [[92, 27], [92, 52]]
