@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from data.base import find_device
 from data.command import command, option
-from data.rivals import LoRA
+from data.rivals import LoRA, linears_of
 from imagelora import Heads, attach
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
@@ -45,41 +45,33 @@ def image_lora_flops(num_visual_tokens, hidden_size, head_dim, heads: Heads, r, 
     return flops
 
 
-def lora_costs(config: TinyVLMConfig, num_tokens: int, projections="qkvo", r=8) -> tuple[int, int]:
-    """(Parameters, training FLOPs) of LoRA on these projections of all layers, see train.Config; num_tokens are those
-    that it adapts, in the batch."""
-    D = config.hidden_size
-    kv_size = config.num_key_value_heads * D // config.num_attention_heads
-    sizes = {"q": (D, D), "k": (D, kv_size), "v": (D, kv_size), "o": (D, D), "up": (D, 4 * D), "down": (4 * D, D)}
-    adapted = {"mlp": ["up", "down"], "all": list(sizes)}.get(projections, projections)
+def lora_costs(model: TinyVLM, num_tokens: int, projections="qkvo", r=8) -> tuple[int, int]:
+    """(Parameters, training FLOPs) of LoRA on these projections of all layers, see data.rivals.LoRA; num_tokens are
+    those that it adapts, in the batch."""
     parameters = flops = 0
-    for layer in range(config.num_hidden_layers):
-        for name in adapted:
-            in_features, out_features = sizes[name]
-            parameters += r * (in_features + out_features)
-            # In the lowest layer, what q, k and v read is frozen, and what an MLP reads if it alone is adapted.
-            input_grad = layer > 0 or not (name in "qkv" or name == adapted[0])
-            flops += lora_flops(num_tokens, in_features, out_features, r, input_grad)
+    for i, layer in enumerate(model.language_model.layers):
+        attention, linears = layer.self_attn, linears_of(layer, projections)
+        # In the lowest layer, what q, k and v read is frozen, and what an MLP reads if it alone is adapted.
+        first = (attention.q_proj, attention.k_proj, attention.v_proj, linears[0]) if i == 0 else ()
+        for linear in linears:
+            parameters += r * (linear.in_features + linear.out_features)
+            flops += lora_flops(num_tokens, linear.in_features, linear.out_features, r, input_grad=linear not in first)
     return parameters, flops
 
 
-def decoder_flops(config: TinyVLMConfig, num_tokens: int, lowest_adapted=0, only_mlp=False) -> int:
+def decoder_flops(model: TinyVLM, num_tokens: int, lowest_adapted=0, only_mlp=False) -> int:
     """FLOPs of the frozen decoder in a training step on one sequence: forward through all of it, and back to the
     outputs of q, k and v in the lowest adapted layer; or of its MLP's first Linear, if only MLPs are adapted.
 
     Weights are frozen, so a Linear is one product forward, and one back if its input needs a gradient. Attention is two
     forward and four back, as a fused kernel computes them, and all pairs of tokens count, masked or not. The logits of
     all tokens are included. The vision tower is not, nor what a kernel or a checkpoint computes a second time."""
-    D = config.hidden_size
-    kv_size = config.num_key_value_heads * D // config.num_attention_heads
-    qkv = 2 * num_tokens * D * (D + 2 * kv_size)
-    o = 2 * num_tokens * D * D
-    up = down = 2 * num_tokens * D * 4 * D
-    attention = 2 * num_tokens**2 * D  # one product, such as QK^T or PV
-    logits = 2 * num_tokens * D * config.vocab_size
-    forward = config.num_hidden_layers * (qkv + 2 * attention + o + up + down) + logits
-    layers_above = config.num_hidden_layers - 1 - lowest_adapted
-    backward = logits + layers_above * (down + up + o + 4 * attention + qkv)
+    config, layers = model.config, model.language_model.layers
+    q, k, v, o, up, down = [2 * num_tokens * linear.weight.numel() for linear in linears_of(layers[0], "all")]
+    attention = 2 * num_tokens**2 * config.hidden_size  # one product, such as QK^T or PV
+    logits = 2 * num_tokens * config.hidden_size * config.vocab_size
+    forward = len(layers) * (q + k + v + 2 * attention + o + up + down) + logits
+    backward = logits + (len(layers) - 1 - lowest_adapted) * (down + up + o + 4 * attention + v + k + q)
     backward += down if only_mlp else down + up + o + 4 * attention
     return forward + backward
 
@@ -98,9 +90,9 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
         lowest = min(heads)
     else:
         num_tokens = num_visual if cfg.method == "partial_lora" else ids.numel()
-        parameters, flops = lora_costs(config, num_tokens, cfg.projections, cfg.r)
-    lora_parameters, flops_of_lora = lora_costs(config, ids.numel())
-    decoder = decoder_flops(config, ids.shape[1], lowest, only_mlp=cfg.projections == "mlp")
+        parameters, flops = lora_costs(model, num_tokens, cfg.projections, cfg.r)
+    lora_parameters, flops_of_lora = lora_costs(model, ids.numel())
+    decoder = decoder_flops(model, ids.shape[1], lowest, only_mlp=cfg.projections == "mlp")
     return {
         "trainable_parameters": parameters,
         "lora_trainable_parameters": lora_parameters,
@@ -157,10 +149,12 @@ def main(cfg: CostsConfig, limit: float = 20) -> None:
 
     print(f"{'a training step':16}GFLOP of the adapter   and of all    seconds    MiB saved")
     print(f"{'':16}(LLaVA-1.5-7B, computed)            (a small decoder, measured on {device})")
+    with torch.device("meta"):  # without memory
+        llava = TinyVLM(LLAVA)
     heads = {layer: list(range(LLAVA.num_key_value_heads)) for layer in range(LLAVA.num_hidden_layers)}
     for name, method in METHODS.items():
         run = SimpleNamespace(method=method, projections="qkvo", r=8)
-        costs = run_costs(run, SimpleNamespace(config=LLAVA), ids, heads)
+        costs = run_costs(run, llava, ids, heads)
         of_adapter, of_step = costs["adapter_flops_per_screen"] / 1e9, costs["step_flops_per_screen"] / 1e9
         seconds, saved = median(times[name][1:]), saved_bytes(models[name], batch) / 2**20
         print(f"{name:16}{of_adapter:20.1f}{of_step:13,.0f}{seconds:11.3f}{saved:13.1f}")

@@ -8,7 +8,6 @@ share of other questions that a run answers correctly at the gamma where it hits
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from data.costs import run_costs
 from data.prompts import SCREENS_PER_STEP, VOCABULARY, training_batch
 from data.screens import SIZE, draw_screen
 from data.study.methods import METHODS, REWORDED, SKILLED, Row, config
-from tiny_vlm import TinyVLMConfig
+from tiny_vlm import TinyVLM, TinyVLMConfig
 
 FILES = [Path(__file__).parent / name for name in ("runs.csv", "smollm.csv")]
 CLICKS = (93, 94, 95, 96)  # percent of the switches, at which methods are compared
@@ -83,7 +82,7 @@ def kept_at_clicks(curve: pd.DataFrame, clicks: float) -> float:
 def adapter_costs(method: str) -> dict:
     """What an adapter costs on a tiny model. Selected heads count as if each layer had equally many."""
     cfg = config(Row("skilled", 1, method, 0.01, 1, 1.0, 0))
-    model = SimpleNamespace(config=TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=SIZE))
+    model = TinyVLM(TinyVLMConfig(vocab_size=len(VOCABULARY), image_size=SIZE))
     num_layers, H = model.config.num_hidden_layers, model.config.num_key_value_heads
     heads = list(range(H if cfg.heads == "all" else cfg.num_heads // num_layers))
     screens = [draw_screen("new", "train", i) for i in range(SCREENS_PER_STEP)]
