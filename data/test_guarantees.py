@@ -144,8 +144,8 @@ def test_embeddings_are_adapted_under_a_mask_of_their_shape_and_refused_without_
     expected = model(input_ids=IDS)
     with adapter.scaled(0.5):
         half = model(input_ids=IDS)
-        with adapter.visual_mask(MASK):
-            assert torch.equal(model(inputs_embeds=x), half)
+    with adapter.visual_mask(MASK), adapter.scaled(0.5):
+        assert torch.equal(model(inputs_embeds=x), half)
     with pytest.raises(ValueError, match="which tokens are visual"):
         model(inputs_embeds=x)
     with adapter.visual_mask(MASK.float()), pytest.raises(ValueError, match="must be bool"):
