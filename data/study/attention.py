@@ -26,14 +26,6 @@ def queries_keys_values(model, prompt: dict) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(queries), torch.stack(keys), torch.stack(values)
 
 
-def attention_weights(queries: Tensor, keys: Tensor, first: int) -> Tensor:
-    """How much each token from number `first` on looks at each token, [..., H_q, T - first, T]. Nothing is padded."""
-    keys = keys.repeat_interleave(queries.shape[-3] // keys.shape[-3], dim=-3)  # [..., H_q, T, d_h]
-    scores = queries[..., first:, :] @ keys.mT / queries.shape[-1] ** 0.5  # [..., H_q, T - first, T]
-    later = torch.ones_like(scores, dtype=torch.bool).triu(first + 1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
-
-
 def image_share(model, samples: list[dict], features: Tensor, num_problems=0) -> list[float]:
     """The share of attention that goes to the image from the tokens after it, in each layer: a mean over heads, tokens
     and samples, each asked after `num_problems` word problems and its image [B, P, D]."""
@@ -41,8 +33,11 @@ def image_share(model, samples: list[dict], features: Tensor, num_problems=0) ->
     for sample, image in zip(samples, features):
         prompt = prompt_batch([sample], image[None], num_problems)
         queries, keys, _ = queries_keys_values(model, prompt)
+        keys = keys.repeat_interleave(queries.shape[2] // keys.shape[2], dim=2)  # [L, 1, H_q, T, d_h]
         is_visual = prompt["input_ids"][0] == model.config.image_token_id
         after_image = int(is_visual.nonzero().max()) + 1
-        weights = attention_weights(queries, keys, after_image)  # [L, 1, H_q, T - after_image, T]
+        scores = queries[..., after_image:, :] @ keys.mT / queries.shape[-1] ** 0.5  # [L, 1, H_q, T - after_image, T]
+        later = torch.ones_like(scores, dtype=torch.bool).triu(after_image + 1)
+        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
         shares.append(weights[..., is_visual].sum(-1).mean((1, 2, 3)))  # [L]
     return torch.stack(shares).mean(0).tolist()

@@ -11,12 +11,8 @@ from data.questions import BIN, BINS, centre_bins
 from data.screens import COLOURS, ICONS, LABELS, SIZE, Screen
 
 # What a patch should decode to: what it shows, its colour, and the x and y of the element's centre.
-LENS = [
-    (*LABELS, *ICONS, "switch"),
-    COLOURS,
-    tuple(f"<x{i}>" for i in range(BINS)),
-    tuple(f"<y{i}>" for i in range(BINS)),
-]
+LENS = [(*LABELS, *ICONS, "switch"), COLOURS]
+LENS += [tuple(f"<{axis}{i}>" for i in range(BINS)) for axis in "xy"]
 
 
 def patch_targets(screen: Screen, patch_size: int, places: bool) -> np.ndarray:

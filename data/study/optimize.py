@@ -1,21 +1,11 @@
 """The loop in which base models and SmolLM2 are trained, and one of its optimizers."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 
-def optimize(
-    name: str,
-    optimizers: list[torch.optim.Optimizer],
-    steps: int,
-    loss_of: Callable[[int], Tensor],
-    warm_up: int = 1,
-    decay: float = 1.0,
-    clip: float = 1.0,
-) -> None:
+def optimize(name: str, optimizers: list, steps: int, loss_of, warm_up=1, decay=1.0, clip=1.0) -> None:
     """Follows the gradient of loss_of(step). FloatingPointError if the loss is not finite.
 
     Each optimizer's rate warms up over so many steps, and falls to zero over the last part of them, `decay`.
@@ -30,7 +20,7 @@ def optimize(
             parameter.grad = None
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
-        rate = min(1.0, (step + 1) / warm_up, (1 - step / steps) / decay)
+        rate = min(1.0, (step + 1) / max(warm_up, 1), (1 - step / steps) / decay)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+import train
 from data.base import image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import evaluate, measure_hints
@@ -38,14 +39,12 @@ from data.gamma import turned_down
 from data.prompts import training_samples
 from data.questions import click_right_of, neighbours, old_samples
 from data.replay import make_replay_data
-from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.methods import SETTINGS, UNTRAINED, Row, config
 from data.study.optimize import optimize
 from data.study.runs import measure_briefly
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM
-from imagelora import attach
 
 SEE_STEPS = 500
 BASE_SCREENS = 2000  # of each of two kinds, to learn to answer
@@ -53,6 +52,7 @@ BASE_STEPS = 600  # with 8 screens each, and in the last 240 of them 2 texts
 FIRST_WITH_TEXT = 360
 TRAIN_SCREENS = 1024
 TEST_SCREENS = 100  # with switches, on which clicks are measured; half as many for a run's other measures
+ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0}  # where SmolLM2 itself runs in training
 TEXTS = 16  # of 256 tokens, on which English is measured
 
 
@@ -134,13 +134,8 @@ def learn_to_answer(vlm: SmolVLM, screens: list, features: Tensor, seed: int) ->
         without_screen = divergence(original_logits, text_logits(vlm, texts)[:, 1:])
         return answer_loss + after_screen + without_screen
 
-    train_with_adamw("learn", [*vlm.projector.parameters(), *vlm.lora.parameters()], 1e-3, BASE_STEPS, loss_of)
-
-
-def train_with_adamw(name: str, parameters: list[nn.Parameter], lr: float, steps: int, loss_of) -> None:
-    """As SmolLM2 is trained whenever it runs itself."""
-    optimizer = AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0)
-    optimize(name, [optimizer], steps, loss_of, warm_up=max(steps // 30, 1))
+    optimizer = AdamW([*vlm.projector.parameters(), *vlm.lora.parameters()], lr=1e-3, **ADAMW)
+    optimize("learn", [optimizer], BASE_STEPS, loss_of, warm_up=BASE_STEPS // 30)
 
 
 def text_logits(vlm: SmolVLM, texts: Tensor, features: Tensor | None = None) -> Tensor:
@@ -201,14 +196,9 @@ def fine_tune(row: Row, vlm: SmolVLM) -> nn.Module:
         samples, features = training_samples(cfg.seed, step, data, replay_data, cfg.replay, cfg.hint)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
-    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
-    if cfg.method == "image_lora":
-        adapter = attach(vlm.model, cfg.r, 2 * cfg.r)
-    else:
-        tokens = "visual" if cfg.method == "partial_lora" else "all"
-        adapter = LoRA(vlm.model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
+    adapter = train.attach_adapter(cfg, vlm.model, None)
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    train_with_adamw("train", trained, cfg.lr, cfg.steps, loss_of)
+    optimize("train", [AdamW(trained, cfg.lr, **ADAMW)], cfg.steps, loss_of, warm_up=cfg.steps // 30)
     return adapter
 
 
