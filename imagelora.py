@@ -243,8 +243,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
         quotient = weights / (2 * budget + 1)
         budget[quotient.where(budget < head_counts, -1).argmax()] += 1
     best_first = scores.argsort(dim=1, descending=True, stable=True).tolist()
-    budget_of_layers = sorted(zip(order.tolist(), budget.tolist()))
-    return {layer: sorted(best_first[layer][:k]) for layer, k in budget_of_layers if k > 0}
+    return {layer: sorted(best_first[layer][:k]) for layer, k in sorted(zip(order.tolist(), budget.tolist())) if k > 0}
 
 
 # ------ That is the method. Below: how M reaches the layers; files, devices, and what cannot be adapted ---------------

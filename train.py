@@ -29,12 +29,11 @@ from torch import nn
 from tqdm import tqdm
 
 import imagelora
-from data import evaluate, prompts, report
+from data import evaluate, pictures, prompts, report
 from data.base import find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.costs import run_costs
 from data.gamma import measure_curve, strengths
-from data.pictures import save_predictions
 from data.replay import make_replay_data
 from data.rivals import LoRA
 from tiny_vlm import TinyVLM
@@ -222,7 +221,7 @@ def main(cfg: Config) -> None:
         (out / name).unlink(missing_ok=True)  # Delete those of an earlier run, so that all of them are of the same run.
     if cfg.method == "image_lora":
         tuned.adapter.save(out / "adapter.pt")
-    save_predictions(tuned.base_answers, tuned.answers, out / "predictions.png")
+    pictures.save_predictions(tuned.base_answers, tuned.answers, out / "predictions.png")
     write_file(out / "metrics.json", json.dumps(result, indent=1).encode())
     print(f"saved    {' '.join(name for name in FILES if (out / name).exists())} in {out}/")
 
