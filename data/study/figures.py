@@ -39,7 +39,6 @@ CENTRED = {"ha": "center", "va": "center"}
 STYLE = {"font.size": 10, "text.color": INK, "savefig.dpi": 200, "legend.frameon": False, "hatch.linewidth": 0.6}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": LIGHT}
 STYLE |= {"axes.titlelocation": "left", "axes.titlesize": 10.5, "figure.constrained_layout.use": True}
-STYLE |= {"legend.columnspacing": 1.2}
 
 
 def bare(ax: plt.Axes) -> None:
@@ -381,9 +380,9 @@ def save(figures: list[plt.Figure], path: Path) -> None:
         figure.savefig(buffer)
         plt.close(figure)
         frames.append(Image.open(buffer).convert("RGB"))
-    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)
-    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [1000] + [160] * (len(frames) - 2) + [3000]  # milliseconds
+    last = frames.pop().quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1)
+    first, *others = [frame.quantize(palette=last, dither=Image.Dither.NONE) for frame in frames] + [last]
+    durations = [1000] + [160] * (len(others) - 1) + [3000]  # milliseconds
     first.save(path, optimize=True, save_all=True, append_images=others, duration=durations, loop=0)
 
 
