@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-import train
 from data.base import image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import evaluate, measure_hints
@@ -39,12 +38,14 @@ from data.gamma import turned_down
 from data.prompts import training_samples
 from data.questions import click_right_of, neighbours, old_samples
 from data.replay import make_replay_data
+from data.rivals import LoRA
 from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.methods import SETTINGS, UNTRAINED, Row, config
 from data.study.optimize import optimize
 from data.study.runs import measure_briefly
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM
+from imagelora import attach
 
 SEE_STEPS = 500
 BASE_SCREENS = 2000  # of each of two kinds, to learn to answer
@@ -196,7 +197,12 @@ def fine_tune(row: Row, vlm: SmolVLM) -> nn.Module:
         samples, features = training_samples(cfg.seed, step, data, replay_data, cfg.replay, cfg.hint)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
-    adapter = train.attach_adapter(cfg, vlm.model, None)
+    torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
+    if cfg.method == "image_lora":
+        adapter = attach(vlm.model, cfg.r, 2 * cfg.r)
+    else:
+        tokens = "visual" if cfg.method == "partial_lora" else "all"
+        adapter = LoRA(vlm.model, cfg.r, 2 * cfg.r, cfg.projections, tokens)
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimize("train", [AdamW(trained, cfg.lr, **ADAMW)], cfg.steps, loss_of, warm_up=cfg.steps // 30)
     return adapter
