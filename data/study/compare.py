@@ -109,7 +109,7 @@ NEW_SKILL = ["LoRA", "LoRA, rank 2", "Partial LoRA", "Partial LoRA, rank 2", "Im
 class Column(NamedTuple):
     title: str
     measure: str  # a column of what `compare` returns
-    show: Callable = None  # what tells the runs of a method; None: their spread
+    show: Callable | None = None  # what tells the runs of a method; None: their spread
     setting: str = "skilled"
     text: int = 0
 

@@ -76,7 +76,6 @@ METHODS = {  # {name: fields of train.Config}
     "Image-LoRA": {"method": "image_lora", "heads": "all"},
 }
 CORRECT = " with correct answers"  # instead of own ones: see data.study.runs.fine_tune
-FOUR_TIMES = ", at four times the rate"  # of the method without this ending
 ENDINGS = {  # {ending of a name, as a regular expression: the fields that it changes}
     " on v": {"projections": "v"},
     " on q and k": {"projections": "qk"},
@@ -92,7 +91,7 @@ ENDINGS = {  # {ending of a name, as a regular expression: the fields that it ch
     CORRECT: {"replay": 2},
     " with hints": {"hint": "question"},
     " for 40 steps": {"steps": 40},
-    FOUR_TIMES: {},
+    ", at four times the rate": {},  # of the method without this ending
 }
 
 
