@@ -2,12 +2,14 @@
 
 from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import CHUNK, load_base, screens_and_features
+import imagelora
+from data.base import CHUNK, image_features, load_base, screens_and_features
 from data.prompts import decode, pack_sequences, prompt_batch
 from data.questions import OTHER_KINDS, Point, all_samples, click_right_of, is_hit, parse_point, with_hint, word_problem
 from data.screens import Screen
@@ -129,3 +131,26 @@ def text_only_logits(model) -> Tensor:
     problems = [[word_problem("test", i)] for i in range(256)]
     packed = pack_sequences(problems, [[]] * len(problems), num_patches=0)
     return model(packed["input_ids"].to(model.device)).logits
+
+
+# ---- Which patch carries a click -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def patch_effects(model, answer: Answer) -> tuple[Tensor, Tensor]:
+    """What each patch does to the log-probability of the correct answer, [P]: how far it falls if this patch's row of M
+    is zero, and how far it rises from the base model's if all other rows are. The model has an Image-LoRA."""
+    features = image_features(model.get_image_features, [answer.screen], model.device)  # [1, P, D]
+    patch = torch.eye(features.shape[1], dtype=torch.bool, device=model.device)  # [P, P], in sequence i it is patch i
+    question = {"instruction": f"{answer.sample['instruction']} {answer.sample['answer']}"}
+    batch = prompt_batch([question] * len(patch), features.expand(len(patch), -1, -1))
+    visual_rows = imagelora.visual_rows
+
+    def log_probability(kept: Tensor) -> Tensor:
+        """Of the answer's two tokens, in each sequence, if only these rows of M are kept."""
+        with mock.patch.object(imagelora, "visual_rows", lambda *args: visual_rows(*args).view(kept.shape)[kept]):
+            logits = model(**batch).logits[:, -3:-1]
+        return logits.log_softmax(-1).gather(2, batch["input_ids"][:, -2:, None]).sum((1, 2))
+
+    none, alone, all_others, all_of_them = map(log_probability, (patch & False, patch, ~patch, patch | True))
+    return all_of_them - all_others, alone - none

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import imagelora
 import train
 from data import costs, evaluate, gamma, prompts, questions, replay, screens
 from data.base import load_base, screens_and_features
 from data.command import command, write_file
-from imagelora import load
 from test_imagelora import EARLY, tiny_vlm
 
 ROOT = Path(train.__file__).parent
@@ -167,6 +167,30 @@ def test_a_task_of_ones_own_is_trained_and_measured():
     assert (accuracy, len(answers)) == (1, 5)
 
 
+def test_a_patch_matters_as_much_as_leaving_its_row_out_of_M_changes_the_answer(monkeypatch):
+    model = load_base("data/tiny_vlm.pt")
+    new_test = screens_and_features(model, "new", "test", 1)
+    _, (answer, *_) = evaluate.evaluate(model, *new_test)
+    adapter = imagelora.attach(model)
+    for value_adapter in adapter.layers.values():
+        torch.nn.init.normal_(value_adapter.B, std=0.1)
+    falls, rises = evaluate.patch_effects(model, answer)
+    assert falls.shape == rises.shape == (64,)
+
+    sample = answer.sample
+    prompt = prompts.prompt_batch([{"instruction": f"{sample['instruction']} {sample['answer']}"}], new_test[1])
+    x, y = prompt["input_ids"][0, -2:]
+
+    def log_probability() -> torch.Tensor:
+        logits = model(**prompt).logits[0].log_softmax(-1)
+        return logits[-3, x] + logits[-2, y]
+
+    before = log_probability()
+    visual_rows = imagelora.visual_rows
+    monkeypatch.setattr(imagelora, "visual_rows", lambda *args: visual_rows(*args)[torch.arange(64) != 5])
+    torch.testing.assert_close(before - log_probability(), falls[5], atol=1e-4, rtol=1e-4)
+
+
 # 3. The methods
 SHORT = dict(steps=3, r=2, device="cpu", base="base.pt")
 
@@ -296,7 +320,7 @@ def test_the_demo_prints_and_writes_what_it_says(directory, capsys):
     assert written.keys() - result.keys() == {"reworded_acc", "erased_acc"}
 
     assert demo("--gamma=0.5") == 0
-    adapter = load(load_base("base.pt"), out / "adapter.pt")
+    adapter = imagelora.load(load_base("base.pt"), out / "adapter.pt")
     assert {layer.gamma.item() for layer in adapter.layers.values()} == {0.5}
     assert demo("--method=lora") == 0
     assert {path.name for path in out.iterdir()} == {"predictions.png", "metrics.json"}

@@ -9,22 +9,18 @@ import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.patheffects import withStroke
 from PIL import Image
-from torch import Tensor
 
-import imagelora
 import train
 from data.base import find_device, image_features, load_base, screens_and_features
 from data.command import command, make_directory, option
-from data.evaluate import Answer, evaluate, is_right
+from data.evaluate import Answer, evaluate, is_right, patch_effects
 from data.pictures import BLUE, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE
@@ -317,7 +313,7 @@ def draw_patches(cfg) -> list[plt.Figure]:
     figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 4))
     for (above, below), answer in zip(axes.T, tuned.answers[::7]):  # each about another screen
         above.set_title(answer.sample["instruction"])
-        falls, rises = patch_effects(tuned, answer)
+        falls, rises = patch_effects(tuned.model, answer)
         for ax, effects, colour, most in ((above, falls, ORANGE, 2), (below, rises, BLUE, 4)):
             shades = LinearSegmentedColormap.from_list("shades", [f"{colour}00", f"{colour}cc"])
             draw_screen(ax, answer)
@@ -326,27 +322,6 @@ def draw_patches(cfg) -> list[plt.Figure]:
     axes[0, 0].set_ylabel("falls without this patch", color=ORANGE, weight="bold")
     axes[1, 0].set_ylabel("rises with it alone", color=BLUE, weight="bold")
     return [figure]
-
-
-@torch.no_grad()
-def patch_effects(tuned: train.FinetuningRun, answer: Answer) -> tuple[Tensor, Tensor]:
-    """What each patch does to the log-probability of the correct answer, [P]: how far it falls if this patch's row of M
-    is zero, and how far it rises from the base model's if all other rows are."""
-    model = tuned.model
-    features = image_features(model.get_image_features, [answer.screen], model.device)  # [1, P, D]
-    patch = torch.eye(features.shape[1], dtype=torch.bool, device=model.device)  # [P, P], in sequence i it is patch i
-    question = {"instruction": f"{answer.sample['instruction']} {answer.sample['answer']}"}
-    prompt = prompt_batch([question] * len(patch), features.expand(len(patch), -1, -1))
-    visual_rows = imagelora.visual_rows
-
-    def log_probability(kept: Tensor) -> Tensor:
-        """Of the answer's two tokens, in each sequence, if only these rows of M are kept."""
-        with mock.patch.object(imagelora, "visual_rows", lambda *args: visual_rows(*args).view(kept.shape)[kept]):
-            logits = model(**prompt).logits[:, -3:-1]
-        return logits.log_softmax(-1).gather(2, prompt["input_ids"][:, -2:, None]).sum((1, 2))
-
-    none, alone, all_others, all_of_them = map(log_probability, (patch & False, patch, ~patch, patch | True))
-    return all_of_them - all_others, alone - none
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

@@ -8,10 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import imagelora
 import train
-from data import evaluate, prompts
-from data.base import load_base, screens_and_features
+from data import prompts
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -42,27 +40,3 @@ def test_a_thick_line_is_the_mean_and_a_thin_one_is_a_seed():
     assert thin == [[[90 + seed, 25 + seed], [90 + seed, 50 + seed]] for seed in (1, 2, 3)]
     assert ring == [[92, 52]]
     assert thick == [[92, 27], [92, 52]]
-
-
-def test_a_patch_matters_as_much_as_leaving_its_row_out_of_M_changes_the_answer(monkeypatch):
-    model = load_base("data/tiny_vlm.pt")
-    screens, features = screens_and_features(model, "new", "test", 1)
-    _, (answer, *_) = evaluate.evaluate(model, screens, features)
-    adapter = imagelora.attach(model)
-    for value_adapter in adapter.layers.values():
-        torch.nn.init.normal_(value_adapter.B, std=0.1)
-    falls, rises = figures.patch_effects(train.FinetuningRun({}, model, adapter, [answer], [answer]), answer)
-    assert falls.shape == rises.shape == (64,)
-
-    sample = answer.sample
-    prompt = prompts.prompt_batch([{"instruction": f"{sample['instruction']} {sample['answer']}"}], features)
-    x, y = prompt["input_ids"][0, -2:]
-
-    def log_probability() -> torch.Tensor:
-        logits = model(**prompt).logits[0].log_softmax(-1)
-        return logits[-3, x] + logits[-2, y]
-
-    before = log_probability()
-    visual_rows = imagelora.visual_rows
-    monkeypatch.setattr(imagelora, "visual_rows", lambda *args: visual_rows(*args)[torch.arange(64) != 5])
-    torch.testing.assert_close(before - log_probability(), falls[5], atol=1e-4, rtol=1e-4)
