@@ -265,10 +265,19 @@ def of_a_checkpoint_that_holds_the_model(model):
 attach_to_some = partial(attach_trained, heads=SOME_HEADS)
 # The rival is also in o_proj and in the MLP, whose inputs are not the layer's.
 partial_lora = partial(lora, tokens="visual", projections="all", r=2)
+
+
+def attach_both(model):
+    """Each must find its own call on a tensor."""
+    partial_lora(model)
+    attach_to_some(model)
+
+
 CHECKPOINTED = [  # what happens to a checkpointed model, the batches whose gradients must come of it, and its adapter
     (after_a_disabled_call, [EARLY], attach_to_some),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], attach_to_some),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], partial_lora),
+    (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], attach_both),
     (of_a_checkpoint_that_holds_the_model, [EARLY], attach_to_some),
 ]
 
