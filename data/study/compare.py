@@ -17,7 +17,7 @@ import torch
 from data.costs import run_costs
 from data.prompts import SCREENS_PER_STEP, VOCABULARY, training_batch
 from data.screens import SIZE, draw_screen
-from data.study.methods import METHODS, REWORDED, SKILLED, Row, config
+from data.study.methods import METHODS, REWORDED, Row, config
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 FILES = [Path(__file__).parent / name for name in ("runs.csv", "smollm.csv")]
@@ -61,7 +61,7 @@ def compare(runs: pd.DataFrame) -> pd.DataFrame:
     for clicks in CLICKS:
         kept = {run: kept_at_clicks(curve, clicks) for run, curve in chosen.groupby(RUN) if len(curve) > 1}
         numbers[f"kept_at_{clicks}"] = pd.Series(kept)
-    costs = pd.DataFrame({method: adapter_costs(method) for method in {*COSTS, *LADDER}}).T
+    costs = pd.DataFrame({method: adapter_costs(method) for method in {*COSTS, *OWN, *LADDER}}).T
     for name in costs:
         of_tiny_models = pd.Series(numbers.index.get_level_values("method").map(costs[name]), numbers.index)
         numbers[name] = numbers[name].fillna(of_tiny_models) if name in numbers else of_tiny_models
@@ -98,9 +98,9 @@ def adapter_costs(method: str) -> dict:
 THREE = [*METHODS]
 PLACES = ["", " on the MLP", " on all linear layers", ", rank 2", " on the MLP, rank 2"]  # that rivals write to
 COSTS = [*(f"LoRA{place}" for place in PLACES), *(f"Partial LoRA{place}" for place in PLACES), "Image-LoRA"]
+OWN = [f"{method} with own answers" for method in THREE]
+SMOLLM2 = ["LoRA", "LoRA, rank 2", "Partial LoRA", "Partial LoRA, rank 2", "Image-LoRA", *OWN]
 LADDER = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", "Image-LoRA in 12 heads by the probe"]
-AFTER_9 = [f"{method} trained after 9" for method in THREE]
-VARIED = [f"{method} trained after 0 to 9 with own answers" for method in THREE]
 HINTED = ["LoRA", "LoRA on the MLP", "LoRA on q and k", "LoRA on v", "Partial LoRA", "Image-LoRA"]
 HINTS = [f"{method} with hints" for method in HINTED]
 NEW_SKILL = ["LoRA", "LoRA, rank 2", "Partial LoRA", "Partial LoRA, rank 2", "Image-LoRA"]
@@ -111,7 +111,6 @@ class Column(NamedTuple):
     measure: str  # a column of what `compare` returns
     show: Callable | None = None  # what tells the runs of a method; None: their spread
     setting: str = "skilled"
-    text: int = 0
 
 
 def spread(runs: pd.Series) -> str:
@@ -119,12 +118,12 @@ def spread(runs: pd.Series) -> str:
     return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})"
 
 
-def of_model(title: str, measure: str) -> list[Column]:
-    """A column for each tiny model: means over its seeds."""
+def of_model(title: str, measure: str, models=(1, 2, 3), setting="skilled") -> list[Column]:
+    """A column for each model: means over its seeds."""
     columns = []
-    for model in SKILLED:
-        show = lambda runs, model=model: f"{runs[model].mean():.1f}".replace("nan", "")  # noqa: E731
-        columns.append(Column(f"{title}model {model}", measure, show))
+    for model in models:
+        show = lambda runs, model=model: f"{runs.get(model, runs[:0]).mean():.1f}".replace("nan", "")  # noqa: E731
+        columns.append(Column(f"{title}model {model}", measure, show, setting))
     return columns
 
 
@@ -135,7 +134,17 @@ RANGE = Column("lowest and highest run", "kept_at_95", lambda runs: f"{runs.min(
 NUM_RUNS = Column("runs that hit so many", "kept_at_95", lambda runs: f"{runs.count()} of {len(runs)}")
 TASKS = {"skilled": "right of a name", "below": "the line below", "unskilled": "right of a name, without the skill"}
 TABLES = {  # {title: (methods, columns)}
-    "other questions, %, where 95 % are hit": (COSTS, [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS]),
+    "other questions, %, where 95 % are hit": ([*COSTS, *OWN], [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS]),
+    "other questions of SmolLM2, %": (
+        SMOLLM2,
+        [
+            COST._replace(setting="SmolLM2"),
+            *of_model("94 % hit, ", "kept_at_94", [1], "SmolLM2"),
+            *of_model("93 % hit, ", "kept_at_93", [2], "SmolLM2"),
+            *of_model("95 % hit, ", "kept_at_95", [2], "SmolLM2"),
+            Column("English, nats", "divergence_after_screen", lambda runs: f"{runs.mean():.2f}", "SmolLM2"),
+        ],
+    ),
     "one step at a time": (
         LADDER,
         [IDENTICAL, COST, FLOPS, Column("new task, %", "task_acc"), Column("kept at 95 %", "kept_at_95")],
@@ -145,10 +154,6 @@ TABLES = {  # {title: (methods, columns)}
         [Column(title, "task_acc", setting=setting) for setting, title in TASKS.items()],
     ),
     "switches hit, %": (HINTS, of_model("wrong hint, ", "wrong_hint_acc") + of_model("none, ", "task_acc")),
-    "switches hit after word problems, %": (
-        THREE + AFTER_9 + VARIED,
-        [Column(f"asked after {text}", "task_acc", text=text) for text in (0, 3, 9)],
-    ),
 }
 
 
@@ -164,7 +169,7 @@ def page_tables(numbers: pd.DataFrame) -> list[str]:
 
 
 def cell(numbers: pd.DataFrame, method: str, column: Column) -> str:
-    runs = numbers[column.measure].get((column.setting, method, column.text))
+    runs = numbers[column.measure].get((column.setting, method, 0))  # 0: asked without text before the image
     if runs is None or runs.isna().all():
         return ""
     return (column.show or spread)(runs)

@@ -147,25 +147,26 @@ def draw_tradeoff(cfg) -> list[plt.Figure]:
     """Other questions kept against switches hit, along gamma: a column for each model, below it with own answers."""
     runs = compare.at_chosen_rates(compare.read_runs())
     runs = runs[runs.text == 0]
-    models = {f"tiny model {model}": ("skilled", model) for model in (1, 2, 3)}
-    models |= {f"SmolLM2, model {model}": ("SmolLM2", model) for model in (1, 2)}
+    models = {f"tiny model {model}": ("skilled", model, " on the MLP") for model in (1, 2, 3)}
+    models |= {f"SmolLM2, model {model}": ("SmolLM2", model, " on the MLP, rank 5") for model in (1, 2)}
     figure, axes = plt.subplots(2, 5, figsize=(WIDTH, 4.6), sharex=True, sharey=True)
     for row, ending in zip(axes, ("", " with own answers")):
-        for ax, (setting, model) in zip(row, models.values()):
+        for ax, (setting, model, on_the_mlp) in zip(row, models.values()):
             of_model = runs[(runs.setting == setting) & (runs.model == model)]
             base = of_model[of_model.method == "base model"].other_questions_acc.mean()
-            ax.axhline(base, color=GREY, linestyle=":")
+            ax.axhline(base, color=GREY, linestyle=":", label="base model")
             ax.axvline(95, color=GREY, linewidth=0.8)
             curves = "task_acc", "other_questions_acc", "gamma", "seed"
             draw_curves(ax, of_model, *curves, ending)
-            draw_curves(ax, of_model, *curves, " on the MLP" + ending, "--")
+            draw_curves(ax, of_model, *curves, on_the_mlp + ending, "--")
     for ax, name in zip(axes[0], models):
         ax.set_title(name)
     axes[0, 0].set(xlim=(87.5, 100), ylim=(30, 101), xticks=(90, 95, 100), ylabel="trained on the new task")
     axes[1, 0].set_ylabel("with own answers, too")
     figure.supxlabel("switches hit, %", size=10)
     figure.supylabel("other questions right, %", size=10)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=5)
+    axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white", label="as trained, γ = 1")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     return [figure]
 
 

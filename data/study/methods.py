@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import train
 from data.prompts import random_click
-from data.questions import grounding_sample, place, random_samples
+from data.questions import grounding_sample, place
 from data.screens import Screen
 
 
@@ -43,12 +43,6 @@ def random_below(screen: Screen, rng) -> dict:
     return samples[rng.integers(len(samples))]
 
 
-def random_referring(screen: Screen, rng) -> dict:
-    """Asks what is at a random switch."""
-    (sample,) = random_samples(screen, 1, rng, refer=1.0, distinct=True)
-    return sample
-
-
 class Setting(NamedTuple):
     bases: dict[int, str]  # {model: its file}
     sample_of: Callable = random_click  # what the new task asks in training, see data.prompts.training_batch
@@ -62,7 +56,6 @@ SETTINGS = {
     "unskilled": Setting({model: f"runs/bases/{model}-unskilled.pt" for model in SKILLED}),
     "copying": Setting({model: f"runs/bases/{model}-copying.pt" for model in SKILLED}),
     "below": Setting(SKILLED, random_below, below_samples),
-    "referring": Setting(SKILLED, random_referring, "what_is_at"),
     "SmolLM2": Setting({1: "data/study/smollm_1.pt", 2: "data/study/smollm_2.pt"}, steps=300),
 }
 
@@ -90,7 +83,6 @@ ENDINGS = {  # {ending of a name, as a regular expression: the fields that it ch
     " with own answers": {"replay": 2},
     CORRECT: {"replay": 2},
     " with hints": {"hint": "question"},
-    " for 40 steps": {"steps": 40},
     ", at four times the rate": {},  # of the method without this ending
 }
 

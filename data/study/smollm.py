@@ -33,7 +33,7 @@ from torch.optim import AdamW
 
 from data.base import image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import evaluate, measure_hints
+from data.evaluate import evaluate
 from data.gamma import turned_down
 from data.prompts import training_samples
 from data.questions import click_right_of, neighbours, old_samples
@@ -177,8 +177,6 @@ def make_rows(rows: list[Row]) -> list[dict]:
         with turned_down(adapter, row.gamma):
             measures = measure_briefly(vlm, new_test, old_test, generate=SmolVLM.answers)
             measures["validation_acc"], _ = evaluate(vlm, *validation, generate=SmolVLM.answers)
-            if " with hints" in row.method:
-                measures |= measure_hints(vlm, new_test, SmolVLM.answers)
             if row.gamma == 1:
                 measures |= measure_english(vlm, getattr(adapter, "disabled", nullcontext))
         lines.append(row._asdict() | {"parameters": num_parameters} | measures)
@@ -194,7 +192,7 @@ def fine_tune(row: Row, vlm: SmolVLM) -> nn.Module:
         replay_data = make_replay_data(vlm, data, cfg.seed, SmolVLM.answers, num_problems=0)
 
     def loss_of(step: int) -> Tensor:
-        samples, features = training_samples(cfg.seed, step, data, replay_data, cfg.replay, cfg.hint)
+        samples, features = training_samples(cfg.seed, step, data, replay_data, cfg.replay)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before

@@ -145,7 +145,7 @@ def test_rows_that_a_file_lacks_are_made_and_never_again(tmp_path, few, monkeypa
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("setting", ["unskilled", "copying", "below", "referring"])
+@pytest.mark.parametrize("setting", ["unskilled", "copying", "below"])
 def test_a_row_of_each_setting_can_be_made(setting, few):
     """Trained for some steps and asked. Other settings are made above, and in test_smollm.py."""
     row = methods.Row(setting, 2, "Partial LoRA on all linear layers", 0.00125, 1, 1.0, 0)
