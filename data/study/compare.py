@@ -99,7 +99,7 @@ THREE = [*METHODS]
 PLACES = ["", " on the MLP", " on all linear layers", ", rank 2", " on the MLP, rank 2"]  # that rivals write to
 COSTS = [*(f"LoRA{place}" for place in PLACES), *(f"Partial LoRA{place}" for place in PLACES), "Image-LoRA"]
 OWN = [f"{method} with own answers" for method in THREE]
-SMOLLM2 = ["LoRA", "LoRA, rank 2", "Partial LoRA", "Partial LoRA, rank 2", "Image-LoRA", *OWN]
+SMOLLM2 = ["LoRA", "LoRA on the MLP, rank 5", "LoRA, rank 2", "Partial LoRA", "Partial LoRA, rank 2", "Image-LoRA"]
 LADDER = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", "Image-LoRA in 12 heads by the probe"]
 HINTED = ["LoRA", "LoRA on the MLP", "LoRA on q and k", "LoRA on v", "Partial LoRA", "Image-LoRA"]
 HINTS = [f"{method} with hints" for method in HINTED]
@@ -136,7 +136,7 @@ TASKS = {"skilled": "right of a name", "below": "the line below", "unskilled": "
 TABLES = {  # {title: (methods, columns)}
     "other questions, %, where 95 % are hit": ([*COSTS, *OWN], [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS]),
     "other questions of SmolLM2, %": (
-        SMOLLM2,
+        [*SMOLLM2, *OWN],
         [
             COST._replace(setting="SmolLM2"),
             *of_model("94 % hit, ", "kept_at_94", [1], "SmolLM2"),
