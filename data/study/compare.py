@@ -17,7 +17,7 @@ import torch
 from data.costs import run_costs
 from data.prompts import SCREENS_PER_STEP, VOCABULARY, training_batch
 from data.screens import SIZE, draw_screen
-from data.study.methods import METHODS, REWORDED, Row, config
+from data.study.methods import METHODS, REWORDED, SKILLED, Row, config
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 FILES = [Path(__file__).parent / name for name in ("runs.csv", "smollm.csv")]
@@ -118,7 +118,7 @@ def spread(runs: pd.Series) -> str:
     return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})"
 
 
-def of_model(title: str, measure: str, models=(1, 2, 3), setting="skilled") -> list[Column]:
+def of_model(title: str, measure: str, models=SKILLED, setting="skilled") -> list[Column]:
     """A column for each model: means over its seeds."""
     columns = []
     for model in models:

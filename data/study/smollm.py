@@ -192,7 +192,7 @@ def fine_tune(row: Row, vlm: SmolVLM) -> nn.Module:
         replay_data = make_replay_data(vlm, data, cfg.seed, SmolVLM.answers, num_problems=0)
 
     def loss_of(step: int) -> Tensor:
-        samples, features = training_samples(cfg.seed, step, data, replay_data, cfg.replay)
+        samples, features = training_samples(cfg.seed, step, data, replay_data, cfg.replay, cfg.hint)
         return vlm.model(**vlm.batch(samples), image_features=features).loss
 
     torch.manual_seed(cfg.seed)  # so that A does not depend on the random numbers that were drawn before
