@@ -150,8 +150,9 @@ class ImageLoRA(nn.Module):
         return self.__dict__ | {"_tracker": None}  # a copy of the adapter alone is detached
 
     def extra_repr(self) -> str:
-        layers = f"{len(self.layers)} of {len(self.head_counts)} layers"
-        return f"{layers}, heads {self.heads} of {self.head_counts}, r={self.r}, lora_alpha={self.lora_alpha}"
+        num_heads = sum(map(len, self.heads.values()))
+        selected = f"{num_heads} of {sum(self.head_counts)} heads, {len(self.layers)} of {len(self.head_counts)} layers"
+        return f"{selected}, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
 def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True, train_gamma=False) -> ImageLoRA:
@@ -220,8 +221,7 @@ def score_heads(model, batches: Iterable, loss_fn: Callable | None = None, probe
     finally:
         adapter.detach()
     if not scores.any():
-        none = f"in none of the {count} probe batches does the loss depend on a visual token"
-        raise ValueError(f"{none}; check that they hold images, and that their labels hold answers")
+        raise ValueError(f"no loss of {count} probe batches depends on a visual token; check their images and labels")
     for row, num_heads in zip(scores, adapter.head_counts):
         row[num_heads:] = -torch.inf  # the layer has no such heads
     return scores / count

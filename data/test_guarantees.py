@@ -321,7 +321,7 @@ def test_a_copy_is_a_model_of_its_own_and_after_detach_each_is_as_it_was_down_to
 
 def test_a_copy_of_the_adapter_alone_has_its_weights_and_no_model():
     adapter = attach_trained(tiny_vlm())
-    assert "3 of 3 layers" in repr(adapter) and "r=8, lora_alpha=16" in repr(adapter)
+    assert "9 of 9 heads, 3 of 3 layers" in repr(adapter) and "r=8, lora_alpha=16" in repr(adapter)
     assert adapter.normalize and not attach(tiny_vlm()).train_gamma
     file = io.BytesIO()
     torch.save(adapter, file)
@@ -345,7 +345,8 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path):
     loaded = load(model, tmp_path / "adapter.pt")
     assert torch.equal(logits_of(model, EARLY), expected)
     assert [parameter.requires_grad for parameter in loaded.parameters()] == [True, True, False] * 2
-    assert "2 of 3 layers, heads {0: [2, 0], 2: [1]} of [3, 3, 3], r=2, lora_alpha=3" in repr(loaded)
+    assert "3 of 9 heads, 2 of 3 layers, r=2, lora_alpha=3" in repr(loaded)
+    assert loaded.heads == {0: [2, 0], 2: [1]}
 
 
 def saved_adapter(folder: Path):
@@ -474,7 +475,7 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (score_heads, {"batches": [EARLY], "probe": "rank2"}, "must be 'rank1' or 'exact', got 'rank2'"),
     (score_heads, {"batches": [prompt(IMAGE)]}, "loss of probe batch 1 is None"),
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 2 is nan"),
-    (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "none of the 1 probe batches"),
+    (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "no loss of 1 probe batches"),
     (torch.no_grad()(score_heads), {"batches": [EARLY]}, "the probe needs gradients"),
     (select, {"scores": [1.0, -torch.inf], "num_heads": 3}, "num_heads must be in 1..2, got 3"),
     (select, {"scores": [1.0, 2.0], "num_heads": 0}, "num_heads must be in 1..4, got 0"),
