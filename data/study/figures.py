@@ -161,7 +161,7 @@ def draw_tradeoff(cfg) -> list[plt.Figure]:
             draw_curves(ax, of_model, *curves, on_the_mlp + ending, "--")
     for ax, name in zip(axes[0], models):
         ax.set_title(name)
-    axes[0, 0].set(xlim=(87.5, 100), ylim=(30, 101), xticks=(90, 95, 100), ylabel="trained on the new task")
+    axes[0, 0].set(xlim=(87.5, 100), ylim=(20, 101), xticks=(90, 95, 100), ylabel="trained on the new task")
     axes[1, 0].set_ylabel("with own answers, too")
     figure.supxlabel("switches hit, %", size=10)
     figure.supylabel("other questions right, %", size=10)
