@@ -112,8 +112,8 @@ def probe(trainer: SFTTrainer) -> dict:
 def run_of(args: Options) -> dict:
     """The options of this run and the contents of its files. If it is resumed, these must be as when it began."""
     options = json.loads(json.dumps(args.to_dict())) | {"processes": args.world_size}
-    for name in ("output_dir", "resume_from_checkpoint", "local_rank"):
-        del options[name]  # these may differ when the run is resumed
+    for name in ("output_dir", "resume_from_checkpoint", "local_rank", "logging_dir"):
+        options.pop(name, None)  # these may differ when the run is resumed; transformers 5 has no logging_dir
     for file in filter(None, [args.chat_template_path, *args.train_files, *(args.eval_files or [])]):
         options[f"contents of {file}"] = sha256(Path(file).read_bytes()).hexdigest()
     if args.resume_from_checkpoint is None:
