@@ -103,6 +103,13 @@ def measure_other_questions(model, old_test: tuple, num_problems=0, generate=Non
     return metrics | {"other_questions_acc": float(np.mean([*metrics.values()]))}
 
 
+def measure_briefly(model, new_test: tuple, old_test: tuple, kind="click", num_problems=0, generate=None) -> dict:
+    """The new task and the other questions. Arguments as of `measure` and `evaluate`."""
+    measures = measure_other_questions(model, old_test, num_problems, generate)
+    measures["task_acc"], _ = evaluate(model, *new_test, kind, num_problems, generate=generate)
+    return measures
+
+
 def measure_hints(model, new_test: tuple, generate=None) -> dict:
     """Clicks on the new screens where each question has a hint.
 

@@ -1,4 +1,4 @@
-"""Where the heads of a tiny model look, and how much of that is the image.
+"""For runs.py and figures.py: where the heads of a tiny model look, and how much of that is the image.
 
 Shapes:  L layers · B sequences · H value, H_q query heads · T tokens · d_h their size · P visual tokens
 """

@@ -1,4 +1,4 @@
-"""Teaches a vision encoder to show what is on a screen: a logit lens reads the features of each patch as words.
+"""For pretrain.py and smollm.py: features learn to show what is in a patch, read as words through a logit lens.
 
 Shapes:  N screens · P patches of a screen · D features · V words of a list
 """

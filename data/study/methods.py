@@ -1,4 +1,4 @@
-"""What the study trains and asks: what a row of runs.csv and smollm.csv means.
+"""For runs.py, smollm.py and compare.py: what a row of runs.csv and smollm.csv means, what is trained and asked.
 
 A method's name says which fields of train.Config it sets: "LoRA on v with hints" is LoRA, changed by two ENDINGS.
 """

@@ -1,4 +1,4 @@
-"""The loop in which base models and SmolLM2 are trained, and one of its optimizers."""
+"""For pretrain.py and smollm.py: the loop in which they train, and one of its optimizers."""
 
 import torch
 from torch import nn

@@ -23,7 +23,7 @@ import train
 from data import prompts
 from data.base import file_path, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import evaluate, generate_answers, measure, measure_hints, measure_other_questions
+from data.evaluate import evaluate, generate_answers, measure, measure_briefly, measure_hints
 from data.gamma import turned_down
 from data.questions import all_samples, click_right_of
 from data.replay import make_replay_data
@@ -135,13 +135,6 @@ def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
             brief = measure_briefly(model, new_test, old_test, kind, row.text)
         measures["one_gamma_acc"] = brief["task_acc"]
         measures["one_gamma_others_acc"] = brief["other_questions_acc"]
-    return measures
-
-
-def measure_briefly(model, new_test: tuple, old_test: tuple, kind="click", num_problems=0, generate=None) -> dict:
-    """The new task and the other questions. Arguments as of data.evaluate."""
-    measures = measure_other_questions(model, old_test, num_problems, generate)
-    measures["task_acc"], _ = evaluate(model, *new_test, kind, num_problems, generate=generate)
     return measures
 
 

@@ -33,7 +33,7 @@ from torch.optim import AdamW
 
 from data.base import image_features, screens_and_features
 from data.command import command, make_directory, option, write_file
-from data.evaluate import evaluate
+from data.evaluate import evaluate, measure_briefly
 from data.gamma import turned_down
 from data.prompts import training_samples
 from data.questions import click_right_of, neighbours, old_samples
@@ -43,7 +43,6 @@ from data.screens import draw_screen
 from data.study.lens import LENS, lens_loss, patch_targets
 from data.study.methods import SETTINGS, UNTRAINED, Row, config
 from data.study.optimize import optimize
-from data.study.runs import measure_briefly
 from data.study.smollm_vlm import COLUMNS, ROWS, SmolVLM
 from imagelora import attach
 

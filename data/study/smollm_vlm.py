@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real language model, sees screens.
+"""For smollm.py: SmolLM2-135M-Instruct, a real language model, sees screens.
 
 tower       the vision tower of tiny_vlm_1.pt: pictures -> a feature for each patch
 projector   shows what is in a patch, so that SmolLM2 can read it like its own word embeddings
