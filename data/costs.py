@@ -1,23 +1,14 @@
-"""What LoRA and Image-LoRA cost in a training step, by arithmetic and on this machine.
-
-python -m data.costs    prints both, in half a minute; run it in the project's directory
+"""What LoRA and Image-LoRA cost in a training step, by arithmetic: python -m data.costs
 
 A product of m x n and n x k counts 2 m n k FLOPs. Norms, softmax and the optimizer count nothing.
 """
 
-import sys
-import time
-from dataclasses import dataclass
-from statistics import median
 from types import SimpleNamespace
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
-from data.base import find_device
-from data.command import command, option
-from data.rivals import LoRA, linears_of
-from imagelora import Heads, attach
+from data.rivals import linears_of
+from imagelora import Heads
 from tiny_vlm import TinyVLM, TinyVLMConfig
 
 
@@ -102,63 +93,22 @@ def run_costs(cfg, model, ids, heads: Heads | None) -> dict:
     }
 
 
-def saved_bytes(model, batch: dict) -> int:
-    """What a forward pass saves for the backward pass. Each storage counts once, and parameters do not count."""
-    sizes = {}  # {address of a storage: its bytes}
-
-    def note_size(tensor):
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note_size, lambda tensor: tensor):
-        model(**batch)
-    for parameter in model.parameters():
-        sizes.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
-
-
-# LLaVA-1.5-7B's decoder, whose MLP of three matrices is as large as two here; and a small one, to be measured
+# LLaVA-1.5-7B's decoder, whose MLP of three matrices is as large as two here
 LLAVA = TinyVLMConfig(32064, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
-SMALL = TinyVLMConfig(500, image_size=384, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
-METHODS = {"LoRA": "lora", "Partial LoRA": "partial_lora", "Image-LoRA": "image_lora"}
 
 
-@dataclass
-class CostsConfig:
-    device: str = option("auto", "where to measure: cpu, cuda, mps, or auto")
-
-
-def main(cfg: CostsConfig, limit: float = 20) -> None:
-    """Print a table of a step with 576 visual and 144 text tokens. Steps are repeated for `limit` seconds."""
-    device = find_device(cfg.device)
-    ids = torch.tensor([[SMALL.image_token_id] * 576 + [SMALL.eos_token_id] * 144], device=device)
-    batch = {"input_ids": ids, "labels": ids, "image_features": torch.randn(1, 576, SMALL.hidden_size, device=device)}
-    models = {name: TinyVLM(SMALL).to(device) for name in METHODS}
-    models["LoRA"].adapter = LoRA(models["LoRA"], r=8, lora_alpha=16)  # a part of the model, so its parameters are, too
-    models["Partial LoRA"].adapter = LoRA(models["Partial LoRA"], r=8, lora_alpha=16, tokens="visual")
-    attach(models["Image-LoRA"], r=8, lora_alpha=16)
-    times = {name: [] for name in METHODS}
-    end = time.perf_counter() + limit
-    while len(times["LoRA"]) < 4 or time.perf_counter() < end:
-        for name, model in models.items():  # in turn, so that whatever else runs here slows all of them
-            start = time.perf_counter()
-            loss = model(**batch).loss
-            loss.backward()
-            loss.item()  # waits for the device
-            times[name].append(time.perf_counter() - start)
-
-    print(f"{'a training step':16}GFLOP of the adapter   and of all    seconds    MiB saved")
-    print(f"{'':16}(LLaVA-1.5-7B, computed)            (a small decoder, measured on {device})")
+def main() -> None:
+    """Print a table of a step of LLaVA-1.5-7B, with 576 visual and 144 text tokens."""
+    ids = torch.tensor([[LLAVA.image_token_id] * 576 + [LLAVA.eos_token_id] * 144])
     with torch.device("meta"):  # without memory
         llava = TinyVLM(LLAVA)
     heads = {layer: list(range(LLAVA.num_key_value_heads)) for layer in range(LLAVA.num_hidden_layers)}
-    for name, method in METHODS.items():
-        run = SimpleNamespace(method=method, projections="qkvo", r=8)
-        costs = run_costs(run, llava, ids, heads)
+    print("a training step     GFLOP of the adapter     and of all")
+    for name, method in (("LoRA", "lora"), ("Partial LoRA", "partial_lora"), ("Image-LoRA", "image_lora")):
+        costs = run_costs(SimpleNamespace(method=method, projections="qkvo", r=8), llava, ids, heads)
         of_adapter, of_step = costs["adapter_flops_per_screen"] / 1e9, costs["step_flops_per_screen"] / 1e9
-        seconds, saved = median(times[name][1:]), saved_bytes(models[name], batch) / 2**20
-        print(f"{name:16}{of_adapter:20.1f}{of_step:13,.0f}{seconds:11.3f}{saved:13.1f}")
+        print(f"{name:16}{of_adapter:24.1f}{of_step:15,.0f}")
 
 
 if __name__ == "__main__":
-    sys.exit(command(CostsConfig, main, __doc__))
+    main()
