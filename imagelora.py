@@ -38,6 +38,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from threading import get_ident
 
@@ -143,7 +144,7 @@ class ImageLoRA(nn.Module):
         return take_off(self)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the adapter in the file layout of the authors' release. Under FSDP2, call it on every rank."""
+        """Write A, B and gamma, no more, in the authors' layout of a file. Under FSDP2, call it on every rank."""
         write_adapter(self, Path(path))
 
     def __getstate__(self) -> dict:
@@ -169,7 +170,7 @@ def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True
     train both, give the optimizer `[p for p in model.parameters() if p.requires_grad]`."""
     base, decoder, attentions, image_token_ids = adaptable_parts(model, r, lora_alpha)
     adapter = ImageLoRA(base, decoder, attentions, image_token_ids, heads, r, lora_alpha, normalize, train_gamma)
-    if model is base:  # otherwise PEFT has frozen it
+    if not hasattr(base, "peft_config"):  # otherwise PEFT has frozen it
         base.requires_grad_(False)
     base.image_lora = adapter  # after it was frozen, because this makes the adapter a part of the model
     return adapter
@@ -238,7 +239,7 @@ def select_heads(scores: Tensor, num_heads: int, tau: float = 0.5) -> Heads:
     head_counts = (scores >= 0).sum(1)[order]
     weights = (influence / influence.max()).pow(tau)
     budget = torch.zeros_like(weights, dtype=torch.long)  # k_l
-    for _ in range(num_heads):
+    for _ in range(int(num_heads)):
         # One head at a time, as Sainte-Lague's method gives seats to parties, so that budgets add up to num_heads.
         quotient = weights / (2 * budget + 1)
         budget[quotient.where(budget < head_counts, -1).argmax()] += 1
@@ -338,6 +339,7 @@ class CallTracker:
         call = self.call_of(layer, x)
         if len(call.rows) == 0 and not torch.is_grad_enabled():
             return value  # With gradients it goes on, because data-parallel training needs gradients of zero.
+        self.found.pop((get_ident(), layer), None)  # the layer's next second run has to find its own
         value_adapter.prepare_update(call, x, value)
         return value_adapter.add_update(x, value, call.rows.to(x.device), call.factor)
 
@@ -370,9 +372,10 @@ class CallTracker:
             call = calls.get(self, found)
             self.found[thread, layer] = {backward_pass: call}  # what a norm finds, linear layers need
         elif call is None and self.overrides()[0] == 0:
-            call = NO_ROWS  # Inside disabled(), a part of the model may be called alone.
+            return NO_ROWS  # Inside disabled(), a part of the model may be called alone.
         if call is not None:
-            storage.image_lora_calls = calls | {self: call}  # a checkpoint keeps it if x is the layer's input
+            # A checkpoint keeps it if x is the layer's input. If that is two calls' input, a second run is refused.
+            storage.image_lora_calls = calls | {self: call if calls.get(self, call) is call else None}
         return call
 
     def overrides(self) -> tuple[float, Tensor | None]:
@@ -449,6 +452,8 @@ class PortableValueAdapter(ValueAdapter):
             got = f"B is of heads {saved[1:].int().tolist()} and scale {saved[0]:.4g}"
             wanted = f"heads {expected[1:].int().tolist()} and scale {expected[0]:.4g}"
             raise RuntimeError(f"{got}, not of {wanted}; attach with the same heads, r, lora_alpha and normalize")
+        if self.B.element_size() < 4:
+            self.float()  # load_state_dict(assign=True) takes A and B in the types that they were saved in
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> ImageLoRA:
@@ -552,8 +557,11 @@ def adaptable_parts(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList,
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and not getattr(config, "distributed_config", None):
         raise ValueError("the model is sharded already; attach first, then shard")
     D = min(attention.v_proj.in_features for attention in attentions if attention)
-    if not (1 <= r <= D and 0 < lora_alpha < torch.inf):
-        raise ValueError(f"r must be in 1..{D} and lora_alpha positive and finite, got r={r}, lora_alpha={lora_alpha}")
+    is_rank = r in range(1, D + 1) and not isinstance(r, bool)  # to Python, True is 1
+    is_alpha = isinstance(lora_alpha, Real) and not isinstance(lora_alpha, bool) and 0 < lora_alpha < torch.inf
+    if not (is_rank and is_alpha):
+        rule = f"r must be a whole number in 1..{D}, and lora_alpha a positive, finite number"
+        raise ValueError(f"{rule}, got r={r!r}, lora_alpha={lora_alpha!r}")
     return model, decoder, attentions, ids
 
 
@@ -615,11 +623,11 @@ def check_placeholders(arguments: dict) -> None:
 
 
 def check_selection(scores: Tensor, num_heads: int, tau: float) -> None:
-    if not tau >= 0:  # a negative one would prefer the weakest layers
-        raise ValueError(f"tau must not be negative, got {tau}")
+    if not (isinstance(tau, Real) and tau >= 0):  # a negative one would prefer the weakest layers
+        raise ValueError(f"tau must be a number, and not negative, got {tau!r}")
     existing = scores[scores != -torch.inf]  # a layer lacks the others
-    if not 1 <= num_heads <= len(existing):
-        raise ValueError(f"num_heads must be in 1..{len(existing)}, got {num_heads}")
+    if num_heads not in range(1, len(existing) + 1) or isinstance(num_heads, bool):
+        raise ValueError(f"num_heads must be a whole number in 1..{len(existing)}, got {num_heads!r}")
     if not (existing.isfinite().all() and (existing >= 0).all() and existing.any()):
         got = f"scores between {existing.min():.3g} and {existing.max():.3g}"
         raise ValueError(f"select_heads got {got}, but they must be finite, not negative, and not all zero")

@@ -224,8 +224,10 @@ def test_a_state_dict_of_other_heads_or_of_another_scale_is_refused(options):
         other.load_state_dict(adapter.state_dict())
     with pytest.raises(RuntimeError, match="Missing key.*_extra_state"):
         other.load_state_dict(dict(adapter.named_parameters()))
-    adapter.load_state_dict({name: tensor.bfloat16() for name, tensor in adapter.state_dict().items()})
-    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
+    for assign in (False, True):
+        rounded = {name: tensor.bfloat16() for name, tensor in adapter.state_dict().items()}
+        adapter.load_state_dict(rounded, assign=assign)
+        assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
 
 
 # 4. Gradient checkpointing runs a layer again
@@ -242,6 +244,16 @@ def after_a_disabled_call(model):
     with model.image_lora.disabled():
         disabled_loss = loss_of(model, LATE)
     return slopes(model, loss, disabled_loss)
+
+
+def after_a_norm_was_called_alone(model):
+    """Inside disabled(), on the input that the layer's checkpoint keeps."""
+    first = model.language_model.layers[0]
+    with patch.object(first, "forward", side_effect=first.forward) as forward:
+        loss = loss_of(model, EARLY)
+    with model.image_lora.disabled():
+        first.input_layernorm(forward.call_args.args[0])
+    return slopes(model, loss)
 
 
 def in_two_threads_at_once(model):
@@ -275,6 +287,7 @@ def attach_both(model):
 
 CHECKPOINTED = [  # what happens to a checkpointed model, the batches whose gradients must come of it, and its adapter
     (after_a_disabled_call, [EARLY], attach_to_some),
+    (after_a_norm_was_called_alone, [EARLY], attach_to_some),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], attach_to_some),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], partial_lora),
     (in_two_threads_at_once, [EARLY, LATE, prompt(TEXT)], attach_both),
@@ -298,6 +311,21 @@ def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batch
     model.zero_grad()
     checkpoint_layers(model, use_reentrant)
     torch.testing.assert_close(gradients(model), expected)
+
+
+def test_a_layer_that_is_run_again_and_cannot_know_its_forward_pass_is_refused():
+    """Because two calls gave it one tensor, or because the checkpoint of one of them kept a copy."""
+    model = tiny_vlm()
+    attach_to_some(model)
+    checkpoint_layers(model)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+        copied = loss_of(model, EARLY)
+    with pytest.raises(RuntimeError, match="no call of model"):
+        slopes(model, copied, loss_of(model, LATE))
+    outputs = []
+    model.language_model.layers[1].register_forward_hook(lambda layer, args, x: outputs.append(x) or outputs[0])
+    with pytest.raises(RuntimeError, match="no call of model"):
+        slopes(model, loss_of(model, EARLY), loss_of(model, LATE))
 
 
 # 5. Copies, and how an adapter comes off again
@@ -338,7 +366,7 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path):
     model = tiny_vlm()
     heads = {"0": [2.0, 0], 2: np.array([1])}  # whole numbers of any type, and JSON's names of layers
     options = {"normalize": np.bool_(False), "train_gamma": np.bool_(False)}
-    adapter = attach_trained(model, r=np.int64(2), lora_alpha=3, heads=heads, **options)
+    adapter = attach_trained(model, r=np.int64(2), lora_alpha=np.float32(3), heads=heads, **options)
     expected = logits_of(model, EARLY)
     adapter.detach()
     adapter.save(tmp_path / "adapter.pt")  # detached, it still has its weights
@@ -417,7 +445,8 @@ def test_a_file_that_is_damaged_or_of_another_model_is_refused_and_runs_no_code(
     check_refusal("is missing, damaged", load, tiny_vlm(), path)
     for change, sentence in (
         ({"layers": {}}, "Missing key"),
-        ({"alpha": math.inf}, "lora_alpha positive and finite"),
+        ({"alpha": math.inf}, "lora_alpha a positive, finite number"),
+        ({"r": 1.5}, "r must be a whole number .* got r=1.5"),
         ({"note": Path()}, "Weights only load failed"),  # to make a Path, torch.load would have to run its code
     ):
         torch.save(content | change, path)
@@ -462,10 +491,15 @@ def select(model, scores, num_heads, tau=0.5):
 
 
 REFUSED = [  # a function, its arguments besides the model, and why that cannot be
-    (attach, {"r": 10**9}, "r must be in 1..24 .* got r=1000000000"),
+    (attach, {"r": 10**9}, "r must be a whole number in 1..24, .* got r=1000000000"),
+    (attach, {"r": 4.5}, "r must be a whole number .* got r=4.5"),  # int() would make it 4
+    (attach, {"r": True}, "r must be a whole number .* got r=True"),  # and this one 1
+    (attach, {"r": "4"}, "r must be a whole number .* got r='4'"),
     (partial(LoRA, lora_alpha=4), {"r": 10**9}, "r must be in 1..24, got 1000000000"),
-    (attach, {"lora_alpha": 0}, "lora_alpha positive and finite"),  # nothing would be learned
-    (attach, {"lora_alpha": math.nan}, "lora_alpha positive and finite"),
+    (attach, {"lora_alpha": 0}, "lora_alpha a positive, finite number"),  # nothing would be learned
+    (attach, {"lora_alpha": math.nan}, "lora_alpha a positive, finite number"),
+    (attach, {"lora_alpha": True}, "lora_alpha a positive, finite number, got r=8, lora_alpha=True"),
+    (attach, {"lora_alpha": "16"}, "lora_alpha a positive, finite number, got r=8, lora_alpha='16'"),
     (attach, {"heads": {0: []}}, "no head is selected"),
     (attach, {"heads": {0: [1, 1]}}, "layer 0 has 3 heads; .* each once"),
     (attach, {"heads": {0: [1], "0": [2]}}, "name a layer once"),
@@ -477,13 +511,12 @@ REFUSED = [  # a function, its arguments besides the model, and why that cannot 
     (score_heads, {"batches": [EARLY, NO_LABELS]}, "loss of probe batch 2 is nan"),
     (score_heads, {"batches": [prompt(TEXT, labels=True)], "probe": "exact"}, "no loss of 1 probe batches"),
     (torch.no_grad()(score_heads), {"batches": [EARLY]}, "the probe needs gradients"),
-    (select, {"scores": [1.0, -torch.inf], "num_heads": 3}, "num_heads must be in 1..2, got 3"),
-    (select, {"scores": [1.0, 2.0], "num_heads": 0}, "num_heads must be in 1..4, got 0"),
-    (
-        select,
-        {"scores": [1.0, 2.0], "num_heads": 2, "tau": -1.0},
-        "tau must not be negative",
-    ),  # prefers the worst layers
+    (select, {"scores": [1.0, -torch.inf], "num_heads": 3}, "num_heads must be a whole number in 1..2, got 3"),
+    (select, {"scores": [1.0, 2.0], "num_heads": 0}, "num_heads must be a whole number in 1..4, got 0"),
+    (select, {"scores": [1.0, 2.0], "num_heads": True}, "num_heads must be a whole number in 1..4, got True"),
+    (select, {"scores": [1.0, 2.0], "num_heads": 2.5}, "num_heads must be a whole number in 1..4, got 2.5"),
+    (select, {"scores": [1.0, 2.0], "num_heads": 2, "tau": -1.0}, "tau must be .* not negative, got -1.0"),
+    (select, {"scores": [1.0, 2.0], "num_heads": 2, "tau": "1"}, "tau must be a number, .* got '1'"),
     (select, {"scores": [0.0, -torch.inf], "num_heads": 1}, "not all zero"),
     (select, {"scores": [1.0, -1.0], "num_heads": 1}, "not negative"),
     (select, {"scores": [1.0, math.inf], "num_heads": 1}, "must be finite"),
