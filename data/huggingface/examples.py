@@ -75,7 +75,8 @@ def answer(model, processor, examples: list, max_new_tokens=64, batch_size=8, ke
     ends = model.generation_config.eos_token_id  # one or a list
     # The base's own settings may sample or penalize repetition. A generated placeholder would count as an image.
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    greedy["suppress_tokens"] = sorted({getattr(model.config, name, None) for name in PLACEHOLDERS} - {None})
+    placeholders = {getattr(model.config, name, None) for name in PLACEHOLDERS} - {None}
+    greedy["suppress_tokens"] = sorted(placeholders.union(model.generation_config.suppress_tokens or []))
     answers = []
     for start in tqdm(range(0, len(examples), batch_size), "Answering"):
         batch = examples[start : start + batch_size]

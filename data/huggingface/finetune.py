@@ -127,16 +127,29 @@ def run_of(args: Options) -> dict:
     return run
 
 
+def claim(args: Options, file: Path, run: str) -> None:
+    """Writes run.json, which makes the folder this run's. SystemExit if it is another's, also if both begin at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with file.open("x") as new_file:
+            new_file.write(run)
+    except FileExistsError:
+        if args.resume_from_checkpoint is None or file.read_text() != run:
+            why = "resume that run, choose another --output_dir, or, if it has ended and saved nothing, delete the file"
+            raise SystemExit(f"{file} says that the folder is another run's; {why}") from None
+
+
 def main(arguments: list[str] | None = None) -> SFTTrainer:
     parser = TrlParser(Options, usage="%(prog)s OPTIONS (--help lists them)")
     (args,) = parser.parse_args_and_config(arguments)
     if (args.projections if args.method == "image_lora" else args.num_heads) is not None:
         parser.error("--num_heads is for --method image_lora, and --projections for the others; leave it out")
+    if type(args.r) is not int or type(args.num_heads) not in (int, type(None)):  # a --config file may say 4.5 or true
+        parser.error(f"--r and --num_heads must be whole numbers, got {args.r} and {args.num_heads}")
     run = run_of(args)
     trainer = make_trainer(args, run)
     if args.process_index == 0:  # only now, so that a start that was refused leaves the folder as it was
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, "run.json").write_text(json.dumps(run, indent=1))
+        claim(args, Path(args.output_dir, "run.json"), json.dumps(run, indent=1))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if args.method == "image_lora":
         trainer.model.image_lora.save(Path(args.output_dir, "adapter.pt"))

@@ -21,6 +21,8 @@ from imagelora import Call, CallTracker, adaptable_parts
 
 # Saved as init_lora_weights, which makes PEFT refuse the folder. Otherwise PEFT would load it and adapt all tokens.
 MARK = "Partial LoRA: use load_partial_lora()"
+# With another value than PEFT's default, each of these options could change text.
+CHANGE_TEXT = "bias init_lora_weights lora_bias modules_to_save target_parameters trainable_token_indices use_dora"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -62,6 +64,7 @@ def load_partial_lora(model, folder, is_trainable=False) -> PeftModel:
 def add_lora(model, config: peft.LoraConfig) -> PeftModel:
     if getattr(model, "peft_config", None):
         raise ValueError("Partial LoRA must be the only adapter; give it a fresh copy of the base model")
+    adaptable_parts(model, config.r, config.lora_alpha)  # refuses what is no rank or no alpha
     model = peft.get_peft_model(model, config)
     VisualTokens(model)
     return model
@@ -71,13 +74,17 @@ class VisualTokens:
     """Removes the update of a LoRA of PEFT from all tokens but visual ones, also in what is saved and loaded."""
 
     def __init__(self, model: PeftModel):
+        config, default = model.peft_config["default"], peft.LoraConfig
+        changed = [name for name in CHANGE_TEXT.split() if getattr(config, name, None) != getattr(default, name, None)]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} could change text; leave it out")
         base, decoder, _, image_token_ids = adaptable_parts(model)
         layers = {str(i): layer for i, layer in enumerate(decoder)}
         self.tracker = CallTracker(base, image_token_ids, layers)
         # In generate(), Gemma 4's layers that share keys and values get the last token of the prompt alone.
         self.may_get_the_last_tokens = any(getattr(module, "is_kv_shared_layer", False) for module in base.modules())
-        model.peft_config["default"].init_lora_weights = MARK
-        base.register_forward_pre_hook(check_adapters)
+        config.init_lora_weights = MARK
+        self.tracker.hooks.append(base.register_forward_pre_hook(check_adapters))
         loras = {lora: i for i, layer in layers.items() for lora in layer.modules() if isinstance(lora, LoraLayer)}
         if len(loras) < sum(isinstance(module, LoraLayer) for module in base.modules()):
             raise ValueError("Partial LoRA adapts the decoder alone; take target_modules=decoder_pattern()")
@@ -87,6 +94,7 @@ class VisualTokens:
             lora.merge = refuse_to_merge
         model.save_pretrained = partial(save_pretrained, model)
         model.load_adapter = partial(load_adapter, model)
+        model.base_model.unload = partial(unload, model.base_model, self.tracker.hooks)
 
     def zero_at_text(self, layer: str, A, args, z):
         """The hook of A: z = x A [B, T, r], but zero at text tokens. Where z is zero, so is the update z B."""
@@ -101,13 +109,19 @@ class VisualTokens:
 
 
 def check_adapters(base, args) -> None:
-    configs = getattr(base, "peft_config", {})  # none after unload()
-    if [config.init_lora_weights for config in configs.values()] != [MARK]:
+    if [config.init_lora_weights for config in base.peft_config.values()] != [MARK]:
         raise ValueError("Partial LoRA must be the only adapter; start again from a fresh copy of the base model")
 
 
 def refuse_to_merge(*_, **__):
     raise ValueError("Partial LoRA cannot be merged, because merged weights would adapt all tokens")
+
+
+def unload(lora_model: peft.LoraModel, hooks: list):
+    """PEFT's, which gives the base model back, and takes our hooks off it, too."""
+    for hook in hooks:
+        hook.remove()
+    return type(lora_model).unload(lora_model)
 
 
 # What is saved must not read as a LoRA at all tokens. PEFT goes by MARK, but servers read no such field. They go by the

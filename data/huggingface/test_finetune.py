@@ -81,7 +81,8 @@ def folder(request, tmp_path_factory):
         model(**batches[step % 7]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=5.0)  # real ones come with such
+    # Real ones come with such settings.
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=5.0, suppress_tokens=[88])
     model.save_pretrained(folder / "base")
     return folder
 
@@ -154,7 +155,8 @@ def test_what_is_asked_is_what_training_shows(folder, thinks):
     with patch.object(model, "generate", side_effect=model.generate) as generate:
         examples.answer(model, processor, mixed)
     asked = generate.call_args.kwargs
-    assert (asked["do_sample"], asked["repetition_penalty"], asked["suppress_tokens"]) == (False, 1.0, [PICTURE, VIDEO])
+    assert (asked["do_sample"], asked["repetition_penalty"]) == (False, 1.0)
+    assert asked["suppress_tokens"] == [88, PICTURE, VIDEO]
     collate = sft.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     shown = collate(list(examples.as_dataset(mixed)))
     assert torch.equal(asked["pixel_values"], shown["pixel_values"].to(torch.bfloat16))
@@ -193,14 +195,21 @@ def test_the_probe(folder):
 
 
 def test_a_folder_holds_one_run(folder, capsys):
-    """A start that was refused leaves it free. After a run it is refused, and so is a resumption with other options or
-    files."""
+    """A start that was refused leaves it free. While a run is going on, and after it, a start there is refused, and so
+    is a resumption with other options or files."""
     options = "--train_files {}/changed.jsonl"
     write(folder / "changed.jsonl", ["no JSON"])
     assert "changed.jsonl, line 1: Expecting value" in refusal(capsys, folder, "lora", "run", options)
     write(folder / "changed.jsonl", [example(["0.png"])])
     with pytest.raises(OSError):
         train(folder, "lora", "run", f"{options} --model typo")
+    with patch.object(sft.SFTTrainer, "train", side_effect=lambda **_: train(folder, "lora", "run", options)):
+        said = refusal(
+            capsys, folder, "lora", "run", options
+        )  # of the second run, which begins as the first one trains
+    assert "run.json says that the folder is another run's" in said
+    assert "if it has ended and saved nothing, delete the file" in said
+    (folder / "run/run.json").unlink()
     train(folder, "lora", "run", options)
     assert "run has weights already; resume their run, or choose" in refusal(capsys, folder, "lora", "run", options)
     resume = f"{options} --resume_from_checkpoint {{}}/run/checkpoint-1"
@@ -237,11 +246,15 @@ REFUSED = [  # options, and what is said of them
     ("--method image_lora --train_files {}/text.jsonl", "learns from images alone, but no example"),
     ("--num_heads 2", "--num_heads is for --method image_lora"),
     ("--projections v_proj gate_pro", "has no gate_pro; correct --projections"),
+    ("--config {}/rank.yaml", "--r and --num_heads must be whole numbers, got 4.5 and None"),
+    ("--config {}/heads.yaml --method image_lora", "must be whole numbers, got 8 and True"),
 ]
 
 
 def test_what_would_teach_the_wrong_thing_is_refused(folder, capsys):
     write(folder / "empty.jsonl", [""])
     write(folder / "text.jsonl", [example([])])
+    (folder / "rank.yaml").write_text("r: 4.5")
+    (folder / "heads.yaml").write_text("num_heads: true")
     for options, sentence in REFUSED:
         assert sentence in refusal(capsys, folder, "lora", "refused", options)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_huggingface import PICTURE, TEXT, VIDEO, hf_prompt, tiny_hf_vlm
 
+from data.test_guarantees import check_refusal
 from test_imagelora import logits_of, loss_of, slopes, watch
 
 peft = pytest.importorskip("peft")
@@ -99,6 +100,28 @@ def test_it_stays_partial_lora_however_often_it_is_saved_and_no_server_reads_it_
         other.load_adapter(folder, "default", is_trainable=True)  # as TRL does to resume
 
 
+def test_unload_gives_the_base_model_back_as_it_was():
+    """In calls with input_ids, images and embeddings alone. No hook stays on it, and it can be adapted again."""
+    base = tiny_hf_vlm()
+    x = base.get_input_embeddings()(TEXT["input_ids"])
+    batches = TEXT, hf_prompt(), {"inputs_embeds": x}
+    expected = [logits_of(base, batch) for batch in batches]  # in the first call, transformers adds hooks of its own
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in base.modules()]
+    model = partial_lora(base)
+    with pytest.raises(ValueError, match="which tokens are visual"):
+        model(inputs_embeds=x)
+    assert model.unload() is base
+    assert all(map(torch.equal, [logits_of(base, batch) for batch in batches], expected))
+    assert hooks == [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in base.modules()]
+    partial_lora(base)(**hf_prompt())
+
+
+def test_what_is_no_rank_or_no_alpha_is_refused_before_the_model_changes():
+    model = tiny_hf_vlm()
+    for options in ({"r": 4.5}, {"r": True}, {"r": "4"}, {"lora_alpha": True}, {"lora_alpha": "16"}):
+        check_refusal("r must be a whole number in 1..32, and lora_alpha a positive", partial_lora, model, **options)
+
+
 def test_what_would_adapt_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be merged"):
         trained().merge_and_unload()
@@ -106,6 +129,10 @@ def test_what_would_adapt_text_is_refused(tmp_path):
         partial_lora(lora())
     with pytest.raises(ValueError, match="adapts the decoder alone"):
         VisualTokens(lora(["q_proj"]))
+    for options in ({"init_lora_weights": "pissa"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
+        config = peft.LoraConfig(target_modules=decoder_pattern(), **options)
+        with pytest.raises(ValueError, match=f"{[*options][0]} could change text"):
+            VisualTokens(peft.get_peft_model(tiny_hf_vlm(), config))
     lora().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds no Partial LoRA; load it with PeftModel.from_pretrained\(\)"):
         load_partial_lora(tiny_hf_vlm(), tmp_path)
