@@ -54,6 +54,16 @@ def test_the_commands_and_links_of_a_page_can_be_given(page):
         assert not anchor or anchor in anchors(linked_page), f"{target}#{anchor}"
 
 
+def test_the_map_says_how_long_each_file_is_and_where_the_method_ends():
+    page = (ROOT / "README.md").read_text()
+    lines = {name: int(count) for name, count in re.findall(r"^\|\[(.+?)\]\(\1\)\|(\d+)\|", page, re.M)}
+    assert [*lines] == ["imagelora.py", "tiny_vlm.py", "train.py", "test_imagelora.py"]
+    for name, count in lines.items():
+        assert len((ROOT / name).read_text().splitlines()) == count, name
+    method, _ = (ROOT / "imagelora.py").read_text().split("# ------ That is the method.")
+    assert f"The method is its first {len(method.rstrip().splitlines())} lines" in page
+
+
 def test_there_is_one_version():
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
