@@ -30,6 +30,7 @@ from data.study.attention import queries_keys_values
 WIDTH = 8.3  # of a picture, in inches
 COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
 GREY, LIGHT, PALE = "#667085", "#e4e7ec", "#a9cfe8"  # light grey: as in the base model
+POINTER = [(0, 0), (0, -9), (2, -7), (4, -11), (5, -10), (4, -6), (6, -6)]  # as a mouse's; its tip is where it clicks
 EXTENT = (0, SIZE, SIZE, 0)  # of a screen in its axes: left, right, bottom, top
 CENTRED = {"ha": "center", "va": "center"}
 STYLE = {"font.size": 10, "text.color": INK, "savefig.dpi": 200, "legend.frameon": False, "hatch.linewidth": 0.6}
@@ -50,7 +51,7 @@ def draw_screen(ax: plt.Axes, answer: Answer) -> None:
     if "bbox" in answer.sample:
         left, top, right, bottom = answer.sample["bbox"]
         look = {"fill": False, "linewidth": 1.5, "label": "target"}
-        ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, **look))
+        ax.add_patch(plt.Rectangle((left - 2, top - 2), right - left + 4, bottom - top + 4, **look))
 
 
 # ---- What each method changes, and how Image-LoRA does it ------------------------------------------------------------
@@ -144,29 +145,33 @@ def draw_curves(ax: plt.Axes, runs: pd.DataFrame, x: str, y: str, along: str, ea
 
 
 def draw_tradeoff(cfg) -> list[plt.Figure]:
-    """Other questions kept against switches hit, along gamma: a column for each model, below it with own answers."""
+    """Other questions kept against switches hit, along gamma, of each model; of tiny ones also with own answers."""
     runs = compare.at_chosen_rates(compare.read_runs())
     runs = runs[runs.text == 0]
-    models = {f"tiny model {model}": ("skilled", model, " on the MLP") for model in (1, 2, 3)}
-    models |= {f"SmolLM2, model {model}": ("SmolLM2", model, " on the MLP, rank 5") for model in (1, 2)}
-    figure, axes = plt.subplots(2, 5, figsize=(WIDTH, 4.6), sharex=True, sharey=True)
-    for row, ending in zip(axes, ("", " with own answers")):
-        for ax, (setting, model, on_the_mlp) in zip(row, models.values()):
+    # {titles of a row: (setting, models, ending of the methods, ending of those on the MLP, lowest of the y axis)}
+    rows = {
+        "tiny model {}": ("skilled", (1, 2, 3), "", " on the MLP", 60),
+        "tiny model {}, own answers": ("skilled", (1, 2, 3), " with own answers", " on the MLP with own answers", 60),
+        "SmolLM2, model {}": ("SmolLM2", (1, 2), "", " on the MLP, rank 5", 20),
+    }
+    figure, axes = plt.subplots(3, 3, figsize=(WIDTH, 7), sharex=True, sharey="row")
+    for row, (title, (setting, models, ending, on_the_mlp, lowest)) in zip(axes, rows.items()):
+        for ax, model in zip(row, models):
             of_model = runs[(runs.setting == setting) & (runs.model == model)]
             base = of_model[of_model.method == "base model"].other_questions_acc.mean()
             ax.axhline(base, color=GREY, linestyle=":", label="base model")
             ax.axvline(95, color=GREY, linewidth=0.8)
             curves = "task_acc", "other_questions_acc", "gamma", "seed"
             draw_curves(ax, of_model, *curves, ending)
-            draw_curves(ax, of_model, *curves, on_the_mlp + ending, "--")
-    for ax, name in zip(axes[0], models):
-        ax.set_title(name)
-    axes[0, 0].set(xlim=(87.5, 100), ylim=(20, 101), xticks=(90, 95, 100), ylabel="trained on the new task")
-    axes[1, 0].set_ylabel("with own answers, too")
+            draw_curves(ax, of_model, *curves, on_the_mlp, "--")
+            ax.set_title(title.format(model))
+        row[0].set(xlim=(87.5, 100), ylim=(lowest, 101), xticks=(90, 95, 100))
     figure.supxlabel("switches hit, %", size=10)
     figure.supylabel("other questions right, %", size=10)
     axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white", label="as trained, γ = 1")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    axes[1, 2].tick_params(labelbottom=True)
+    axes[2, 2].axis("off")
+    axes[2, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
     return [figure]
 
 
@@ -174,15 +179,15 @@ def draw_text(cfg) -> list[plt.Figure]:
     """Switches hit after 0, 3 and 9 word problems: a panel for each kind of training, a thin line for each model."""
     runs = compare.at_chosen_rates(compare.read_runs())
     runs = runs[(runs.setting == "skilled") & (runs.gamma == 1) & runs.text.isin((0, 3, 9))].assign(asked=runs.text)
-    trained_after = {"none": "", "nine": " trained after 9"}
-    trained_after["0 to 9,\nwith own answers"] = " trained after 0 to 9 with own answers"
+    endings = {"none": "", "nine": " trained after 9"}
+    endings["none to nine,\nwith own answers"] = " trained after 0 to 9 with own answers"
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7), sharex=True, sharey=True)
-    for ax, (text, ending) in zip(axes, trained_after.items()):
+    for ax, (text, ending) in zip(axes, endings.items()):
         draw_curves(ax, runs, "asked", "task_acc", "text", "model", ending)
-        ax.set_title(f"trained after {text}")
+        ax.set_title(f"in training: {text}")
         ax.grid(axis="y")
     axes[0].set(ylim=(-3, 103), xticks=(0, 3, 9), ylabel="switches hit, %")
-    axes[1].set_xlabel("word problems before the image when asked")
+    axes[1].set_xlabel("word problems before the image in the test")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return [figure]
 
@@ -244,7 +249,7 @@ def draw_answer(ax: plt.Axes, base_answer: Answer, answer: Answer) -> None:
         if base_answer.output is not None:  # otherwise the answer is no point
             ax.scatter(*base_answer.output, 80, ORANGE, marker="x", linewidth=2.5, label="base model's click")
         if answer.output is not None:
-            ax.scatter(*answer.output, 20, BLUE, label="tuned model's click")
+            ax.scatter(*answer.output, 900, BLUE, marker=POINTER, edgecolor="white", label="tuned model's click")
     else:
         verdict = f"{answer.output}:\n{verdict}"
     beside = {"transform": ax.transAxes, "va": "top"}
