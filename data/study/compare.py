@@ -99,33 +99,34 @@ THREE = [*METHODS]
 PLACES = ["", " on the MLP", " on all linear layers", ", rank 2", " on the MLP, rank 2"]  # that rivals write to
 COSTS = [*(f"LoRA{place}" for place in PLACES), *(f"Partial LoRA{place}" for place in PLACES), "Image-LoRA"]
 OWN = [f"{method} with own answers" for method in THREE]
-SMOLLM2_PLACES = ["", " on the MLP, rank 5", ", rank 2"]
-SMOLLM2 = [f"{method}{place}" for method in ("LoRA", "Partial LoRA") for place in SMOLLM2_PLACES] + ["Image-LoRA"]
+SMOLLM2 = [f"{method}{place}" for method in ("LoRA", "Partial LoRA") for place in ("", " on the MLP, rank 5")]
+SMOLLM2 += ["Partial LoRA, rank 2", "Image-LoRA"]
 LADDER = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", "Image-LoRA in 12 heads by the probe"]
 HINTED = ["LoRA", "LoRA on the MLP", "LoRA on q and k", "LoRA on v", "Partial LoRA", "Image-LoRA"]
 HINTS = [f"{method} with hints" for method in HINTED]
 NEW_SKILL = ["LoRA", "LoRA, rank 2", "Partial LoRA", "Partial LoRA, rank 2", "Image-LoRA"]
 
 
-class Column(NamedTuple):
-    title: str
-    measure: str  # a column of what `compare` returns
-    show: Callable | None = None  # what tells the runs of a method; None: their spread
-    setting: str = "skilled"
+def mean(runs: pd.Series) -> str:
+    return f"{runs.mean():.1f}"
 
 
 def spread(runs: pd.Series) -> str:
-    """The mean, with the lowest and the highest run."""
-    return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})"
+    """The mean, with the lowest and the highest run; of a single run, its number."""
+    return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})" if runs.count() > 1 else mean(runs)
 
 
-def of_model(title: str, measure: str, models=SKILLED, setting="skilled") -> list[Column]:
-    """A column for each model: means over its seeds."""
-    columns = []
-    for model in models:
-        show = lambda runs, model=model: f"{runs.get(model, runs[:0]).mean():.1f}".replace("nan", "")  # noqa: E731
-        columns.append(Column(f"{title}model {model}", measure, show, setting))
-    return columns
+class Column(NamedTuple):
+    title: str
+    measure: str  # a column of what `compare` returns
+    show: Callable = spread  # what tells the runs of a method
+    setting: str = "skilled"
+    model: int | None = None  # None: all of them
+
+
+def of_model(title: str, measure: str, show=mean, models=SKILLED, setting="skilled") -> list[Column]:
+    """A column for each model."""
+    return [Column(f"{title}model {model}", measure, show, setting, model) for model in models]
 
 
 COST = Column("parameters", "parameters", lambda runs: f"{runs.iloc[0]:,.0f}")
@@ -137,10 +138,11 @@ TASKS = {"skilled": "right of a name", "below": "the line below", "unskilled": "
 TABLES = {  # {title: (methods, columns)}
     "other questions, %, where 95 % are hit": ([*COSTS, *OWN], [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS]),
     "other questions of SmolLM2, %, where 95 % are hit": (
-        [*SMOLLM2, *OWN],
+        SMOLLM2,
         [
             COST._replace(setting="SmolLM2"),
-            *of_model("", "kept_at_95", (1, 2), "SmolLM2"),
+            *of_model("", "kept_at_95", spread, (1, 2), "SmolLM2"),
+            NUM_RUNS._replace(setting="SmolLM2"),
             Column("English, nats", "divergence_after_screen", lambda runs: f"{runs.mean():.2f}", "SmolLM2"),
         ],
     ),
@@ -169,9 +171,11 @@ def page_tables(numbers: pd.DataFrame) -> list[str]:
 
 def cell(numbers: pd.DataFrame, method: str, column: Column) -> str:
     runs = numbers[column.measure].get((column.setting, method, 0))  # 0: asked without text before the image
+    if runs is not None and column.model is not None:
+        runs = runs.get(column.model)
     if runs is None or runs.isna().all():
         return ""
-    return (column.show or spread)(runs)
+    return column.show(runs)
 
 
 # ---- All other numbers -----------------------------------------------------------------------------------------------

@@ -168,11 +168,11 @@ def test_a_missing_base_or_column_is_told_before_anything_runs(tmp_path, capsys)
 # 3. Numbers
 @pytest.mark.parametrize("page", ["README.md", "data/study/README.md"])
 def test_a_table_of_the_page_is_that_which_the_comparison_prints(page):
-    """Whoever changes a row or the page sees it here."""
+    """Whoever changes a row or the page sees it here. README's map is no such table."""
     page = (ROOT / page).read_text()
     printed = compare.page_tables(compare.compare(RUNS))
     for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
-        assert table in printed
+        assert table in printed or table.startswith("|read|")
 
 
 @pytest.mark.parametrize("setting, method", RATES)
