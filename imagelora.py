@@ -165,9 +165,9 @@ def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True
     data-parallel training every process needs the same heads: select them in one, and broadcast them to the others.
     train_gamma: whether gamma is trained, as in the paper; by default it stays 1. See `adapter.scaled` to turn it down.
 
-    `adapter.parameters()` are A, B and gamma, float32; in the model's state_dict they are `image_lora`. Image tokens are
-    those whose ids model.config names now. Raises ValueError, and changes nothing, if the model cannot be adapted. What
-    PEFT has added stays trainable: to train both, optimize `[p for p in model.parameters() if p.requires_grad]`."""
+    `adapter.parameters()` are A, B and gamma, float32; in the model's state_dict they are `image_lora`. Image tokens
+    are those whose ids model.config names now. Raises ValueError, and changes nothing, if the model cannot be adapted.
+    What PEFT has added stays trainable: for both, optimize `[p for p in model.parameters() if p.requires_grad]`."""
     base, decoder, attentions, image_token_ids = adaptable_parts(model, r, lora_alpha)
     adapter = ImageLoRA(base, decoder, attentions, image_token_ids, heads, r, lora_alpha, normalize, train_gamma)
     if not hasattr(base, "peft_config"):  # otherwise PEFT has frozen it

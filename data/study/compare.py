@@ -28,12 +28,10 @@ RUN = ["setting", "method", "text", "model", "seed"]  # at the chosen rate; text
 
 
 def read_runs(*more_files: Path) -> pd.DataFrame:
-    """The rows of both files and of more, where they exist; accuracies and shares in percent."""
+    """The rows of both files and of more, where they exist; accuracies in percent."""
     runs = pd.concat([pd.read_csv(path) for path in (*FILES, *more_files) if path.exists()], ignore_index=True)
     runs = runs.drop_duplicates([*Row._fields], ignore_index=True)
-    runs["image_share"] = runs.filter(like="image_share").mean(axis="columns")
-    shares = [name for name in runs if name.endswith("_acc") or name == "image_share"]
-    runs[shares] *= 100
+    runs[[name for name in runs if name.endswith("_acc")]] *= 100
     return runs
 
 
@@ -184,14 +182,11 @@ def cell(numbers: pd.DataFrame, method: str, column: Column) -> str:
 def print_all(runs: pd.DataFrame) -> None:
     numbers = compare(runs)
     print(*page_tables(numbers), sep="\n")
-    for measure in numbers.filter(regex="_acc$|_share$|divergence|^kept_at"):
+    for measure in numbers.filter(regex="_acc$|divergence|^kept_at"):
         for setting, measured in numbers[measure].dropna().groupby("setting"):
             by_method = measured.groupby(["method", "text"])
             models = measured.groupby(["method", "text", "model"]).mean().unstack()
             print_numbers(f"{setting}, {measure}", models.join(by_method.agg(["min", "max", "count"])))
-    shares = numbers.image_share.dropna().groupby(["text", "model"]).mean().unstack()
-    for trained in (0, 9):
-        print_numbers(f"gamma that attention predicts after training after {trained}", shares.loc[trained] / shares)
     tried = runs[(runs.gamma == 1) & (runs.text == 0)].groupby(["setting", "method"])
     tried = tried.filter(lambda rows: rows.lr.nunique() > 1)
     print_numbers("learning rates", tried.pivot_table("validation_acc", ["setting", "method", "lr"], "model"))

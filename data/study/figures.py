@@ -13,9 +13,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.patheffects import withStroke
 from PIL import Image
+from torch import Tensor
 
 import train
 from data.base import find_device, image_features, load_base, screens_and_features
@@ -25,7 +27,7 @@ from data.pictures import BLUE, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE
 from data.study import compare
-from data.study.attention import queries_keys_values
+from tiny_vlm import rotate
 
 WIDTH = 8.3  # of a picture, in inches
 COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
@@ -303,13 +305,29 @@ def measure_changes(tuned: train.FinetuningRun) -> tuple[list[str], dict[str, np
     features = image_features(tuned.model.get_image_features, [answer.screen], tuned.model.device)
     prompt = prompt_batch([answer.sample], features, num_problems=1)
     with tuned.adapter.disabled():
-        base_queries, _, base_values = queries_keys_values(tuned.model, prompt)  # [L, 1, H_q or H, T, d_h]
-    queries, _, values = queries_keys_values(tuned.model, prompt)
+        base_queries, base_values = queries_and_values(tuned.model, prompt)  # [L, 1, H_q or H, T, d_h]
+    queries, values = queries_and_values(tuned.model, prompt)
     changes = {}
     for name, before, after in (("values", base_values, values), ("queries", base_queries, queries)):
         moves = ((after - before).norm(dim=-1) / before.norm(dim=-1)).squeeze(1).cpu().numpy()  # [L, H or H_q, T]
         changes |= {f"{name}, layer {layer}": of_layer for layer, of_layer in enumerate(moves)}
     return [VOCABULARY[i] for i in prompt["input_ids"][0]], changes
+
+
+@torch.no_grad()
+def queries_and_values(model, prompt: dict) -> tuple[Tensor, Tensor]:
+    """What all layers make of a prompt: rotated queries [L, B, H_q, T, d_h] and values [L, B, H, T, d_h]."""
+    queries = []
+
+    def keep_queries(attention, arguments):
+        x, angles, *_ = arguments
+        queries.append(rotate(attention.split_heads(attention.q_proj(x)), angles))
+
+    hooks = [layer.self_attn.register_forward_pre_hook(keep_queries) for layer in model.language_model.layers]
+    _, values = zip(*model(**prompt).past_key_values.layers)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(queries), torch.stack(values)
 
 
 def draw_patches(cfg) -> list[plt.Figure]:

@@ -25,12 +25,10 @@ from data.base import file_path, find_device, load_base, screens_and_features
 from data.command import command, make_directory, option, write_file
 from data.evaluate import evaluate, generate_answers, measure, measure_briefly, measure_hints
 from data.gamma import turned_down
-from data.questions import all_samples, click_right_of
+from data.questions import click_right_of
 from data.replay import make_replay_data
-from data.study.attention import image_share
 from data.study.methods import CORRECT, REWORDED, SETTINGS, UNTRAINED, Row, config, rows_of
 
-SHARE_QUESTIONS = 100  # for which the image's share of attention is measured
 REWORDED_SCREENS = 400  # test screens on which the base model is asked to click right of the name
 
 
@@ -125,25 +123,7 @@ def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
     measures["validation_acc"], _ = evaluate(model, *validation, kind, row.text)
     if cfg.hint != "none":
         measures |= measure_hints(model, new_test)
-    if row.method == "base model":
-        measures["image_share"] = share_of_image(model, new_test, row.text)
-    elif cfg.method == "image_lora" and not cfg.vary_text and row.text != cfg.text:
-        # What the change of text does to the image's share of attention in the base model, gamma can undo.
-        base = load_base(cfg.base, cfg.device)
-        gamma = share_of_image(base, new_test, cfg.text) / share_of_image(base, new_test, row.text)
-        with turned_down(adapter, gamma):
-            brief = measure_briefly(model, new_test, old_test, kind, row.text)
-        measures["one_gamma_acc"] = brief["task_acc"]
-        measures["one_gamma_others_acc"] = brief["other_questions_acc"]
     return measures
-
-
-def share_of_image(model, new_test: tuple, num_problems: int) -> float:
-    """The image's share of attention for questions about new screens: a mean over the layers."""
-    screens, features = new_test
-    numbers, samples = zip(*all_samples(screens)[:SHARE_QUESTIONS])
-    shares = image_share(model, samples, features[list(numbers)], num_problems)
-    return sum(shares) / len(shares)
 
 
 if __name__ == "__main__":

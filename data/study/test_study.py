@@ -104,7 +104,6 @@ def few(monkeypatch):
     for name, setting in methods.SETTINGS.items():
         monkeypatch.setitem(methods.SETTINGS, name, setting._replace(steps=20, bases=methods.SKILLED))
     monkeypatch.setattr(prompts, "TRAIN_SCREENS", 64)
-    monkeypatch.setattr(runs, "SHARE_QUESTIONS", 2)
     monkeypatch.setattr(runs, "REWORDED_SCREENS", 2)
     monkeypatch.setattr(runs, "get_context", lambda method: multiprocessing.dummy)
     runs.screens_of.cache_clear()
@@ -135,9 +134,7 @@ def test_rows_that_a_file_lacks_are_made_and_never_again(tmp_path, few, monkeypa
     assert without_update == frozen != as_trained
     assert frozen < 0.5 < reworded
     assert made.wrong_hint_acc.notna().tolist() == [False, False, False, True, False, False]
-    assert made.one_gamma_acc.notna().tolist() == [False, False, True, False, False, False]
     assert made.replay_answers_acc.notna().tolist() == [True, True, True, False, False, False]
-    assert made.image_share.notna().tolist() == [False, False, False, False, True, False]
 
     before = out.read_bytes()
     assert command(runs.RunsConfig, runs.main, "", arguments) == 0
