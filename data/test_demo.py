@@ -157,16 +157,6 @@ def test_each_measure_asks_what_its_name_says(monkeypatch):
     assert metrics["other_questions_acc"] == pytest.approx(2 / 3)
 
 
-def test_a_task_of_ones_own_is_trained_and_measured():
-    """Here it names what is at the place of a screen's first target."""
-    name_first = lambda screen, rng: questions.referring_sample(screen.targets()[0])  # noqa: E731
-    batch = prompts.training_batch(train.Config(), TRAIN_DATA, 0, sample_of=name_first)
-    assert all(f"{IMAGE} what is at <x" in row for row in rows_of(batch))
-    old_test = screens_and_features(BASE, "old", "test", 5)
-    accuracy, answers = evaluate.evaluate(BASE, *old_test, lambda screen, rng: [name_first(screen, rng)])
-    assert (accuracy, len(answers)) == (1, 5)
-
-
 def test_a_patch_matters_as_much_as_leaving_its_row_out_of_M_changes_the_answer(monkeypatch):
     model = load_base("data/tiny_vlm.pt")
     new_test = screens_and_features(model, "new", "test", 1)

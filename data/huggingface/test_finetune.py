@@ -204,9 +204,8 @@ def test_a_folder_holds_one_run(folder, capsys):
     with pytest.raises(OSError):
         train(folder, "lora", "run", f"{options} --model typo")
     with patch.object(sft.SFTTrainer, "train", side_effect=lambda **_: train(folder, "lora", "run", options)):
-        said = refusal(
-            capsys, folder, "lora", "run", options
-        )  # of the second run, which begins as the first one trains
+        # The second run begins as the first one trains.
+        said = refusal(capsys, folder, "lora", "run", options)
     assert "run.json says that the folder is another run's" in said
     assert "if it has ended and saved nothing, delete the file" in said
     (folder / "run/run.json").unlink()

@@ -267,9 +267,12 @@ def test_layers_that_make_no_values_in_a_v_proj_have_no_heads(family, tmp_path):
 
 
 # 3. What trains or wraps them
-def test_a_lora_of_peft_that_was_there_before_is_left_alone_by_a_probe_and_trained_beside_it():
+@pytest.mark.parametrize("injected", [False, True])
+def test_a_lora_of_peft_that_was_there_before_is_left_alone_by_a_probe_and_trained_beside_it(injected):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_hf_vlm(), peft.LoraConfig(target_modules=r".*language_model.*q_proj"))
+    config = peft.LoraConfig(target_modules=r".*language_model.*q_proj")
+    base = tiny_hf_vlm()
+    model = peft.inject_adapter_in_model(config, base) if injected else peft.get_peft_model(base, config)
     loras = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _, before = state_of(model)
     score_heads(model, [hf_prompt()], loss_of)

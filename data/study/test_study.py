@@ -184,9 +184,8 @@ def test_the_lowest_rate_within_one_point_of_the_best_is_chosen():
     """Each counts with its first seed on each model."""
     row = {"setting": "skilled", "method": "LoRA", "gamma": 1.0, "text": 0, "seed": 1}
     clicks = {0.001: (94, 95), 0.002: (96, 97.5), 0.004: (97, 98)}  # of two models; the best mean is 97.5
-    lines = [
-        row | {"lr": lr, "model": i, "validation_acc": acc} for lr, of in clicks.items() for i, acc in enumerate(of)
-    ]
+    rates = [(lr, model, acc) for lr, of_models in clicks.items() for model, acc in enumerate(of_models)]
+    lines = [row | {"lr": lr, "model": model, "validation_acc": acc} for lr, model, acc in rates]
     later_seed = row | {"lr": 0.001, "model": 0, "seed": 2, "validation_acc": 100}
     assert compare.choose_rates(pd.DataFrame([*lines, later_seed])) == {("skilled", "LoRA"): 0.002}
 
