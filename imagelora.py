@@ -168,7 +168,7 @@ def attach(model, r=8, lora_alpha=16, heads: Heads | None = None, normalize=True
     `adapter.parameters()` are A, B and gamma, float32; in the model's state_dict they are `image_lora`. Image tokens
     are those whose ids model.config names now. Raises ValueError, and changes nothing, if the model cannot be adapted.
     What PEFT has added stays trainable: for both, optimize `[p for p in model.parameters() if p.requires_grad]`."""
-    base, decoder, attentions, image_token_ids = adaptable_parts(model, r, lora_alpha)
+    base, decoder, attentions, image_token_ids = adaptable_parts(model, r, lora_alpha, normalize, train_gamma)
     adapter = ImageLoRA(base, decoder, attentions, image_token_ids, heads, r, lora_alpha, normalize, train_gamma)
     if not hasattr(base, "peft_config"):  # otherwise PEFT has frozen it
         base.requires_grad_(False)
@@ -530,7 +530,7 @@ def device_of(v_proj: nn.Module) -> torch.device:
     return tensors[0].device if execution_device is None else execution_device
 
 
-def adaptable_parts(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList, list[nn.Module | None], set[int]]:
+def adaptable_parts(model, r=1, lora_alpha=1, *switches) -> tuple[nn.Module, nn.ModuleList, list, set[int]]:
     """The unwrapped model, its layers, the attention of each, the ids of visual tokens. ValueError if it has none."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
     if any(isinstance(module, ImageLoRA) for module in model.modules()):
@@ -562,6 +562,8 @@ def adaptable_parts(model, r=1, lora_alpha=1) -> tuple[nn.Module, nn.ModuleList,
     if not (is_rank and is_alpha):
         rule = f"r must be a whole number in 1..{D}, and lora_alpha a positive, finite number"
         raise ValueError(f"{rule}, got r={r!r}, lora_alpha={lora_alpha!r}")
+    if any(switch not in (True, False) for switch in switches):  # to Python, the string "False" is true
+        raise ValueError(f"normalize and train_gamma must be True or False, got {switches}")
     return model, decoder, attentions, ids
 
 
