@@ -114,6 +114,10 @@ def spread(runs: pd.Series) -> str:
     return f"{runs.mean():.1f} ({runs.min():.1f}–{runs.max():.1f})" if runs.count() > 1 else mean(runs)
 
 
+def count(runs: pd.Series) -> str:
+    return f"{runs.count()} of {len(runs)}"
+
+
 class Column(NamedTuple):
     title: str
     measure: str  # a column of what `compare` returns
@@ -131,7 +135,7 @@ COST = Column("parameters", "parameters", lambda runs: f"{runs.iloc[0]:,.0f}")
 FLOPS = Column("adapter FLOPs, % of LoRA's", "adapter_flops", lambda runs: f"{runs.iloc[0]:.0f}")
 IDENTICAL = Column("text identical", "identical", lambda runs: runs.iloc[0])
 RANGE = Column("lowest and highest run", "kept_at_95", lambda runs: f"{runs.min():.1f}–{runs.max():.1f}")
-NUM_RUNS = Column("runs that hit so many", "kept_at_95", lambda runs: f"{runs.count()} of {len(runs)}")
+NUM_RUNS = Column("runs that hit so many", "kept_at_95", count)
 TASKS = {"skilled": "right of a name", "below": "the line below", "unskilled": "right of a name, without the skill"}
 TABLES = {  # {title: (methods, columns)}
     "other questions, %, where 95 % are hit": ([*COSTS, *OWN], [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS]),
@@ -140,7 +144,7 @@ TABLES = {  # {title: (methods, columns)}
         [
             COST._replace(setting="SmolLM2"),
             *of_model("", "kept_at_95", spread, (1, 2), "SmolLM2"),
-            NUM_RUNS._replace(setting="SmolLM2"),
+            NUM_RUNS._replace(setting="SmolLM2", show=lambda runs: ", ".join(runs.groupby("model").apply(count))),
             Column("English, nats", "divergence_after_screen", lambda runs: f"{runs.mean():.2f}", "SmolLM2"),
         ],
     ),
