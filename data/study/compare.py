@@ -135,7 +135,7 @@ COST = Column("parameters", "parameters", lambda runs: f"{runs.iloc[0]:,.0f}")
 FLOPS = Column("adapter FLOPs, % of LoRA's", "adapter_flops", lambda runs: f"{runs.iloc[0]:.0f}")
 IDENTICAL = Column("text identical", "identical", lambda runs: runs.iloc[0])
 RANGE = Column("lowest and highest run", "kept_at_95", lambda runs: f"{runs.min():.1f}–{runs.max():.1f}")
-NUM_RUNS = Column("runs that hit so many", "kept_at_95", count)
+NUM_RUNS = Column("runs that cross 95 %", "kept_at_95", count)
 TASKS = {"skilled": "right of a name", "below": "the line below", "unskilled": "right of a name, without the skill"}
 TABLES = {  # {title: (methods, columns)}
     "other questions, %, where 95 % are hit": ([*COSTS, *OWN], [COST, *of_model("", "kept_at_95"), RANGE, NUM_RUNS]),
