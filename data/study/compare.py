@@ -180,7 +180,7 @@ def cell(numbers: pd.DataFrame, method: str, column: Column) -> str:
         return ""
     if runs[column.measure].notna().any():
         return column.show(runs[column.measure])
-    return "never hits 95 %" if (runs.task_acc < 95).all() else "more at each γ tried"
+    return "never hits 95 %" if (runs.task_acc < 95).all() else "above 95 % at each γ"
 
 
 # ---- All other numbers -----------------------------------------------------------------------------------------------
