@@ -281,7 +281,8 @@ class CallTracker:
     "On a tensor" means as an attribute of its storage, which all tensors share that detach() and autograd make of it.
     `running` has a key for each thread and backward pass, so a second run finds nothing there. Outside of backward
     passes nothing is looked up on tensors, so that a layer called alone is refused. pass_on hooks norms, because
-    transformers 5 runs a layer again without its own hooks. Partial LoRA asks in the same way, by call_of."""
+    transformers 5 runs a layer again without its own hooks. Partial LoRA asks by call_of, too, but keeps `found`, which
+    all its linear layers need. So it mixes up two calls of one backward pass if the checkpoints of one were copied."""
 
     def __init__(self, model, image_token_ids: set[int], layers: dict[str, nn.Module], adapter=None):
         self.model = model
@@ -531,7 +532,7 @@ def device_of(v_proj: nn.Module) -> torch.device:
 
 
 def adaptable_parts(model, r=1, lora_alpha=1, *switches) -> tuple[nn.Module, nn.ModuleList, list, set[int]]:
-    """The unwrapped model, its layers, the attention of each, the ids of visual tokens. ValueError if it has none."""
+    """The unwrapped model, its layers, their attentions, and visual ids. ValueError if they or the options are bad."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper
     if any(isinstance(module, ImageLoRA) for module in model.modules()):
         raise ValueError("the model already has an Image-LoRA; call its detach() first")

@@ -115,7 +115,7 @@ def test_layers_may_have_different_numbers_of_heads_or_none_and_norms_of_each_he
     attention(model, 2).is_kv_shared_layer = True
     scores = score_heads(model, [EARLY])
     assert scores.isfinite().tolist() == [[True] * 3, [True, False, False], [False] * 3, [True] * 3]
-    heads = select_heads(scores, 7)
+    heads = select_heads(scores, 7.0)  # a whole number
     attention(model, 1).v_head_dim, attention(model, 1).head_dim = D_H, 5  # the latter is that of queries and keys
     adapter = attach(model, heads=heads)
     assert adapter.heads == {0: [0, 1, 2], 1: [0], 3: [0, 1, 2]}
@@ -314,7 +314,7 @@ def test_a_layer_that_is_run_again_goes_by_its_own_forward_pass(gradients, batch
 
 
 def test_a_layer_that_is_run_again_and_cannot_know_its_forward_pass_is_refused():
-    """Because two calls gave it one tensor, or because the checkpoint of one of them kept a copy."""
+    """By Image-LoRA: because two calls gave it one tensor, or because the checkpoint of one of them kept a copy."""
     model = tiny_vlm()
     attach_to_some(model)
     checkpoint_layers(model)

@@ -27,10 +27,9 @@ RUN = ["setting", "method", "text", "model", "seed"]  # at the chosen rate; text
 # ---- From rows to runs -----------------------------------------------------------------------------------------------
 
 
-def read_runs(*more_files: Path) -> pd.DataFrame:
-    """The rows of both files and of more, where they exist; accuracies in percent."""
-    runs = pd.concat([pd.read_csv(path) for path in (*FILES, *more_files) if path.exists()], ignore_index=True)
-    runs = runs.drop_duplicates([*Row._fields], ignore_index=True)
+def read_runs() -> pd.DataFrame:
+    """The rows of both files; accuracies in percent."""
+    runs = pd.concat([pd.read_csv(path) for path in FILES], ignore_index=True)
     runs[[name for name in runs if name.endswith("_acc")]] *= 100
     return runs
 
@@ -56,6 +55,7 @@ def compare(runs: pd.DataFrame) -> pd.DataFrame:
     """A line for each RUN: its measures as trained, what it keeps at so many clicks, and what its method costs."""
     chosen = at_chosen_rates(runs)
     numbers = chosen[chosen.gamma == 1].set_index(RUN).sort_index()
+    numbers["gammas"] = chosen.groupby(RUN).size()  # at how many strengths
     for clicks in CLICKS:
         kept = {run: kept_at_clicks(curve, clicks) for run, curve in chosen.groupby(RUN) if len(curve) > 1}
         numbers[f"kept_at_{clicks}"] = pd.Series(kept)
@@ -93,10 +93,9 @@ def adapter_costs(method: str) -> dict:
 
 # ---- Tables of the pages ---------------------------------------------------------------------------------------------
 
-THREE = [*METHODS]
 PLACES = ["", " on the MLP", " on all linear layers", ", rank 2", " on the MLP, rank 2"]  # that rivals write to
 COSTS = [*(f"LoRA{place}" for place in PLACES), *(f"Partial LoRA{place}" for place in PLACES), "Image-LoRA"]
-OWN = [f"{method} with own answers" for method in THREE]
+OWN = [f"{method} with own answers" for method in METHODS]
 SMOLLM2 = [f"{method}{place}" for method in ("LoRA", "Partial LoRA") for place in ("", " on the MLP, rank 5")]
 SMOLLM2 += ["Partial LoRA, rank 2", "Image-LoRA"]
 LADDER = ["LoRA", "Partial LoRA", "Partial LoRA on v", "Image-LoRA", "Image-LoRA in 12 heads by the probe"]
@@ -176,10 +175,10 @@ def cell(numbers: pd.DataFrame, method: str, column: Column) -> str:
     runs = numbers.query("setting == @column.setting and method == @method and text == 0")
     if column.model is not None:
         runs = runs.query("model == @column.model")
-    if runs.empty:
-        return ""
     if runs[column.measure].notna().any():
         return column.show(runs[column.measure])
+    if column.measure != "kept_at_95" or not (runs.gammas > 1).any():
+        return ""
     return "never hits 95 %" if (runs.task_acc < 95).all() else "above 95 % at each γ"
 
 

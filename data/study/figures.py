@@ -27,7 +27,6 @@ from data.pictures import BLUE, INK, ORANGE, RED
 from data.prompts import IMAGE, VOCABULARY, prompt_batch
 from data.screens import SIZE
 from data.study import compare
-from tiny_vlm import rotate
 
 WIDTH = 8.3  # of a picture, in inches
 COLOURS = {"LoRA": ORANGE, "Partial LoRA": "#009e73", "Image-LoRA": BLUE}
@@ -316,12 +315,11 @@ def measure_changes(tuned: train.FinetuningRun) -> tuple[list[str], dict[str, np
 
 @torch.no_grad()
 def queries_and_values(model, prompt: dict) -> tuple[Tensor, Tensor]:
-    """What all layers make of a prompt: rotated queries [L, B, H_q, T, d_h] and values [L, B, H, T, d_h]."""
+    """What all layers make of a prompt: queries [L, B, H_q, T, d_h] and values [L, B, H, T, d_h]."""
     queries = []
 
     def keep_queries(attention, arguments):
-        x, angles, *_ = arguments
-        queries.append(rotate(attention.split_heads(attention.q_proj(x)), angles))
+        queries.append(attention.split_heads(attention.q_proj(arguments[0])))
 
     hooks = [layer.self_attn.register_forward_pre_hook(keep_queries) for layer in model.language_model.layers]
     _, values = zip(*model(**prompt).past_key_values.layers)

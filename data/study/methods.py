@@ -83,7 +83,7 @@ ENDINGS = {  # {ending of a name, as a regular expression: the fields that it ch
     " with own answers": {"replay": 2},
     CORRECT: {"replay": 2},
     " with hints": {"hint": "question"},
-    ", at (half|four times) the rate": {},  # of the method without this ending
+    ", at (?:half|four times) the rate": {},  # of the method without this ending
 }
 
 

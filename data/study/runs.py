@@ -84,7 +84,7 @@ def make_rows(device: str, rows: list[Row]) -> list[dict]:
     lines = []
     for row in rows:
         with turned_down(adapter, row.gamma):
-            lines.append(row._asdict() | ask(model, adapter, row, cfg) | of_run)
+            lines.append(row._asdict() | ask(model, row, cfg) | of_run)
     return lines
 
 
@@ -107,7 +107,7 @@ def fine_tune(row: Row, cfg: train.Config, model) -> tuple[nn.Module, dict]:
     return adapter, of_run
 
 
-def ask(model, adapter: nn.Module, row: Row, cfg: train.Config) -> dict:
+def ask(model, row: Row, cfg: train.Config) -> dict:
     """The measures of a row, see data/evaluate.py; validation_acc is the new task on validation screens."""
     if row.method == REWORDED:
         test = screens_of(cfg.base, "new", "test", REWORDED_SCREENS, cfg.device)
