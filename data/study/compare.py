@@ -149,7 +149,7 @@ TABLES = {  # {title: (methods, columns)}
     ),
     "one change at a time": (
         LADDER,
-        [IDENTICAL, COST, FLOPS, Column("new task, %", "task_acc"), Column("kept at 95 %", "kept_at_95")],
+        [IDENTICAL, COST, FLOPS, Column("new task at γ = 1, %", "task_acc"), Column("kept at 95 %", "kept_at_95")],
     ),
     "new task, %": (
         [REWORDED, *NEW_SKILL],
